@@ -1,0 +1,205 @@
+"""The engine directory: what a build publishes and a server loads, described by manifest.json.
+
+An engine is written to a temporary sibling and renamed, so a directory of its name is always whole. A loader
+checks schema, sizes and hashes before it opens a session, and says which file is wrong and what to run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from nvlm_trt.config import NvlmConfig
+from nvlm_trt.errors import EngineError
+from nvlm_trt.hf_config import read_config
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+# Files up to this size are hashed whenever an engine is opened; larger ones when it is served or verified.
+_QUICK_HASH_BYTES = 16 << 20
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class EngineLimits(_Record):
+    """What the engine was built to hold; requests beyond are rejected with the number that was exceeded."""
+
+    max_slots: int = Field(default=8, gt=0)  # requests decoded at once
+    max_seq_len: int = Field(default=2048, gt=0)  # tokens of prompt and answer in the LLM's sequence
+    max_image_tokens: int = Field(default=0, ge=0)  # cross-attended tokens per request (X, H)
+    max_tiles: int = Field(default=6, gt=0)  # tiles per image, thumbnail not counted
+
+
+class FileRecord(_Record):
+    size: int
+    sha256: str
+
+
+class Manifest(_Record):
+    schema_version: int = SCHEMA_VERSION
+    model_name: str
+    architecture: str
+    backend: str
+    precision: dict[str, str]  # component -> "fp32", "int8", ...
+    limits: EngineLimits
+    checkpoint_digest: str
+    tool_versions: dict[str, str]
+    files: dict[str, FileRecord] = Field(default_factory=dict)
+    calibration: dict[str, Any] | None = None
+    verification: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A published engine, checked. `config` is the model's; files are named by `path / name`."""
+
+    path: Path
+    manifest: Manifest
+    config: NvlmConfig
+
+    @classmethod
+    def open(cls, path: Path | str, full_check: bool = False) -> Engine:
+        """Check and open an engine directory. `full_check` hashes large weight files too (about 1 s per GB)."""
+        path = Path(path)
+        manifest = _read_manifest(path)
+        for name, record in manifest.files.items():
+            _check_file(path / name, record, full_check)
+        config = read_config(path)
+        if config.architecture != manifest.architecture:
+            raise EngineError(
+                f"engine {path} is of NVLM-{manifest.architecture} but its config.json says NVLM-{config.architecture}; "
+                "rebuild it with `nvlm-trt build`"
+            )
+        return cls(path, manifest, config)
+
+    @property
+    def limits(self) -> EngineLimits:
+        return self.manifest.limits
+
+    @property
+    def digest(self) -> str:
+        """Identifies the weights and their precision: part of every image cache key."""
+        parts = [self.manifest.checkpoint_digest, json.dumps(self.manifest.precision, sort_keys=True)]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def publish(output: Path | str, overwrite: bool = False) -> Iterator[Path]:
+    """Yield an empty temporary sibling of `output`; rename it to `output` on success, remove it on any failure."""
+    output = Path(output).absolute()
+    if output.exists() and not overwrite:
+        raise EngineError(f"{output} exists; choose another --output or pass --overwrite")
+    if output.exists() and not (output / MANIFEST).exists() and any(output.iterdir()):
+        raise EngineError(f"{output} is not an engine directory, so it is not overwritten; choose another --output")
+    with storage_errors(output), temporary_sibling(output) as staging:
+        yield staging
+        replace_directory(staging, output)
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk or a read-only folder into a one-line EngineError that names the place."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise EngineError(f"disk full while writing {path}; free space there or choose another place") from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
+            raise EngineError(f"cannot write {path} ({error.strerror}); choose another place") from error
+        raise
+
+
+@contextlib.contextmanager
+def temporary_sibling(target: Path) -> Iterator[Path]:
+    """A fresh folder beside `target`, on the same file system, gone afterwards unless it was renamed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def replace_directory(staging: Path, target: Path) -> None:
+    """Rename `staging` to `target`, setting an older `target` aside first so that no moment shows half of one."""
+    staging.chmod(0o755)
+    if not target.exists():
+        os.rename(staging, target)
+        return
+    with temporary_sibling(target) as aside:
+        os.rename(target, aside / "previous")
+        os.rename(staging, target)
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Hash every file below `directory` into the manifest and write it."""
+    names = sorted(str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST)
+    manifest.files = {
+        name: FileRecord(size=(directory / name).stat().st_size, sha256=_sha256(directory / name)) for name in names
+    }
+    save_manifest(directory, manifest)
+
+
+def save_manifest(directory: Path, manifest: Manifest) -> None:
+    """Replace manifest.json atomically; the files it lists are not touched."""
+    temporary = directory / f".{MANIFEST}.tmp"
+    temporary.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, directory / MANIFEST)
+
+
+def tool_versions(*packages: str) -> dict[str, str]:
+    return {package: importlib.metadata.version(package) for package in ("nvlm-trt", *packages)}
+
+
+def _read_manifest(path: Path) -> Manifest:
+    file = path / MANIFEST
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise EngineError(f"{path} is not an engine directory (no {MANIFEST}); run `nvlm-trt build`") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise EngineError(f"{file} is not JSON ({error}); rebuild the engine with `nvlm-trt build`") from None
+    version = raw.get("schema_version") if isinstance(raw, dict) else None
+    if version != SCHEMA_VERSION:
+        raise EngineError(
+            f"{file} has schema version {version}, this nvlm-trt reads {SCHEMA_VERSION}; rebuild with `nvlm-trt build`"
+        )
+    try:
+        return Manifest.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise EngineError(f"{file}: {where}: {first['msg']}; rebuild the engine with `nvlm-trt build`") from None
+
+
+def _check_file(path: Path, record: FileRecord, full_check: bool) -> None:
+    remedy = "rebuild the engine with `nvlm-trt build`"
+    if not path.is_file():
+        raise EngineError(f"engine file {path} is missing; {remedy}")
+    size = path.stat().st_size
+    if size != record.size:
+        raise EngineError(f"engine file {path} has {size} bytes, its manifest says {record.size}; {remedy}")
+    if (full_check or size <= _QUICK_HASH_BYTES) and _sha256(path) != record.sha256:
+        raise EngineError(f"engine file {path} does not match the sha256 in its manifest; {remedy}")
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
