@@ -81,7 +81,7 @@ class Engine:
         config = read_config(path)
         if config.architecture != manifest.architecture:
             raise EngineError(
-                f"engine {path} is of NVLM-{manifest.architecture} but its config.json says NVLM-{config.architecture}; "
+                f"engine {path} is of NVLM-{manifest.architecture}, its config.json says NVLM-{config.architecture}; "
                 "rebuild it with `nvlm-trt build`"
             )
         return cls(path, manifest, config)

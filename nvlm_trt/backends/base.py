@@ -29,8 +29,10 @@ class Backend(Protocol):
         """[tiles, 3, E, E] -> image tokens [tiles, T, hidden], projector included."""
         ...
 
-    def cross_kv(self, image_tokens: FloatArray, tag_ids: IntArray | None) -> FloatArray:
-        """[n, T, hidden] (and for H tag_ids [n, tag_length]) -> [cross layers, 2 (key, value), kv_heads, C, head_dim]."""
+    def cross_kv(self, image_tokens: FloatArray) -> FloatArray:
+        """One image's cross-attended tiles [n, T, hidden] -> [cross layers, 2 (key, value), kv_heads, C, head_dim].
+
+        C = n * T for X; for H each tile's tokens follow its tag's text embeddings, C = n * (tag_length + T)."""
         ...
 
     def write_cross_kv(self, slot: int, start: int, cross_kv: FloatArray) -> None:
@@ -40,8 +42,10 @@ class Backend(Protocol):
     def prefill(
         self, slot: int, position: int, input_ids: IntArray, image_tokens: FloatArray, cross_ranges: RangeArray
     ) -> FloatArray:
-        """Run input_ids [S] of one slot from `position` on; image_tokens [M, hidden] replace the image tokens among them,
-        in order; cross_ranges [S, 2]. Returns the last token's logits [vocab]."""
+        """Run input_ids [S] of one slot from `position` on; cross_ranges [S, 2].
+
+        image_tokens [M, hidden] replace the M image tokens among input_ids, in order.
+        Returns the last token's logits [vocab]."""
         ...
 
     def decode(self, input_ids: IntArray, positions: IntArray, cross_ranges: RangeArray) -> FloatArray:
