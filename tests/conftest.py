@@ -1,0 +1,42 @@
+"""Session fixtures: random tiny checkpoints and the engines built from them, made once per run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+DirectoryByName = Callable[[str], Path]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> DirectoryByName:
+    """`checkpoint("nvlm-h-tiny")` is the directory of a random checkpoint of that preset, seed 0."""
+    from nvlm_trt.checkpoint import init_checkpoint
+
+    root = tmp_path_factory.mktemp("checkpoints")
+
+    def make(name: str) -> Path:
+        directory = root / name
+        if not directory.exists():
+            init_checkpoint(directory, name, seed=0)
+        return directory
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def engine(tmp_path_factory: pytest.TempPathFactory, checkpoint: DirectoryByName) -> DirectoryByName:
+    """`engine("nvlm-h-tiny")` is the directory of the ONNX Runtime engine built from `checkpoint("nvlm-h-tiny")`."""
+    from nvlm_trt.builders.onnx_engine import build_engine
+
+    root = tmp_path_factory.mktemp("engines")
+
+    def make(name: str) -> Path:
+        directory = root / name
+        if not directory.exists():
+            build_engine(checkpoint(name), directory)
+        return directory
+
+    return make
