@@ -44,10 +44,49 @@ install() {
   touch "$stamp"
 }
 
+# run COMMAND ...: show an nvlm-trt command as a user would type it, then run it.
+run() {
+  printf '\n$ ./build.sh %s\n' "${*@Q}" >&2
+  .venv/bin/nvlm-trt "$@"
+}
+
+# ask_served ENGINE IMAGE QUESTION: serve one engine, ask it one question over gRPC, stop the server.
+ask_served() {
+  local engine=$1 image=$2 question=$3 log address=
+  log=$(mktemp)
+  printf '\n$ ./build.sh serve %s --grpc-port 0 --http-port 0 --metrics-port 0\n' "$engine" >&2
+  .venv/bin/nvlm-trt serve "$engine" --grpc-port 0 --http-port 0 --metrics-port 0 >"$log" &
+  server=$!
+  until address=$(grep -om1 'grpc://[^ ]*' "$log"); do
+    kill -0 "$server" 2>/dev/null || fail "the server did not start; see its message above"
+    sleep 0.1
+  done
+  echo "serving at $address" >&2
+  run ask "$question" --image "$image" --url "$address" --max-tokens 48 --stats
+  kill -TERM "$server"
+  wait "$server"
+  server=
+  rm -f "$log"
+}
+
+demo() {
+  local architecture name
+  server=
+  trap '[ -n "$server" ] && kill -TERM "$server" 2>/dev/null && wait "$server"' EXIT
+  for architecture in d x h; do
+    name=nvlm-$architecture-tiny
+    [ -d "engines/checkpoints/$name" ] || run init-checkpoint --preset "$name" --seed 0 "engines/checkpoints/$name"
+    [ -d "engines/$name" ] || run build --checkpoint "engines/checkpoints/$name" --output "engines/$name"
+  done
+  for architecture in d x h; do
+    ask_served "engines/nvlm-$architecture-tiny" docs/images/receipt.png "What is the total?"
+  done
+}
+
 case "${1:-demo}" in
   demo)
     install runtime
-    exec .venv/bin/nvlm-trt demo "${@:2}"
+    demo
     ;;
   test)
     install test
