@@ -1,0 +1,84 @@
+"""Random checkpoints of the presets: no model of these sizes was published, and tests and benchmarks need weights.
+
+Scales keep activations near 1 through all layers, and make every part count: logits depend on the text, on the image
+and on the gates, so that an error in any of them shows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from nvlm_trt.checkpoint_writer import Progress, write_checkpoint
+from nvlm_trt.config import PRESETS, NvlmConfig
+from nvlm_trt.errors import ConfigError
+from nvlm_trt.layout import checkpoint_layout
+from nvlm_trt.safetensors_file import FloatArray
+from nvlm_trt.tokenizer import Tokenizer, write_byte_tokenizer
+
+# Summed over its layers, the decoder's residual branches outweigh the embeddings, so that the next token depends on
+# the context and not on the last token alone.
+_RESIDUAL_GAIN = 3.0
+# A tied lm_head scores the input token highest unless embeddings are small beside what the layers add.
+_TIED_EMBEDDING_STD = 0.1
+
+
+def init_checkpoint(
+    directory: Path | str, preset: str, seed: int, overwrite: bool = False, progress: Progress | None = None
+) -> None:
+    """Write a random checkpoint of a preset (config.PRESETS) in bfloat16 with a byte-level tokenizer.
+
+    The same preset and seed give the same files. D, X and H of one size and seed share every tensor that has the
+    same name and shape. Raises ConfigError for an unknown preset, and what `write_checkpoint` raises."""
+    if preset not in PRESETS:
+        raise ConfigError(f"preset {preset!r} is not one of {', '.join(PRESETS)}")
+    config = PRESETS[preset]
+    with tempfile.TemporaryDirectory() as folder:
+        write_byte_tokenizer(Path(folder), config.max_tiles)
+        config = replace(config, image_token_id=Tokenizer.from_directory(Path(folder)).image_token_id)
+        write_checkpoint(
+            directory,
+            config,
+            _random_tensors(config, seed),
+            tokenizer_files=sorted(Path(folder).iterdir()),
+            overwrite=overwrite,
+            progress=progress,
+        )
+
+
+def _random_tensors(config: NvlmConfig, seed: int) -> Iterator[tuple[str, FloatArray]]:
+    for name, shape in checkpoint_layout(config).items():
+        key = hashlib.sha256(f"{seed} {name}".encode()).digest()
+        yield name, _random_tensor(config, name, shape, np.random.Generator(np.random.SFC64(list(key))))
+
+
+def _random_tensor(config: NvlmConfig, name: str, shape: tuple[int, ...], random: np.random.Generator) -> FloatArray:
+    if name.endswith("_gate"):
+        return (random.choice([-1, 1], shape) * random.uniform(0.3, 0.9, shape)).astype(np.float32)
+    if name.endswith((".ls1", ".ls2")):
+        return random.uniform(0.1, 0.5, shape).astype(np.float32)
+    values = random.standard_normal(shape, dtype=np.float32)
+    values *= _std(config, name, shape)
+    if len(shape) == 1 and name.endswith(".weight"):  # norms
+        values += 1
+    return values
+
+
+def _std(config: NvlmConfig, name: str, shape: tuple[int, ...]) -> float:
+    """Standard deviation of a tensor's elements."""
+    if len(shape) == 1:
+        return 0.1 if name.endswith(".weight") else 0.05
+    if name.endswith("embed_tokens.weight"):
+        return _TIED_EMBEDDING_STD if config.llm.tie_word_embeddings else 1.0
+    if name.endswith(("class_embedding", "position_embedding")):
+        return 0.3
+    std = 1 / math.sqrt(math.prod(shape[1:]))  # keeps the variance of a linear layer's input
+    if name.startswith("language_model.") and name.endswith(("o_proj.weight", "down_proj.weight")):
+        std *= _RESIDUAL_GAIN / math.sqrt(2 * config.llm.num_layers)
+    return std

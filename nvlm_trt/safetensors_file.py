@@ -1,0 +1,121 @@
+"""One safetensors file, read tensor by tensor.
+
+The safetensors package checks the header (lengths, offsets, overlaps, truncation). Data is then read by position
+instead of through its memory map: pages of a map stay in the process's resident set until the kernel wants them
+back, and a file that shrinks under a map kills the process with SIGBUS instead of raising an error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+
+from nvlm_trt.errors import CheckpointError
+
+FloatArray = npt.NDArray[np.float32]
+
+_ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
+_BLOCK_BYTES = 16 << 20  # read and converted at a time, so that a load holds one float32 tensor and little more
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """Where a tensor lies: `begin` is its first byte from the start of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    nbytes: int
+
+
+class SafetensorsFile:
+    """An open file and its `records` by tensor name. Reads are positional, so threads may share it."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises CheckpointError when the file is absent, truncated, or has a corrupt header."""
+        self.path = path
+        try:
+            with safe_open(path, framework="numpy"):
+                pass  # opening is the check
+            self._file: BinaryIO = path.open("rb")
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} is missing; download or write the checkpoint again") from None
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{path} is not a whole safetensors file ({error}); download or write it again"
+            ) from None
+        self.records = _read_header(self._file)
+
+    def load(self, name: str) -> FloatArray:
+        """The whole tensor as float32. Raises CheckpointError for a dtype other than BF16, F16 and F32."""
+        record = self.records[name]
+        out = np.empty(record.shape, np.float32)
+        self._read_floats(name, record, 0, out.reshape(-1))
+        return out
+
+    def load_rows(self, name: str, rows: npt.NDArray[np.int64]) -> FloatArray:
+        """Rows of a matrix, [len(rows), columns] float32, without reading the others."""
+        record = self.records[name]
+        count, columns = record.shape
+        assert not len(rows) or 0 <= rows.min() <= rows.max() < count, f"rows of {name} must be in 0..{count - 1}"
+        out = np.empty((len(rows), columns), np.float32)
+        for target, row in zip(out, rows, strict=True):
+            self._read_floats(name, record, int(row) * columns, target)
+        return out
+
+    def read_bytes(self, record: TensorRecord, start: int, length: int) -> bytearray:
+        """Stored bytes [start, start + length) of a tensor."""
+        buffer = bytearray(length)
+        view, done = memoryview(buffer), 0
+        while done < length:
+            count = os.preadv(self._file.fileno(), [view[done:]], record.begin + start + done)
+            if not count:
+                raise CheckpointError(f"{self.path} became shorter while it was read; write the checkpoint again")
+            done += count
+        return buffer
+
+    def blocks(self, record: TensorRecord) -> Iterator[bytearray]:
+        """All stored bytes of a tensor, block by block."""
+        for start in range(0, record.nbytes, _BLOCK_BYTES):
+            yield self.read_bytes(record, start, min(_BLOCK_BYTES, record.nbytes - start))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _read_floats(self, name: str, record: TensorRecord, first: int, out: FloatArray) -> None:
+        """Fill the flat `out` with elements [first, first + len(out)) of a tensor."""
+        if record.dtype not in _ITEM_BYTES:
+            raise CheckpointError(
+                f"{self.path}: {name} is stored as {record.dtype}; convert the checkpoint to BF16, F16 or F32"
+            )
+        item = _ITEM_BYTES[record.dtype]
+        step = _BLOCK_BYTES // item
+        for start in range(0, len(out), step):
+            target = out[start : start + step]
+            block = self.read_bytes(record, (first + start) * item, len(target) * item)
+            if record.dtype == "BF16":  # the upper half of a float32
+                bits = np.frombuffer(block, "<u2")
+                np.left_shift(bits, 16, out=target.view(np.uint32), dtype=np.uint32)
+            else:
+                target[:] = np.frombuffer(block, "<f2" if record.dtype == "F16" else "<f4")
+
+
+def _read_header(file: BinaryIO) -> dict[str, TensorRecord]:
+    """8 bytes of length, then JSON {name: {dtype, shape, data_offsets from the header's end}}; already checked."""
+    (length,) = struct.unpack("<Q", file.read(8))
+    header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    records = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        records[name] = TensorRecord(entry["dtype"], tuple(entry["shape"]), 8 + length + begin, end - begin)
+    return records
