@@ -1,0 +1,216 @@
+"""nvlm-trt: build, verify, serve and ask. Errors are one line and exit with 2; --debug shows the traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nvlm_trt import terminal
+from nvlm_trt.config import PRESETS
+from nvlm_trt.errors import NvlmError, RequestError
+
+app = typer.Typer(
+    name="nvlm-trt",
+    help="Build, verify, serve and ask NVLM-1.0 engines (NVLM-D, NVLM-X, NVLM-H).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+EngineArgument = Annotated[Path, typer.Argument(help="Engine directory that `nvlm-trt build` made.")]
+CheckpointOption = Annotated[Path, typer.Option(help="Checkpoint directory in HF layout.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an existing directory of that name.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads per engine; default: the cores at hand.")]
+
+
+@app.callback()
+def main_options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    if debug:
+        os.environ["NVLM_TRT_DEBUG"] = "1"
+
+
+@app.command("init-checkpoint")
+def init_checkpoint(
+    directory: Annotated[Path, typer.Argument(help="Directory to write.")],
+    preset: Annotated[str, typer.Option(help=f"One of {', '.join(PRESETS)}.")],
+    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Write a valid checkpoint with random weights, config and tokenizer.
+
+    Example: nvlm-trt init-checkpoint --preset nvlm-h-tiny --seed 0 checkpoints/nvlm-h
+    """
+    from nvlm_trt.checkpoint import init_checkpoint as write
+
+    with terminal.progress() as progress:
+        write(directory, preset, seed=seed, overwrite=overwrite, progress=progress)
+    terminal.note(f"wrote {directory} (random weights of {preset}, seed {seed})")
+
+
+@app.command()
+def build(
+    checkpoint: CheckpointOption,
+    output: Annotated[Path, typer.Option(help="Engine directory to publish.")],
+    backend: Annotated[str, typer.Option(help="Runs the engine: onnxruntime.")] = "onnxruntime",
+    max_slots: Annotated[int | None, typer.Option(help="Requests decoded at once [8].")] = None,
+    max_seq_len: Annotated[int | None, typer.Option(help="Tokens of prompt and answer in the LLM [4096].")] = None,
+    max_image_tokens: Annotated[
+        int | None, typer.Option(help="Cross-attended tokens per request (X, H) [four images' worth].")
+    ] = None,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Build an engine from a checkpoint, try it once, and publish it.
+
+    Example: nvlm-trt build --checkpoint checkpoints/nvlm-h --output engines/nvlm-h
+    """
+    if backend != "onnxruntime":
+        raise NvlmError(f"backend {backend!r} is not one of: onnxruntime; choose with --backend")
+    from nvlm_trt.builders.onnx_engine import build_engine
+
+    chosen = {"max_slots": max_slots, "max_seq_len": max_seq_len, "max_image_tokens": max_image_tokens}
+    with terminal.progress() as progress:
+        engine = build_engine(
+            checkpoint,
+            output,
+            overrides={name: value for name, value in chosen.items() if value is not None},
+            overwrite=overwrite,
+            progress=progress,
+        )
+    size = sum(record.size for record in engine.manifest.files.values())
+    limits = " ".join(f"{name}={value}" for name, value in engine.limits.model_dump().items())
+    terminal.note(f"published {output} (NVLM-{engine.config.architecture}, {size / 1e6:.1f} MB, {limits})")
+
+
+@app.command()
+def verify(
+    engine: EngineArgument,
+    checkpoint: CheckpointOption,
+    tokens: Annotated[int, typer.Option(min=1, help="Greedy tokens to compare.")] = 64,
+    tolerance: Annotated[float, typer.Option(min=0, help="Largest absolute difference allowed.")] = 1e-3,
+    image: Annotated[
+        Path | None, typer.Option(help="Picture to compare on; default: one drawn for the purpose.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare every stage of an engine with the PyTorch reference (needs the extra `reference`).
+
+    Example: nvlm-trt verify engines/nvlm-h --checkpoint checkpoints/nvlm-h
+    """
+    from nvlm_trt.evaluation.parity import verify_engine
+
+    with terminal.progress() as progress:
+        report = verify_engine(engine, checkpoint, image, tokens, tolerance, progress)
+    if as_json:
+        print(json.dumps(report.to_dict(), indent=2))
+    else:
+        terminal.parity_table(report)
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def serve(
+    engine: EngineArgument,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free port.")] = 8001,
+    http_port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free port.")] = 8000,
+    metrics_port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free port.")] = 8002,
+) -> None:
+    """Serve an engine through Triton until SIGINT or SIGTERM; running requests are finished first.
+
+    Example: nvlm-trt serve engines/nvlm-h --grpc-port 8001
+    """
+    from nvlm_trt.serving.server import serve as run_server
+
+    raise typer.Exit(run_server(engine, host=host, grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port))
+
+
+@app.command()
+def ask(
+    question: Annotated[str, typer.Argument(help="The question; <image> marks where a picture belongs.")],
+    image: Annotated[list[Path] | None, typer.Option(help="Picture to ask about; repeat for several.")] = None,
+    engine: Annotated[Path | None, typer.Option(help="Engine directory, run in this process.")] = None,
+    url: Annotated[str | None, typer.Option(help="A running server, grpc://host:port.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens of this total probability.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Keep tokens of at least this share of the likeliest's.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages repetition.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; repeat for several.")] = None,
+    max_tiles: Annotated[int | None, typer.Option(help="Tiles per picture, thumbnail not counted.")] = None,
+    threads: ThreadsOption = None,
+    stats: Annotated[bool, typer.Option("--stats", help="Report tiles, time to first token and tokens/s.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Ask about pictures and stream the answer.
+
+    Example: nvlm-trt ask "What is the total?" --image docs/images/receipt.png --engine engines/nvlm-h --stats
+    """
+    if (engine is None) == (url is None):
+        raise NvlmError("name either an engine or a server: pass one of --engine DIR and --url grpc://host:port")
+    from nvlm_trt.prompt import Message
+    from nvlm_trt.runtime.sampling import SamplingParams
+
+    sampling = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=tuple(stop or ()),
+    )
+    messages = [Message("system", system)] if system else []
+    messages.append(Message("user", question))
+    pictures = tuple(_read_picture(path) for path in image or ())
+    if engine is not None:
+        from nvlm_trt.runtime.pipeline import ChatRequest, Pipeline
+
+        with Pipeline.open(engine, threads=threads) as pipeline:
+            stream = pipeline.generate(ChatRequest(messages, pictures, sampling, max_tiles))
+            terminal.print_answer(stream, stats=stats, as_json=as_json)
+    else:
+        from nvlm_trt.serving.client import Client
+
+        with Client(str(url)) as client:
+            stream = client.stream(messages=messages, images=pictures, sampling=sampling, max_tiles=max_tiles)
+            terminal.print_answer(stream, stats=stats, as_json=as_json)
+
+
+def _read_picture(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise RequestError(f"cannot read image {path} ({error.strerror}); name a readable picture file") from None
+
+
+def main() -> None:
+    """Entry point: run a command, turn its error into one line."""
+    try:
+        app()
+    except NvlmError as error:
+        if os.environ.get("NVLM_TRT_DEBUG"):
+            raise
+        terminal.error(str(error))
+        sys.exit(2)
+    except BrokenPipeError:
+        # the reader of our output has gone; point stdout elsewhere so that the interpreter's last flush is silent
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""Parity of an engine with the PyTorch reference, stage by stage: `nvlm-trt verify`.
+
+Every stage but the last gets the reference's own input, so a difference names the stage that makes it. The last
+row is end to end: the tokens that the whole pipeline generates from encoded image bytes and text.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw
+
+from nvlm_trt.backends import open_backend
+from nvlm_trt.backends.base import Backend
+from nvlm_trt.checkpoint import Checkpoint
+from nvlm_trt.engine import Engine, save_manifest
+from nvlm_trt.errors import EngineError, NvlmError
+from nvlm_trt.image import load_image
+from nvlm_trt.prompt import EncodedPrompt, Message, PromptEncoder, split_tiles
+from nvlm_trt.runtime.pipeline import ChatRequest, Pipeline
+from nvlm_trt.runtime.sampling import SamplingParams
+from nvlm_trt.tiling import tile_image
+from nvlm_trt.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from nvlm_trt.reference.model import ReferenceModel
+
+ProgressCallback = Callable[[str, float, float], None]
+QUESTION = "What is written in the second line?"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One comparison. `max_abs_diff` is NaN-aware: a non-finite value on either side makes it infinite."""
+
+    name: str
+    shape: str
+    max_abs_diff: float | None
+    cosine: str
+    allowed: str
+    passed: bool
+
+    @property
+    def difference(self) -> str:
+        return "" if self.max_abs_diff is None else f"{self.max_abs_diff:.2e}"
+
+
+@dataclass
+class ParityReport:
+    title: str
+    tolerance: float
+    stages: list[Stage] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.stages) and all(stage.passed for stage in self.stages)
+
+    def compare(self, name: str, actual: npt.NDArray[Any], expected: npt.NDArray[Any]) -> None:
+        """Add a stage: same shape, finite everywhere, largest absolute difference within the tolerance."""
+        a, b = actual.astype(np.float64).ravel(), expected.astype(np.float64).ravel()
+        comparable = actual.shape == expected.shape and bool(np.isfinite(a).all() and np.isfinite(b).all())
+        difference = float(np.abs(a - b).max(initial=0.0)) if comparable else float("inf")
+        cosine = f"{a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-30):.8f}" if comparable else "-"
+        self.stages.append(
+            Stage(name, "x".join(map(str, actual.shape)), difference, cosine, f"{self.tolerance:.0e}",
+                  difference <= self.tolerance)
+        )  # fmt: skip
+
+    def compare_tokens(self, name: str, actual: list[int], expected: list[int]) -> None:
+        equal = sum(a == b for a, b in zip(actual, expected, strict=False))
+        passed = actual == expected and bool(expected)
+        self.stages.append(Stage(name, f"{equal} of {len(expected)}", None, "", "all equal", passed))
+
+    def to_dict(self) -> dict[str, Any]:
+        stages = [
+            {"name": s.name, "shape": s.shape, "max_abs_diff": s.max_abs_diff, "cosine": s.cosine, "passed": s.passed}
+            for s in self.stages
+        ]
+        return {"passed": self.passed, "tolerance": self.tolerance, "stages": stages}
+
+
+def verify_engine(
+    engine_path: Path,
+    checkpoint: Path,
+    image: Path | None = None,
+    tokens: int = 64,
+    tolerance: float = 1e-3,
+    progress: ProgressCallback | None = None,
+) -> ParityReport:
+    """Compare an engine with the reference of `checkpoint` and record the result in the engine's manifest.
+
+    Raises EngineError when the engine was built from another checkpoint, NvlmError when torch is not installed.
+    """
+    engine = Engine.open(engine_path, full_check=True)
+    with Checkpoint.open(checkpoint) as source:
+        if source.digest != engine.manifest.checkpoint_digest:
+            raise EngineError(
+                f"engine {engine_path} was not built from checkpoint {checkpoint} (their digests differ); "
+                "name the checkpoint it was built from"
+            )
+    reference = _load_reference(checkpoint)
+    report = ParityReport(f"{engine.config.name} on {engine.manifest.backend}", tolerance)
+    data = image.read_bytes() if image is not None else drawn_picture(engine)
+    report_progress = progress or (lambda description, done, total: None)
+    report_progress("verifying", 0, 3)
+    with open_backend(engine) as backend:
+        prompt, llm_tokens, cross_kv = _compare_stages(report, engine, backend, reference, data)
+    report_progress("verifying", 1, 3)
+    expected = reference.generate(prompt, llm_tokens, cross_kv, max_tokens=tokens)
+    report_progress("verifying", 2, 3)
+    with Pipeline.open(engine_path) as pipeline:
+        sampling = SamplingParams(max_tokens=tokens, ignore_eos=True)
+        deltas = pipeline.generate(ChatRequest([Message("user", QUESTION)], (data,), sampling, None))
+        actual = [token for delta in deltas for token in delta.token_ids]
+    report.compare_tokens("greedy tokens", actual, expected)
+    report_progress("verifying", 3, 3)
+    engine.manifest.verification = report.to_dict()
+    save_manifest(engine_path, engine.manifest)
+    return report
+
+
+def _compare_stages(
+    report: ParityReport, engine: Engine, backend: Backend, reference: ReferenceModel, data: bytes
+) -> tuple[EncodedPrompt, Any, Any]:
+    """Tiles, image tokens, cross K/V and prefill logits; returns what the reference generates from."""
+    import torch
+
+    from nvlm_trt.reference.preprocess import reference_tiles
+
+    config, max_tiles = engine.config, engine.limits.max_tiles
+    encoder = PromptEncoder(config, Tokenizer.from_directory(engine.path))
+    picture = load_image(data)
+    tiles = reference_tiles(picture, config.vision.image_size, max_tiles)  # [n, 3, E, E]
+    report.compare("tiles", tile_image(picture, config.vision.image_size, max_tiles), tiles.numpy())
+
+    with torch.inference_mode():
+        image_tokens = reference.encode(tiles)  # [n, T, hidden]
+        report.compare("image tokens", backend.encode(tiles.numpy()), image_tokens.numpy())
+        llm_tiles, cross_tiles = split_tiles(config.architecture, len(tiles))
+        llm_tokens = image_tokens[llm_tiles].reshape(-1, config.llm.hidden_size)  # [M, hidden]
+        cross_kv = None
+        if config.cross_attention is not None:
+            crossed = image_tokens[cross_tiles]
+            tags = torch.from_numpy(encoder.tag_ids(len(crossed))) if config.architecture == "H" else None
+            cross_kv = reference.cross_kv(crossed, tags)
+            expected = torch.stack([torch.stack(pair) for pair in cross_kv]).numpy()
+            backend.write_cross_kv(0, 0, expected)
+            report.compare("cross K/V", backend.cross_kv(crossed.contiguous().numpy()), expected)
+
+        prompt = encoder.encode([Message("user", QUESTION)], [len(tiles)])
+        text = encoder.encode([Message("user", QUESTION)], [])
+        for name, encoded, tokens in (("prefill logits", prompt, llm_tokens), ("text-only logits", text, None)):
+            ids = torch.from_numpy(encoded.input_ids)[None]
+            ranges = torch.from_numpy(encoded.cross_ranges)[None]
+            logits, _ = reference(ids, tokens, cross_kv, ranges, None)
+            spliced = np.zeros((0, config.llm.hidden_size), np.float32) if tokens is None else tokens.numpy()
+            actual = backend.prefill(0, 0, encoded.input_ids, spliced, encoded.cross_ranges)
+            report.compare(name, actual, logits[0, -1].numpy())
+    return prompt, llm_tokens, cross_kv
+
+
+def drawn_picture(engine: Engine) -> bytes:
+    """A PNG with text and shapes, wide enough to become several tiles of `engine`'s size."""
+    edge = engine.config.vision.image_size
+    image = Image.new("RGB", (3 * edge, 2 * edge), "white")
+    draw = ImageDraw.Draw(image)
+    draw.ellipse([edge // 8, edge // 8, edge, edge], fill="#c03030")
+    draw.polygon([(2 * edge, edge // 4), (3 * edge - 8, edge), (edge + edge // 2, edge)], fill="#3050b0")
+    for line in range(4):
+        draw.text((edge // 8, edge * (5 + line) // 4), f"line {line + 1}: NVLM", fill="black", font_size=edge // 6)
+    encoded = io.BytesIO()
+    image.save(encoded, "PNG")
+    return encoded.getvalue()
+
+
+def _load_reference(checkpoint: Path) -> ReferenceModel:
+    try:
+        from nvlm_trt.reference.model import ReferenceModel
+    except ImportError as error:
+        raise NvlmError(f"the reference needs PyTorch ({error}); pip install 'nvlm-trt[reference]'") from None
+    return ReferenceModel.from_checkpoint(checkpoint)

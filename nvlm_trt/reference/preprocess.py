@@ -1,0 +1,45 @@
+"""Tiling written a second time, plainly, in torch: the oracle for nvlm_trt.tiling."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+import torch
+from PIL import Image
+
+MEAN = torch.tensor([0.485, 0.456, 0.406])
+STD = torch.tensor([0.229, 0.224, 0.225])
+
+
+def reference_grid(width: int, height: int, tile_size: int, max_tiles: int) -> tuple[int, int]:
+    """InternVL's rule: the grid whose shape is nearest the image's; ties go to the larger grid if pixels suffice."""
+    grids = [(i, j) for i in range(1, max_tiles + 1) for j in range(1, max_tiles + 1) if i * j <= max_tiles]
+    grids.sort(key=lambda grid: grid[0] * grid[1])
+    best, best_distance = (1, 1), None
+    for i, j in grids:
+        distance = abs(Fraction(width, height) - Fraction(i, j))
+        enough_pixels = 2 * width * height > tile_size**2 * i * j
+        if best_distance is None or distance < best_distance or (distance == best_distance and enough_pixels):
+            best, best_distance = (i, j), distance
+    return best
+
+
+def reference_tiles(image: Image.Image, tile_size: int, max_tiles: int) -> torch.Tensor:
+    """RGB image -> float32 [tiles, 3, tile_size, tile_size], row by row, the thumbnail last if there are several."""
+    columns, rows = reference_grid(*image.size, tile_size, max_tiles)
+    whole = _pixels(image, (columns * tile_size, rows * tile_size))  # [3, rows * E, columns * E]
+    tiles = [
+        whole[:, row * tile_size : (row + 1) * tile_size, column * tile_size : (column + 1) * tile_size]
+        for row in range(rows)
+        for column in range(columns)
+    ]
+    if len(tiles) > 1:
+        tiles.append(_pixels(image, (tile_size, tile_size)))
+    return torch.stack(tiles)
+
+
+def _pixels(image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
+    """Resize and normalise: [3, height, width]."""
+    resized = torch.from_numpy(np.array(image.resize(size, Image.Resampling.BICUBIC)))
+    return ((resized.float() / 255 - MEAN) / STD).permute(2, 0, 1)

@@ -1,0 +1,105 @@
+"""What a person sees: progress bars, the streamed answer with its statistics, the parity table, error lines."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from nvlm_trt.evaluation.parity import ParityReport
+    from nvlm_trt.runtime.request import Delta
+
+ProgressCallback = Callable[[str, float, float], None]
+
+_stderr = Console(stderr=True, highlight=False)
+
+
+def error(message: str) -> None:
+    _stderr.print(f"error: {message}", markup=False, soft_wrap=True)
+
+
+def note(message: str) -> None:
+    _stderr.print(message, markup=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[ProgressCallback]:
+    """A callback `(description, done, total)` that draws one bar per description on stderr; silent off a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=_stderr, disable=not _stderr.is_terminal) as bars:
+        tasks: dict[str, int] = {}
+
+        def report(description: str, done: float, total: float) -> None:
+            if description not in tasks:
+                tasks[description] = bars.add_task(description, total=total)
+            bars.update(tasks[description], completed=done, total=total)
+
+        yield report
+
+
+def print_answer(stream: Iterable[Delta], stats: bool, as_json: bool) -> None:
+    """Stream an answer to stdout as it arrives; `stats` go to stderr, so that stdout holds the answer alone."""
+    started = time.perf_counter()
+    first_token = last_token = 0.0
+    deltas = []
+    for delta in stream:
+        deltas.append(delta)
+        if delta.token_ids:
+            last_token = time.perf_counter()
+            first_token = first_token or last_token
+        if delta.text and not as_json:
+            sys.stdout.write(_printable(delta.text) if sys.stdout.isatty() else delta.text)
+            sys.stdout.flush()
+    usage = deltas[-1].usage if deltas else None
+    sizes = [len(delta.token_ids) for delta in deltas if delta.token_ids]
+    tokens = sum(sizes)
+    ttft_ms = (first_token - started) * 1e3 if sizes else None
+    # what arrives first was made by prefill: its time is not decoding time
+    tokens_per_s = (tokens - sizes[0]) / (last_token - first_token) if last_token > first_token else None
+    if as_json:
+        answer = {
+            "text": "".join(delta.text for delta in deltas),
+            "finish_reason": deltas[-1].finish_reason if deltas else None,
+            "usage": asdict(usage) if usage else None,
+            "client_ttft_ms": ttft_ms,
+            "tokens_per_s": tokens_per_s,
+        }
+        print(json.dumps(answer, indent=2, ensure_ascii=False))
+        return
+    print(flush=True)
+    if stats and usage is not None:
+        parts = [
+            f"{usage.image_tiles} tiles",
+            f"{usage.prompt_tokens} prompt tokens",
+            f"{tokens} tokens",
+        ]
+        if ttft_ms is not None:
+            parts.append(f"first token after {ttft_ms:.0f} ms")
+        if tokens_per_s is not None:
+            parts.append(f"{tokens_per_s:.1f} tokens/s")
+        note(f"[{' | '.join(parts)}]")
+
+
+def parity_table(report: ParityReport) -> None:
+    """One line per stage: what was compared, how far apart it is, whether that is within tolerance."""
+    table = Table(title=report.title, title_justify="left", highlight=False)
+    for heading in ("stage", "shape", "max abs diff", "cosine", "tolerance", ""):
+        table.add_column(heading, justify="left" if heading in ("stage", "shape") else "right", no_wrap=True)
+    for stage in report.stages:
+        mark = "[green]ok[/green]" if stage.passed else "[red]FAIL[/red]"
+        table.add_row(stage.name, stage.shape, stage.difference, stage.cosine, stage.allowed, mark)
+    Console(highlight=False).print(table)
+
+
+def _printable(text: str) -> str:
+    """Control characters shown as U+FFFD: an answer must not steer the terminal it is printed on."""
+    return "".join(c if c in "\n\t" or c.isprintable() else "�" for c in text)
