@@ -1,0 +1,177 @@
+"""The command line: answers on stdout, errors of one line with exit status 2, statistics on stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nvlm_trt import cli
+
+PICTURE = Path(__file__).parent.parent / "docs" / "images" / "receipt.png"
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """`run("ask", ...)` -> (exit status, stdout, stderr), in this process."""
+    monkeypatch.delenv("NVLM_TRT_DEBUG", raising=False)
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["nvlm-trt", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(exit_.value.code or 0), out, err
+
+    return call
+
+
+def assert_one_line_error(result: tuple[int, str, str], *fragments: str) -> None:
+    status, out, err = result
+    assert status == 2
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1, err
+    for fragment in fragments:
+        assert fragment in err
+
+
+@pytest.mark.parametrize("name", ["nvlm-d-tiny", "nvlm-x-tiny", "nvlm-h-tiny"])
+def test_ask_streams_an_answer_and_its_statistics(run: Run, engine, name: str) -> None:
+    status, out, err = run("ask", "What is the total?", "--image", PICTURE, "--engine", engine(name), "--max-tokens", 8,
+                           "--stats")  # fmt: skip
+    assert status == 0
+    assert out
+    assert "7 tiles" in err
+    assert "tokens/s" in err
+
+
+def test_ask_json_is_one_object(run: Run, engine) -> None:
+    status, out, _ = run("ask", "hello", "--engine", engine("nvlm-d-tiny"), "--max-tokens", 4, "--json")
+    answer = json.loads(out)
+    assert status == 0
+    assert answer["finish_reason"] in ("stop", "length")
+    assert 1 <= answer["usage"]["completion_tokens"] <= 4
+
+
+def test_sampling_options_reach_the_engine(run: Run, engine) -> None:
+    def answer(seed: int) -> str:
+        options = ("--temperature", 2.0, "--max-tokens", 12, "--seed", seed, "--json")
+        return json.loads(run("ask", "hello", "--engine", engine("nvlm-d-tiny"), *options)[1])["text"]
+
+    assert answer(1) == answer(1)
+    assert answer(1) != answer(2)
+
+
+@pytest.mark.parametrize(
+    ("options", "fragment"),
+    [
+        (("--max-tokens", -1), "max_tokens"),
+        (("--temperature", "nan"), "temperature"),
+        (("--top-p", 2), "top_p"),
+        (("--max-tiles", 40), "max_tiles"),
+        (("--image", "no-such-file.png"), "no-such-file.png"),
+        (("--image", __file__), "image"),
+    ],
+)
+def test_bad_requests(run: Run, engine, options: tuple[object, ...], fragment: str) -> None:
+    assert_one_line_error(run("ask", "hello", "--engine", engine("nvlm-d-tiny"), *options), fragment)
+
+
+def test_forty_images(run: Run, engine) -> None:
+    images = [argument for _ in range(40) for argument in ("--image", PICTURE)]
+    assert_one_line_error(run("ask", "hello", "--engine", engine("nvlm-d-tiny"), *images), "40")
+
+
+def test_empty_question(run: Run, engine) -> None:
+    assert_one_line_error(run("ask", " ", "--engine", engine("nvlm-d-tiny")), "empty")
+
+
+def test_question_longer_than_the_engine_holds(run: Run, engine) -> None:
+    result = run("ask", "word " * 4000, "--engine", engine("nvlm-d-tiny"))
+    assert_one_line_error(result, "4096", "tokens")
+
+
+def test_ask_wants_exactly_one_source(run: Run, engine) -> None:
+    assert_one_line_error(run("ask", "hello"), "--engine", "--url")
+    assert_one_line_error(run("ask", "hello", "--engine", engine("nvlm-d-tiny"), "--url", "grpc://127.0.0.1:1"))
+
+
+def test_ask_a_server_that_is_not_there(run: Run) -> None:
+    assert_one_line_error(run("ask", "hello", "--url", "grpc://127.0.0.1:9"), "127.0.0.1:9")
+
+
+def test_engine_of_another_kind_of_directory(run: Run, tmp_path: Path) -> None:
+    assert_one_line_error(run("ask", "hello", "--engine", tmp_path), "not an engine directory", "nvlm-trt build")
+
+
+def test_unknown_preset_lists_the_presets(run: Run, tmp_path: Path) -> None:
+    result = run("init-checkpoint", "--preset", "nvlm-z-tiny", tmp_path / "out")
+    assert_one_line_error(result, "nvlm-z-tiny", "nvlm-d-tiny")
+
+
+@pytest.mark.parametrize("option", ["--max-slots", "--max-seq-len", "--max-image-tokens"])
+def test_build_limits_must_be_positive(run: Run, checkpoint, tmp_path: Path, option: str) -> None:
+    result = run("build", "--checkpoint", checkpoint("nvlm-h-tiny"), "--output", tmp_path / "out", option, -1)
+    assert_one_line_error(result, option.lstrip("-").replace("-", "_"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_build_does_not_overwrite_unless_told(run: Run, checkpoint, engine, tmp_path: Path) -> None:
+    target = shutil.copytree(engine("nvlm-d-tiny"), tmp_path / "engine")
+    arguments = ("build", "--checkpoint", checkpoint("nvlm-d-tiny"), "--output", target)
+    assert_one_line_error(run(*arguments), "--overwrite")
+    assert run(*arguments, "--overwrite", "--max-slots", 2)[0] == 0
+    assert json.loads((target / "manifest.json").read_text())["limits"]["max_slots"] == 2
+
+
+def test_unknown_backend(run: Run, checkpoint, tmp_path: Path) -> None:
+    arguments = (
+        "build",
+        "--checkpoint",
+        checkpoint("nvlm-d-tiny"),
+        "--output",
+        tmp_path / "out",
+        "--backend",
+        "abacus",
+    )
+    assert_one_line_error(run(*arguments), "abacus", "onnxruntime")
+
+
+def test_interrupted_build_leaves_nothing(tmp_path: Path) -> None:
+    """SIGINT in the middle of a real build: exit 130, no traceback, no half-written directory."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-m", "nvlm_trt.cli"]
+    checkpoint = tmp_path / "checkpoint"
+    subprocess.run([*command, "init-checkpoint", "--preset", "nvlm-h-tiny", checkpoint], check=True, env=environment)
+    before = set(tmp_path.iterdir())
+    output = tmp_path / "engine"
+    process = subprocess.Popen(
+        [*command, "build", "--checkpoint", checkpoint, "--output", output],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while process.poll() is None and set(tmp_path.iterdir()) == before:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_every_command_has_help_with_an_example(run: Run) -> None:
+    for command in ("init-checkpoint", "build", "verify", "serve", "ask"):
+        status, out, _ = run(command, "--help")
+        assert status == 0
+        assert f"Example: nvlm-trt {command}" in out
