@@ -1,0 +1,198 @@
+"""From logits to a token: what a request may ask for, and how its tokens are drawn.
+
+The order is that of Hugging Face's generate: repetition penalty, temperature, top-k, top-p, min-p.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nvlm_trt.backends.base import FloatArray, IntArray
+from nvlm_trt.errors import EngineError, RequestError
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_LENGTH = 256
+MAX_LOGPROBS = 20
+_BLOCK = 512
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one request's tokens are chosen; every value is checked, RequestError names the one that is wrong."""
+
+    max_tokens: int = 256  # cut at the engine's max_seq_len
+    temperature: float = 0.0  # 0: greedy, and the filters below change nothing
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0  # over the ids of prompt and answer
+    seed: int | None = None  # None: another answer every time
+    stop: tuple[str, ...] = ()  # a single string is accepted too; none of them is part of the answer
+    logprobs: int = 0  # alternatives reported beside each token; 0: no logprobs at all
+    ignore_eos: bool = False  # go on to max_tokens
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, (str, list)):
+            object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        for name, (allowed, is_allowed) in _ALLOWED.items():
+            value = getattr(self, name)
+            if not is_allowed(value):
+                raise RequestError(f"sampling parameter {name} = {reprlib.repr(value)} is not allowed; it is {allowed}")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SamplingParams:
+        """Parameters as a client sends them. A key that is not one of ours is an error, never ignored."""
+        known = [item.name for item in fields(cls)]
+        for key in values:
+            if key not in known:
+                raise RequestError(f"unknown sampling parameter {reprlib.repr(key)}; known are {', '.join(known)}")
+        return cls(**values)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _are_stop_strings(value: Any) -> bool:
+    return (
+        isinstance(value, tuple)
+        and len(value) <= MAX_STOP_STRINGS
+        and all(isinstance(stop, str) and 0 < len(stop) <= MAX_STOP_LENGTH for stop in value)
+    )
+
+
+# A comparison with NaN is false, so each of these also rejects NaN.
+_ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "max_tokens": ("an integer of at least 1", lambda v: _is_integer(v) and v >= 1),
+    "temperature": ("a number from 0 to 100", lambda v: _is_number(v) and 0 <= v <= 100),
+    "top_k": ("an integer of at least 0 (0: off)", lambda v: _is_integer(v) and v >= 0),
+    "top_p": ("a number above 0, at most 1", lambda v: _is_number(v) and 0 < v <= 1),
+    "min_p": ("a number from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1),
+    "repetition_penalty": ("a number from 0.01 to 100", lambda v: _is_number(v) and 0.01 <= v <= 100),
+    "seed": ("none or an integer from 0 to 2**64 - 1", lambda v: v is None or (_is_integer(v) and 0 <= v < 1 << 64)),
+    "stop": (f"up to {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_LENGTH} characters", _are_stop_strings),
+    "logprobs": (f"an integer from 0 to {MAX_LOGPROBS}", lambda v: _is_integer(v) and 0 <= v <= MAX_LOGPROBS),
+    "ignore_eos": ("true or false", lambda v: isinstance(v, bool)),
+}
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Natural-log probabilities under the model's own distribution: temperature, penalty and filters not applied."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]  # the most probable (token id, logprob), best first
+
+
+class Sampler:
+    """Draws the tokens of one request, with a random generator of its own: its neighbours cannot change them."""
+
+    def __init__(self, params: SamplingParams, prompt_ids: IntArray, banned_ids: Collection[int] = ()) -> None:
+        """`prompt_ids` [S] count as seen for the repetition penalty; `banned_ids` are never drawn."""
+        self._params = params
+        self._banned = np.array(sorted(banned_ids), dtype=np.int64)
+        self._seen = set(np.unique(prompt_ids).tolist()) if params.repetition_penalty != 1 else set()
+        self._random = np.random.default_rng(params.seed)
+
+    def sample(self, logits: FloatArray) -> tuple[int, TokenLogprob | None]:
+        """logits [vocab] (not changed) -> the next token, and its logprobs if the request asked for them."""
+        if not np.isfinite(logits).all():
+            raise EngineError("the model produced logits that are not finite; check the engine with `nvlm-trt verify`")
+        token_id = self._draw(logits) if self._params.temperature else self._most_probable(logits)
+        if self._params.repetition_penalty != 1:
+            self._seen.add(token_id)
+        if not self._params.logprobs:
+            return token_id, None
+        return token_id, token_logprob(logits, token_id, self._params.logprobs)
+
+    def _most_probable(self, logits: FloatArray) -> int:
+        if self._params.repetition_penalty == 1:
+            token_id = int(logits.argmax())
+            if token_id not in self._banned:
+                return token_id
+        return int(self._scores(logits).argmax())
+
+    def _draw(self, logits: FloatArray) -> int:
+        token_ids, weights = candidates(self._scores(logits), self._params)
+        return int(token_ids[draw(weights, self._random.random())])
+
+    def _scores(self, logits: FloatArray) -> FloatArray:
+        """A copy of the logits with the repetition penalty applied and the banned ids at -inf."""
+        scores = logits.astype(np.float32, copy=True)
+        if self._seen:
+            seen = np.fromiter(self._seen, dtype=np.int64)
+            penalty = self._params.repetition_penalty
+            scores[seen] = np.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
+        scores[self._banned] = -np.inf
+        return scores
+
+
+def candidates(scores: FloatArray, params: SamplingParams) -> tuple[IntArray, FloatArray]:
+    """scores [vocab], at least one finite -> the n token ids that pass the filters [n], their relative weights [n].
+
+    Tokens that tie with the last one kept by top-k or top-p are kept as well. A weight may be 0: never drawn.
+    """
+    token_ids, kept = np.arange(len(scores)), scores
+    if 0 < params.top_k < len(scores):
+        token_ids = np.flatnonzero(scores >= np.partition(scores, -params.top_k)[-params.top_k])
+        kept = scores[token_ids]
+    # A temperature below float32's smallest number would divide 0 by 0; further down it is greedy anyway.
+    temperature = max(params.temperature, float(np.finfo(np.float32).tiny))
+    with np.errstate(over="ignore"):  # to -inf, whose weight is 0
+        weights = np.exp((kept - kept.max()) / np.float32(temperature))  # [n], the best has 1
+    if params.top_p < 1:
+        keep = weights >= _nucleus_floor(weights, params.top_p)
+        token_ids, weights = token_ids[keep], weights[keep]
+    if params.min_p > 0:
+        keep = weights >= params.min_p
+        token_ids, weights = token_ids[keep], weights[keep]
+    return token_ids, weights
+
+
+def _nucleus_floor(weights: npt.NDArray[np.float32], top_p: float) -> np.float32:
+    """The smallest weight of the shortest list of best tokens whose probabilities add up to top_p; the best has 1."""
+    wanted = top_p * weights.sum(dtype=np.float64)
+    likely = weights[weights > 1e-4]  # holds the whole list of all but the flattest distributions: little to sort
+    if likely.sum(dtype=np.float64) < wanted:
+        likely = weights
+    descending = np.sort(likely)[::-1]
+    last = int(np.searchsorted(descending.cumsum(dtype=np.float64), wanted, side="left"))
+    return descending[min(last, len(descending) - 1)]
+
+
+def draw(weights: FloatArray, uniform: float) -> int:
+    """The index where the running sum of weights [n] passes `uniform` (0 <= uniform < 1) times their sum.
+
+    Blocks are summed first: a running sum over a whole vocabulary takes ten times as long.
+    """
+    totals = np.add.reduceat(weights, np.arange(0, len(weights), _BLOCK), dtype=np.float64).cumsum()
+    target = uniform * totals[-1]
+    block = int(np.searchsorted(totals, target, side="right"))
+    start = block * _BLOCK
+    positive = start + np.flatnonzero(weights[start : start + _BLOCK])
+    running = (totals[block - 1] if block else 0.0) + weights[positive].cumsum(dtype=np.float64)
+    # the two sums may differ in the last bit, hence min
+    return int(positive[min(int(np.searchsorted(running, target, side="right")), len(positive) - 1)])
+
+
+def token_logprob(logits: FloatArray, token_id: int, alternatives: int) -> TokenLogprob:
+    """log softmax of logits [vocab] at token_id and at the `alternatives` most probable tokens."""
+    best = float(logits.max())
+    normaliser = best + float(np.log(np.exp(logits - logits.max()).sum(dtype=np.float64)))
+    alternatives = min(alternatives, len(logits))
+    top = np.argpartition(logits, -alternatives)[-alternatives:]
+    top = top[np.lexsort((top, -logits[top]))]
+    return TokenLogprob(
+        token_id, float(logits[token_id]) - normaliser, tuple((int(i), float(logits[i]) - normaliser) for i in top)
+    )

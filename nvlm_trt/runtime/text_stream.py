@@ -1,0 +1,64 @@
+"""From tokens to the text that a client sees: whole characters only, and never any part of a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+
+class Detokenizer(Protocol):
+    """What turns ids into text as they come, e.g. tokenizer.IncrementalDecoder."""
+
+    def push(self, token_id: int) -> str: ...
+
+    def flush(self) -> str: ...
+
+
+class TextStream:
+    """The text of one answer. It ends before the stop string that is completed first, whatever the tokens' borders.
+
+    Text is held back for as long as it could be the beginning of a stop string.
+    """
+
+    def __init__(self, detokenizer: Detokenizer, stop: Sequence[str] = ()) -> None:
+        self._detokenizer = detokenizer
+        self._stop = tuple(stop)
+        self._held = ""
+        self.stopped = False  # a stop string was found: nothing follows
+
+    def push(self, token_id: int) -> str:
+        """The text that can be shown now, often empty."""
+        if self.stopped:
+            return ""
+        self._take(self._detokenizer.push(token_id))
+        return self._release(self._possible_stop())
+
+    def flush(self) -> str:
+        """The rest, once no token will follow."""
+        if self.stopped:
+            return ""
+        self._take(self._detokenizer.flush())
+        return self._release(0)
+
+    def _take(self, text: str) -> None:
+        self._held += text
+        found = [(start + len(stop), start) for stop in self._stop if (start := self._held.find(stop)) >= 0]
+        if found:
+            _, start = min(found)
+            self._held = self._held[:start]
+            self.stopped = True
+
+    def _possible_stop(self) -> int:
+        """How many characters at the end of the held text may be the beginning of a stop string."""
+        if self.stopped:
+            return 0
+        longest = min(max(map(len, self._stop), default=1) - 1, len(self._held))
+        for size in range(longest, 0, -1):
+            if any(stop.startswith(self._held[-size:]) for stop in self._stop):
+                return size
+        return 0
+
+    def _release(self, keep: int) -> str:
+        border = len(self._held) - keep
+        text, self._held = self._held[:border], self._held[border:]
+        return text

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nvlm_trt.runtime.text_stream import TextStream
+
+
+class Words:
+    """A vocabulary given as strings; what an incomplete character leaves behind comes with flush."""
+
+    def __init__(self, words: Sequence[str], rest: str = "") -> None:
+        self._words, self._rest = words, rest
+
+    def push(self, token_id: int) -> str:
+        return self._words[token_id]
+
+    def flush(self) -> str:
+        return self._rest
+
+
+def answer(text: str, stop: Sequence[str]) -> str:
+    """The rule, letter by letter: the answer ends before the first stop string to be complete (the longest of them)."""
+    for end in range(len(text) + 1):
+        starts = [end - len(s) for s in stop if text[:end].endswith(s)]
+        if starts:
+            return text[: min(starts)]
+    return text
+
+
+letters = st.text("ab<é", max_size=6)
+
+
+@given(st.lists(letters, max_size=12), letters, st.lists(st.text("ab<é", min_size=1, max_size=5), max_size=4))
+def test_deltas_add_up_to_the_text_before_the_first_stop(words: list[str], rest: str, stop: list[str]) -> None:
+    stream = TextStream(Words(words, rest), stop)
+    expected = answer("".join(words) + rest, stop)
+    shown = ""
+    for token_id in range(len(words)):
+        shown += stream.push(token_id)
+        assert expected.startswith(shown)
+        assert stream.stopped == (answer("".join(words[: token_id + 1]), stop) != "".join(words[: token_id + 1]))
+    assert shown + stream.flush() == expected
+
+
+@given(st.lists(letters, max_size=12), st.lists(st.text("ab<é", min_size=1, max_size=5), max_size=4))
+def test_only_a_possible_stop_is_held_back(words: list[str], stop: list[str]) -> None:
+    stream = TextStream(Words(words), stop)
+    text = shown = ""
+    for token_id, word in enumerate(words):
+        text += word
+        shown += stream.push(token_id)
+        if stream.stopped:
+            break
+        held = text[len(shown) :]
+        assert held == "" or any(s.startswith(held) for s in stop)
+
+
+def test_a_stop_string_spans_tokens() -> None:
+    stream = TextStream(Words(["The ", "end</", "ans", "wer> more"]), ["</answer>"])
+    assert [stream.push(i) for i in range(4)] == ["The ", "end", "", ""]
+    assert stream.stopped
+    assert stream.flush() == ""
+
+
+def test_held_text_appears_when_it_was_no_stop_after_all() -> None:
+    stream = TextStream(Words(["a</", "b"]), ["</answer>"])
+    assert [stream.push(0), stream.push(1), stream.flush()] == ["a", "</b", ""]
