@@ -202,14 +202,20 @@ def main() -> None:
     try:
         app()
     except NvlmError as error:
-        if os.environ.get("NVLM_TRT_DEBUG"):
+        if _debugging():
             raise
         terminal.error(str(error))
         sys.exit(2)
-    except BrokenPipeError:
-        # the reader of our output has gone; point stdout elsewhere so that the interpreter's last flush is silent
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception as error:
+        if _debugging():
+            raise
+        detail = " ".join(str(error).split()) or "no message"
+        terminal.error(f"internal: {type(error).__name__}: {detail}; `nvlm-trt --debug ...` shows the traceback")
         sys.exit(1)
+
+
+def _debugging() -> bool:
+    return os.environ.get("NVLM_TRT_DEBUG") == "1"
 
 
 if __name__ == "__main__":
