@@ -1,0 +1,129 @@
+"""Encoded bytes -> an upright RGB image, within limits that are checked before any pixel is decoded."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass, fields
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from nvlm_trt.errors import ConfigError, ImageError
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+
+# The bicubic kernel reads 4 source pixels across, so an edge shorter than that is invented, not resampled.
+MIN_EDGE = 4
+# The widest grid is 6:1 at the default max_tiles; beyond 200:1 a tile squeezes one axis more than 30-fold.
+MAX_ASPECT = 200
+
+# Pillow warns from MAX_IMAGE_PIXELS on and raises above twice that; ImageLimits decides below its hard ceiling.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+_PILLOW_CEILING = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)
+
+
+@dataclass(frozen=True)
+class ImageLimits:
+    """What a request may send. `max_pixels` is width x height in the header, `max_bytes` the encoded size."""
+
+    max_pixels: int = 64_000_000
+    max_bytes: int = 32 << 20
+    max_images: int = 16
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"image limit {item.name} = {value!r} must be a positive integer")
+        if self.max_pixels > _PILLOW_CEILING:
+            raise ConfigError(f"image limit max_pixels {self.max_pixels} is above {_PILLOW_CEILING}, Pillow's ceiling")
+
+
+def load_image(data: bytes, limits: ImageLimits | None = None) -> Image.Image:
+    """Decode to mode RGB: EXIF orientation applied, transparency on white, first frame of an animation.
+
+    Raises ImageError for anything that is not a whole image within `limits`. Formats are those of FORMATS: the rest
+    of what Pillow opens is seldom asked for and seldom fuzzed.
+    """
+    limits = limits or ImageLimits()
+    if not data:
+        raise ImageError("image: 0 bytes; send an encoded image")
+    if len(data) > limits.max_bytes:
+        raise ImageError(f"image: {len(data)} bytes encoded, at most {limits.max_bytes} are allowed; compress it")
+    # Pillow's parsers answer hostile bytes with many exception types (SyntaxError, struct.error, KeyError, ...)
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise ImageError(f"image: not one of {', '.join(FORMATS)}; convert it to PNG or JPEG") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise ImageError(f"image: more than the {limits.max_pixels} pixels allowed; scale it down") from None
+    except Exception as error:
+        raise ImageError(f"image: header is corrupt ({_one_line(error)}); save it again") from None
+    with image:
+        _check_size(image.width, image.height, limits)
+        try:
+            image.load()
+            _make_upright(image)
+            return _to_rgb(image)
+        except Exception as error:
+            raise ImageError(f"image: truncated or corrupt ({_one_line(error)}); save it again") from None
+
+
+def _check_size(width: int, height: int, limits: ImageLimits) -> None:
+    """Raise ImageError for a size that must not be decoded or cannot be tiled meaningfully."""
+    size = f"image: {width} x {height} pixels"
+    if width * height > limits.max_pixels:
+        raise ImageError(f"{size}, at most {limits.max_pixels} in all are allowed; scale it down")
+    short, long = sorted((width, height))
+    if short < MIN_EDGE:
+        raise ImageError(f"{size}, each edge needs at least {MIN_EDGE}; send a larger image")
+    if long > MAX_ASPECT * short:
+        raise ImageError(f"{size}, one edge is more than {MAX_ASPECT} times the other; crop or pad it")
+
+
+def _make_upright(image: Image.Image) -> None:
+    """Apply the EXIF orientation in place. A damaged EXIF block is ignored, as viewers do: the pixels are whole."""
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+    except Exception:
+        return
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        return _deep_gray_to_rgb(image)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    if image.mode in ("La", "PA"):
+        image = image.convert("LA" if image.mode == "La" else "RGBA")
+    rgba = image.convert("RGBA")
+    white = Image.new("RGB", rgba.size, "white")
+    white.paste(rgba, mask=rgba)
+    return white
+
+
+def _deep_gray_to_rgb(image: Image.Image) -> Image.Image:
+    """Modes I;16*, I and F. Pillow's own convert clips at 255, which turns most of a 16-bit scan white.
+
+    I;16 and I in 0..65535 (how Pillow reads 16-bit PGM) are 16-bit grey: 65535 is white. F in 0..1 likewise.
+    Other 32-bit values have no agreed white, so the image's own smallest .. largest value become black .. white.
+    """
+    values = np.asarray(image)  # [height, width] uint16, int32 or float32
+    transparent = image.info.get("transparency")  # the grey value that a PNG's tRNS makes transparent
+    hole = values == transparent if isinstance(transparent, int) else None
+    finite = np.nan_to_num(values.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
+    low, high = float(finite.min()), float(finite.max())
+    white = 1.0 if image.mode == "F" else 65535.0
+    if low < 0 or high > white:
+        finite -= low
+        white = (high - low) or 1.0
+    finite *= 255.0 / white
+    gray = np.rint(finite, out=finite).astype(np.uint8)
+    if hole is not None:
+        gray[hole] = 255
+    return Image.fromarray(gray).convert("RGB")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

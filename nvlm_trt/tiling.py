@@ -1,0 +1,91 @@
+"""Image -> grid -> tiles, by InternVL's dynamic tiling rule, which NVLM-1.0 adopts (arXiv 2409.11402, section 4.2).
+
+Source of the rule: `find_closest_aspect_ratio` and `dynamic_preprocess` in OpenGVLab/InternVL
+(internvl_chat/internvl/train/dataset.py), whose Python set leaves grids of equal area in no stated order. The order
+does not matter: grids of one area never tie for the nearest ratio (tests/test_tiling.py checks up to 64 tiles).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from nvlm_trt.errors import RequestError
+from nvlm_trt.image import ImageLimits, load_image
+
+__all__ = ["ImageLimits", "choose_grid", "image_key", "load_image", "tile_count", "tile_image"]
+
+# ImageNet statistics of RGB in 0..1
+_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+_STD = np.array([0.229, 0.224, 0.225], np.float32)
+
+
+def choose_grid(width: int, height: int, tile_size: int, max_tiles: int) -> tuple[int, int]:
+    """(columns, rows) of the grid whose columns / rows is nearest to width / height, columns * rows <= max_tiles.
+
+    Of grids equally near the larger wins, as long as its area is less than twice the image's.
+    """
+    aspect = width / height
+    best, best_distance = (1, 1), float("inf")
+    for columns, rows in _candidate_grids(max_tiles):
+        distance = abs(aspect - columns / rows)
+        if distance < best_distance:
+            best, best_distance = (columns, rows), distance
+        elif distance == best_distance and width * height > 0.5 * tile_size * tile_size * columns * rows:
+            best = (columns, rows)
+    return best
+
+
+def tile_count(width: int, height: int, tile_size: int, max_tiles: int) -> int:
+    """Tiles that an image of this size becomes, thumbnail included: `tile_image(...).shape[0]`."""
+    columns, rows = choose_grid(width, height, tile_size, max_tiles)
+    return columns * rows + (columns * rows > 1)
+
+
+def tile_image(image: Image.Image, tile_size: int, max_tiles: int) -> npt.NDArray[np.float32]:
+    """RGB image -> normalised pixels [tiles, 3, tile_size, tile_size], row by row, then the thumbnail.
+
+    The image is stretched over the grid with Pillow's antialiased bicubic. One tile is its own thumbnail.
+    """
+    assert image.mode == "RGB", image.mode
+    columns, rows = choose_grid(image.width, image.height, tile_size, max_tiles)
+    regular = columns * rows
+    pixels = np.empty((regular + (regular > 1), 3, tile_size, tile_size), np.float32)
+
+    # [rows, E, columns, E, 3] -> [rows, columns, 3, E, E]
+    canvas = _resize(image, columns * tile_size, rows * tile_size).reshape(rows, tile_size, columns, tile_size, 3)
+    pixels[:regular].reshape(rows, columns, 3, tile_size, tile_size)[...] = canvas.transpose(0, 2, 4, 1, 3)
+    if regular > 1:
+        pixels[-1] = _resize(image, tile_size, tile_size).transpose(2, 0, 1)  # [E, E, 3] -> [3, E, E]
+
+    pixels /= 255
+    pixels -= _MEAN[:, None, None]
+    pixels /= _STD[:, None, None]
+    return pixels
+
+
+def image_key(data: bytes, tile_size: int, max_tiles: int, engine_digest: str) -> str:
+    """Key of an image's features: encoded bytes (which hold mode and size), tiling parameters and weights."""
+    digest = hashlib.sha256()
+    for field in (b"%d" % tile_size, b"%d" % max_tiles, engine_digest.encode(), data):
+        digest.update(b"%d:" % len(field))  # a length before each field: no two field lists give the same bytes
+        digest.update(field)
+    return digest.hexdigest()
+
+
+@functools.lru_cache(maxsize=64)
+def _candidate_grids(max_tiles: int) -> tuple[tuple[int, int], ...]:
+    if max_tiles < 1:
+        raise RequestError(f"max_tiles {max_tiles} must be at least 1")
+    sides = range(1, max_tiles + 1)
+    grids = ((columns, rows) for columns in sides for rows in sides if columns * rows <= max_tiles)
+    return tuple(sorted(grids, key=lambda grid: grid[0] * grid[1]))
+
+
+def _resize(image: Image.Image, width: int, height: int) -> npt.NDArray[np.uint8]:
+    """-> [height, width, 3]"""
+    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
