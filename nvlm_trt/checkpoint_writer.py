@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,12 +22,11 @@ from nvlm_trt.engine import replace_directory, storage_errors, temporary_sibling
 from nvlm_trt.errors import CheckpointError
 from nvlm_trt.hf_config import config_to_hf
 from nvlm_trt.layout import Shapes, checkpoint_layout
+from nvlm_trt.progress import Progress
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 SHARD_BYTES = 4 << 30
-
-Progress = Callable[[int, int], None]  # bytes written so far, bytes in all
 
 _ITEM_BYTES = 2  # bfloat16
 
@@ -97,7 +96,7 @@ def _write_tensors(
         written.add(name)
         done += _nbytes(tensor.shape)
         if progress is not None:
-            progress(done, total)
+            progress("writing weights", done, total)
     if len(written) < len(layout):
         missing = next(name for name in layout if name not in written)
         raise CheckpointError(f"tensor {missing} was not given; a checkpoint needs every tensor of its layout")

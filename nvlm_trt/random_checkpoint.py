@@ -15,10 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from nvlm_trt.checkpoint_writer import Progress, write_checkpoint
+from nvlm_trt.checkpoint_writer import write_checkpoint
 from nvlm_trt.config import PRESETS, NvlmConfig
 from nvlm_trt.errors import ConfigError
 from nvlm_trt.layout import checkpoint_layout
+from nvlm_trt.progress import Progress
 from nvlm_trt.safetensors_file import FloatArray
 from nvlm_trt.tokenizer import Tokenizer, write_byte_tokenizer
 

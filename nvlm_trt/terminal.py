@@ -6,19 +6,21 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as ProgressBars
 from rich.table import Table
+
+from nvlm_trt.progress import Progress
 
 if TYPE_CHECKING:
     from nvlm_trt.evaluation.parity import ParityReport
     from nvlm_trt.runtime.request import Delta
 
-ProgressCallback = Callable[[str, float, float], None]
 
 _stderr = Console(stderr=True, highlight=False)
 
@@ -32,11 +34,11 @@ def note(message: str) -> None:
 
 
 @contextlib.contextmanager
-def progress() -> Iterator[ProgressCallback]:
+def progress() -> Iterator[Progress]:
     """A callback `(description, done, total)` that draws one bar per description on stderr; silent off a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=_stderr, disable=not _stderr.is_terminal) as bars:
-        tasks: dict[str, int] = {}
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with ProgressBars(*columns, console=_stderr, disable=not _stderr.is_terminal) as bars:
+        tasks: dict[str, TaskID] = {}
 
         def report(description: str, done: float, total: float) -> None:
             if description not in tasks:

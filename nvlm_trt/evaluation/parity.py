@@ -7,7 +7,6 @@ row is end to end: the tokens that the whole pipeline generates from encoded ima
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from nvlm_trt.checkpoint import Checkpoint
 from nvlm_trt.engine import Engine, save_manifest
 from nvlm_trt.errors import EngineError, NvlmError
 from nvlm_trt.image import load_image
+from nvlm_trt.progress import Progress, no_progress
 from nvlm_trt.prompt import EncodedPrompt, Message, PromptEncoder, split_tiles
 from nvlm_trt.runtime.pipeline import ChatRequest, Pipeline
 from nvlm_trt.runtime.sampling import SamplingParams
@@ -31,7 +31,6 @@ from nvlm_trt.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from nvlm_trt.reference.model import ReferenceModel
 
-ProgressCallback = Callable[[str, float, float], None]
 QUESTION = "What is written in the second line?"
 
 
@@ -91,7 +90,7 @@ def verify_engine(
     image: Path | None = None,
     tokens: int = 64,
     tolerance: float = 1e-3,
-    progress: ProgressCallback | None = None,
+    progress: Progress = no_progress,
 ) -> ParityReport:
     """Compare an engine with the reference of `checkpoint` and record the result in the engine's manifest.
 
@@ -107,19 +106,18 @@ def verify_engine(
     reference = _load_reference(checkpoint)
     report = ParityReport(f"{engine.config.name} on {engine.manifest.backend}", tolerance)
     data = image.read_bytes() if image is not None else drawn_picture(engine)
-    report_progress = progress or (lambda description, done, total: None)
-    report_progress("verifying", 0, 3)
+    progress("verifying", 0, 3)
     with open_backend(engine) as backend:
         prompt, llm_tokens, cross_kv = _compare_stages(report, engine, backend, reference, data)
-    report_progress("verifying", 1, 3)
+    progress("verifying", 1, 3)
     expected = reference.generate(prompt, llm_tokens, cross_kv, max_tokens=tokens)
-    report_progress("verifying", 2, 3)
+    progress("verifying", 2, 3)
     with Pipeline.open(engine_path) as pipeline:
         sampling = SamplingParams(max_tokens=tokens, ignore_eos=True)
         deltas = pipeline.generate(ChatRequest([Message("user", QUESTION)], (data,), sampling, None))
         actual = [token for delta in deltas for token in delta.token_ids]
     report.compare_tokens("greedy tokens", actual, expected)
-    report_progress("verifying", 3, 3)
+    progress("verifying", 3, 3)
     engine.manifest.verification = report.to_dict()
     save_manifest(engine_path, engine.manifest)
     return report
