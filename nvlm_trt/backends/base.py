@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from types import TracebackType
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,11 @@ from nvlm_trt.engine import EngineLimits
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 RangeArray = npt.NDArray[np.int32]
+
+COMPONENTS = ("vision_encoder", "cross_kv", "decoder")  # cross_kv of NVLM-X and -H only
+
+
+_Self = TypeVar("_Self", bound="Backend")
 
 
 class Backend(Protocol):
@@ -58,3 +64,9 @@ class Backend(Protocol):
         ...
 
     def close(self) -> None: ...
+
+    def __enter__(self: _Self) -> _Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...

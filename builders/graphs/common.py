@@ -1,0 +1,203 @@
+"""A stage's ONNX graph under construction: lazily loaded weights, linear layers, norms and the gated MLP.
+
+Weights are named tensors of a checkpoint. They stay on disk until the finished model is saved, one at a time, so
+building needs the memory of one tensor whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+from onnxscript import GraphBuilder
+
+FloatArray = npt.NDArray[np.float32]
+Shape = Sequence[int | str]
+
+OPSETS = {"": 24, "com.microsoft": 1, "nvlm": 1}
+_IR_VERSION = 11
+
+FLOAT = ir.DataType.FLOAT
+INT32 = ir.DataType.INT32
+INT64 = ir.DataType.INT64
+
+
+class StoredTensor(Protocol):
+    """A tensor of a checkpoint, read whenever `load` is called."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def load(self) -> FloatArray: ...
+
+
+class WeightSource(Protocol):
+    """Where weights come from: `nvlm_trt.checkpoint.Checkpoint`, which hands out every tensor once."""
+
+    def take(self, name: str) -> StoredTensor: ...
+
+
+@dataclass(frozen=True)
+class LinearWeight:
+    """The weight of one linear layer, [outputs, inputs] as torch.nn.Linear keeps it: tensors stacked by rows."""
+
+    name: str
+    parts: tuple[StoredTensor, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return sum(part.shape[0] for part in self.parts), math.prod(self.parts[0].shape[1:])
+
+    def load(self) -> FloatArray:
+        return _stack(self.parts).reshape(self.shape)
+
+
+class WeightFormat(Protocol):
+    """How the linear layers of a component store and multiply their weight; a component uses one format."""
+
+    @property
+    def precision(self) -> str:
+        """The component's precision in the manifest."""
+        ...
+
+    def matmul(self, graph: StageGraph, x: ir.Value, weight: LinearWeight) -> ir.Value:
+        """[..., inputs] -> [..., outputs]."""
+        ...
+
+
+class Float32:
+    """Weights as they are, transposed to MatMul's [inputs, outputs] on their way to disk."""
+
+    precision = "fp32"
+
+    def matmul(self, graph: StageGraph, x: ir.Value, weight: LinearWeight) -> ir.Value:
+        outputs, inputs = weight.shape
+        return graph.op.MatMul(x, graph.stored(weight.name, (inputs, outputs), lambda: weight.load().T))
+
+
+class StageGraph:
+    """One stage. `op` builds standard nodes and `microsoft` those of ONNX Runtime, into the graph or a branch of it."""
+
+    def __init__(self, name: str, weights: WeightSource, weight_format: WeightFormat) -> None:
+        graph = ir.Graph([], [], nodes=[], opset_imports=dict(OPSETS), name=name)
+        self._builder = GraphBuilder(graph)
+        self._weights = weights
+        self._format = weight_format
+
+    @property
+    def op(self) -> Any:
+        return self._builder.op
+
+    @property
+    def microsoft(self) -> Any:
+        return self._builder.opset("com.microsoft", OPSETS["com.microsoft"])
+
+    def input(self, name: str, dtype: ir.DataType, shape: Shape) -> ir.Value:
+        return self._builder.input(name, dtype, list(shape))
+
+    def output(self, value: ir.Value, name: str, shape: Shape) -> None:
+        """Declare a float32 output."""
+        value.dtype = FLOAT
+        value.shape = ir.Shape(shape)
+        self._builder.add_output(value, name)
+
+    def model(self) -> ir.Model:
+        return ir.Model(
+            self._builder.graph,
+            ir_version=_IR_VERSION,
+            producer_name="nvlm-trt",
+            functions=list(self._builder.functions.values()),
+        )
+
+    @contextlib.contextmanager
+    def scope(self, name: str) -> Iterator[None]:
+        """Prefix the names of nodes and values: profiles then show the layer, and branches cannot clash."""
+        self._builder.push_module(name)
+        try:
+            yield
+        finally:
+            self._builder.pop_module()
+
+    def call(self, function: ir.Function, *inputs: ir.Value, **attributes: Any) -> ir.Value:
+        """One node that calls a model-local function."""
+        return self._builder.call(function, *inputs, **attributes)
+
+    def when(self, condition: ir.Value, then: Callable[[StageGraph], ir.Value], otherwise: ir.Value) -> ir.Value:
+        """If: run the nodes that `then` builds, or pass `otherwise` on."""
+
+        def trace(op: Any) -> ir.Value:
+            branch = copy.copy(self)
+            branch._builder = op.builder
+            return then(branch)
+
+        then_branch = self._builder.subgraph(trace, [], [ir.Value()], name="then")
+        else_branch = self._builder.subgraph(lambda op: op.Identity(otherwise), [], [ir.Value()], name="else")
+        return self.op.If(condition, then_branch=then_branch, else_branch=else_branch)
+
+    # --- weights -----------------------------------------------------------------------------------------------------
+
+    def stored(self, name: str, shape: Sequence[int], load: Callable[[], npt.NDArray[Any]]) -> ir.Value:
+        """A float32 initializer whose data is made by `load` when the model is saved, and dropped again."""
+        tensor = ir.LazyTensor(
+            lambda: ir.Tensor(np.ascontiguousarray(load(), np.float32), name=name),
+            dtype=FLOAT,
+            shape=ir.Shape(shape),
+            name=name,
+        )
+        return self._builder.initializer(tensor, name, qualify=False)
+
+    def constant(self, name: str, value: npt.NDArray[Any]) -> ir.Value:
+        return self._builder.initializer(ir.Tensor(value, name=name), name, qualify=False)
+
+    def weight(self, name: str, shape: Sequence[int] | None = None) -> ir.Value:
+        """A tensor of the checkpoint as an initializer, reshaped when `shape` is given."""
+        tensor = self._weights.take(name)
+        wanted = tuple(shape or tensor.shape)
+        return self.stored(name, wanted, lambda: tensor.load().reshape(wanted))
+
+    def linear(self, x: ir.Value, name: str, parts: Sequence[str] = (), bias: bool = False) -> ir.Value:
+        """torch.nn.Linear: [..., inputs] -> [..., outputs]. `parts` are layers of one input, stacked to one product."""
+        names = parts or [name]
+        weight = LinearWeight(f"{name}.weight", tuple(self._weights.take(f"{part}.weight") for part in names))
+        y = self._format.matmul(self, x, weight)
+        if not bias:
+            return y
+        biases = [self._weights.take(f"{part}.bias") for part in names]
+        return self.op.Add(y, self.stored(f"{name}.bias", weight.shape[:1], lambda: _stack(biases)))
+
+    # --- layers ------------------------------------------------------------------------------------------------------
+
+    def rms_norm(self, x: ir.Value, name: str, epsilon: float) -> ir.Value:
+        return self.op.RMSNormalization(x, self.weight(f"{name}.weight"), axis=-1, epsilon=epsilon)
+
+    def layer_norm(self, x: ir.Value, name: str, epsilon: float) -> ir.Value:
+        scale, bias = self.weight(f"{name}.weight"), self.weight(f"{name}.bias")
+        return self.op.LayerNormalization(x, scale, bias, axis=-1, epsilon=epsilon)
+
+    def swiglu(self, x: ir.Value, name: str) -> ir.Value:
+        """down(silu(gate(x)) * up(x))."""
+        op = self.op
+        gate = self.linear(x, f"{name}.gate_proj")
+        up = self.linear(x, f"{name}.up_proj")
+        return self.linear(op.Mul(op.Mul(gate, op.Sigmoid(gate)), up), f"{name}.down_proj")
+
+    def split_heads(self, x: ir.Value, heads: int, head_dim: int) -> ir.Value:
+        """[B, S, heads * head_dim] -> [B, heads, S, head_dim]."""
+        return self.op.Transpose(self.op.Reshape(x, [0, 0, heads, head_dim]), perm=[0, 2, 1, 3])
+
+    def merge_heads(self, x: ir.Value, width: int) -> ir.Value:
+        """[B, heads, S, head_dim] -> [B, S, width], width = heads * head_dim."""
+        return self.op.Reshape(self.op.Transpose(x, perm=[0, 2, 1, 3]), [0, 0, width])
+
+
+def _stack(tensors: Sequence[StoredTensor]) -> FloatArray:
+    if len(tensors) == 1:
+        return tensors[0].load()
+    return np.concatenate([tensor.load() for tensor in tensors])

@@ -1,0 +1,51 @@
+"""nvlm::GatedCrossAttention as a model-local ONNX function: ONNX Runtime inlines it.
+
+The node carries the attributes by which TensorRT's ONNX parser takes it as a plugin of the same name instead.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx_ir as ir
+from onnxscript import build_function
+
+DOMAIN = "nvlm"
+NAME = "GatedCrossAttention"
+
+# What TensorRT's parser looks for on a node before it looks at functions.
+PLUGIN_ATTRIBUTES: dict[str, str | int] = {"plugin_namespace": "nvlm", "plugin_version": "1", "aot": 1}
+
+
+def gated_cross_attention() -> ir.Function:
+    """(query [B, H, S, D], key [B, KV, N, D], value [B, KV, N, D], cross_ranges [B, S, 2] int32, gate [1])
+    -> tanh(gate) * attention [B, H, S, D].
+
+    Token s of sequence b reads the keys start <= n < end with (start, end) = cross_ranges[b, s]; an empty range gives
+    exactly zero. Query head h reads key head h // (H / KV); the scale is D ** -0.5."""
+    types = {"plugin_namespace": ir.AttributeType.STRING, "plugin_version": ir.AttributeType.STRING}
+    attributes = {
+        name: ir.Attr(name, types.get(name, ir.AttributeType.INT), None)  # None: a parameter without default
+        for name in PLUGIN_ATTRIBUTES
+    }
+    inputs = [ir.Value(name=name) for name in ("query", "key", "value", "cross_ranges", "gate")]
+    return build_function(_body, inputs, domain=DOMAIN, name=NAME, attributes=attributes, opset_imports={"": 24})
+
+
+def _body(op: Any, query: ir.Value, key: ir.Value, value: ir.Value, cross_ranges: ir.Value, gate: ir.Value) -> ir.Value:
+    zero, one = op.Constant(value_ints=[0]), op.Constant(value_ints=[1])
+    two = op.Constant(value_ints=[2])
+    ranges = op.Cast(cross_ranges, to=ir.DataType.INT64)
+    start, end = op.Split(ranges, axis=-1, num_outputs=2, _outputs=2)  # [B, S, 1] each
+    # N is the cache's capacity. Copying what is used costs less than attending to what is not: 0.8 ms against 9.9 ms
+    # for 1792 of 7168 keys, 14 / 2 heads of 64, 2 cores. Attention over no keys at all is undefined, so keep one.
+    used = op.Max(op.Reshape(op.ReduceMax(ranges, keepdims=0), one), one)
+    key = op.Slice(key, zero, used, two)  # [B, KV, used, D]
+    value = op.Slice(value, zero, used, two)
+    positions = op.Range(op.Constant(value_int=0), op.Squeeze(used), op.Constant(value_int=1))
+    visible = op.And(op.GreaterOrEqual(positions, start), op.Less(positions, end))  # [B, S, used]
+    attention = op.Attention(query, key, value, op.Unsqueeze(visible, one))  # [B, H, S, D]
+    # A fully masked row of Attention is zero, uniform or NaN, depending on who implements it.
+    seen = op.Unsqueeze(op.Less(start, end), one)  # [B, 1, S, 1]
+    attention = op.Where(seen, attention, op.CastLike(op.Constant(value_float=0.0), attention))
+    return op.Mul(attention, op.Tanh(gate))
