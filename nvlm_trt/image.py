@@ -18,9 +18,10 @@ MIN_EDGE = 4
 # The widest grid is 6:1 at the default max_tiles; beyond 200:1 a tile squeezes one axis more than 30-fold.
 MAX_ASPECT = 200
 
-# Pillow warns from MAX_IMAGE_PIXELS on and raises above twice that; ImageLimits decides below its hard ceiling.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# Pillow raises above this. From half of it on it warns, as it does of damaged metadata; our own checks decide there.
 _PILLOW_CEILING = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)
+for _category in (Image.DecompressionBombWarning, UserWarning):
+    warnings.filterwarnings("ignore", category=_category, module=r"PIL\.")
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ def load_image(data: bytes, limits: ImageLimits | None = None) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
-        raise ImageError(f"image: not one of {', '.join(FORMATS)}; convert it to PNG or JPEG") from None
+        known = ", ".join(FORMATS)
+        raise ImageError(f"image: not a readable, non-empty {known}; convert it to PNG or JPEG") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ImageError(f"image: more than the {limits.max_pixels} pixels allowed; scale it down") from None
     except Exception as error:
