@@ -19,7 +19,7 @@ from nvlm_trt.progress import Progress
 
 if TYPE_CHECKING:
     from nvlm_trt.evaluation.parity import ParityReport
-    from nvlm_trt.runtime.request import Delta
+    from nvlm_trt.runtime.generation import Delta
 
 
 _stderr = Console(stderr=True, highlight=False)
