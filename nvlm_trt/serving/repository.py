@@ -1,0 +1,89 @@
+"""Renders the model repository that tritonserver loads for one engine."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import os
+import shutil
+import string
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nvlm_trt.engine import Engine
+from nvlm_trt.image import ImageLimits
+
+# Images of several requests on their way through the ensemble at once. Each holds one of the threads that the python
+# backend also needs to answer, so there must be fewer than of those: with all of them held nothing is ever answered.
+ENCODE_WORKERS = 8
+BACKEND_THREADS = 64
+
+# Full images whose tiles may be merged into one batch: beyond that a request waits longer than batching saves.
+_BATCHED_IMAGES = 4
+_BATCHING_DELAY_US = 1000
+_MAX_TILING_INSTANCES = 4
+
+
+@dataclass(frozen=True)
+class RepositoryOptions:
+    threads: int | None = None  # of the encoder and of the decoder each; None: the cores at hand
+    max_queue: int = 64  # requests that wait for a slot; more are rejected
+    image_limits: ImageLimits = field(default_factory=ImageLimits)
+
+
+def render_repository(engine: Engine, directory: Path, drain_file: Path, options: RepositoryOptions) -> None:
+    """Write the models into `directory`, made for it. While `drain_file` exists, `nvlm` accepts no new request."""
+    values = _template_values(engine, drain_file, options)
+    for model in _sources():
+        target = directory / model.name
+        (target / "1").mkdir(parents=True)
+        template = string.Template((model / "config.pbtxt").read_text(encoding="utf-8"))
+        (target / "config.pbtxt").write_text(template.substitute(values), encoding="utf-8")
+        for source in (model / "1").glob("*.py"):
+            shutil.copy(source, target / "1")
+
+
+def max_batch_tiles(engine: Engine) -> int:
+    """Tiles that vision_encoder takes at once: some images of the most tiles, thumbnails included."""
+    most = engine.limits.max_tiles
+    return _BATCHED_IMAGES * (most + (most > 1))
+
+
+def available_cores() -> int:
+    """Cores that this process may use: its CPU affinity, and the CPU quota of a container."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(cores, round(int(quota) / int(period))))
+    except (OSError, ValueError):  # no cgroup v2, or no quota ("max")
+        return cores
+
+
+def _template_values(engine: Engine, drain_file: Path, options: RepositoryOptions) -> dict[str, str]:
+    cores = available_cores()
+    config, limits = engine.config, options.image_limits
+    return {
+        # a JSON string is a protobuf text string, quotes and escapes included
+        "engine": json.dumps(str(engine.path.absolute()), ensure_ascii=False),
+        "drain_file": json.dumps(str(drain_file), ensure_ascii=False),
+        "tile_size": str(config.vision.image_size),
+        "tokens_per_tile": str(config.tokens_per_tile),
+        "hidden_size": str(config.llm.hidden_size),
+        "max_tiles": str(engine.limits.max_tiles),
+        "max_batch_tiles": str(max_batch_tiles(engine)),
+        "batching_delay_us": str(_BATCHING_DELAY_US),
+        # an image is decoded and resized on one core; half of them are left to the encoder and the decoder
+        "tiling_instances": str(max(1, min(_MAX_TILING_INSTANCES, cores // 2))),
+        "threads": str(options.threads or cores),
+        "max_queue": str(options.max_queue),
+        "encode_workers": str(ENCODE_WORKERS),
+        "max_pixels": str(limits.max_pixels),
+        "max_bytes": str(limits.max_bytes),
+        "max_images": str(limits.max_images),
+    }
+
+
+def _sources() -> list[Path]:
+    """The model folders of triton_repo, in a checkout or in an installed wheel."""
+    root = Path(str(importlib.resources.files("nvlm_trt.triton_repo")))
+    return [folder for folder in root.iterdir() if (folder / "config.pbtxt").is_file()]

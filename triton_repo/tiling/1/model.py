@@ -1,0 +1,56 @@
+"""Encoded images -> tiles [n, 3, E, E] of all images in order, and how many each image became."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import triton_python_backend_utils as pb_utils
+
+from nvlm_trt.errors import ImageError, NvlmError, RequestError
+from nvlm_trt.image import ImageLimits, load_image
+from nvlm_trt.tiling import tile_image
+
+
+class TritonPythonModel:
+    def initialize(self, args: dict[str, str]) -> None:
+        parameters = {key: int(value["string_value"]) for key, value in json.loads(args["model_config"])["parameters"].items()}
+        self._tile_size = parameters["tile_size"]
+        self._max_tiles = parameters["max_tiles"]
+        self._limits = ImageLimits(parameters["max_pixels"], parameters["max_bytes"], parameters["max_images"])
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        return [self._respond(request) for request in requests]
+
+    def _respond(self, request: Any) -> Any:
+        images = pb_utils.get_input_tensor_by_name(request, "image").as_numpy()  # [images] bytes
+        max_tiles = pb_utils.get_input_tensor_by_name(request, "max_tiles")
+        try:
+            tiles = self._tile(images.tolist(), self._max_tiles if max_tiles is None else int(max_tiles.as_numpy()[0]))
+        except NvlmError as error:
+            return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG))
+        counts = np.array([len(image) for image in tiles], np.int32)
+        return pb_utils.InferenceResponse(
+            [
+                pb_utils.Tensor("pixel_values", np.concatenate(tiles)),  # [n, 3, E, E]
+                pb_utils.Tensor("tiles_per_image", counts),  # [images]
+            ]
+        )
+
+    def _tile(self, images: list[bytes], max_tiles: int) -> list[npt.NDArray[np.float32]]:
+        """One array [tiles, 3, E, E] per image."""
+        if not 1 <= len(images) <= self._limits.max_images:
+            raise RequestError(f"the request has {len(images)} images, 1 to {self._limits.max_images} are allowed")
+        if not 1 <= max_tiles <= self._max_tiles:
+            raise RequestError(f"max_tiles = {max_tiles} is not allowed; it is an integer from 1 to {self._max_tiles}")
+        tiles = []
+        for index, data in enumerate(images, start=1):
+            try:
+                image = load_image(data, self._limits)
+            except ImageError as error:
+                where = "image: " if len(images) == 1 else f"image {index}: "
+                raise ImageError(where + str(error).removeprefix("image: ")) from error
+            tiles.append(tile_image(image, self._tile_size, max_tiles))
+        return tiles
