@@ -25,9 +25,9 @@ from nvlm_trt.tokenizer import Tokenizer, write_byte_tokenizer
 
 # Summed over its layers, the decoder's residual branches outweigh the embeddings, so that the next token depends on
 # the context and not on the last token alone.
-_RESIDUAL_GAIN = 3.0
-# A tied lm_head scores the input token highest unless embeddings are small beside what the layers add.
-_TIED_EMBEDDING_STD = 0.1
+_RESIDUAL_GAIN = 6.0
+# Random queries attend to all image tokens about equally, which hides most of what differs between two images.
+_CROSS_QUERY_GAIN = 3.0
 
 
 def init_checkpoint(
@@ -65,6 +65,9 @@ def _random_tensor(config: NvlmConfig, name: str, shape: tuple[int, ...], random
     if name.endswith((".ls1", ".ls2")):
         return random.uniform(0.1, 0.5, shape).astype(np.float32)
     values = random.standard_normal(shape, dtype=np.float32)
+    if name == "language_model.model.norm.weight" and config.llm.tie_word_embeddings:
+        # around 0: a tied lm_head would score the input token highest and repeat it for ever
+        return values / math.sqrt(config.llm.hidden_size)
     values *= _std(config, name, shape)
     if len(shape) == 1 and name.endswith(".weight"):  # norms
         values += 1
@@ -76,10 +79,12 @@ def _std(config: NvlmConfig, name: str, shape: tuple[int, ...]) -> float:
     if len(shape) == 1:
         return 0.1 if name.endswith(".weight") else 0.05
     if name.endswith("embed_tokens.weight"):
-        return _TIED_EMBEDDING_STD if config.llm.tie_word_embeddings else 1.0
+        return 1.0
     if name.endswith(("class_embedding", "position_embedding")):
         return 0.3
     std = 1 / math.sqrt(math.prod(shape[1:]))  # keeps the variance of a linear layer's input
+    if "cross_layers" in name:
+        return std * _CROSS_QUERY_GAIN if name.endswith("q_proj.weight") else std
     if name.startswith("language_model.") and name.endswith(("o_proj.weight", "down_proj.weight")):
         std *= _RESIDUAL_GAIN / math.sqrt(2 * config.llm.num_layers)
     return std
