@@ -1,0 +1,228 @@
+"""The batcher's thread: sleeping, waking, failing, closing. What it schedules is tested in test_scheduler."""
+
+from __future__ import annotations
+
+import random
+import threading
+from concurrent.futures import Future
+from pathlib import Path
+
+import numpy as np
+import pytest
+from toy_backend import Receiver, ToyBackend, byte_tokenizer, request, tokens_alone
+
+from nvlm_trt.errors import EngineError, QueueFullError
+from nvlm_trt.runtime.batcher import Batcher
+from nvlm_trt.runtime.generation import Delta, GenerationRequest, Handle
+from nvlm_trt.runtime.sampling import SamplingParams
+from nvlm_trt.tokenizer import Tokenizer
+
+LONG = SamplingParams(max_tokens=10_000, ignore_eos=True)
+WAIT = 30.0  # seconds until a test gives up
+
+
+class Listener(Receiver):
+    """A receiver that can be waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.started, self.done = threading.Event(), threading.Event()
+
+    def on_delta(self, delta: object) -> None:
+        super().on_delta(delta)
+        self.started.set()
+        if self.ended:
+            self.done.set()
+
+    def on_error(self, error: Exception) -> None:
+        super().on_error(error)
+        self.done.set()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    directory: Path = tmp_path_factory.mktemp("tokenizer")
+    return byte_tokenizer(directory)
+
+
+def submit(batcher: Batcher, asked: GenerationRequest | Future[GenerationRequest]) -> tuple[Listener, Handle]:
+    listener = Listener()
+    return listener, batcher.submit(asked, listener.on_delta, listener.on_error)
+
+
+def test_requests_from_many_threads_get_their_own_tokens(tokenizer: Tokenizer) -> None:
+    backend = ToyBackend(tokenizer.image_token_id, max_slots=4)
+    batcher = Batcher(backend, tokenizer, max_queue=100, prefill_chunk=7)
+    token = tokenizer.image_token_id
+    asked = [
+        request(token, i, length=8 + i, images=i % 3, sampling=SamplingParams(max_tokens=12, temperature=1, seed=i))
+        for i in range(24)
+    ]
+    results: dict[int, tuple[Listener, bool]] = {}
+
+    def client(index: int) -> None:
+        listener, handle = submit(batcher, asked[index])
+        if index % 4 == 3:
+            if random.random() < 0.5:
+                listener.started.wait(WAIT)
+            handle.cancel()
+        results[index] = listener, handle.cancelled
+
+    threads = [threading.Thread(target=client, args=(index,)) for index in range(len(asked))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT)
+    batcher.close()
+    for index, (listener, cancelled) in results.items():
+        alone = tokens_alone(backend, tokenizer, asked[index])
+        assert listener.done.is_set()
+        assert listener.error is None
+        if cancelled and listener.finish_reason == "cancelled":
+            assert listener.token_ids == alone[: len(listener.token_ids)]
+        else:
+            assert listener.token_ids == alone
+    metrics = batcher.metrics()
+    assert (metrics.queued, metrics.active, metrics.free_slots) == (0, 0, 4)
+    assert sum(metrics.requests_finished.values()) == len(asked)
+
+
+def test_cancelling_frees_the_slot_before_the_caller_is_told(tokenizer: Tokenizer) -> None:
+    batcher = Batcher(ToyBackend(tokenizer.image_token_id, max_slots=1, max_seq_len=10_000), tokenizer)
+    free: list[int] = []
+    listener = Listener()
+
+    def on_delta(delta: Delta) -> None:
+        if delta.finish_reason:
+            free.append(batcher.metrics().free_slots)
+        listener.on_delta(delta)
+
+    handle = batcher.submit(request(tokenizer.image_token_id, 0, sampling=LONG), on_delta, listener.on_error)
+    assert listener.started.wait(WAIT)
+    handle.cancel()
+    assert listener.done.wait(WAIT)
+    assert listener.finish_reason == "cancelled"
+    assert free == [1]
+    batcher.close()
+
+
+def test_a_callback_may_cancel_its_own_request(tokenizer: Tokenizer) -> None:
+    batcher = Batcher(ToyBackend(tokenizer.image_token_id, max_seq_len=10_000), tokenizer)
+    listener = Listener()
+    handles: list[Handle] = []
+    ready = threading.Event()
+
+    def on_delta(delta: Delta) -> None:
+        ready.wait(WAIT)
+        listener.on_delta(delta)
+        handles[0].cancel()
+
+    handles.append(batcher.submit(request(tokenizer.image_token_id, 0, sampling=LONG), on_delta, listener.on_error))
+    ready.set()
+    assert listener.done.wait(WAIT)
+    # the first token comes with prefill, the second with the same step's decoding; the next step ends it
+    assert len(listener.token_ids) == 2
+    batcher.close()
+
+
+def test_a_request_that_becomes_ready_wakes_the_thread(tokenizer: Tokenizer) -> None:
+    batcher = Batcher(ToyBackend(tokenizer.image_token_id), tokenizer)
+    future: Future[GenerationRequest] = Future()
+    listener, _ = submit(batcher, future)
+    assert batcher.metrics().queued == 1
+    future.set_result(request(tokenizer.image_token_id, 0))
+    assert listener.done.wait(WAIT)
+    assert listener.finish_reason in ("stop", "length")
+    batcher.close()
+
+
+def test_cancelling_a_request_that_is_not_ready_wakes_the_thread(tokenizer: Tokenizer) -> None:
+    batcher = Batcher(ToyBackend(tokenizer.image_token_id), tokenizer)
+    future: Future[GenerationRequest] = Future()
+    listener, handle = submit(batcher, future)
+    handle.cancel()
+    assert listener.done.wait(WAIT)
+    assert (listener.finish_reason, listener.usage) == ("cancelled", None)
+    assert future.cancelled()
+    batcher.close()
+
+
+def test_a_failing_backend_ends_every_request_and_is_unhealthy(tokenizer: Tokenizer) -> None:
+    backend = ToyBackend(tokenizer.image_token_id, max_slots=1, max_seq_len=10_000)
+    batcher = Batcher(backend, tokenizer)
+    active, _ = submit(batcher, request(tokenizer.image_token_id, 0, sampling=LONG))
+    assert active.started.wait(WAIT)
+    queued, _ = submit(batcher, request(tokenizer.image_token_id, 1))
+    encoding: Future[GenerationRequest] = Future()
+    waiting, _ = submit(batcher, encoding)
+    assert batcher.healthy
+    backend.fail_with = RuntimeError("out of memory")
+    for listener in (active, queued, waiting):
+        assert listener.done.wait(WAIT)
+        assert isinstance(listener.error, EngineError)
+        assert str(listener.error) == "the engine failed (out of memory); restart it"
+    assert not batcher.healthy
+    assert encoding.cancelled()
+    with pytest.raises(EngineError, match="out of memory"):
+        submit(batcher, request(tokenizer.image_token_id, 2))
+    assert batcher.metrics().requests_finished["error"] == 3
+    batcher.close()
+
+
+def test_the_queue_is_bounded(tokenizer: Tokenizer) -> None:
+    batcher = Batcher(ToyBackend(tokenizer.image_token_id, max_slots=1, max_seq_len=10_000), tokenizer, max_queue=2)
+    active, handle = submit(batcher, request(tokenizer.image_token_id, 0, sampling=LONG))
+    assert active.started.wait(WAIT)
+    queued = [submit(batcher, request(tokenizer.image_token_id, seed))[0] for seed in (1, 2)]
+    with pytest.raises(QueueFullError, match="2 requests are waiting"):
+        submit(batcher, request(tokenizer.image_token_id, 3))
+    handle.cancel()
+    batcher.close()
+    assert all(listener.finish_reason in ("stop", "length") for listener in queued)
+
+
+def test_close_drains_or_cancels(tokenizer: Tokenizer) -> None:
+    for drain in (True, False):
+        batcher = Batcher(ToyBackend(tokenizer.image_token_id, max_slots=1, max_seq_len=200), tokenizer)
+        listeners = [submit(batcher, request(tokenizer.image_token_id, i, sampling=LONG))[0] for i in range(3)]
+        future: Future[GenerationRequest] = Future()
+        if not drain:
+            listeners.append(submit(batcher, future)[0])
+        batcher.close(drain)
+        batcher.close(drain)
+        expected = {"length"} if drain else {"cancelled"}
+        assert {listener.finish_reason for listener in listeners[1:]} == expected
+        with pytest.raises(EngineError, match="closed"):
+            submit(batcher, request(tokenizer.image_token_id, 9))
+
+
+def test_usage_counts_what_the_request_took(tokenizer: Tokenizer) -> None:
+    batcher = Batcher(ToyBackend(tokenizer.image_token_id), tokenizer)
+    asked = request(tokenizer.image_token_id, 5, images=2, sampling=SamplingParams(max_tokens=4, ignore_eos=True))
+    listener, _ = submit(batcher, asked)
+    assert listener.done.wait(WAIT)
+    usage = listener.usage
+    assert usage.prompt_tokens == len(asked.prompt.input_ids)  # type: ignore[attr-defined]
+    assert usage.completion_tokens == 4  # type: ignore[attr-defined]
+    assert usage.image_tiles == 4  # type: ignore[attr-defined]
+    assert usage.cross_tokens == asked.prompt.cross_tokens  # type: ignore[attr-defined]
+    assert 0 <= usage.queue_s <= usage.ttft_s <= usage.total_s  # type: ignore[attr-defined]
+    batcher.close()
+
+
+def test_logprobs_come_with_their_tokens(tokenizer: Tokenizer) -> None:
+    batcher = Batcher(ToyBackend(tokenizer.image_token_id), tokenizer)
+    deltas: list[Delta] = []
+    done = threading.Event()
+
+    def on_delta(delta: Delta) -> None:
+        deltas.append(delta)
+        if delta.finish_reason:
+            done.set()
+
+    sampling = SamplingParams(max_tokens=5, ignore_eos=True, logprobs=3)
+    batcher.submit(request(tokenizer.image_token_id, 0, sampling=sampling), on_delta, print)
+    assert done.wait(WAIT)
+    batcher.close()
+    assert [[info.token_id for info in delta.logprobs] for delta in deltas] == [delta.token_ids for delta in deltas]
+    assert all(len(info.top) == 3 and np.isfinite(info.logprob) for delta in deltas for info in delta.logprobs)

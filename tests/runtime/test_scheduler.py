@@ -1,0 +1,287 @@
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toy_backend import POISON, Receiver, ToyBackend, byte_tokenizer, request, tokens_alone
+
+from nvlm_trt.errors import EngineError, ImageError, QueueFullError, RequestError
+from nvlm_trt.runtime.generation import GenerationRequest, Handle, Submission
+from nvlm_trt.runtime.sampling import SamplingParams
+from nvlm_trt.runtime.scheduler import Scheduler
+from nvlm_trt.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    directory: Path = tmp_path_factory.mktemp("tokenizer")
+    return byte_tokenizer(directory)
+
+
+@dataclass
+class Client:
+    """One request of a schedule: what it asks, when it comes, is prepared and is cancelled (in steps)."""
+
+    asked: GenerationRequest
+    arrives: int = 0
+    prepared_after: int = 0
+    cancelled_after: int | None = None
+    receiver: Receiver = field(default_factory=Receiver)
+    future: Future[GenerationRequest] = field(default_factory=Future)
+    handle: Handle = field(default_factory=lambda: Handle(lambda: None))
+    rejected: bool = False
+
+    def submission(self) -> Submission:
+        return Submission(self.future, self.receiver.on_delta, self.receiver.on_error, self.handle)
+
+
+def submit(scheduler: Scheduler, asked: GenerationRequest) -> Client:
+    client = Client(asked)
+    client.future.set_result(asked)
+    scheduler.enqueue(client.submission())
+    return client
+
+
+def run(scheduler: Scheduler) -> None:
+    while scheduler.has_work:
+        scheduler.step()
+
+
+@st.composite
+def clients(draw: st.DrawFn, image_token_id: int) -> list[Client]:
+    schedule = []
+    for index in range(draw(st.integers(1, 9))):
+        sampling = SamplingParams(
+            max_tokens=draw(st.integers(1, 12)),
+            temperature=draw(st.sampled_from([0.0, 1.0])),
+            seed=index,
+            repetition_penalty=draw(st.sampled_from([1.0, 1.3])),
+            ignore_eos=draw(st.booleans()),
+        )
+        asked = request(
+            image_token_id,
+            seed=draw(st.integers(0, 99)),
+            length=draw(st.integers(8, 45)),
+            images=draw(st.integers(0, 3)),
+            sampling=sampling,
+            first_token=100 + index,
+        )
+        cancelled_after = draw(st.one_of(st.none(), st.integers(0, 12)))
+        schedule.append(Client(asked, draw(st.integers(0, 12)), draw(st.sampled_from([0, 0, 1, 5])), cancelled_after))
+    return sorted(schedule, key=lambda client: client.arrives)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_every_schedule_gives_each_request_its_own_tokens(tokenizer: Tokenizer, data: st.DataObject) -> None:
+    slots, chunk, max_queue = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 20)), data.draw(st.integers(1, 9))
+    backend = ToyBackend(tokenizer.image_token_id, max_slots=slots)
+    scheduler = Scheduler(backend, tokenizer, max_queue, chunk)
+    schedule = data.draw(clients(tokenizer.image_token_id))
+
+    for now in range(2000):
+        for client in schedule:
+            if client.arrives == now:
+                full = scheduler.metrics().queued == max_queue
+                try:
+                    scheduler.enqueue(client.submission())
+                except QueueFullError:
+                    client.rejected = True
+                assert client.rejected == full
+            if client.arrives + client.prepared_after == now and client.future.set_running_or_notify_cancel():
+                client.future.set_result(client.asked)
+            if client.cancelled_after is not None and client.arrives + client.cancelled_after == now:
+                client.handle.cancel()
+        decoding = scheduler.metrics().active
+        backend.calls.clear()
+        scheduler.step()
+
+        # one step: one chunk at most, and one token of everything that was being decoded and was not cancelled
+        kinds = [kind for kind, _ in backend.calls]
+        assert kinds in ([], ["prefill"], ["decode"], ["prefill", "decode"])
+        assert all(size <= (chunk if kind == "prefill" else slots) for kind, size in backend.calls)
+        stays = decoding - sum(client.handle.cancelled for client in schedule)
+        assert stays <= 0 or kinds[-1] == "decode"
+        metrics = scheduler.metrics()
+        assert metrics.queued <= max_queue
+        assert 0 <= metrics.free_slots <= slots - metrics.active
+        for client in schedule:
+            assert client.receiver.ended or not client.handle.cancelled or client.rejected
+        if now > 20 and scheduler.is_empty:
+            break
+
+    assert scheduler.is_empty
+    assert scheduler.metrics().free_slots == slots
+    for client in schedule:
+        alone = tokens_alone(backend, tokenizer, client.asked)
+        got, reason = client.receiver.token_ids, client.receiver.finish_reason
+        assert client.receiver.error is None
+        if client.rejected:
+            assert not client.receiver.ended
+        elif reason == "cancelled":
+            assert client.handle.cancelled
+            assert got == alone[: len(got)]
+        else:
+            assert got == alone
+            ended = alone[-1] in tokenizer.stop_ids and not client.asked.sampling.ignore_eos
+            assert reason == ("stop" if ended else "length")
+            assert client.receiver.text == tokenizer.decode(got)
+    served = [client for client in schedule if not client.rejected]
+    assert sum(scheduler.metrics().requests_finished.values()) == len(served)
+    assert scheduler.metrics().tokens_generated == sum(len(client.receiver.token_ids) for client in served)
+
+
+def test_slots_are_given_in_the_order_of_arrival(tokenizer: Tokenizer) -> None:
+    backend = ToyBackend(tokenizer.image_token_id, max_slots=2)
+    scheduler = Scheduler(backend, tokenizer, max_queue=20, prefill_chunk=5)
+    for index in range(9):
+        submit(scheduler, request(tokenizer.image_token_id, index, length=8 + index, first_token=100 + index))
+    run(scheduler)
+    assert backend.admitted == list(range(100, 109))
+
+
+def test_a_request_whose_images_are_being_encoded_does_not_hold_up_those_behind_it(tokenizer: Tokenizer) -> None:
+    scheduler = Scheduler(ToyBackend(tokenizer.image_token_id, max_slots=1), tokenizer, 20, 64)
+    slow = Client(request(tokenizer.image_token_id, 0))
+    scheduler.enqueue(slow.submission())
+    assert not scheduler.has_work
+    quick = submit(scheduler, request(tokenizer.image_token_id, 1))
+    run(scheduler)
+    assert quick.receiver.ended
+    assert not slow.receiver.ended
+    slow.future.set_result(slow.asked)
+    run(scheduler)
+    assert slow.receiver.ended
+
+
+def test_a_full_queue_says_how_full(tokenizer: Tokenizer) -> None:
+    scheduler = Scheduler(ToyBackend(tokenizer.image_token_id), tokenizer, max_queue=2, prefill_chunk=8)
+    for seed in range(2):
+        submit(scheduler, request(tokenizer.image_token_id, seed))
+    with pytest.raises(QueueFullError, match=r"^2 requests are waiting and the queue holds 2; try again later$"):
+        submit(scheduler, request(tokenizer.image_token_id, 2))
+
+
+def test_only_rows_that_stay_are_moved(tokenizer: Tokenizer) -> None:
+    backend = ToyBackend(tokenizer.image_token_id, max_slots=4)
+    scheduler = Scheduler(backend, tokenizer, max_queue=8, prefill_chunk=64)
+    together = [
+        submit(scheduler, request(tokenizer.image_token_id, i, sampling=SamplingParams(max_tokens=n, ignore_eos=True)))
+        for i, n in enumerate([9, 8, 20, 6])  # the first, second and fourth end in the same step
+    ]
+    run(scheduler)
+    assert all(client.receiver.finish_reason == "length" for client in together)
+    assert backend.moves == 1
+
+
+def test_decoding_waits_for_one_chunk_at_most(tokenizer: Tokenizer) -> None:
+    backend = ToyBackend(tokenizer.image_token_id, max_slots=2)
+    scheduler = Scheduler(backend, tokenizer, max_queue=20, prefill_chunk=4)
+    sampling = SamplingParams(max_tokens=40, ignore_eos=True)
+    submit(scheduler, request(tokenizer.image_token_id, 0, length=8, sampling=sampling))
+    scheduler.step()
+    scheduler.step()
+    backend.calls.clear()
+    submit(scheduler, request(tokenizer.image_token_id, 1, length=40, sampling=SamplingParams(max_tokens=1)))
+    run(scheduler)
+    kinds = ["".join(kind[0] for kind, _ in group) for _, group in groupby(backend.calls, key=lambda call: call[0])]
+    assert kinds == ["p", "d"] * 9 + ["p", "d" * 29]  # 10 chunks, 38 tokens that were still to come
+
+
+def test_the_answer_ends_where_the_engine_is_full(tokenizer: Tokenizer) -> None:
+    backend = ToyBackend(tokenizer.image_token_id, max_seq_len=32)
+    scheduler = Scheduler(backend, tokenizer, 4, 256)
+    sampling = SamplingParams(max_tokens=1000, ignore_eos=True)
+    client = submit(scheduler, request(tokenizer.image_token_id, 0, length=30, sampling=sampling))
+    full = submit(scheduler, request(tokenizer.image_token_id, 1, length=32, sampling=sampling))
+    run(scheduler)
+    assert (len(client.receiver.token_ids), client.receiver.finish_reason) == (2, "length")
+    assert isinstance(full.receiver.error, RequestError)
+    assert "32 tokens, the engine holds 32" in str(full.receiver.error)
+
+
+def test_a_stop_string_ends_the_answer_and_is_not_shown(tokenizer: Tokenizer) -> None:
+    scheduler = Scheduler(ToyBackend(tokenizer.image_token_id), tokenizer, 4, 256)
+    everything = SamplingParams(max_tokens=40, ignore_eos=True)
+    whole = submit(scheduler, request(tokenizer.image_token_id, 3, sampling=everything))
+    run(scheduler)
+    stop = whole.receiver.text[5:8]
+    cut = submit(
+        scheduler,
+        request(tokenizer.image_token_id, 3, sampling=SamplingParams(max_tokens=40, ignore_eos=True, stop=(stop,))),
+    )
+    run(scheduler)
+    assert cut.receiver.finish_reason == "stop"
+    assert cut.receiver.text == whole.receiver.text[: whole.receiver.text.index(stop)]
+    assert cut.receiver.token_ids == whole.receiver.token_ids[: len(cut.receiver.token_ids)]
+
+
+def test_logits_that_are_not_finite_end_only_their_own_request(tokenizer: Tokenizer) -> None:
+    backend = ToyBackend(tokenizer.image_token_id)
+    scheduler = Scheduler(backend, tokenizer, 8, 256)
+    sampling = SamplingParams(max_tokens=15, ignore_eos=True)
+    token = tokenizer.image_token_id
+    before = submit(scheduler, request(token, 0, sampling=sampling))
+    poisoned = submit(scheduler, request(token, 1, sampling=sampling, first_token=POISON))
+    after = submit(scheduler, request(token, 2, sampling=sampling))
+    run(scheduler)
+    assert isinstance(poisoned.receiver.error, EngineError)
+    assert len(poisoned.receiver.token_ids) == 10  # 10 of the prompt, then up to the 20th cached
+    for client in (before, after):
+        assert client.receiver.token_ids == tokens_alone(backend, tokenizer, client.asked)
+    assert scheduler.metrics().free_slots == 3
+    assert scheduler.metrics().requests_finished == {"stop": 0, "length": 2, "cancelled": 0, "error": 1}
+
+
+def test_callbacks_that_raise_end_only_their_own_request(tokenizer: Tokenizer) -> None:
+    backend = ToyBackend(tokenizer.image_token_id)
+    scheduler = Scheduler(backend, tokenizer, 8, 256)
+    sampling = SamplingParams(max_tokens=15, ignore_eos=True)
+    good = submit(scheduler, request(tokenizer.image_token_id, 0, sampling=sampling))
+    errors = []
+
+    def raise_at_once(_: object) -> None:
+        raise ValueError("a bug of the caller")
+
+    def note_and_raise(error: Exception) -> None:
+        errors.append(error)
+        raise ValueError("another one")
+
+    for seed, most in ((1, 15), (2, 1)):
+        bad = Client(request(tokenizer.image_token_id, seed, sampling=SamplingParams(max_tokens=most)))
+        bad.future.set_result(bad.asked)
+        scheduler.enqueue(Submission(bad.future, raise_at_once, note_and_raise, bad.handle))
+    run(scheduler)
+    assert good.receiver.token_ids == tokens_alone(backend, tokenizer, good.asked)
+    assert [str(error) for error in errors] == ["a bug of the caller"]  # the other's only delta was its last
+    assert scheduler.metrics().free_slots == 3
+
+
+def test_a_request_whose_images_fail_is_told_while_all_slots_are_taken(tokenizer: Tokenizer) -> None:
+    scheduler = Scheduler(ToyBackend(tokenizer.image_token_id, max_slots=1), tokenizer, 8, 256)
+    busy = submit(scheduler, request(tokenizer.image_token_id, 0, sampling=SamplingParams(ignore_eos=True)))
+    scheduler.step()
+    failing = Client(request(tokenizer.image_token_id, 1))
+    scheduler.enqueue(failing.submission())
+    failing.future.set_exception(ImageError("not an image"))
+    scheduler.step()
+    assert isinstance(failing.receiver.error, ImageError)
+    assert not busy.receiver.ended
+
+
+def test_cancelling_cancels_the_encoding_of_the_images(tokenizer: Tokenizer) -> None:
+    scheduler = Scheduler(ToyBackend(tokenizer.image_token_id), tokenizer, 8, 256)
+    client = Client(request(tokenizer.image_token_id, 0))
+    scheduler.enqueue(client.submission())
+    client.handle.cancel()
+    client.handle.cancel()
+    assert scheduler.has_work
+    scheduler.step()
+    assert client.future.cancelled()
+    assert client.receiver.finish_reason == "cancelled"
+    assert scheduler.is_empty

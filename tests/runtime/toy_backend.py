@@ -1,0 +1,177 @@
+"""A deterministic stand-in for an engine whose every logit depends on everything that a real one's may depend on.
+
+Each cached token is a number made of its id (or image token) and of the cross-attended memory in its range; logits
+are made of all numbers cached in the slot. So a token read from, or written to, a wrong place changes the answer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from nvlm_trt.config import PRESETS
+from nvlm_trt.engine import EngineLimits
+from nvlm_trt.prompt import EncodedPrompt
+from nvlm_trt.runtime.generation import GenerationRequest, ImageFeatures
+from nvlm_trt.runtime.sampling import Sampler, SamplingParams
+from nvlm_trt.tokenizer import Tokenizer, write_byte_tokenizer
+
+CONFIG = PRESETS["nvlm-x-tiny"]
+HIDDEN = CONFIG.llm.hidden_size
+POISON = 7  # a prompt that begins with this token gets logits that are not finite
+POISONED_FROM = 20  # ... once this many tokens are cached
+
+
+def byte_tokenizer(directory: Path) -> Tokenizer:
+    write_byte_tokenizer(directory, CONFIG.max_tiles)
+    return Tokenizer.from_directory(directory)
+
+
+class ToyBackend:
+    """Implements `Backend`; keeps a log of calls. `image_token_id` is the tokenizer's."""
+
+    def __init__(self, image_token_id: int, max_slots: int = 3, max_seq_len: int = 64, max_image_tokens: int = 24):
+        self.config = dataclasses.replace(CONFIG, image_token_id=image_token_id)
+        self.limits = EngineLimits(max_slots=max_slots, max_seq_len=max_seq_len, max_image_tokens=max_image_tokens)
+        garbage = np.random.default_rng(0)
+        self._values = garbage.integers(1 << 32, size=(max_slots, max_seq_len))
+        self._memory = garbage.random((max_slots, max_image_tokens), np.float32)
+        self._poisoned = np.zeros(max_slots, bool)
+        self._logits = np.zeros((max_slots, CONFIG.llm.vocab_size), np.float32)
+        self.calls: list[tuple[str, int]] = []  # ("prefill", tokens) or ("decode", slots)
+        self.admitted: list[int] = []  # first token of each prompt
+        self.moves = 0
+        self.fail_with: Exception | None = None
+
+    def write_cross_kv(self, slot: int, start: int, cross_kv: np.ndarray) -> None:
+        self._memory[slot, start : start + cross_kv.shape[3]] = cross_kv[0, 0, 0, :, 0]
+
+    def prefill(
+        self, slot: int, position: int, input_ids: np.ndarray, image_tokens: np.ndarray, cross_ranges: np.ndarray
+    ) -> np.ndarray:
+        self._begin("prefill", len(input_ids))
+        if position == 0:
+            self.admitted.append(int(input_ids[0]))
+            self._poisoned[slot] = input_ids[0] == POISON
+        images = list(image_tokens)
+        for offset, (token_id, (start, end)) in enumerate(zip(input_ids, cross_ranges, strict=True)):
+            content = images.pop(0).tobytes() if token_id == self.config.image_token_id else int(token_id)
+            self._values[slot, position + offset] = value(content, self._memory[slot, start:end])
+        assert not images
+        return self._read(slot, position + len(input_ids))
+
+    def decode(self, input_ids: np.ndarray, positions: np.ndarray, cross_ranges: np.ndarray) -> np.ndarray:
+        self._begin("decode", len(input_ids))
+        rows = zip(input_ids, positions, cross_ranges, strict=True)
+        for slot, (token_id, position, (start, end)) in enumerate(rows):
+            assert token_id != self.config.image_token_id
+            self._values[slot, position] = value(int(token_id), self._memory[slot, start:end])
+            self._read(slot, position + 1)
+        return self._logits[: len(input_ids)]
+
+    def move_slot(self, source: int, target: int, length: int, cross_length: int) -> None:
+        self._logits[:] = np.nan  # no longer valid
+        self.moves += 1
+        for cache, used in ((self._values, length), (self._memory, cross_length)):
+            cache[target, :used] = cache[source, :used]
+            cache[source] = 12345  # nothing may be read there afterwards
+        self._poisoned[target] = self._poisoned[source]
+
+    def close(self) -> None:
+        self.calls.append(("close", 0))
+
+    def _begin(self, name: str, size: int) -> None:
+        if self.fail_with:
+            raise self.fail_with
+        self._logits[:] = np.nan  # what the last call returned is valid no longer
+        self.calls.append((name, size))
+
+    def _read(self, slot: int, length: int) -> np.ndarray:
+        self._logits[slot] = logits_of(self._values[slot, :length])
+        if self._poisoned[slot] and length >= POISONED_FROM:
+            self._logits[slot, 3] = np.nan
+        return self._logits[slot]
+
+
+def value(content: int | bytes, memory: np.ndarray) -> int:
+    return zlib.crc32(repr((content, memory.astype(np.float32).tobytes())).encode())
+
+
+def logits_of(values: np.ndarray) -> np.ndarray:
+    """[cached tokens] -> [vocab]; ids 256 and 258 (the byte tokenizer's ends of text) come up now and then."""
+    logits = np.random.default_rng(zlib.crc32(values.tobytes())).normal(size=CONFIG.llm.vocab_size).astype(np.float32)
+    logits[[256, 258]] += 1.2
+    return logits
+
+
+def request(
+    image_token_id: int,
+    seed: int,
+    length: int = 10,
+    images: int = 0,
+    sampling: SamplingParams | None = None,
+    first_token: int = 65,
+) -> GenerationRequest:
+    """A random prompt of `length` tokens with `images` images of several tokens in sequence and memory each."""
+    random = np.random.default_rng(seed)
+    features = []
+    for _ in range(images):
+        tokens = random.random((random.integers(1, 4), HIDDEN), np.float32)
+        cross_kv = random.random((1, 2, 1, random.integers(1, 6), 1), np.float32)
+        features.append(ImageFeatures(tokens, cross_kv, tiles=2))
+    in_llm = sum(len(image.llm_tokens) for image in features)
+    in_memory = sum(image.cross_kv.shape[3] for image in features if image.cross_kv is not None)
+    input_ids = random.integers(32, 127, length + in_llm)
+    input_ids[random.choice(np.arange(1, length + in_llm), in_llm, replace=False)] = image_token_id
+    input_ids[0] = first_token
+    ranges = np.sort(random.integers(0, in_memory + 1, (length + in_llm, 2)), axis=1).astype(np.int32)
+    prompt = EncodedPrompt(input_ids.astype(np.int64), ranges, in_llm, in_memory)
+    return GenerationRequest(prompt, sampling or SamplingParams(), features, decode_range=(0, in_memory))
+
+
+def tokens_alone(backend: ToyBackend, tokenizer: Tokenizer, asked: GenerationRequest) -> list[int]:
+    """The request's tokens by the toy's definition: no slots, no chunks, no neighbours, no stop strings."""
+    prompt, image_token_id = asked.prompt, backend.config.image_token_id
+    memory = np.concatenate([np.empty(0, np.float32), *(kv.cross_kv[0, 0, 0, :, 0] for kv in asked.images)])  # type: ignore[index]
+    images = iter(asked.llm_image_tokens(HIDDEN))
+    values = [
+        value(next(images).tobytes() if token_id == image_token_id else int(token_id), memory[start:end])
+        for token_id, (start, end) in zip(prompt.input_ids, prompt.cross_ranges, strict=True)
+    ]
+    sampler = Sampler(asked.sampling, prompt.input_ids, {image_token_id})  # type: ignore[arg-type]
+    tokens: list[int] = []
+    while len(tokens) < asked.sampling.max_tokens and len(prompt.input_ids) + len(tokens) < backend.limits.max_seq_len:
+        tokens.append(sampler.sample(logits_of(np.array(values)))[0])
+        if tokens[-1] in tokenizer.stop_ids and not asked.sampling.ignore_eos:
+            break
+        values.append(value(tokens[-1], memory))
+    return tokens
+
+
+class Receiver:
+    """Collects what one request is told, and checks that nothing follows its end."""
+
+    def __init__(self) -> None:
+        self.token_ids: list[int] = []
+        self.text = ""
+        self.finish_reason: str | None = None
+        self.error: Exception | None = None
+        self.usage: object = None
+
+    def on_delta(self, delta: object) -> None:
+        assert not self.ended
+        self.token_ids += delta.token_ids  # type: ignore[attr-defined]
+        self.text += delta.text  # type: ignore[attr-defined]
+        self.finish_reason = delta.finish_reason  # type: ignore[attr-defined]
+        self.usage = delta.usage  # type: ignore[attr-defined]
+
+    def on_error(self, error: Exception) -> None:
+        assert not self.ended
+        self.error = error
+
+    @property
+    def ended(self) -> bool:
+        return self.finish_reason is not None or self.error is not None
