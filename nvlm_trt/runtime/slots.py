@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 
 from nvlm_trt.backends.base import Backend
 from nvlm_trt.runtime.sequence import Sequence
@@ -41,17 +41,16 @@ class Slots:
         self.active.append(sequence)
         self.prefilling = None
 
-    def retire(self, sequences: Iterable[Sequence]) -> None:
-        """Free the rows of these sequences; the last active ones move into the holes."""
-        # from the last row on, so that no row is moved that is about to be freed
-        for sequence in sorted(sequences, key=lambda sequence: sequence.slot, reverse=True):
-            if sequence is self.prefilling:
-                self.prefilling = None
-                continue
-            last = self.active.pop()
-            if last is not sequence:
-                self.active[sequence.slot] = last
-                self._place(last, sequence.slot)
+    def retire(self, sequences: Collection[Sequence]) -> None:
+        """Free the rows of these sequences; active ones from the end move into the holes."""
+        if self.prefilling in sequences:
+            self.prefilling = None
+        kept = [sequence for sequence in self.active if sequence not in sequences]
+        holes = [sequence.slot for sequence in self.active[: len(kept)] if sequence in sequences]
+        behind = [sequence for sequence in kept if sequence.slot >= len(kept)]
+        for sequence, hole in zip(behind, holes, strict=True):
+            self._place(sequence, hole)
+        self.active = sorted(kept, key=lambda sequence: sequence.slot)
 
     def _place(self, sequence: Sequence, slot: int) -> None:
         if sequence.slot != slot:
