@@ -1,0 +1,73 @@
+"""`nvlm-trt verify`: passes on a good engine, names the stage that is off on a damaged one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nvlm_trt.engine import Engine, write_manifest
+from nvlm_trt.errors import EngineError
+from nvlm_trt.evaluation.parity import ParityReport, verify_engine
+
+
+@pytest.mark.parametrize("name", ["nvlm-d-tiny", "nvlm-x-tiny", "nvlm-h-tiny"])
+def test_a_good_engine_passes_and_its_manifest_says_so(engine, checkpoint, tmp_path: Path, name: str) -> None:
+    copy = Path(shutil.copytree(engine(name), tmp_path / name))
+    report = verify_engine(copy, checkpoint(name))
+    assert report.passed
+    expected = ["tiles", "image tokens", "prefill logits", "text-only logits", "greedy tokens"]
+    if name != "nvlm-d-tiny":
+        expected.insert(2, "cross K/V")
+    assert [stage.name for stage in report.stages] == expected
+    recorded = json.loads((copy / "manifest.json").read_text())["verification"]
+    assert recorded["passed"] is True
+    assert len(recorded["stages"]) == len(expected)
+
+
+@pytest.mark.parametrize(
+    ("component", "stage"),
+    [("vision_encoder", "image tokens"), ("cross_kv", "cross K/V"), ("decoder", "prefill logits")],
+)
+def test_a_damaged_component_fails_at_its_own_stage(
+    engine, checkpoint, tmp_path: Path, component: str, stage: str
+) -> None:
+    copy = Path(shutil.copytree(engine("nvlm-h-tiny"), tmp_path / "engine"))
+    weights = np.memmap(copy / f"{component}.onnx.data", np.float32, mode="r+")
+    weights[len(weights) // 2 : len(weights) // 2 + 4096] += 0.5
+    weights.flush()
+    write_manifest(copy, Engine.open(engine("nvlm-h-tiny")).manifest)
+    report = verify_engine(copy, checkpoint("nvlm-h-tiny"), tokens=4)
+    assert not report.passed
+    first_failed = next(s.name for s in report.stages if not s.passed)
+    assert first_failed == stage
+
+
+def test_engine_of_another_checkpoint(engine, checkpoint) -> None:
+    with pytest.raises(EngineError, match="was not built from checkpoint"):
+        verify_engine(engine("nvlm-x-tiny"), checkpoint("nvlm-h-tiny"))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_value_that_is_not_finite_never_passes(bad: float) -> None:
+    good = np.ones(3, np.float32)
+    for actual, expected in (([1, bad, 1], good), (good, [1, bad, 1]), ([1, bad, 1], [1, bad, 1])):
+        report = ParityReport("finite?", tolerance=1e9)
+        report.compare("stage", np.array(actual, np.float32), np.array(expected, np.float32))
+        assert not report.passed
+
+
+def test_another_shape_never_passes() -> None:
+    report = ParityReport("shape?", tolerance=1e9)
+    report.compare("stage", np.zeros((2, 3)), np.zeros((3, 2)))
+    assert not report.passed
+
+
+def test_nothing_compared_is_not_a_pass() -> None:
+    assert not ParityReport("empty", tolerance=1.0).passed
+    report = ParityReport("no tokens", tolerance=1.0)
+    report.compare_tokens("greedy tokens", [], [])
+    assert not report.passed
