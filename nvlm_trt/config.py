@@ -17,14 +17,21 @@ ARCHITECTURES: tuple[Architecture, ...] = ("D", "X", "H")
 IMAGE_TOKEN = "<|vision_pad|>"
 
 
-def _check_positive(config: Any, where: str) -> None:
+def _check_types(config: Any, where: str) -> None:
+    """Every number positive and finite, every flag a bool: JSON may hold anything."""
     for item in fields(config):
         value = getattr(config, item.name)
-        if isinstance(value, (bool, str)):
-            continue
-        wants_int = item.type == "int"
-        if not isinstance(value, int if wants_int else (int, float)) or not 0 < value < float("inf"):
-            raise ConfigError(f"{where}: {item.name} = {value!r} must be a positive number; correct config.json")
+        if item.type == "bool":
+            if not isinstance(value, bool):
+                raise ConfigError(f"{where}: {item.name} = {value!r} must be true or false; correct config.json")
+        elif item.type in ("int", "float"):
+            kinds = (int,) if item.type == "int" else (int, float)
+            if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < float("inf"):
+                raise ConfigError(f"{where}: {item.name} = {value!r} must be a positive number; correct config.json")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,7 @@ class VisionConfig:
     qkv_bias: bool = False
 
     def __post_init__(self) -> None:
-        _check_positive(self, "vision_config")
+        _check_types(self, "vision_config")
         if self.hidden_size % self.num_heads:
             raise ConfigError(
                 f"vision_config: hidden_size {self.hidden_size} is not a multiple of "
@@ -83,14 +90,17 @@ class LlmConfig:
     head_dim: int = 0  # 0: hidden_size / num_heads
 
     def __post_init__(self) -> None:
-        if not self.head_dim:
-            if self.num_heads <= 0 or self.hidden_size % self.num_heads:
+        derive_head_dim = self.head_dim == 0
+        if derive_head_dim:
+            object.__setattr__(self, "head_dim", 1)  # passes the check until the numbers it follows from have
+        _check_types(self, "llm_config")
+        if derive_head_dim:
+            if self.hidden_size % self.num_heads:
                 raise ConfigError(
                     f"llm_config: hidden_size {self.hidden_size} is not a multiple of "
                     f"num_attention_heads {self.num_heads}; correct config.json"
                 )
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
-        _check_positive(self, "llm_config")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"llm_config: num_attention_heads {self.num_heads} is not a multiple of "
@@ -113,7 +123,7 @@ class CrossAttentionConfig:
     qk_norm: bool = False  # RMSNorm over head_dim on q and k
 
     def __post_init__(self) -> None:
-        _check_positive(self, "cross_attention_config")
+        _check_types(self, "cross_attention_config")
 
 
 @dataclass(frozen=True)
@@ -136,12 +146,14 @@ class NvlmConfig:
         if (self.architecture == "D") != (self.cross_attention is None):
             need = "has no" if self.architecture == "D" else "needs a"
             raise ConfigError(f"NVLM-{self.architecture} {need} cross_attention_config; correct config.json")
-        if self.max_tiles < 1:
-            raise ConfigError(f"max_dynamic_patch {self.max_tiles} must be at least 1; correct config.json")
-        if self.image_token_id is not None and not 0 <= self.image_token_id < self.llm.vocab_size:
-            raise ConfigError(
-                f"image_token_id {self.image_token_id} is outside the vocabulary of {self.llm.vocab_size}"
-            )
+        if not _is_int(self.max_tiles) or self.max_tiles < 1:
+            raise ConfigError(f"max_dynamic_patch {self.max_tiles!r} must be at least 1; correct config.json")
+        width = self.projector_hidden_size
+        if width is not None and (not _is_int(width) or width < 1):
+            raise ConfigError(f"projector_hidden_size {width!r} must be at least 1; correct config.json")
+        token = self.image_token_id
+        if token is not None and (not _is_int(token) or not 0 <= token < self.llm.vocab_size):
+            raise ConfigError(f"image_token_id {token!r} is outside the vocabulary of {self.llm.vocab_size}")
 
     @property
     def tokens_per_tile(self) -> int:

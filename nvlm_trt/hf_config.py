@@ -65,7 +65,7 @@ def read_config(directory: Path) -> NvlmConfig:
     path = Path(directory) / "config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except OSError:
         raise ConfigError(f"no config.json in {directory}; name a checkpoint directory in HF layout") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not JSON ({error}); restore it from the checkpoint") from None
@@ -193,23 +193,29 @@ def _vision_from_hf(section: Mapping[str, Any], raw: Mapping[str, Any]) -> Visio
 
 def _llm_from_hf(section: Mapping[str, Any]) -> LlmConfig:
     where = "llm_config."
-    names = list(_require(section, "architectures", where))
+    names = _require(section, "architectures", where)
+    if not isinstance(names, list):
+        raise ConfigError(f"llm_config.architectures {names!r} is not a list; restore config.json from the checkpoint")
     families = [family for family, name in _LLM_ARCHITECTURES.items() if name in names]
     if len(families) != 1:
         # model_type is not trusted: NVLM-D-72B says one thing there and another here
         raise ConfigError(f"llm_config.architectures {names} names none of {', '.join(_LLM_ARCHITECTURES.values())}")
     section = _flatten_rope_parameters(section)
     _refuse_unsupported(section, _LLM_MATHS, where)
+    kinds = section.get("layer_types")
+    if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
+        raise ConfigError("llm_config.layer_types: only 'full_attention' is supported in every layer")
     num_heads = _require(section, "num_attention_heads", where)
+    num_kv_heads = section.get("num_key_value_heads")
     return LlmConfig(
         family=families[0],
         hidden_size=_require(section, "hidden_size", where),
         num_layers=_require(section, "num_hidden_layers", where),
         num_heads=num_heads,
-        num_kv_heads=section.get("num_key_value_heads") or num_heads,
+        num_kv_heads=num_heads if num_kv_heads is None else num_kv_heads,
         intermediate_size=_require(section, "intermediate_size", where),
         vocab_size=_require(section, "vocab_size", where),
-        rope_theta=float(_require(section, "rope_theta", where)),
+        rope_theta=_require(section, "rope_theta", where),
         norm_eps=section.get("rms_norm_eps", 1e-6),
         max_position_embeddings=section.get("max_position_embeddings", 32768),
         tie_word_embeddings=section.get("tie_word_embeddings", False),
@@ -222,9 +228,10 @@ def _flatten_rope_parameters(section: Mapping[str, Any]) -> Mapping[str, Any]:
     rope = section.get("rope_parameters")
     if rope is None:
         return section
-    if not isinstance(rope, Mapping) or rope.get("rope_type", "default") != "default":
+    known = {"rope_type", "rope_theta", "partial_rotary_factor"}
+    if not isinstance(rope, Mapping) or rope.get("rope_type", "default") != "default" or set(rope) - known:
         raise ConfigError(f"llm_config.rope_parameters {rope} is not supported; only rope_type 'default' is")
-    return {**section, "rope_theta": rope.get("rope_theta", section.get("rope_theta"))}
+    return {**section, **{key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}}
 
 
 def _refuse_unsupported(section: Mapping[str, Any], maths: Mapping[str, tuple[Any, ...]], where: str) -> None:
@@ -251,11 +258,13 @@ def _image_token_from_tokenizer(directory: Path) -> int:
     path = directory / "tokenizer.json"
     try:
         added = json.loads(path.read_text(encoding="utf-8")).get("added_tokens", [])
-    except FileNotFoundError:
+        ids = {token["content"]: int(token["id"]) for token in added}
+    except OSError:
         raise ConfigError(f"no tokenizer.json in {directory}; copy the one the model was trained with") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not JSON ({error}); restore it from the checkpoint") from None
-    for token in added:
-        if token.get("content") == IMAGE_TOKEN:
-            return int(token["id"])
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ConfigError(f"{path} is not a tokenizer of HF layout; restore it from the checkpoint") from None
+    if IMAGE_TOKEN in ids:
+        return ids[IMAGE_TOKEN]
     raise ConfigError(f"{path} has no added token {IMAGE_TOKEN}; set image_token_id in config.json")
