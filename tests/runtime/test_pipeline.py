@@ -1,0 +1,367 @@
+"""The pipeline over real tiny engines: what a request is promised, from encoded images to the last delta."""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from nvlm_trt.backends import open_backend
+from nvlm_trt.engine import Engine
+from nvlm_trt.errors import EngineError, ImageError, NvlmError, QueueFullError, RequestError
+from nvlm_trt.prompt import Message
+from nvlm_trt.runtime.generation import Delta, Usage
+from nvlm_trt.runtime.pipeline import ChatRequest, Pipeline, RuntimeOptions
+from nvlm_trt.runtime.sampling import SamplingParams
+from nvlm_trt.tiling import load_image, tile_image
+from nvlm_trt.tokenizer import Tokenizer
+
+DirectoryByName = Callable[[str], Path]
+ALL = [pytest.param(f"nvlm-{letter}-tiny", id=letter.upper()) for letter in "dxh"]
+LONG = SamplingParams(max_tokens=3000, ignore_eos=True)
+WAIT = 60.0  # seconds until a test gives up
+
+
+def picture(seed: int, width: int = 160, height: int = 90) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def chat(
+    text: str, *images: bytes, sampling: SamplingParams | None = None, max_tiles: int | None = None
+) -> ChatRequest:
+    return ChatRequest([Message("user", text)], images, sampling or SamplingParams(max_tokens=12), max_tiles)
+
+
+class CountingEncoder:
+    """Tiles and encodes as the pipeline would by itself, and counts."""
+
+    def __init__(self, directory: Path) -> None:
+        engine = Engine.open(directory)
+        self._tile_size = engine.config.vision.image_size
+        self._backend = open_backend(engine, ["vision_encoder"], threads=1)
+        self.calls = 0
+        self.before: Callable[[], None] = lambda: None
+
+    def __call__(self, data: bytes, max_tiles: int) -> np.ndarray:
+        self.calls += 1
+        self.before()
+        return self._backend.encode(tile_image(load_image(data), self._tile_size, max_tiles))
+
+
+@pytest.fixture(scope="module")
+def encoder(engine: DirectoryByName) -> CountingEncoder:
+    return CountingEncoder(engine("nvlm-h-tiny"))
+
+
+@pytest.fixture
+def pipeline(engine: DirectoryByName, encoder: CountingEncoder) -> Iterator[Pipeline]:
+    """NVLM-H, 8 slots, with a queue of three that tests can fill."""
+    encoder.calls, encoder.before = 0, lambda: None
+    engine_dir = engine("nvlm-h-tiny")
+    with Pipeline.open(engine_dir, threads=1, encode_image=encoder, options=RuntimeOptions(max_queue=3)) as opened:
+        yield opened
+
+
+def answer(pipeline: Pipeline, request: ChatRequest) -> tuple[list[int], str, Usage]:
+    deltas = list(pipeline.generate(request))
+    assert [delta.finish_reason for delta in deltas[:-1]] == [None] * (len(deltas) - 1)
+    usage = deltas[-1].usage
+    assert usage is not None
+    tokens = [token_id for delta in deltas for token_id in delta.token_ids]
+    assert usage.completion_tokens == len(tokens)
+    return tokens, "".join(delta.text for delta in deltas), usage
+
+
+class Listener:
+    def __init__(self) -> None:
+        self.deltas: list[Delta] = []
+        self.error: Exception | None = None
+        self.started, self.done = threading.Event(), threading.Event()
+
+    def on_delta(self, delta: Delta) -> None:
+        self.deltas.append(delta)
+        self.started.set()
+        if delta.finish_reason:
+            self.done.set()
+
+    def on_error(self, error: Exception) -> None:
+        self.error = error
+        self.done.set()
+
+
+# --- answers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_neighbours_do_not_change_an_answer(engine: DirectoryByName, name: str) -> None:
+    """8 requests of different images, lengths and seeds, greedy and sampled, cancelled neighbours among them."""
+    requests = [
+        chat(
+            "What is written here? " * (1 + 5 * (seed % 3)),
+            *(picture(10 * seed + i, width=60 + 50 * seed) for i in range(seed % 3)),
+            sampling=SamplingParams(
+                max_tokens=10 + 3 * seed, temperature=(seed % 2) * 1.2, top_p=0.95, seed=seed, ignore_eos=True
+            ),
+        )
+        for seed in range(8)
+    ]
+    # no cache: every image is encoded both times
+    options = RuntimeOptions(image_cache_bytes=0, prefill_chunk=32, encode_workers=2)
+    with Pipeline.open(engine(name), threads=1, options=options) as pipeline:
+        alone = [answer(pipeline, request) for request in requests]
+        for _ in range(2):
+            noise = [Listener() for _ in range(4)]
+            handles = [pipeline.submit(chat("noise " * 20, sampling=LONG), n.on_delta, n.on_error) for n in noise]
+            with ThreadPoolExecutor(len(requests)) as pool:
+                futures = [pool.submit(answer, pipeline, request) for request in requests]
+                for listener, handle in zip(noise, handles, strict=True):
+                    assert listener.started.wait(WAIT)
+                    handle.cancel()
+                together = [future.result(WAIT) for future in futures]
+            assert [tokens for tokens, _, _ in together] == [tokens for tokens, _, _ in alone]
+            assert [text for _, text, _ in together] == [text for _, text, _ in alone]
+        assert pipeline.metrics().scheduler.free_slots == 8
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_chunks_of_the_prompt_do_not_change_an_answer(engine: DirectoryByName, name: str) -> None:
+    request = chat("First <image>, then <image>: compare them.", picture(1), picture(2, 90, 200))
+    answers = []
+    for chunk in (7, 64, 4096):
+        with Pipeline.open(engine(name), threads=1, options=RuntimeOptions(prefill_chunk=chunk)) as pipeline:
+            answers.append(answer(pipeline, request)[0])
+    assert answers[0] == answers[1] == answers[2]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_an_answer_depends_on_each_image_and_on_their_order(engine: DirectoryByName, name: str) -> None:
+    red, noise = picture(1), picture(2, 90, 200)
+    with Pipeline.open(engine(name), threads=1) as pipeline:
+        logprobs = SamplingParams(max_tokens=1, logprobs=20)
+        tops = []
+        for images in ((red, noise), (noise, red), (red, red)):
+            deltas = list(pipeline.generate(chat("Compare <image> and <image>.", *images, sampling=logprobs)))
+            tops.append([probability for _, probability in deltas[0].logprobs[0].top])
+    assert np.isfinite(tops).all()
+    assert np.abs(np.subtract(tops[0], tops[1])).max() > 1e-6
+    assert np.abs(np.subtract(tops[0], tops[2])).max() > 1e-6
+
+
+def test_the_text_is_that_of_the_tokens(engine: DirectoryByName, pipeline: Pipeline) -> None:
+    sampling = SamplingParams(max_tokens=200, temperature=2, seed=4, ignore_eos=True)
+    tokens, text, usage = answer(pipeline, chat("Say something.", sampling=sampling))
+    assert len(tokens) == usage.completion_tokens == 200
+    assert text == Tokenizer.from_directory(engine("nvlm-h-tiny")).decode(tokens)
+    cut = SamplingParams(max_tokens=200, temperature=2, seed=4, ignore_eos=True, stop=(text[20:22],))
+    assert answer(pipeline, chat("Say something.", sampling=cut))[1] == text[: text.index(text[20:22])]
+
+
+def test_the_image_token_is_never_generated(engine: DirectoryByName, pipeline: Pipeline) -> None:
+    image_token_id = Tokenizer.from_directory(engine("nvlm-h-tiny")).image_token_id
+    sampling = SamplingParams(max_tokens=1500, temperature=100, seed=0, ignore_eos=True)
+    tokens, _, _ = answer(pipeline, chat("Anything.", sampling=sampling))
+    assert image_token_id not in tokens
+    assert len(set(tokens)) > 400  # of 512
+
+
+def test_max_tokens_is_cut_at_what_the_engine_holds(pipeline: Pipeline) -> None:
+    *_, last = pipeline.generate(chat("x" * 4000, sampling=SamplingParams(max_tokens=10_000, ignore_eos=True)))
+    assert last.finish_reason == "length"
+    assert last.usage is not None
+    assert last.usage.prompt_tokens + last.usage.completion_tokens == 4096
+
+
+# --- the image cache -------------------------------------------------------------------------------------------------
+
+
+def test_a_known_image_is_not_encoded_again(pipeline: Pipeline, encoder: CountingEncoder) -> None:
+    image, other = picture(1), picture(2)
+    first, _, usage = answer(pipeline, chat("What is it?", image))
+    assert (encoder.calls, usage.cached_images) == (1, 0)
+    again, _, usage = answer(pipeline, chat("What is it?", image))
+    assert (encoder.calls, usage.cached_images) == (1, 1)
+    assert again == first
+    _, _, usage = answer(pipeline, chat("Compare.", image, other, image))
+    assert (encoder.calls, usage.cached_images) == (2, 2)
+    answer(pipeline, chat("What is it?", image, max_tiles=1))
+    assert encoder.calls == 3
+    metrics = pipeline.metrics().image_cache
+    assert (metrics.hits, metrics.misses, metrics.images) == (3, 3, 3)
+
+
+def test_usage_counts_tiles_and_tokens(engine: DirectoryByName, pipeline: Pipeline) -> None:
+    config = Engine.open(engine("nvlm-h-tiny")).config
+    tokens, _, usage = answer(pipeline, chat("Look.", picture(1, 112, 56), picture(2, 56, 56)))
+    assert usage.image_tiles == 3 + 1  # 2 x 1 and a thumbnail; one tile alone
+    assert usage.cross_tokens == 2 * config.cross_tokens_per_tile(tag_length=1)
+    assert usage.prompt_tokens > 2 * config.tokens_per_tile
+    assert usage.completion_tokens == len(tokens)
+    assert usage.ttft_s is not None
+    assert 0 < usage.encode_s <= usage.queue_s <= usage.ttft_s <= usage.total_s
+
+
+# --- cancelling and closing ------------------------------------------------------------------------------------------
+
+
+def test_closing_the_iterator_frees_the_slot(pipeline: Pipeline) -> None:
+    stream = pipeline.generate(chat("Go on.", sampling=LONG))
+    next(stream)
+    assert pipeline.metrics().scheduler.free_slots == 7
+    stream.close()
+    answer(pipeline, chat("Next."))  # at least one step later
+    assert pipeline.metrics().scheduler.free_slots == 8
+    assert pipeline.metrics().scheduler.requests_finished["cancelled"] == 1
+
+
+def test_a_cancelled_request_gets_no_more_than_the_step_in_progress(pipeline: Pipeline) -> None:
+    listener = Listener()
+    tokens_at_cancel = []
+    submitted = threading.Event()
+
+    def on_delta(delta: Delta) -> None:
+        assert submitted.wait(WAIT)
+        listener.on_delta(delta)
+        if len(listener.deltas) == 5:
+            handle.cancel()
+            tokens_at_cancel.append(pipeline.metrics().scheduler.tokens_generated)
+
+    handle = pipeline.submit(chat("Go on.", sampling=LONG), on_delta, listener.on_error, request_id="a")
+    submitted.set()
+    assert listener.done.wait(WAIT)
+    assert listener.deltas[-1].finish_reason == "cancelled"
+    assert len(listener.deltas) == 6
+    assert pipeline.metrics().scheduler.tokens_generated == tokens_at_cancel[0]
+    assert pipeline.metrics().scheduler.free_slots == 8
+
+
+def test_cancelling_stops_between_images(pipeline: Pipeline, encoder: CountingEncoder) -> None:
+    encoding, cancelled = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        encoding.set()
+        assert cancelled.wait(WAIT)
+
+    encoder.before = wait
+    listener = Listener()
+    handle = pipeline.submit(chat("Compare.", picture(1), picture(2)), listener.on_delta, listener.on_error)
+    assert encoding.wait(WAIT)
+    handle.cancel()
+    assert listener.done.wait(WAIT)
+    assert [delta.finish_reason for delta in listener.deltas] == ["cancelled"]
+    cancelled.set()
+    pipeline.close()
+    assert encoder.calls == 1
+
+
+def test_decoding_goes_on_while_an_image_is_encoded(pipeline: Pipeline, encoder: CountingEncoder) -> None:
+    may_end = threading.Event()
+    encoder.before = lambda: assert_true(may_end.wait(WAIT))
+    listener = Listener()
+    pipeline.submit(chat("Look.", picture(1)), listener.on_delta, listener.on_error)
+    tokens, _, _ = answer(pipeline, chat("Meanwhile.", sampling=SamplingParams(max_tokens=20, ignore_eos=True)))
+    assert len(tokens) == 20
+    assert not listener.started.is_set()
+    may_end.set()
+    assert listener.done.wait(WAIT)
+    assert listener.error is None
+
+
+def assert_true(value: bool) -> None:
+    assert value
+
+
+def test_closing_drains_and_then_refuses(engine: DirectoryByName) -> None:
+    pipeline = Pipeline.open(engine("nvlm-h-tiny"), threads=1)
+    listeners = [Listener() for _ in range(3)]
+    for seed, listener in enumerate(listeners):
+        pipeline.submit(chat("Look.", picture(seed)), listener.on_delta, listener.on_error)
+    pipeline.close()
+    assert all(listener.deltas[-1].finish_reason in ("stop", "length") for listener in listeners)
+    with pytest.raises(EngineError, match="closed"):
+        answer(pipeline, chat("Too late."))
+
+
+def test_an_error_inside_with_cancels_what_runs(engine: DirectoryByName) -> None:
+    listener = Listener()
+    with pytest.raises(KeyboardInterrupt), Pipeline.open(engine("nvlm-h-tiny"), threads=1) as pipeline:
+        pipeline.submit(chat("Go on.", sampling=LONG), listener.on_delta, listener.on_error)
+        assert listener.started.wait(WAIT)
+        raise KeyboardInterrupt
+    assert listener.deltas[-1].finish_reason == "cancelled"
+
+
+# --- bad input: a one-line error, and the pipeline lives on ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("request_", "error", "message"),
+    [
+        (chat("x" * 5000), RequestError, r"the prompt has 50\d\d tokens \(0 of images\), the engine holds 4096"),
+        (chat("x", *[b"?"] * 40), RequestError, r"40 images, at most 16"),
+        (chat("x", picture(1), max_tiles=0), RequestError, r"max_tiles = 0 .* from 1 to 6"),
+        (chat("x", picture(1), max_tiles=7), RequestError, r"max_tiles = 7 .* from 1 to 6"),
+        (chat("x", picture(1), max_tiles=True), RequestError, r"max_tiles = True"),
+        (chat("x", picture(1), max_tiles=1.5), RequestError, r"max_tiles = 1.5"),  # type: ignore[arg-type]
+        (chat(""), RequestError, r"empty|no text"),
+        (ChatRequest([]), RequestError, r"."),
+        (chat("<image> <image>", picture(1)), RequestError, r"2 .*1|1 .*2"),
+        (chat("x", b"not an image"), ImageError, r"^image 1: .*; convert it to PNG or JPEG"),
+        (chat("x", picture(1), b""), ImageError, r"^image 2: 0 bytes"),
+        (chat("x", picture(1)[:2000]), ImageError, r"^image 1: truncated"),
+        (
+            chat("x", *(picture(i, 168, 112) for i in range(6))),
+            RequestError,
+            r"510 cross-attended tokens, the engine holds 408",
+        ),
+    ],
+)
+def test_a_bad_request_is_a_one_line_error(
+    pipeline: Pipeline, request_: ChatRequest, error: type[NvlmError], message: str
+) -> None:
+    with pytest.raises(error, match=message) as caught:
+        list(pipeline.generate(request_))
+    assert "\n" not in str(caught.value)
+    assert pipeline.healthy
+    assert answer(pipeline, chat("Still there?"))[0]
+    assert pipeline.metrics().scheduler.free_slots == 8
+
+
+def test_too_many_image_tokens_are_found_before_all_images_are_encoded(
+    pipeline: Pipeline, encoder: CountingEncoder
+) -> None:
+    with pytest.raises(RequestError, match="send fewer images"):
+        list(pipeline.generate(chat("x", *(picture(i, 168, 112) for i in range(16)))))
+    assert encoder.calls == 5  # 102 tokens each, 408 fit
+
+
+def test_an_encoder_that_fails_fails_its_request_only(pipeline: Pipeline, encoder: CountingEncoder) -> None:
+    def fail() -> None:
+        raise ValueError("no such model")
+
+    encoder.before = fail
+    with pytest.raises(ValueError, match="no such model"):
+        list(pipeline.generate(chat("x", picture(1))))
+    encoder.before = lambda: None
+    assert answer(pipeline, chat("x", picture(1)))[2].cached_images == 0
+
+
+def test_a_full_queue_refuses_before_anything_is_encoded(pipeline: Pipeline, encoder: CountingEncoder) -> None:
+    may_end = threading.Event()
+    encoder.before = lambda: assert_true(may_end.wait(WAIT))
+    listeners = [Listener() for _ in range(3)]
+    for seed, listener in enumerate(listeners):
+        pipeline.submit(chat("x", picture(seed)), listener.on_delta, listener.on_error)
+    with pytest.raises(QueueFullError, match="3 requests are waiting"):
+        list(pipeline.generate(chat("x", picture(9))))
+    may_end.set()
+    assert all(listener.done.wait(WAIT) and listener.error is None for listener in listeners)
+    assert encoder.calls == 3
