@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +24,9 @@ from nvlm_trt.config import NvlmConfig
 from nvlm_trt.engine import Engine, EngineLimits, Manifest, publish, tool_versions, write_manifest
 from nvlm_trt.errors import EngineError
 from nvlm_trt.hf_config import config_to_hf
+from nvlm_trt.progress import Progress, no_progress
 from nvlm_trt.prompt import Message, PromptEncoder, split_tiles
 from nvlm_trt.tokenizer import Tokenizer
-
-Progress = Callable[[str, float, float], None]  # description, done, total
 
 _EMBEDDING = "language_model.model.embed_tokens.weight"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -48,7 +47,7 @@ def build_engine(
     `overrides` replaces fields of `default_limits`. Memory does not grow with the model, save for the smoke test,
     which loads the engine and generates from text and from an image. Raises CheckpointError, ConfigError for the
     checkpoint and EngineError for limits, an existing `output`, a full disk or an engine that speaks nonsense."""
-    progress = progress or _no_progress
+    progress = progress or no_progress
     with Checkpoint.open(checkpoint_dir) as checkpoint, publish(output, overwrite) as staging:
         config = checkpoint.config
         prompts = PromptEncoder(config, Tokenizer.from_directory(checkpoint_dir))
@@ -59,7 +58,7 @@ def build_engine(
             if (Path(checkpoint_dir) / name).exists():
                 shutil.copyfile(Path(checkpoint_dir) / name, staging / name)
         for component, model in graphs.items():
-            _save(model, staging / f"{component}.onnx", progress)
+            save_model(model, staging / f"{component}.onnx", progress)
         manifest = Manifest(
             model_name=config.name,
             architecture=config.architecture,
@@ -128,7 +127,7 @@ def _tag_embeddings(checkpoint: Checkpoint, prompts: PromptEncoder) -> FloatArra
     return checkpoint.rows(_EMBEDDING, tags.reshape(-1)).reshape(*tags.shape, config.llm.hidden_size)
 
 
-def _save(model: ir.Model, path: Path, progress: Progress) -> None:
+def save_model(model: ir.Model, path: Path, progress: Progress) -> None:
     """Write PATH and PATH.data, one tensor in memory at a time, and check the result."""
 
     def report(tensor: ir.TensorProtocol, info: ir.external_data.CallbackInfo) -> None:
@@ -168,7 +167,3 @@ def _smoke_test(engine: Engine, prompts: PromptEncoder) -> None:
 def _check_finite(what: str, values: FloatArray) -> None:
     if not np.isfinite(values).all():
         raise EngineError(f"smoke test: {what} are not finite; check the checkpoint's weights")
-
-
-def _no_progress(description: str, done: float, total: float) -> None:
-    pass

@@ -1,0 +1,273 @@
+"""The ONNX Runtime backend on real tiny engines: parity with the reference, slots, limits, broken files."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nvlm_trt.backends import open_backend
+from nvlm_trt.backends.base import Backend
+from nvlm_trt.engine import Engine
+from nvlm_trt.errors import EngineError, RequestError
+from nvlm_trt.prompt import EncodedPrompt, Message, PromptEncoder, split_tiles
+from nvlm_trt.reference.model import ReferenceModel
+from nvlm_trt.tokenizer import Tokenizer
+
+Directory = Callable[[str], Path]
+NAMES = ["nvlm-d-tiny", "nvlm-x-tiny", "nvlm-h-tiny"]
+NO_RANGE = np.zeros((1, 2), np.int32)
+
+
+@pytest.fixture(params=NAMES)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def backend(engine: Directory, name: str) -> Iterator[Backend]:
+    with open_backend(Engine.open(engine(name)), threads=1) as opened:
+        yield opened
+
+
+class Request:
+    """A prompt with encoded images, and greedy decoding of it through a backend."""
+
+    def __init__(self, backend: Backend, engine_dir: Path, text: str, tiles_per_image: list[int], seed: int) -> None:
+        config = backend.config
+        self.backend = backend
+        self.encoder = PromptEncoder(config, Tokenizer.from_directory(engine_dir))
+        self.prompt: EncodedPrompt = self.encoder.encode([Message("user", text)], tiles_per_image)
+        rng = np.random.default_rng(seed)
+        edge = config.vision.image_size
+        self.images = [
+            backend.encode(rng.standard_normal((tiles, 3, edge, edge), dtype=np.float32)) for tiles in tiles_per_image
+        ]
+        self.cross_tiles = [image[split_tiles(config.architecture, len(image))[1]] for image in self.images]
+        llm_tiles = [image[split_tiles(config.architecture, len(image))[0]] for image in self.images]
+        self.llm_tokens = np.concatenate(
+            [
+                np.zeros((0, config.llm.hidden_size), np.float32),
+                *(t.reshape(-1, config.llm.hidden_size) for t in llm_tiles),
+            ]
+        )
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt.input_ids)
+
+    @property
+    def decode_range(self) -> tuple[int, int]:
+        return self.encoder.decode_range(self.prompt)
+
+    def prefill(self, slot: int) -> np.ndarray:
+        start = 0
+        for tiles in self.cross_tiles:
+            if len(tiles):
+                cross_kv = self.backend.cross_kv(tiles)
+                self.backend.write_cross_kv(slot, start, cross_kv)
+                start += cross_kv.shape[3]
+        assert start == self.prompt.cross_tokens
+        return self.backend.prefill(slot, 0, self.prompt.input_ids, self.llm_tokens, self.prompt.cross_ranges)
+
+
+def decode(backend: Backend, requests: list[Request], tokens: np.ndarray, step: int) -> np.ndarray:
+    """Slot i decodes requests[i]; `step` tokens were generated before."""
+    positions = np.array([request.length + step for request in requests])
+    return backend.decode(tokens, positions, np.array([request.decode_range for request in requests], np.int32))
+
+
+def test_equals_reference(backend: Backend, engine: Directory, checkpoint: Directory, name: str) -> None:
+    """Image tokens, cross-attention keys and values, prefill logits, and 12 greedy tokens."""
+    model = ReferenceModel.from_checkpoint(checkpoint(name))
+    request = Request(backend, engine(name), "Compare <image> with <image>.", [3, 1], seed=1)
+    pixels = np.random.default_rng(1).standard_normal((3, 3, 56, 56), dtype=np.float32)
+    np.testing.assert_allclose(backend.encode(pixels), model.encode(torch.from_numpy(pixels)), rtol=0, atol=2e-5)
+    reference_kv = []
+    for tiles in request.cross_tiles:
+        if len(tiles):
+            is_h = backend.config.architecture == "H"
+            tags = torch.from_numpy(request.encoder.tag_ids(len(tiles))) if is_h else None
+            expected = model.cross_kv(torch.from_numpy(tiles), tags)
+            reference_kv.append(expected)
+            stacked = torch.stack([torch.stack(pair) for pair in expected])
+            np.testing.assert_allclose(backend.cross_kv(tiles), stacked, rtol=0, atol=2e-5)
+    joined = [
+        (torch.cat([image[j][0] for image in reference_kv], 1), torch.cat([image[j][1] for image in reference_kv], 1))
+        for j in range(len(backend.config.cross_layers))
+    ]
+    llm_tokens = torch.from_numpy(request.llm_tokens)
+    logits = request.prefill(0)
+    assert np.isfinite(logits).all()
+    expected_logits, _ = model(
+        torch.from_numpy(request.prompt.input_ids)[None],
+        llm_tokens,
+        joined or None,
+        torch.from_numpy(request.prompt.cross_ranges)[None],
+    )
+    np.testing.assert_allclose(logits, expected_logits[0, -1], rtol=0, atol=5e-5)
+    assert greedy(backend, request, logits, 12) == model.generate(request.prompt, llm_tokens, joined or None, 12)
+
+
+def greedy(backend: Backend, request: Request, logits: np.ndarray, count: int) -> list[int]:
+    tokens: list[int] = []
+    while len(tokens) < count:
+        logits = logits.copy()
+        logits[backend.config.image_token_id] = -np.inf
+        tokens.append(int(logits.argmax()))
+        logits = decode(backend, [request], np.array(tokens[-1:]), len(tokens) - 1)[0]
+    return tokens
+
+
+def test_slots_are_independent_of_their_neighbours_bit_for_bit(backend: Backend, engine: Directory, name: str) -> None:
+    """Prefill through a slot's view and decode in a batch of three: the logits are those of a request alone."""
+    prompts = [("Hello", []), ("What is <image>?", [3]), ("Compare <image> with <image>.", [1, 5])]
+    requests = [Request(backend, engine(name), text, tiles, seed) for seed, (text, tiles) in enumerate(prompts)]
+    steps = np.random.default_rng(0).integers(0, 256, (4, 3))
+    alone = []
+    for slot, request in enumerate(requests):
+        logits = [request.prefill(0)]
+        logits += [decode(backend, [request], step[slot : slot + 1], i)[0].copy() for i, step in enumerate(steps)]
+        alone.append(logits)
+    together = [[request.prefill(slot)] for slot, request in enumerate(requests)]
+    for i, step in enumerate(steps):
+        for logits, row in zip(together, decode(backend, requests, step, i).copy(), strict=True):
+            logits.append(row)
+    assert np.isfinite(np.array(alone)).all()
+    assert np.array_equal(np.array(alone), np.array(together))
+
+
+def test_prefill_leaves_other_slots_alone(backend: Backend, engine: Directory, name: str) -> None:
+    first = Request(backend, engine(name), "What is <image>?", [3], seed=0)
+    second = Request(backend, engine(name), "And <image>, a longer question about another image?", [5], seed=1)
+    first.prefill(0)
+    expected = decode(backend, [first], np.array([65]), 0).copy()
+    second.prefill(1)
+    assert np.array_equal(decode(backend, [first], np.array([65]), 0), expected)
+
+
+def test_chunked_prefill_equals_whole_prefill(backend: Backend, engine: Directory, name: str) -> None:
+    request = Request(backend, engine(name), "What is <image> and <image>?", [3, 2], seed=0)
+    whole = request.prefill(0)
+    prompt, taken = request.prompt, 0
+    request.prefill(1)  # writes the cross-attended tokens of slot 1; its cache is overwritten below
+    for start in range(0, request.length, 13):
+        chunk = slice(start, start + 13)
+        ids = prompt.input_ids[chunk]
+        count = int((ids == backend.config.image_token_id).sum())
+        tokens = request.llm_tokens[taken : taken + count]
+        logits = backend.prefill(1, start, ids, tokens, prompt.cross_ranges[chunk])
+        taken += count
+    np.testing.assert_allclose(logits, whole, rtol=0, atol=2e-5)
+
+
+def test_move_slot(backend: Backend, engine: Directory, name: str) -> None:
+    request = Request(backend, engine(name), "What is <image>?", [4], seed=0)
+    request.prefill(0)
+    expected = decode(backend, [request], np.array([65]), 0).copy()
+    request.prefill(3)
+    Request(backend, engine(name), "Other <image>", [2], seed=1).prefill(0)
+    backend.move_slot(3, 0, request.length, request.prompt.cross_tokens)
+    assert np.array_equal(decode(backend, [request], np.array([65]), 0), expected)
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_text_only_is_bit_identical_to_the_llm_without_cross_attention(
+    backend: Backend, engine: Directory, name: str
+) -> None:
+    """Checkpoints of one seed share their LLM, so the D engine is the X or H engine's LLM alone."""
+    with open_backend(Engine.open(engine("nvlm-d-tiny")), ("decoder",), threads=1) as llm_alone:
+        for text in ("Hello", "A longer text that spans several words, twice as long as the first."):
+            request = Request(backend, engine(name), text, [], seed=0)
+            logits = request.prefill(0)
+            prompt = request.prompt
+            expected = llm_alone.prefill(0, 0, prompt.input_ids, request.llm_tokens, prompt.cross_ranges)
+            assert np.array_equal(logits, expected)
+            for step in range(3):
+                token, position = np.array([int(logits.argmax())]), np.array([request.length + step])
+                logits = backend.decode(token, position, NO_RANGE)[0].copy()
+                assert np.isfinite(logits).all()
+                assert np.array_equal(logits, llm_alone.decode(token, position, NO_RANGE)[0])
+
+
+def test_refuses_image_tokens_that_do_not_match(backend: Backend, engine: Directory, name: str) -> None:
+    tokens = np.zeros((2, backend.config.llm.hidden_size), np.float32)
+    ids = np.array([65, backend.config.image_token_id, 66])
+    ranges = np.zeros((3, 2), np.int32)
+    with pytest.raises(RequestError, match="1 image tokens in the prompt, 2 were given"):
+        backend.prefill(0, 0, ids, tokens, ranges)
+    with pytest.raises(RequestError, match="1 image tokens in the prompt, 0 were given"):
+        backend.decode(ids[1:2], np.array([3]), NO_RANGE)
+
+
+def test_refuses_more_than_a_slot_holds(backend: Backend, name: str) -> None:
+    none = np.zeros((0, backend.config.llm.hidden_size), np.float32)
+    last = backend.limits.max_seq_len - 1
+    with pytest.raises(RequestError, match=f"{last + 2} tokens.*{last + 1}"):
+        backend.prefill(0, last, np.array([65, 66]), none, np.zeros((2, 2), np.int32))
+    with pytest.raises(RequestError, match="max-seq-len"):
+        backend.decode(np.array([65]), np.array([last + 1]), NO_RANGE)
+    assert np.isfinite(backend.decode(np.array([65]), np.array([last]), NO_RANGE)).all()
+    if backend.config.cross_layers:
+        llm = backend.config.llm
+        too_long = np.zeros((3, 2, llm.num_kv_heads, backend.limits.max_image_tokens, llm.head_dim), np.float32)
+        with pytest.raises(RequestError, match="max-image-tokens"):
+            backend.write_cross_kv(0, 1, too_long)
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_refuses_an_image_of_too_many_tiles(backend: Backend, name: str) -> None:
+    config = backend.config
+    tiles = np.zeros((8, config.tokens_per_tile, config.llm.hidden_size), np.float32)
+    with pytest.raises(RequestError, match="8 tiles"):
+        backend.cross_kv(tiles)
+
+
+def test_opens_only_what_is_asked_for(engine: Directory) -> None:
+    opened = Engine.open(engine("nvlm-x-tiny"))
+    edge = opened.config.vision.image_size
+    with open_backend(opened, ("vision_encoder",)) as vision:
+        assert vision.encode(np.zeros((2, 3, edge, edge), np.float32)).shape == (2, 16, 192)
+        with pytest.raises(AssertionError, match="decoder was not opened"):
+            vision.decode(np.array([1]), np.array([0]), NO_RANGE)
+
+
+def test_encodes_more_tiles_than_are_run_at_once(backend: Backend, name: str) -> None:
+    edge = backend.config.vision.image_size
+    pixels = np.random.default_rng(0).standard_normal((9, 3, edge, edge), dtype=np.float32)
+    one_by_one = np.concatenate([backend.encode(tile[None]) for tile in pixels])
+    assert np.array_equal(backend.encode(pixels), one_by_one)
+    assert backend.encode(pixels[:0]).shape == (0, *one_by_one.shape[1:])
+
+
+@pytest.mark.parametrize("file", ["decoder.onnx", "decoder.onnx.data", "vision_encoder.onnx", "cross_kv.onnx.data"])
+@pytest.mark.parametrize("damage", ["truncated", "missing", "corrupt"])
+def test_broken_files_are_one_line(engine: Directory, tmp_path: Path, file: str, damage: str) -> None:
+    """As met behind Engine.open, which hashes small files only: a file damaged after the check, or a large one."""
+    sound = Engine.open(engine("nvlm-x-tiny"))
+    shutil.copytree(sound.path, tmp_path / "engine")
+    path = tmp_path / "engine" / file
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(b"\xff" * 64)
+    with pytest.raises(EngineError, match=r"cannot be loaded .*nvlm-trt build") as caught:
+        open_backend(replace(sound, path=tmp_path / "engine"))
+    assert "\n" not in str(caught.value)
+    assert file.split(".")[0] in str(caught.value)
+
+
+def test_refuses_another_backend_or_device(engine: Directory) -> None:
+    opened = Engine.open(engine("nvlm-d-tiny"))
+    foreign = replace(opened, manifest=opened.manifest.model_copy(update={"backend": "abacus"}))
+    with pytest.raises(EngineError, match="'abacus'"):
+        open_backend(foreign)
+    with pytest.raises(EngineError, match="device"):
+        open_backend(opened, device="cuda:0")
