@@ -129,9 +129,11 @@ def serve(
 
     Example: nvlm-trt serve engines/nvlm-h --grpc-port 8001
     """
-    from nvlm_trt.serving.server import serve as run_server
+    from nvlm_trt.serving.serve import serve as run_server
+    from nvlm_trt.serving.server import ServerOptions
 
-    raise typer.Exit(run_server(engine, host=host, grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port))
+    options = ServerOptions(host=host, grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port)
+    raise typer.Exit(run_server(engine, options))
 
 
 @app.command()

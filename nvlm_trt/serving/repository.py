@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nvlm_trt.engine import Engine
+from nvlm_trt.errors import ServerError
 from nvlm_trt.image import ImageLimits
 
 # Images of several requests on their way through the ensemble at once. Each holds one of the threads that the python
@@ -22,6 +23,9 @@ BACKEND_THREADS = 64
 _BATCHED_IMAGES = 4
 _BATCHING_DELAY_US = 1000
 _MAX_TILING_INSTANCES = 4
+
+_SHARED_MEMORY = Path("/dev/shm")
+_SHARED_MEMORY_SLACK = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -87,3 +91,19 @@ def _sources() -> list[Path]:
     """The model folders of triton_repo, in a checkout or in an installed wheel."""
     root = Path(str(importlib.resources.files("nvlm_trt.triton_repo")))
     return [folder for folder in root.iterdir() if (folder / "config.pbtxt").is_file()]
+
+
+def check_shared_memory(engine: Engine) -> None:
+    """Raise ServerError if the models could not pass each other full batches of tiles."""
+    tile_bytes = 3 * engine.config.vision.image_size**2 * 4
+    needed = 3 * max_batch_tiles(engine) * tile_bytes + _SHARED_MEMORY_SLACK
+    try:
+        status = os.statvfs(_SHARED_MEMORY)
+    except OSError:
+        return
+    free = status.f_bavail * status.f_frsize
+    if free < needed:
+        raise ServerError(
+            f"{_SHARED_MEMORY} has {free >> 20} MiB free, Triton's models need about {needed >> 20} MiB to pass tiles "
+            "on; enlarge it (docker run --shm-size=1g)"
+        )

@@ -16,7 +16,9 @@ from nvlm_trt.tiling import tile_image
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
-        parameters = {key: int(value["string_value"]) for key, value in json.loads(args["model_config"])["parameters"].items()}
+        parameters = {
+            key: int(value["string_value"]) for key, value in json.loads(args["model_config"])["parameters"].items()
+        }
         self._tile_size = parameters["tile_size"]
         self._max_tiles = parameters["max_tiles"]
         self._limits = ImageLimits(parameters["max_pixels"], parameters["max_bytes"], parameters["max_images"])

@@ -21,7 +21,9 @@ class TritonPythonModel:
         self._backend = open_backend(engine, ["vision_encoder"], threads=threads)
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        batches = [pb_utils.get_input_tensor_by_name(r, "pixel_values").as_numpy() for r in requests]  # [n, 3, E, E] each
+        batches = [
+            pb_utils.get_input_tensor_by_name(r, "pixel_values").as_numpy() for r in requests
+        ]  # [n, 3, E, E] each
         try:
             image_tokens = self._backend.encode(np.concatenate(batches))  # [tiles, T, hidden]
         except NvlmError as error:

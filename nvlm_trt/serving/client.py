@@ -1,0 +1,222 @@
+"""Asks a served engine over gRPC: answers as they are generated, images as paths or encoded bytes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import grpc
+import grpc.aio
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from nvlm_trt.errors import NvlmError, QueueFullError, RequestError, ServerError
+from nvlm_trt.prompt import Message
+from nvlm_trt.runtime.generation import Delta, FinishReason, Usage
+from nvlm_trt.runtime.sampling import SamplingParams, TokenLogprob
+from nvlm_trt.serving.messages import METADATA, delta_of, infer_request
+from nvlm_trt.serving.wire import QUEUE_FULL, merge_deltas
+
+Messages = Sequence[Message | Mapping[str, str]]
+Image = bytes | str | os.PathLike[str]
+Sampling = SamplingParams | Mapping[str, Any]
+
+_SCHEME = "grpc://"
+_READY_SECONDS = 5
+_CHANNEL_OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+_LOOPBACK = ("127.", "localhost:", "[::1]:")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A whole answer."""
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprob]
+    finish_reason: FinishReason | None
+    usage: Usage | None
+
+
+class Client:
+    """Talks to one server. Thread-safe; streams of several threads share its connection."""
+
+    def __init__(self, url: str) -> None:
+        """`url` is grpc://host:port. Nothing is sent yet."""
+        self._url = url
+        target = _target(url)
+        self._channel = grpc.insecure_channel(target, _options(target))
+        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+
+    def stream(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Messages | None = None,
+        images: Iterable[Image] = (),
+        sampling: Sampling | None = None,
+        max_tiles: int | None = None,
+    ) -> Iterator[Delta]:
+        """An answer as it is generated, last the delta with a finish_reason. Closing the iterator cancels it.
+
+        Either `prompt`, a single user turn, or `messages`. Raises RequestError for what the server does not accept,
+        QueueFullError if it has too much to do, ServerError if it cannot be reached or fails.
+        """
+        request = infer_request(prompt, messages, _read(images), sampling, max_tiles)
+        call = self._stub.ModelStreamInfer(iter([request]), metadata=METADATA)
+        try:
+            for response in call:
+                delta = delta_of(response)
+                if delta is not None:
+                    yield delta
+        except grpc.RpcError as error:
+            raise _error(self._url, error.code(), error.details()) from None
+        finally:
+            call.cancel()
+
+    def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Messages | None = None,
+        images: Iterable[Image] = (),
+        sampling: Sampling | None = None,
+        max_tiles: int | None = None,
+    ) -> Answer:
+        """The whole answer; see `stream`."""
+        stream = self.stream(prompt, messages=messages, images=images, sampling=sampling, max_tiles=max_tiles)
+        return _answer(list(stream))
+
+    def ready(self) -> bool:
+        """Whether the server is there and all its models are loaded."""
+        try:
+            return self._stub.ServerReady(service_pb2.ServerReadyRequest(), timeout=_READY_SECONDS).ready
+        except grpc.RpcError:
+            return False
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class AsyncClient:
+    """`Client` for asyncio, with the same methods and errors."""
+
+    def __init__(self, url: str) -> None:
+        """`url` is grpc://host:port. Made in the event loop that uses it."""
+        self._url = url
+        target = _target(url)
+        self._channel = grpc.aio.insecure_channel(target, _options(target))
+        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+
+    async def stream(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Messages | None = None,
+        images: Iterable[Image] = (),
+        sampling: Sampling | None = None,
+        max_tiles: int | None = None,
+    ) -> AsyncIterator[Delta]:
+        """See `Client.stream`. Closing the iterator, or cancelling the task that reads it, cancels the answer."""
+        request = infer_request(prompt, messages, _read(images), sampling, max_tiles)
+        call = self._stub.ModelStreamInfer(iter([request]), metadata=METADATA)
+        try:
+            async for response in call:
+                delta = delta_of(response)
+                if delta is not None:
+                    yield delta
+        except grpc.aio.AioRpcError as error:
+            raise _error(self._url, error.code(), error.details()) from None
+        finally:
+            call.cancel()
+
+    async def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Messages | None = None,
+        images: Iterable[Image] = (),
+        sampling: Sampling | None = None,
+        max_tiles: int | None = None,
+    ) -> Answer:
+        """The whole answer; see `Client.stream`."""
+        stream = self.stream(prompt, messages=messages, images=images, sampling=sampling, max_tiles=max_tiles)
+        return _answer([delta async for delta in stream])
+
+    async def ready(self) -> bool:
+        """Whether the server is there and all its models are loaded."""
+        try:
+            response = await self._stub.ServerReady(service_pb2.ServerReadyRequest(), timeout=_READY_SECONDS)
+        except grpc.aio.AioRpcError:
+            return False
+        return response.ready
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
+def _target(url: str) -> str:
+    target = url.removeprefix(_SCHEME).rstrip("/")
+    host, _, port = target.rpartition(":")
+    if not url.startswith(_SCHEME) or not host or not port.isdigit():
+        raise ServerError(f"server address {url!r} is not grpc://host:port; use what `nvlm-trt serve` prints")
+    return target
+
+
+def _options(target: str) -> list[tuple[str, int]]:
+    """A proxy that the environment names is not for this machine's own servers."""
+    return [*_CHANNEL_OPTIONS, ("grpc.enable_http_proxy", 0 if target.startswith(_LOOPBACK) else 1)]
+
+
+def _read(images: Iterable[Image]) -> list[bytes]:
+    return [image if isinstance(image, bytes) else _read_file(Path(image)) for image in images]
+
+
+def _read_file(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise RequestError(f"cannot read image {path} ({error.strerror}); name a readable picture file") from None
+
+
+def _answer(deltas: Sequence[Delta]) -> Answer:
+    whole = merge_deltas(deltas)
+    return Answer(whole.text, whole.token_ids, whole.logprobs, whole.finish_reason, whole.usage)
+
+
+def _error(url: str, code: grpc.StatusCode, details: str | None) -> NvlmError:
+    message = " ".join((details or code.name).split())
+    if code is grpc.StatusCode.INVALID_ARGUMENT:
+        return RequestError(message)
+    if code is grpc.StatusCode.UNAVAILABLE:
+        return _unavailable(url, message)
+    if code is grpc.StatusCode.CANCELLED:
+        return ServerError(f"{url}: the request was cancelled; send it again")
+    return ServerError(f"{url}: {message}")
+
+
+def _unavailable(url: str, message: str) -> NvlmError:
+    if message.startswith(QUEUE_FULL):
+        return QueueFullError(message)
+    if "failed to connect" in message or "resolution" in message:
+        return ServerError(f"no server answers at {url}; start one with `nvlm-trt serve`, or check host and port")
+    return ServerError(f"{url}: {message}")

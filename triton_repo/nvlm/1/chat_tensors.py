@@ -1,0 +1,53 @@
+"""What a Triton request of `nvlm` holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import triton_python_backend_utils as pb_utils
+
+from nvlm_trt.backends.base import FloatArray
+from nvlm_trt.errors import RequestError
+from nvlm_trt.runtime.pipeline import ChatRequest
+from nvlm_trt.serving.wire import parse_conversation, parse_sampling
+
+
+def chat_request(request: Any) -> ChatRequest:
+    """Raises RequestError for what is wrong with the messages or the sampling parameters."""
+    images = _array(request, "image")  # [images] bytes
+    max_tiles = _array(request, "max_tiles")  # [1]
+    return ChatRequest(
+        messages=parse_conversation(_string(request, "prompt"), _string(request, "messages")),
+        images=() if images is None else tuple(images.tolist()),
+        sampling=parse_sampling(_string(request, "sampling_parameters")),
+        max_tiles=None if max_tiles is None else int(max_tiles[0]),
+    )
+
+
+def ticket(request: Any) -> str | None:
+    """Set if the request is the last step of the ensemble, run for an image that `nvlm` itself wants encoded."""
+    value = _string(request, "ticket")
+    return None if value is None else value.decode(errors="replace")
+
+
+def image_tokens(request: Any) -> list[FloatArray]:
+    """Tokens [n, T, hidden] of each image, if the request came through the ensemble; copies, the request may go."""
+    tokens = _array(request, "image_tokens")  # [tiles of all images, T, hidden]
+    tiles = _array(request, "tiles_per_image")  # [images]
+    if tokens is None or tiles is None:
+        return []
+    if tiles.min(initial=1) < 1 or tiles.sum() != len(tokens):
+        raise RequestError(f"tiles_per_image {tiles.tolist()} does not describe image_tokens of {len(tokens)} tiles")
+    return [part.copy() for part in np.split(tokens, np.cumsum(tiles)[:-1])]
+
+
+def _string(request: Any, name: str) -> bytes | None:
+    array = _array(request, name)
+    return None if array is None else array[0]
+
+
+def _array(request: Any, name: str) -> npt.NDArray[Any] | None:
+    tensor = pb_utils.get_input_tensor_by_name(request, name)
+    return None if tensor is None else tensor.as_numpy()

@@ -1,0 +1,81 @@
+"""Images through the ensemble and back: tiling and vision_encoder run in processes of their own, batched by Triton."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import weakref
+from collections.abc import Sequence
+from concurrent.futures import Future
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from nvlm_trt.backends.base import FloatArray
+from nvlm_trt.errors import EngineError, ImageError, RequestError
+from nvlm_trt.runtime.pipeline import ChatRequest
+from nvlm_trt.serving.wire import ENSEMBLE
+
+
+class EnsembleEncoder:
+    """Sends an image through the ensemble, whose last step is this very model.
+
+    `encode` waits on a thread of the pipeline; `deliver` is called by `execute` when the ensemble's last step arrives
+    with the image tokens. A ticket, which only the two know, says whose they are.
+    """
+
+    def __init__(self, max_tiles: int) -> None:
+        """`max_tiles` per image where a request does not say."""
+        self._max_tiles = max_tiles
+        self._awaited: dict[str, Future[FloatArray]] = {}
+        # weak: the tokens live as long as the request that brought them
+        self._brought: weakref.WeakValueDictionary[tuple[bytes, int], FloatArray] = weakref.WeakValueDictionary()
+
+    def encode(self, data: bytes, max_tiles: int) -> FloatArray:
+        """Encoded bytes -> image tokens [n, T, hidden]. Raises ImageError and EngineError."""
+        brought = self._brought.get((data, max_tiles))
+        if brought is not None:
+            return brought
+        ticket = secrets.token_hex(16)
+        delivered = self._awaited[ticket] = Future()
+        try:
+            self._run_ensemble(data, max_tiles, ticket)
+            return delivered.result(timeout=0)  # the last step delivers before it answers
+        finally:
+            del self._awaited[ticket]
+
+    def deliver(self, ticket: str, image_tokens: Sequence[FloatArray]) -> None:
+        """The tokens [n, T, hidden] of the one image of a ticket."""
+        delivered = self._awaited.get(ticket)
+        if delivered is None or delivered.done() or len(image_tokens) != 1:
+            raise RequestError("`ticket` is for the server's own use; leave it out")
+        delivered.set_result(image_tokens[0])
+
+    def remember(self, request: ChatRequest, image_tokens: Sequence[FloatArray]) -> None:
+        """A request that came through the ensemble brings the tokens [n, T, hidden] of its images."""
+        if image_tokens and len(image_tokens) != len(request.images):
+            raise RequestError(f"{len(request.images)} images, but the image tokens of {len(image_tokens)}")
+        for data, tokens in zip(request.images, image_tokens, strict=False):
+            self._brought[data, request.max_tiles or self._max_tiles] = tokens
+
+    def _run_ensemble(self, data: bytes, max_tiles: int, ticket: str) -> None:
+        request = pb_utils.InferenceRequest(
+            model_name=ENSEMBLE,
+            requested_output_names=["text"],
+            inputs=[
+                pb_utils.Tensor("image", np.array([data], np.object_)),
+                pb_utils.Tensor("max_tiles", np.array([max_tiles], np.int32)),
+                pb_utils.Tensor("ticket", np.array([ticket.encode()], np.object_)),
+            ],
+        )
+        for response in request.exec(decoupled=True):
+            if response.has_error():
+                raise _error(response.error().message())
+
+
+def _error(message: str) -> Exception:
+    """An error of the ensemble by its message: Triton keeps no more of an error than that between models."""
+    message = message.removeprefix(f"in ensemble '{ENSEMBLE}', ")
+    if re.match(r"image( \d+)?: ", message):
+        return ImageError(message)
+    return EngineError(f"the image was not encoded ({message}); the server's log has the details")

@@ -1,0 +1,86 @@
+"""The model that clients call: owns the engine and every request's response sender."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from typing import Any
+
+import chat_tensors
+import triton_python_backend_utils as pb_utils
+from answer_stream import AnswerStream
+from ensemble_encoder import EnsembleEncoder
+from error_response import error_response
+from server_metrics import ServerMetrics
+
+from nvlm_trt.errors import ServerError
+from nvlm_trt.image import ImageLimits
+from nvlm_trt.runtime.pipeline import Pipeline, RuntimeOptions
+
+_REPORT_SECONDS = 0.1
+
+
+class TritonPythonModel:
+    def initialize(self, args: dict[str, str]) -> None:
+        entries = json.loads(args["model_config"])["parameters"]
+        parameters = {name: entry["string_value"] for name, entry in entries.items()}
+        limits = ImageLimits(*(int(parameters[name]) for name in ("max_pixels", "max_bytes", "max_images")))
+        self._drain_file = parameters["drain_file"]
+        self._encoder = EnsembleEncoder(int(parameters["max_tiles"]))
+        self._pipeline = Pipeline.open(
+            parameters["engine"],
+            threads=int(parameters["threads"]),
+            encode_image=self._encoder.encode,
+            options=RuntimeOptions(
+                max_queue=int(parameters["max_queue"]),
+                encode_workers=int(parameters["encode_workers"]),
+                image_limits=limits,
+            ),
+        )
+        self._open_streams: set[AnswerStream] = set()
+        self._metrics = ServerMetrics()
+        self._closing = threading.Event()
+        self._reporter = threading.Thread(target=self._report, name="nvlm-reporter", daemon=True)
+        self._reporter.start()
+
+    def execute(self, requests: list[Any]) -> None:
+        """Start what is given and return: answers are sent by their streams."""
+        for request in requests:
+            sender = request.get_response_sender()
+            try:
+                ticket = chat_tensors.ticket(request)
+                if ticket is None:
+                    self._start(request, sender)
+                else:
+                    self._encoder.deliver(ticket, chat_tensors.image_tokens(request))
+                    sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            except Exception as error:
+                sender.send(error_response(error), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def finalize(self) -> None:
+        """Finish what was submitted; the server waits no longer than its exit timeout."""
+        self._closing.set()
+        self._pipeline.close()
+        for stream in list(self._open_streams):
+            stream.wait()
+        self._reporter.join()
+
+    def _start(self, request: Any, sender: Any) -> None:
+        if os.path.exists(self._drain_file):
+            raise ServerError("the server is stopping; send the request to another one")
+        chat = chat_tensors.chat_request(request)
+        stream = AnswerStream(sender, on_end=self._open_streams.discard, on_late_tokens=self._metrics.add_late_tokens)
+        stream.image_tokens = chat_tensors.image_tokens(request)
+        self._encoder.remember(chat, stream.image_tokens)
+        handle = self._pipeline.submit(chat, stream.put, stream.put, request_id=request.request_id())
+        self._open_streams.add(stream)
+        stream.start(handle)
+
+    def _report(self) -> None:
+        while not self._closing.wait(_REPORT_SECONDS):
+            self._metrics.report(self._pipeline.metrics(), len(self._open_streams))
+            if not self._pipeline.healthy:
+                # Triton would go on calling the model ready; whoever watches this process knows better
+                pb_utils.Logger.log_error("the engine has failed: its process ends so that the server is restarted")
+                os._exit(1)

@@ -1,0 +1,72 @@
+"""The pipeline's numbers on Triton's metrics port."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+
+from nvlm_trt.runtime.pipeline import PipelineMetrics
+
+_DESCRIPTIONS = {
+    "nvlm_active_slots": "Requests being decoded",
+    "nvlm_free_slots": "Slots without a request",
+    "nvlm_queued_requests": "Requests without a slot, those whose images are being encoded included",
+    "nvlm_open_requests": "Requests that are not answered to the end",
+    "nvlm_image_cache_images": "Images whose features are cached",
+    "nvlm_image_cache_bytes": "Bytes of cached image features",
+    "nvlm_image_cache_hits_total": "Images whose features were cached",
+    "nvlm_image_cache_misses_total": "Images that were tiled and encoded",
+    "nvlm_generated_tokens_total": "Tokens generated",
+    "nvlm_late_tokens_total": "Tokens generated for requests after their cancellation was noticed",
+    "nvlm_finished_requests_total": "Requests that ended, by reason",
+}
+
+
+class ServerMetrics:
+    """One metric per name and reason: counters end in _total, the others are gauges."""
+
+    def __init__(self) -> None:
+        self._families = {name: pb_utils.MetricFamily(name, text, _kind(name)) for name, text in _DESCRIPTIONS.items()}
+        self._metrics: dict[tuple[str, str], Any] = {}
+        self._sent: dict[tuple[str, str], float] = {}
+        self._late_tokens = 0
+        self._lock = threading.Lock()
+
+    def add_late_tokens(self, tokens: int) -> None:
+        with self._lock:
+            self._late_tokens += tokens
+
+    def report(self, pipeline: PipelineMetrics, open_requests: int) -> None:
+        """Send what has changed: every value is a round trip to the server."""
+        scheduler, cache = pipeline.scheduler, pipeline.image_cache
+        self._set("nvlm_active_slots", scheduler.active)
+        self._set("nvlm_free_slots", scheduler.free_slots)
+        self._set("nvlm_queued_requests", scheduler.queued)
+        self._set("nvlm_image_cache_images", cache.images)
+        self._set("nvlm_image_cache_bytes", cache.nbytes)
+        self._set("nvlm_image_cache_hits_total", cache.hits)
+        self._set("nvlm_image_cache_misses_total", cache.misses)
+        self._set("nvlm_generated_tokens_total", scheduler.tokens_generated)
+        self._set("nvlm_late_tokens_total", self._late_tokens)
+        for reason, count in scheduler.requests_finished.items():
+            self._set("nvlm_finished_requests_total", count, reason)
+        self._set("nvlm_open_requests", open_requests)
+
+    def _set(self, name: str, value: float, reason: str = "") -> None:
+        key = (name, reason)
+        if key not in self._metrics:
+            self._metrics[key] = self._families[name].Metric(labels={"reason": reason} if reason else {})
+            self._sent[key] = 0
+        if value == self._sent[key]:
+            return
+        if name.endswith("_total"):
+            self._metrics[key].increment(value - self._sent[key])
+        else:
+            self._metrics[key].set(value)
+        self._sent[key] = value
+
+
+def _kind(name: str) -> Any:
+    return pb_utils.MetricFamily.COUNTER if name.endswith("_total") else pb_utils.MetricFamily.GAUGE
