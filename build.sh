@@ -21,6 +21,14 @@ find_python() {
   fail "no Python 3.10, 3.11 or 3.12 on PATH; install one or set PYTHON=/path/to/python3"
 }
 
+# pip_install LOG ARGUMENT...: quiet, unless it fails.
+pip_install() {
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check "${@:2}" >"$1" 2>&1 || {
+    cat "$1" >&2
+    return 1
+  }
+}
+
 # install SET...: bring .venv to the pinned requirements of the named sets, unless it is there already.
 install() {
   local lists=() set stamp
@@ -34,13 +42,11 @@ install() {
       fail "$python cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv"
   fi
   echo "Installing the pinned $1 requirements into .venv ..." >&2
-  local list
+  local list log=.venv/pip.log
   for list in "${lists[@]}"; do
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$list" ||
-      fail "pip could not install $list; see its message above"
+    pip_install "$log" -r "$list" || fail "pip could not install $list; see its messages above"
   done
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable . ||
-    fail "pip could not install nvlm-trt itself; see its message above"
+  pip_install "$log" --no-deps --editable . || fail "pip could not install nvlm-trt itself; see its messages above"
   touch "$stamp"
 }
 
@@ -54,7 +60,14 @@ check_types() {
 
 # run COMMAND ...: show an nvlm-trt command as a user would type it, then run it.
 run() {
-  printf '\n$ ./build.sh %s\n' "${*@Q}" >&2
+  local word line=
+  for word in "$@"; do
+    case $word in
+      *[!a-zA-Z0-9_./:=-]*) line+=" \"$word\"" ;;
+      *) line+=" $word" ;;
+    esac
+  done
+  printf '\n$ ./build.sh%s\n' "$line" >&2
   .venv/bin/nvlm-trt "$@"
 }
 

@@ -19,7 +19,7 @@ from nvlm_trt.progress import Progress
 
 if TYPE_CHECKING:
     from nvlm_trt.evaluation.parity import ParityReport
-    from nvlm_trt.runtime.generation import Delta
+    from nvlm_trt.runtime.generation import Delta, Usage
 
 
 _stderr = Console(stderr=True, highlight=False)
@@ -51,44 +51,42 @@ def progress() -> Iterator[Progress]:
 def print_answer(stream: Iterable[Delta], stats: bool, as_json: bool) -> None:
     """Stream an answer to stdout as it arrives; `stats` go to stderr, so that stdout holds the answer alone."""
     started = time.perf_counter()
-    first_token = last_token = 0.0
+    ttft_s = None  # as seen here, the way to a server and back included
     deltas = []
     for delta in stream:
         deltas.append(delta)
-        if delta.token_ids:
-            last_token = time.perf_counter()
-            first_token = first_token or last_token
+        if delta.token_ids and ttft_s is None:
+            ttft_s = time.perf_counter() - started
         if delta.text and not as_json:
-            sys.stdout.write(_printable(delta.text) if sys.stdout.isatty() else delta.text)
+            sys.stdout.write(_printable(delta.text))
             sys.stdout.flush()
     usage = deltas[-1].usage if deltas else None
-    sizes = [len(delta.token_ids) for delta in deltas if delta.token_ids]
-    tokens = sum(sizes)
-    ttft_ms = (first_token - started) * 1e3 if sizes else None
-    # what arrives first was made by prefill: its time is not decoding time
-    tokens_per_s = (tokens - sizes[0]) / (last_token - first_token) if last_token > first_token else None
     if as_json:
         answer = {
             "text": "".join(delta.text for delta in deltas),
+            "token_ids": [token for delta in deltas for token in delta.token_ids],
             "finish_reason": deltas[-1].finish_reason if deltas else None,
             "usage": asdict(usage) if usage else None,
-            "client_ttft_ms": ttft_ms,
-            "tokens_per_s": tokens_per_s,
+            "ttft_s": ttft_s,
         }
         print(json.dumps(answer, indent=2, ensure_ascii=False))
         return
     print(flush=True)
     if stats and usage is not None:
-        parts = [
-            f"{usage.image_tiles} tiles",
-            f"{usage.prompt_tokens} prompt tokens",
-            f"{tokens} tokens",
-        ]
-        if ttft_ms is not None:
-            parts.append(f"first token after {ttft_ms:.0f} ms")
-        if tokens_per_s is not None:
-            parts.append(f"{tokens_per_s:.1f} tokens/s")
-        note(f"[{' | '.join(parts)}]")
+        note(f"[{' | '.join(_statistics(usage, ttft_s))}]")
+
+
+def _statistics(usage: Usage, ttft_s: float | None) -> Iterator[str]:
+    yield f"{usage.image_tiles} tiles{' from cache' if usage.cached_images else ''}"
+    yield f"{usage.prompt_tokens} prompt tokens"
+    if usage.cross_tokens:
+        yield f"{usage.cross_tokens} cross-attended"
+    yield f"{usage.completion_tokens} tokens"
+    if ttft_s is not None:
+        yield f"first token after {ttft_s * 1e3:.0f} ms"
+    # the first token belongs to prefill; the rest is timed where it is made, as several may arrive at once
+    if usage.ttft_s is not None and usage.completion_tokens > 1:
+        yield f"{(usage.completion_tokens - 1) / (usage.total_s - usage.ttft_s):.1f} tokens/s"
 
 
 def parity_table(report: ParityReport) -> None:
