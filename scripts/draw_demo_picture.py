@@ -1,4 +1,4 @@
-"""Draw docs/images/receipt.png, the picture that the demo asks about. Its 3:2 shape makes 3 x 2 tiles and a thumbnail."""
+"""Draw docs/images/receipt.png, the picture the demo asks about; its 3:2 shape makes 3 x 2 tiles and a thumbnail."""
 
 from pathlib import Path
 
