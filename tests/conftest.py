@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 DirectoryByName = Callable[[str], Path]
+
+# how long an example takes is the machine's business
+hypothesis.settings.register_profile("nvlm", deadline=None)
+hypothesis.settings.load_profile("nvlm")
 
 
 @pytest.fixture(scope="session")
