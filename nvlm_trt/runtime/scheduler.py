@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SchedulerMetrics:
-    """A snapshot. Counters run from the start."""
+    """A snapshot, possibly of the middle of a step. Counters run from the start."""
 
     queued: int  # submitted, without a slot
     active: int  # being decoded

@@ -38,8 +38,8 @@ class Slots:
         sequence = self.prefilling
         assert sequence is not None
         self._place(sequence, len(self.active))
-        self.active.append(sequence)
         self.prefilling = None
+        self.active.append(sequence)
 
     def retire(self, sequences: Collection[Sequence]) -> None:
         """Free the rows of these sequences; active ones from the end move into the holes."""
