@@ -23,9 +23,10 @@ from nvlm_trt.progress import Progress
 from nvlm_trt.safetensors_file import FloatArray
 from nvlm_trt.tokenizer import Tokenizer, write_byte_tokenizer
 
-# Summed over its layers, the decoder's residual branches outweigh the embeddings, so that the next token depends on
-# the context and not on the last token alone.
-_RESIDUAL_GAIN = 6.0
+# What the decoder's layers add, relative to the embeddings: enough that the next token depends on the context. The
+# FFN adds most: attention averages over the context, and what it adds alike to every token makes decoding repeat.
+_ATTENTION_GAIN = 2.0
+_FFN_GAIN = 6.0
 # Random queries attend to all image tokens about equally, which hides most of what differs between two images.
 _CROSS_QUERY_GAIN = 3.0
 
@@ -85,6 +86,8 @@ def _std(config: NvlmConfig, name: str, shape: tuple[int, ...]) -> float:
     std = 1 / math.sqrt(math.prod(shape[1:]))  # keeps the variance of a linear layer's input
     if "cross_layers" in name:
         return std * _CROSS_QUERY_GAIN if name.endswith("q_proj.weight") else std
-    if name.startswith("language_model.") and name.endswith(("o_proj.weight", "down_proj.weight")):
-        std *= _RESIDUAL_GAIN / math.sqrt(2 * config.llm.num_layers)
+    if name.endswith("o_proj.weight"):
+        return std * _ATTENTION_GAIN / math.sqrt(2 * config.llm.num_layers)
+    if name.endswith("down_proj.weight"):
+        return std * _FFN_GAIN / math.sqrt(2 * config.llm.num_layers)
     return std
