@@ -13,7 +13,7 @@ from nvlm_trt.backends.base import Backend, FloatArray
 from nvlm_trt.errors import RequestError
 from nvlm_trt.runtime.generation import Delta, Submission
 from nvlm_trt.runtime.request_queue import RequestQueue
-from nvlm_trt.runtime.sequence import Sequence, Vocabulary
+from nvlm_trt.runtime.sequence import Sequence
 from nvlm_trt.runtime.slots import Slots
 from nvlm_trt.tokenizer import Tokenizer
 
@@ -36,7 +36,7 @@ class Scheduler:
 
     def __init__(self, backend: Backend, tokenizer: Tokenizer, max_queue: int, prefill_chunk: int) -> None:
         self._backend = backend
-        self._vocabulary = Vocabulary.of(tokenizer, backend.config)
+        self._tokenizer = tokenizer
         self._prefill_chunk = prefill_chunk
         self._queue = RequestQueue(max_queue)
         self._slots = Slots(backend)
@@ -110,7 +110,7 @@ class Scheduler:
         if submission is None:
             return
         try:
-            self._slots.admit(Sequence(submission, self._backend, self._vocabulary))
+            self._slots.admit(Sequence(submission, self._backend, self._tokenizer))
         except RequestError as error:
             self._slots.prefilling = None
             self._fail(submission, error)

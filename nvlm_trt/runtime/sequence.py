@@ -8,26 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from nvlm_trt.backends.base import Backend, FloatArray, IntArray, RangeArray
-from nvlm_trt.config import NvlmConfig
 from nvlm_trt.errors import RequestError
 from nvlm_trt.runtime.generation import Delta, FinishReason, Submission, Usage
 from nvlm_trt.runtime.sampling import Sampler
 from nvlm_trt.runtime.text_stream import TextStream
 from nvlm_trt.tokenizer import IncrementalDecoder, Tokenizer
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """What the loop knows of the tokens."""
-
-    tokenizer: Tokenizer
-    stop_ids: frozenset[int]
-    image_token_id: int  # never generated: it would be replaced by an image's token
-
-    @classmethod
-    def of(cls, tokenizer: Tokenizer, config: NvlmConfig) -> Vocabulary:
-        image_token_id = tokenizer.image_token_id if config.image_token_id is None else config.image_token_id
-        return cls(tokenizer, tokenizer.stop_ids, image_token_id)
 
 
 @dataclass(frozen=True)
@@ -43,21 +28,25 @@ class Chunk:
 class Sequence:
     """The state of one admitted request, whose images are encoded. `slot` is the cache row that it owns."""
 
-    def __init__(self, submission: Submission, backend: Backend, vocabulary: Vocabulary) -> None:
+    def __init__(self, submission: Submission, backend: Backend, tokenizer: Tokenizer) -> None:
         request = submission.prepared.result(timeout=0)
+        image_token_id = backend.config.image_token_id
+        assert image_token_id is not None, "read_config finds it in the tokenizer"
         self.submission = submission
         self.slot = -1
         self.cached = 0  # tokens in the KV cache
         self.cross_length = request.prompt.cross_tokens
         self._request = request
-        self._vocabulary = vocabulary
+        self._image_token_id = image_token_id
+        self._stop_ids = frozenset() if request.sampling.ignore_eos else tokenizer.stop_ids
         self._image_tokens = request.llm_image_tokens(backend.config.llm.hidden_size)  # [M, hidden], not yet prefilled
         if len(self._image_tokens) != request.prompt.llm_image_tokens:
             raise RequestError(
                 f"{request.prompt.llm_image_tokens} image tokens in the prompt, {len(self._image_tokens)} were given"
             )
-        self._sampler = Sampler(request.sampling, request.prompt.input_ids, {vocabulary.image_token_id})
-        self._text = TextStream(IncrementalDecoder(vocabulary.tokenizer), request.sampling.stop)
+        # an image token in the answer would be replaced by an image's features
+        self._sampler = Sampler(request.sampling, request.prompt.input_ids, banned_ids={image_token_id})
+        self._text = TextStream(IncrementalDecoder(tokenizer), request.sampling.stop)
         self._last_id = -1
         self._generated = 0
         self._max_tokens = min(request.sampling.max_tokens, backend.limits.max_seq_len - len(request.prompt.input_ids))
@@ -86,7 +75,7 @@ class Sequence:
         """The next `size` tokens of the prompt, or what is left of it; counted as cached from now on."""
         prompt, start = self._request.prompt, self.cached
         input_ids = prompt.input_ids[start : start + size]
-        images = int(np.count_nonzero(input_ids == self._vocabulary.image_token_id))
+        images = int(np.count_nonzero(input_ids == self._image_token_id))
         chunk = Chunk(start, input_ids, self._image_tokens[:images], prompt.cross_ranges[start : start + size])
         self._image_tokens = self._image_tokens[images:]
         self.cached += len(input_ids)
@@ -113,7 +102,7 @@ class Sequence:
         )
 
     def _advance_text(self, token_id: int) -> tuple[str, FinishReason | None]:
-        if token_id in self._vocabulary.stop_ids and not self._request.sampling.ignore_eos:
+        if token_id in self._stop_ids:
             return self._text.flush(), "stop"
         text = self._text.push(token_id)
         if self._text.stopped:

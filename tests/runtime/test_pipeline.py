@@ -10,12 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from nvlm_trt.backends import open_backend
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import EngineError, ImageError, NvlmError, QueueFullError, RequestError
-from nvlm_trt.prompt import Message
+from nvlm_trt.prompt import Message, PromptEncoder, split_tiles
+from nvlm_trt.reference.model import ReferenceModel
+from nvlm_trt.reference.preprocess import reference_tiles
 from nvlm_trt.runtime.generation import Delta, Usage
 from nvlm_trt.runtime.pipeline import ChatRequest, Pipeline, RuntimeOptions
 from nvlm_trt.runtime.sampling import SamplingParams
@@ -140,6 +143,41 @@ def test_chunks_of_the_prompt_do_not_change_an_answer(engine: DirectoryByName, n
         with Pipeline.open(engine(name), threads=1, options=RuntimeOptions(prefill_chunk=chunk)) as pipeline:
             answers.append(answer(pipeline, request)[0])
     assert answers[0] == answers[1] == answers[2]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_logprobs_are_the_references(engine: DirectoryByName, checkpoint: DirectoryByName, name: str) -> None:
+    """Every token of an answer about two images, sampled, against the oracle fed with the whole sequence at once."""
+    model = ReferenceModel.from_checkpoint(checkpoint(name))
+    config = model.config
+    images = [picture(1), picture(2, 90, 200)]
+    messages = [Message("user", "Compare <image> and <image>.")]
+    sampling = SamplingParams(max_tokens=8, temperature=1, seed=3, logprobs=3, ignore_eos=True)
+    with Pipeline.open(engine(name), threads=1, options=RuntimeOptions(prefill_chunk=50)) as pipeline:
+        deltas = list(pipeline.generate(ChatRequest(messages, images, sampling)))
+
+    encoder = PromptEncoder(config, Tokenizer.from_directory(engine(name)))
+    tiles = [reference_tiles(load_image(data), config.vision.image_size, config.max_tiles) for data in images]
+    prompt = encoder.encode(messages, [len(each) for each in tiles])
+    answer_ids = [token_id for delta in deltas for token_id in delta.token_ids]
+    llm_tokens, cross_kv = [], []
+    for tokens in (model.encode(each) for each in tiles):
+        in_llm, in_cross = split_tiles(config.architecture, len(tokens))
+        llm_tokens.append(tokens[in_llm].flatten(0, 1))
+        tags = torch.from_numpy(encoder.tag_ids(len(tokens[in_cross]))) if config.architecture == "H" else None
+        cross_kv.append(model.cross_kv(tokens[in_cross], tags) if config.cross_layers else [])
+    # [kv_heads, C, head_dim] of each block, one image behind the other
+    memory = [
+        tuple(torch.cat(pair, dim=1) for pair in zip(*blocks, strict=True)) for blocks in zip(*cross_kv, strict=True)
+    ]
+    input_ids = torch.tensor([[*prompt.input_ids.tolist(), *answer_ids]])
+    ranges = torch.tensor([[*prompt.cross_ranges.tolist(), *[[0, prompt.cross_tokens]] * len(answer_ids)]])
+    logits, _ = model(input_ids, torch.cat(llm_tokens), memory or None, ranges if memory else None)
+    expected = torch.log_softmax(logits[0, len(prompt.input_ids) - 1 : -1], dim=-1)  # [answer, vocab]
+    for row, delta in zip(expected, deltas, strict=True):
+        assert np.isfinite(delta.logprobs[0].logprob)
+        assert delta.logprobs[0].logprob == pytest.approx(float(row[delta.token_ids[0]]), abs=2e-4)
+        assert [i for i, _ in delta.logprobs[0].top] == row.topk(3).indices.tolist()
 
 
 @pytest.mark.parametrize("name", ALL)
