@@ -1,0 +1,48 @@
+"""What tests of a running server share: pictures, metrics, waiting."""
+
+from __future__ import annotations
+
+import io
+import re
+import time
+import urllib.request
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image
+
+from nvlm_trt.serving.server import TritonServer
+
+ServerByName = Callable[[str], TritonServer]
+MAX_QUEUE = 12
+ENDLESS = {"max_tokens": 3000, "ignore_eos": True}
+
+
+def picture(seed: int, width: int = 120, height: int = 80) -> bytes:
+    """A PNG of random colour blocks, another for every seed."""
+    blocks = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    encoded = io.BytesIO()
+    Image.fromarray(blocks).resize((width, height)).save(encoded, "PNG")
+    return encoded.getvalue()
+
+
+def metric(server: TritonServer, name: str) -> float:
+    """The sum of a metric over its labels."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(server.metrics_address) as response:
+        text = response.read().decode()
+    values = re.findall(rf"^{name}(?:{{.*}})? (\S+)$", text, re.MULTILINE)
+    assert values, f"{name} is not among the metrics"
+    return sum(map(float, values))
+
+
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
+        time.sleep(0.02)
+
+
+def wait_until_idle(server: TritonServer) -> None:
+    wait_until(lambda: metric(server, "nvlm_open_requests") == 0, "no open requests")
+    wait_until(lambda: metric(server, "nvlm_active_slots") == 0, "no active slots")

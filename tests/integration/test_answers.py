@@ -1,0 +1,193 @@
+"""What a real tritonserver answers is what the same engine answers in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tritonclient.grpc
+from live_server import ServerByName, picture
+
+from nvlm_trt.prompt import Message
+from nvlm_trt.runtime.pipeline import ChatRequest, Pipeline
+from nvlm_trt.runtime.sampling import SamplingParams
+from nvlm_trt.serving.client import Answer, AsyncClient, Client
+from nvlm_trt.serving.messages import METADATA, delta_of, infer_request
+
+ENGINES = ("nvlm-d-tiny", "nvlm-x-tiny", "nvlm-h-tiny")
+GREEDY = SamplingParams(max_tokens=24, ignore_eos=True)
+CONVERSATION = [
+    Message("system", "Answer briefly."),
+    Message("user", "Compare <image> with <image>."),
+    Message("assistant", "They differ."),
+    Message("user", "How?"),
+]
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_served_answers_equal_those_in_process(name: str, served: ServerByName, engine: Callable[[str], Path]) -> None:
+    images = [picture(1), picture(2, 200, 60)]
+    chats = [
+        ChatRequest([Message("user", "What is this?")], images[:1], GREEDY),
+        ChatRequest([Message("user", "Hello")], (), GREEDY),
+        ChatRequest(CONVERSATION, images, GREEDY, max_tiles=2),
+        ChatRequest([Message("user", "Hello")], (), SamplingParams(24, temperature=1.0, seed=7, ignore_eos=True)),
+    ]
+    with Pipeline.open(engine(name)) as pipeline:
+        expected = [[t for delta in pipeline.generate(chat) for t in delta.token_ids] for chat in chats]
+    with Client(served(name).address) as client:
+        answers = [
+            client.generate(messages=c.messages, images=c.images, sampling=c.sampling, max_tiles=c.max_tiles)
+            for c in chats
+        ]
+    assert [answer.token_ids for answer in answers] == expected
+    assert [answer.finish_reason for answer in answers] == ["length"] * 4
+    usage = answers[2].usage
+    assert usage is not None
+    assert usage.image_tiles == 6  # two tiles and a thumbnail each
+    assert usage.completion_tokens == 24
+
+
+def test_eight_concurrent_streams_answer_as_each_does_alone(served: ServerByName) -> None:
+    """Different images, lengths and seeds; while they run together, their tiles are encoded together too."""
+    requests = [
+        {
+            "prompt": "Describe it. " * (i + 1),
+            "images": [picture(100 + i, 60 + 20 * i, 90)],
+            "sampling": SamplingParams(
+                max_tokens=30 + 5 * i, temperature=0.0 if i % 2 else 1.0, seed=i, ignore_eos=True
+            ),
+        }
+        for i in range(8)
+    ]
+    with Client(served("nvlm-h-tiny").address) as client, ThreadPoolExecutor(8) as pool:
+
+        def ask(request: dict) -> Answer:
+            return client.generate(**request)
+
+        together = list(pool.map(ask, requests))
+        alone = [ask(request) for request in requests]
+    assert [answer.token_ids for answer in together] == [answer.token_ids for answer in alone]
+    assert [answer.text for answer in together] == [answer.text for answer in alone]
+    assert [len(answer.token_ids) for answer in together] == [30 + 5 * i for i in range(8)]
+
+
+def test_a_stream_is_the_answer_in_pieces(served: ServerByName) -> None:
+    sampling = SamplingParams(max_tokens=40, ignore_eos=True, logprobs=2)
+    with Client(served("nvlm-d-tiny").address) as client:
+        whole = client.generate("What?", images=[picture(3)], sampling=sampling)
+        deltas = list(client.stream("What?", images=[picture(3)], sampling=sampling))
+    assert len(deltas) > 1
+    assert "".join(delta.text for delta in deltas) == whole.text
+    assert [t for delta in deltas for t in delta.token_ids] == whole.token_ids
+    assert [delta.finish_reason for delta in deltas[:-1]] == [None] * (len(deltas) - 1)
+    assert deltas[-1].finish_reason == "length"
+    assert [item.token_id for item in whole.logprobs] == whole.token_ids
+    assert all(len(item.top) == 2 and np.isfinite(item.logprob) and item.logprob <= 0 for item in whole.logprobs)
+
+
+def test_async_client_answers_the_same(served: ServerByName) -> None:
+    address = served("nvlm-d-tiny").address
+
+    async def ask() -> tuple[bool, list[Answer]]:
+        async with AsyncClient(address) as client:
+            asked = [client.generate("What?", images=[picture(i)], sampling=GREEDY) for i in range(4)]
+            return await client.ready(), await asyncio.gather(*asked)
+
+    ready, answers = asyncio.run(ask())
+    with Client(address) as client:
+        expected = [client.generate("What?", images=[picture(i)], sampling=GREEDY) for i in range(4)]
+    assert ready
+    assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in expected]
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_the_ensemble_called_directly_streams_the_same_answer(name: str, served: ServerByName) -> None:
+    images = [picture(11), picture(12, 70, 200)]
+    request = infer_request(messages=CONVERSATION, images=images, sampling=GREEDY, model="nvlm_ensemble")
+    with Client(served(name).address) as client:
+        responses = list(client._stub.ModelStreamInfer(iter([request]), metadata=METADATA))
+        deltas = [delta for delta in map(delta_of, responses) if delta is not None]
+        expected = client.generate(messages=CONVERSATION, images=images, sampling=GREEDY)
+    assert [t for delta in deltas for t in delta.token_ids] == expected.token_ids
+    assert len(deltas) > 1
+    # both images were encoded once, by the ensemble's own steps
+    assert deltas[-1].usage is not None
+    assert deltas[-1].usage.cached_images == 0
+    assert expected.usage is not None
+    assert expected.usage.cached_images == 2
+
+
+def test_an_image_seen_before_skips_tiling_and_encoding(served: ServerByName) -> None:
+    server = served("nvlm-x-tiny")
+    statistics = tritonclient.grpc.InferenceServerClient(server.address.removeprefix("grpc://"))
+
+    def executions() -> list[int]:
+        models = statistics.get_inference_statistics(as_json=True)["model_stats"]
+        counts = {model["name"]: int(model.get("execution_count", 0)) for model in models}
+        return [counts["tiling"], counts["vision_encoder"]]
+
+    with Client(server.address) as client:
+        first = client.generate("What?", images=[picture(21)], sampling=GREEDY)
+        before = executions()
+        second = client.generate("What?", images=[picture(21)], sampling=GREEDY)
+        assert executions() == before
+        client.generate("What?", images=[picture(21)], sampling=GREEDY, max_tiles=1)  # other tiles of the same image
+        assert executions() == [count + 1 for count in before]
+    assert second.token_ids == first.token_ids
+    assert first.usage is not None
+    assert second.usage is not None
+    assert (first.usage.cached_images, second.usage.cached_images) == (0, 1)
+    assert first.usage.image_tiles == second.usage.image_tiles > 1
+
+
+def test_tiles_of_several_requests_are_encoded_as_one_batch(served: ServerByName) -> None:
+    """Triton merges what waits while the encoder is busy, so requests are sent until some have met there."""
+    server = served("nvlm-d-tiny")
+    statistics = tritonclient.grpc.InferenceServerClient(server.address.removeprefix("grpc://"))
+
+    def encoder() -> tuple[int, int]:
+        (model,) = statistics.get_inference_statistics("vision_encoder", as_json=True)["model_stats"]
+        return int(model["inference_stats"]["success"]["count"]), int(model["execution_count"])
+
+    first_requests, first_executions = encoder()
+    with Client(server.address) as client, ThreadPoolExecutor(8) as pool:
+        for attempt in range(20):
+            pictures = [picture(1000 + 8 * attempt + i) for i in range(8)]
+            answers = pool.map(
+                lambda image: client.generate("What?", images=[image], sampling={"max_tokens": 1}, max_tiles=1),
+                pictures,
+            )
+            assert [answer.finish_reason for answer in answers] == ["length"] * 8
+            requests, executions = encoder()
+            assert requests - first_requests == 8 * (attempt + 1)
+            if executions - first_executions < requests - first_requests:
+                return
+    pytest.fail(f"{requests - first_requests} requests took {executions - first_executions} executions")
+
+
+def test_another_client_library_gets_the_answer(served: ServerByName) -> None:
+    """NVIDIA's own client, with the tensors that the model's configuration names."""
+    server = served("nvlm-h-tiny")
+    client = tritonclient.grpc.InferenceServerClient(server.address.removeprefix("grpc://"))
+
+    def strings(name: str, *values: bytes) -> tritonclient.grpc.InferInput:
+        tensor = tritonclient.grpc.InferInput(name, [len(values)], "BYTES")
+        tensor.set_data_from_numpy(np.array(values, np.object_))
+        return tensor
+
+    sampling = json.dumps({"max_tokens": 5, "ignore_eos": True}).encode()
+    inputs = [strings("prompt", b"What?"), strings("image", picture(1)), strings("sampling_parameters", sampling)]
+    answers: list[tuple] = []
+    client.start_stream(callback=lambda result, error: answers.append((result, error)))
+    client.async_stream_infer("nvlm", inputs, request_id="7")
+    client.stop_stream()  # waits for the answer
+    assert [error for _, error in answers] == [None] * len(answers)
+    token_ids = [int(t) for result, _ in answers for t in result.as_numpy("token_ids")]
+    with Client(server.address) as own:
+        assert token_ids == own.generate("What?", images=[picture(1)], sampling=json.loads(sampling)).token_ids
