@@ -98,7 +98,8 @@ class Scheduler:
             submission.prepared.cancel()
             self._complete(submission, Delta("", [], finish_reason="cancelled"))
         for submission in self._queue.take_all(lambda s: s.failure is not None):
-            self._fail(submission, submission.failure or AssertionError())
+            assert submission.failure is not None
+            self._fail(submission, submission.failure)
         cancelled = [sequence for sequence in self._slots.occupants if sequence.submission.handle.cancelled]
         self._slots.retire(cancelled)
         for sequence in cancelled:
@@ -106,14 +107,18 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Give a slot to the oldest request whose images are encoded."""
-        submission = self._queue.take_first(lambda s: s.is_ready)
+        submission = self._queue.take_first(lambda s: s.is_ready and s.failure is None)
         if submission is None:
             return
         try:
-            self._slots.admit(Sequence(submission, self._backend, self._tokenizer))
-        except RequestError as error:
-            self._slots.prefilling = None
+            sequence = Sequence(submission, self._backend, self._tokenizer)
+        except Exception as error:
             self._fail(submission, error)
+            return
+        try:
+            self._slots.admit(sequence)
+        except RequestError as error:  # what the backend says of this request; anything else is its own failure
+            self._drop(sequence, error)
 
     def _prefill(self, sequence: Sequence) -> None:
         chunk = sequence.next_chunk(self._prefill_chunk)
@@ -121,9 +126,8 @@ class Scheduler:
             logits = self._backend.prefill(
                 sequence.slot, chunk.position, chunk.input_ids, chunk.image_tokens, chunk.cross_ranges
             )  # [vocab]
-        except RequestError as error:  # what the backend says of this request; anything else is its own failure
-            self._slots.retire([sequence])
-            self._fail(sequence.submission, error)
+        except RequestError as error:
+            self._drop(sequence, error)
             return
         if sequence.is_prefilled:
             self._accept([sequence], [logits])
@@ -158,8 +162,11 @@ class Scheduler:
             sequence.submission.on_delta(delta)
         except Exception as error:
             logger.exception("request %s is dropped: its on_delta raised", sequence.submission.handle.request_id)
-            self._slots.retire([sequence])
-            self._fail(sequence.submission, error)
+            self._drop(sequence, error)
+
+    def _drop(self, sequence: Sequence, error: Exception) -> None:
+        self._slots.retire([sequence])
+        self._fail(sequence.submission, error)
 
     def _complete(self, submission: Submission, delta: Delta) -> None:
         assert delta.finish_reason

@@ -238,6 +238,21 @@ def test_logits_that_are_not_finite_end_only_their_own_request(tokenizer: Tokeni
     assert scheduler.metrics().requests_finished == {"stop": 0, "length": 2, "cancelled": 0, "error": 1}
 
 
+def test_a_request_that_the_backend_refuses_ends_alone(tokenizer: Tokenizer) -> None:
+    backend = ToyBackend(tokenizer.image_token_id)
+    scheduler = Scheduler(backend, tokenizer, 8, 256)
+    running = submit(scheduler, request(tokenizer.image_token_id, 0, sampling=SamplingParams(max_tokens=9)))
+    scheduler.step()
+    refused = submit(scheduler, request(tokenizer.image_token_id, 1))
+    backend.refuse_prefill = RequestError("too long")
+    scheduler.step()
+    assert refused.receiver.error is backend.refuse_prefill
+    backend.refuse_prefill = None
+    run(scheduler)
+    assert running.receiver.token_ids == tokens_alone(backend, tokenizer, running.asked)
+    assert scheduler.metrics().free_slots == 3
+
+
 def test_callbacks_that_raise_end_only_their_own_request(tokenizer: Tokenizer) -> None:
     backend = ToyBackend(tokenizer.image_token_id)
     scheduler = Scheduler(backend, tokenizer, 8, 256)
@@ -272,6 +287,21 @@ def test_a_request_whose_images_fail_is_told_while_all_slots_are_taken(tokenizer
     scheduler.step()
     assert isinstance(failing.receiver.error, ImageError)
     assert not busy.receiver.ended
+
+
+def test_images_may_fail_at_any_moment_of_a_step(tokenizer: Tokenizer) -> None:
+    scheduler = Scheduler(ToyBackend(tokenizer.image_token_id), tokenizer, 8, 256)
+    first, second = (Client(request(tokenizer.image_token_id, seed)) for seed in range(2))
+
+    def fail_second(error: Exception) -> None:
+        second.future.set_exception(ImageError("not an image either"))
+
+    scheduler.enqueue(Submission(first.future, first.receiver.on_delta, fail_second, first.handle))
+    scheduler.enqueue(second.submission())
+    first.future.set_exception(ImageError("not an image"))
+    run(scheduler)
+    assert str(second.receiver.error) == "not an image either"
+    assert scheduler.metrics().requests_finished["error"] == 2
 
 
 def test_cancelling_cancels_the_encoding_of_the_images(tokenizer: Tokenizer) -> None:

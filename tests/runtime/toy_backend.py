@@ -44,7 +44,8 @@ class ToyBackend:
         self.calls: list[tuple[str, int]] = []  # ("prefill", tokens) or ("decode", slots)
         self.admitted: list[int] = []  # first token of each prompt
         self.moves = 0
-        self.fail_with: Exception | None = None
+        self.fail_with: Exception | None = None  # in any call
+        self.refuse_prefill: Exception | None = None
 
     def write_cross_kv(self, slot: int, start: int, cross_kv: np.ndarray) -> None:
         self._memory[slot, start : start + cross_kv.shape[3]] = cross_kv[0, 0, 0, :, 0]
@@ -53,6 +54,8 @@ class ToyBackend:
         self, slot: int, position: int, input_ids: np.ndarray, image_tokens: np.ndarray, cross_ranges: np.ndarray
     ) -> np.ndarray:
         self._begin("prefill", len(input_ids))
+        if self.refuse_prefill:
+            raise self.refuse_prefill
         if position == 0:
             self.admitted.append(int(input_ids[0]))
             self._poisoned[slot] = input_ids[0] == POISON
