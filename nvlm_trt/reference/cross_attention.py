@@ -63,7 +63,7 @@ class CrossAttention(nn.Module):
         key, value = key.expand(len(x), -1, -1, -1), value.expand(len(x), -1, -1, -1)
         y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None], enable_gqa=True)
         y = self.o_proj(y.transpose(1, 2).flatten(2))
-        # softmax over nothing is NaN
+        # softmax over nothing is NaN or 0, depending on the kernel that runs
         return y.masked_fill(~mask.any(-1, keepdim=True), 0.0)
 
 

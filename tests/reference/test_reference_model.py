@@ -233,6 +233,16 @@ class TestCrossAttention:
         layers = [("layer", i) for i in range(6)]
         assert order == [("cross", 0), *layers[:2], ("cross", 1), *layers[2:4], ("cross", 2), *layers[4:]]
 
+    def test_each_block_reads_its_own_keys_and_values(self, reference: Callable[[str], ReferenceModel]) -> None:
+        model = reference("nvlm-x-tiny")
+        cross_kv = random_cross_kv(model, 1)
+        ranges = torch.tensor([[[0, 16]] * 5], dtype=torch.int32)
+        expected, _ = model(random_ids(model, 5), None, cross_kv, ranges)
+        for j in range(len(cross_kv)):
+            emptied = [(key, value if i != j else torch.zeros_like(value)) for i, (key, value) in enumerate(cross_kv)]
+            logits, _ = model(random_ids(model, 5), None, emptied, ranges)
+            assert (logits - expected).abs().max() > 0.1
+
     def test_tag_embeddings_stand_before_each_tiles_tokens(self, reference: Callable[[str], ReferenceModel]) -> None:
         model = reference("nvlm-h-tiny")
         tiles = model.encode(random_tiles(model, 2))
