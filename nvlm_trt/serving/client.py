@@ -13,12 +13,12 @@ import grpc
 import grpc.aio
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from nvlm_trt.errors import NvlmError, QueueFullError, RequestError, ServerError
+from nvlm_trt.errors import RequestError, ServerError
 from nvlm_trt.prompt import Message
 from nvlm_trt.runtime.generation import Delta, FinishReason, Usage
 from nvlm_trt.runtime.sampling import SamplingParams, TokenLogprob
-from nvlm_trt.serving.messages import METADATA, delta_of, infer_request
-from nvlm_trt.serving.wire import QUEUE_FULL, merge_deltas
+from nvlm_trt.serving.messages import delta_of, infer_request
+from nvlm_trt.serving.wire import merge_deltas
 
 Messages = Sequence[Message | Mapping[str, str]]
 Image = bytes | str | os.PathLike[str]
@@ -66,14 +66,14 @@ class Client:
         QueueFullError if it has too much to do, ServerError if it cannot be reached or fails.
         """
         request = infer_request(prompt, messages, _read(images), sampling, max_tiles)
-        call = self._stub.ModelStreamInfer(iter([request]), metadata=METADATA)
+        call = self._stub.ModelStreamInfer(iter([request]))
         try:
             for response in call:
                 delta = delta_of(response)
                 if delta is not None:
                     yield delta
         except grpc.RpcError as error:
-            raise _error(self._url, error.code(), error.details()) from None
+            raise _connection_error(self._url, error) from None
         finally:
             call.cancel()
 
@@ -130,14 +130,14 @@ class AsyncClient:
     ) -> AsyncIterator[Delta]:
         """See `Client.stream`. Closing the iterator, or cancelling the task that reads it, cancels the answer."""
         request = infer_request(prompt, messages, _read(images), sampling, max_tiles)
-        call = self._stub.ModelStreamInfer(iter([request]), metadata=METADATA)
+        call = self._stub.ModelStreamInfer(iter([request]))
         try:
             async for response in call:
                 delta = delta_of(response)
                 if delta is not None:
                     yield delta
         except grpc.aio.AioRpcError as error:
-            raise _error(self._url, error.code(), error.details()) from None
+            raise _connection_error(self._url, error) from None
         finally:
             call.cancel()
 
@@ -203,20 +203,8 @@ def _answer(deltas: Sequence[Delta]) -> Answer:
     return Answer(whole.text, whole.token_ids, whole.logprobs, whole.finish_reason, whole.usage)
 
 
-def _error(url: str, code: grpc.StatusCode, details: str | None) -> NvlmError:
-    message = " ".join((details or code.name).split())
-    if code is grpc.StatusCode.INVALID_ARGUMENT:
-        return RequestError(message)
-    if code is grpc.StatusCode.UNAVAILABLE:
-        return _unavailable(url, message)
-    if code is grpc.StatusCode.CANCELLED:
-        return ServerError(f"{url}: the request was cancelled; send it again")
-    return ServerError(f"{url}: {message}")
-
-
-def _unavailable(url: str, message: str) -> NvlmError:
-    if message.startswith(QUEUE_FULL):
-        return QueueFullError(message)
-    if "failed to connect" in message or "resolution" in message:
+def _connection_error(url: str, error: grpc.RpcError) -> ServerError:
+    details = " ".join((error.details() or error.code().name).split())
+    if error.code() is grpc.StatusCode.UNAVAILABLE and ("failed to connect" in details or "resolution" in details):
         return ServerError(f"no server answers at {url}; start one with `nvlm-trt serve`, or check host and port")
-    return ServerError(f"{url}: {message}")
+    return ServerError(f"the connection to {url} ended ({details}); see what the server says, and ask again")

@@ -15,10 +15,7 @@ from tritonclient.grpc import service_pb2
 from nvlm_trt.prompt import Message
 from nvlm_trt.runtime.generation import Delta
 from nvlm_trt.runtime.sampling import SamplingParams
-from nvlm_trt.serving.wire import MODEL, decode_delta
-
-# Errors end the stream with a gRPC status; without it they are a field of an ordinary response.
-METADATA = (("triton_grpc_error", "true"),)
+from nvlm_trt.serving.wire import MODEL, decode_delta, decode_error
 
 
 def infer_request(
@@ -48,7 +45,12 @@ def infer_request(
 
 
 def delta_of(response: service_pb2.ModelStreamInferResponse) -> Delta | None:
-    """None for a response without outputs, with which the server only says that there are no more."""
+    """None for a response without outputs, with which the server only says that there are no more.
+
+    Raises RequestError, QueueFullError or ServerError if that is the response.
+    """
+    if response.error_message:
+        raise decode_error(response.error_message)
     outputs = response.infer_response.outputs
     if not outputs:
         return None

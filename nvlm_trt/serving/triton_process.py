@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -25,6 +26,7 @@ class TritonProcess:
     ) -> None:
         self._log = directory / "tritonserver.log"
         self._models: dict[int, str] = {}
+        self._killing = threading.Lock()  # the watching thread and the owner may want it at once
         # a session of its own: a Ctrl-C in the terminal reaches the supervisor alone, which then drains
         with self._log.open("wb") as log:
             self._server = subprocess.Popen(
@@ -64,12 +66,13 @@ class TritonProcess:
 
     def kill(self) -> None:
         """End every process at once and remove the files. Harmless if that has happened."""
-        if self._guard.returncode is not None:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._server.pid, signal.SIGKILL)
-        self._server.wait(_KILL_SECONDS)
-        self._guard.communicate(b"stopped", timeout=_KILL_SECONDS)
+        with self._killing:
+            if self._guard.returncode is not None:
+                return
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._server.pid, signal.SIGKILL)
+            self._server.wait(_KILL_SECONDS)
+            self._guard.communicate(b"stopped", timeout=_KILL_SECONDS)
 
     def log_tail(self, lines: int) -> list[str]:
         """The last lines of the log that a person can use: no tables, no complaints about a GPU that is not there."""
@@ -97,4 +100,4 @@ class TritonProcess:
         return None
 
 
-_NOISE = re.compile(r"^[|+]|CUDA|Cuda|NVML|DCGM|inned memory")
+_NOISE = re.compile(r"^[|+]|\] $|CUDA|Cuda|NVML|DCGM|inned memory")

@@ -10,15 +10,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nvlm_trt.errors import RequestError
+from nvlm_trt.errors import ImageError, NvlmError, QueueFullError, RequestError, ServerError
 from nvlm_trt.prompt import Message, parse_messages
 from nvlm_trt.runtime.generation import Delta, Usage
 from nvlm_trt.runtime.sampling import SamplingParams, TokenLogprob
 
 MODEL = "nvlm"
 ENSEMBLE = "nvlm_ensemble"
-# how such an error begins: Triton has one status, UNAVAILABLE, for this and for a server that is stopping
-QUEUE_FULL = "the queue is full: "
+
+# Triton streams an error as its message alone, so the message begins with what the client can do about it.
+_INVALID_REQUEST = "invalid request: "
+_QUEUE_FULL = "queue full: "
 
 
 def parse_conversation(prompt: bytes | None, messages: bytes | None) -> list[Message]:
@@ -74,6 +76,24 @@ def decode_delta(outputs: Mapping[str, npt.NDArray[Any]]) -> Delta:
         finish_reason=outputs["finish_reason"][0].decode() or None,
         usage=Usage(**json.loads(usage)) if usage else None,
     )
+
+
+def encode_error(error: NvlmError) -> str:
+    """The message of an error response."""
+    if isinstance(error, (RequestError, ImageError)):
+        return _INVALID_REQUEST + str(error)
+    if isinstance(error, QueueFullError):
+        return _QUEUE_FULL + str(error)
+    return str(error)
+
+
+def decode_error(message: str) -> NvlmError:
+    """The inverse of `encode_error`; other errors of ours and those of Triton itself become a ServerError."""
+    message = " ".join(message.split()).removeprefix(f"in ensemble '{ENSEMBLE}', ")
+    for prefix, kind in ((_INVALID_REQUEST, RequestError), (_QUEUE_FULL, QueueFullError)):
+        if message.startswith(prefix):
+            return kind(message.removeprefix(prefix))
+    return ServerError(message)
 
 
 def _logprob(item: dict[str, Any]) -> TokenLogprob:

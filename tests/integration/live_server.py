@@ -7,10 +7,15 @@ import re
 import time
 import urllib.request
 from collections.abc import Callable
+from typing import Protocol
 
+import grpc
 import numpy as np
 from PIL import Image
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 
+from nvlm_trt.runtime.generation import Delta
+from nvlm_trt.serving.messages import delta_of
 from nvlm_trt.serving.server import TritonServer
 
 ServerByName = Callable[[str], TritonServer]
@@ -26,7 +31,12 @@ def picture(seed: int, width: int = 120, height: int = 80) -> bytes:
     return encoded.getvalue()
 
 
-def metric(server: TritonServer, name: str) -> float:
+class HasMetrics(Protocol):
+    @property
+    def metrics_address(self) -> str: ...
+
+
+def metric(server: HasMetrics, name: str) -> float:
     """The sum of a metric over its labels."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(server.metrics_address) as response:
@@ -34,6 +44,13 @@ def metric(server: TritonServer, name: str) -> float:
     values = re.findall(rf"^{name}(?:{{.*}})? (\S+)$", text, re.MULTILINE)
     assert values, f"{name} is not among the metrics"
     return sum(map(float, values))
+
+
+def ask_raw(server: TritonServer, request: service_pb2.ModelInferRequest) -> list[Delta]:
+    """Send a message as it is. Raises what the error in the answer stands for."""
+    with grpc.insecure_channel(server.address.removeprefix("grpc://")) as channel:
+        responses = list(service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelStreamInfer(iter([request])))
+    return [delta for delta in map(delta_of, responses) if delta is not None]
 
 
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = 20) -> None:

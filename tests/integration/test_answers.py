@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tritonclient.grpc
-from live_server import ServerByName, picture
+from live_server import ServerByName, ask_raw, picture
 
 from nvlm_trt.prompt import Message
 from nvlm_trt.runtime.pipeline import ChatRequest, Pipeline
 from nvlm_trt.runtime.sampling import SamplingParams
 from nvlm_trt.serving.client import Answer, AsyncClient, Client
-from nvlm_trt.serving.messages import METADATA, delta_of, infer_request
+from nvlm_trt.serving.messages import infer_request
 
 ENGINES = ("nvlm-d-tiny", "nvlm-x-tiny", "nvlm-h-tiny")
 GREEDY = SamplingParams(max_tokens=24, ignore_eos=True)
@@ -111,8 +111,7 @@ def test_the_ensemble_called_directly_streams_the_same_answer(name: str, served:
     images = [picture(11), picture(12, 70, 200)]
     request = infer_request(messages=CONVERSATION, images=images, sampling=GREEDY, model="nvlm_ensemble")
     with Client(served(name).address) as client:
-        responses = list(client._stub.ModelStreamInfer(iter([request]), metadata=METADATA))
-        deltas = [delta for delta in map(delta_of, responses) if delta is not None]
+        deltas = ask_raw(served(name), request)
         expected = client.generate(messages=CONVERSATION, images=images, sampling=GREEDY)
     assert [t for delta in deltas for t in delta.token_ids] == expected.token_ids
     assert len(deltas) > 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import secrets
 import weakref
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ import triton_python_backend_utils as pb_utils
 from nvlm_trt.backends.base import FloatArray
 from nvlm_trt.errors import EngineError, ImageError, RequestError
 from nvlm_trt.runtime.pipeline import ChatRequest
-from nvlm_trt.serving.wire import ENSEMBLE
+from nvlm_trt.serving.wire import ENSEMBLE, decode_error
 
 
 class EnsembleEncoder:
@@ -74,8 +73,8 @@ class EnsembleEncoder:
 
 
 def _error(message: str) -> Exception:
-    """An error of the ensemble by its message: Triton keeps no more of an error than that between models."""
-    message = message.removeprefix(f"in ensemble '{ENSEMBLE}', ")
-    if re.match(r"image( \d+)?: ", message):
-        return ImageError(message)
-    return EngineError(f"the image was not encoded ({message}); the server's log has the details")
+    """An error of the ensemble by its message: between models Triton keeps no more of it than that."""
+    error = decode_error(message)
+    if isinstance(error, RequestError):
+        return ImageError(str(error))
+    return EngineError(f"the image was not encoded ({error}); the server's log has the details")

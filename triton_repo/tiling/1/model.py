@@ -11,6 +11,7 @@ import triton_python_backend_utils as pb_utils
 
 from nvlm_trt.errors import ImageError, NvlmError, RequestError
 from nvlm_trt.image import ImageLimits, load_image
+from nvlm_trt.serving.wire import encode_error
 from nvlm_trt.tiling import tile_image
 
 
@@ -32,7 +33,9 @@ class TritonPythonModel:
         try:
             tiles = self._tile(images.tolist(), self._max_tiles if max_tiles is None else int(max_tiles.as_numpy()[0]))
         except NvlmError as error:
-            return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG))
+            return pb_utils.InferenceResponse(
+                error=pb_utils.TritonError(encode_error(error), pb_utils.TritonError.INVALID_ARG)
+            )
         counts = np.array([len(image) for image in tiles], np.int32)
         return pb_utils.InferenceResponse(
             [

@@ -1,0 +1,175 @@
+"""What a client does wrong is told in one line, and the server lives on."""
+
+from __future__ import annotations
+
+import io
+import struct
+import urllib.error
+import urllib.request
+import zlib
+from typing import Any
+
+import numpy as np
+import pytest
+import tritonclient.grpc
+from live_server import ServerByName, ask_raw, picture
+from PIL import Image
+from tritonclient.grpc import service_pb2
+from tritonclient.utils import InferenceServerException
+
+from nvlm_trt.errors import RequestError, ServerError
+from nvlm_trt.prompt import Message
+from nvlm_trt.serving.client import Client
+from nvlm_trt.serving.messages import infer_request
+from nvlm_trt.serving.server import TritonServer
+
+USER = Message("user", "What is this?")
+
+
+@pytest.fixture(scope="module")
+def server(served: ServerByName) -> TritonServer:
+    return served("nvlm-x-tiny")
+
+
+def png(width: int, height: int) -> bytes:
+    encoded = io.BytesIO()
+    Image.new("RGB", (width, height)).save(encoded, "PNG")
+    return encoded.getvalue()
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and has no pixels."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    return b"\x89PNG\r\n\x1a\n" + chunk + png(1, 1)[33:]
+
+
+IMAGES = {
+    "not an image": (b"this is text", "not a readable"),
+    "empty": (b"", "0 bytes"),
+    "truncated": (picture(1)[:300], "truncated or corrupt"),
+    "zero-sized": (png_header(0, 10), ""),
+    "one pixel high": (png(300, 1), "300 x 1"),
+    "decompression bomb": (png_header(30_000, 30_000), "64000000 pixels"),
+    "over 64 megapixels": (png_header(9_000, 9_000), "9000 x 9000"),
+    "over 32 MiB": (picture(1) + bytes(32 << 20), "at most 33554432"),
+}
+
+
+@pytest.mark.parametrize("kind", IMAGES)
+def test_a_bad_image_is_named(kind: str, server: TritonServer) -> None:
+    image, expected = IMAGES[kind]
+    assert_rejected(server, expected, prompt="Compare", images=[picture(1), image], names="image 2: ")
+
+
+CHATS: dict[str, tuple[dict[str, Any], str]] = {
+    "40 images": ({"prompt": "Hi", "images": [picture(1)] * 40}, "40 images, at most 16"),
+    "empty prompt": ({"prompt": ""}, "empty"),
+    "no messages": ({"messages": []}, "messages must be a non-empty list"),
+    "unknown role": ({"messages": [{"role": "robot", "content": "Hi"}]}, "robot"),
+    "neither prompt nor messages": ({}, "exactly one of the inputs"),
+    "both prompt and messages": ({"prompt": "Hi", "messages": [USER]}, "exactly one of the inputs"),
+    "fewer images than marks": ({"prompt": "<image> <image>", "images": [picture(1)]}, "<image>"),
+    "prompt too long": ({"prompt": "word " * 2000}, "the engine holds 4096"),
+    "too many image tokens": (
+        {"prompt": "Hi", "images": [picture(i, 300, 200) for i in range(12)]},
+        "the engine holds",
+    ),
+    "negative max_tokens": ({"prompt": "Hi", "sampling": {"max_tokens": -1}}, "max_tokens = -1"),
+    "NaN temperature": ({"prompt": "Hi", "sampling": {"temperature": float("nan")}}, "temperature = nan"),
+    "unknown sampling key": ({"prompt": "Hi", "sampling": {"heat": 1}}, "unknown sampling parameter 'heat'"),
+    "max_tiles of 0": ({"prompt": "Hi", "images": [picture(1)], "max_tiles": 0}, "max_tiles = 0"),
+    "max_tiles over the engine's": ({"prompt": "Hi", "images": [picture(1)], "max_tiles": 99}, "max_tiles = 99"),
+}
+
+
+@pytest.mark.parametrize("kind", CHATS)
+def test_a_bad_request_is_explained(kind: str, server: TritonServer) -> None:
+    chat, expected = CHATS[kind]
+    assert_rejected(server, expected, **chat)
+
+
+def assert_rejected(server: TritonServer, expected: str, names: str = "", **chat: Any) -> None:
+    with Client(server.address) as client:
+        with pytest.raises(RequestError) as raised:
+            list(client.stream(**chat))
+        message = str(raised.value)
+        assert message.startswith(names)
+        assert expected in message
+        assert "\n" not in message
+        assert "nvlm_ensemble" not in message
+        assert client.generate("Hi", sampling={"max_tokens": 2, "ignore_eos": True}).token_ids
+    server.check()
+
+
+RAW: dict[str, tuple[dict[str, bytes], str]] = {
+    "sampling parameters that are not JSON": ({"prompt": b"Hi", "sampling_parameters": b"{"}, "not JSON"),
+    "sampling parameters that are a list": ({"prompt": b"Hi", "sampling_parameters": b"[]"}, "JSON object"),
+    "messages that are not JSON": ({"messages": b"Hi"}, "not JSON"),
+    "messages nested without end": ({"messages": b"[" * 100_000}, "not JSON"),
+    "a prompt that is not UTF-8": ({"prompt": b"\xff\xfe"}, "not UTF-8"),
+    "a guessed ticket": ({"prompt": b"Hi", "ticket": b"0" * 32}, "leave it out"),
+}
+
+
+@pytest.mark.parametrize("kind", RAW)
+def test_bad_tensors_are_explained(kind: str, server: TritonServer) -> None:
+    tensors, expected = RAW[kind]
+    request = service_pb2.ModelInferRequest(model_name="nvlm")
+    for name, value in tensors.items():
+        request.inputs.add(name=name, datatype="BYTES", shape=[1])
+        request.raw_input_contents.append(struct.pack("<I", len(value)) + value)
+    assert_invalid(server, request, expected)
+
+
+def test_an_unknown_input_is_an_error(server: TritonServer) -> None:
+    request = infer_request("Hi")
+    request.inputs.add(name="temperature", datatype="FP32", shape=[1])
+    request.raw_input_contents.append(bytes(4))
+    with pytest.raises(ServerError, match="unexpected inference input 'temperature'"):
+        ask_raw(server, request)
+
+
+def test_image_tokens_from_outside_are_checked(server: TritonServer) -> None:
+    """Tensors that only the ensemble is meant to send must not be able to harm either."""
+    request = infer_request("Hi", images=[picture(1)])
+    request.inputs.add(name="image_tokens", datatype="FP32", shape=[2, 16, 192])
+    request.raw_input_contents.append(bytes(2 * 16 * 192 * 4))
+    request.inputs.add(name="tiles_per_image", datatype="INT32", shape=[1])
+    request.raw_input_contents.append(struct.pack("<i", 3))
+    assert_invalid(server, request, "tiles_per_image [3]")
+
+
+def assert_invalid(server: TritonServer, request: service_pb2.ModelInferRequest, expected: str) -> None:
+    with pytest.raises(RequestError) as raised:
+        ask_raw(server, request)
+    assert expected in str(raised.value)
+    with Client(server.address) as client:
+        assert client.generate("Hi", sampling={"max_tokens": 2, "ignore_eos": True}).token_ids
+    server.check()
+
+
+def test_a_bad_image_is_an_error_of_the_ensemble_too(server: TritonServer) -> None:
+    request = infer_request("Compare", images=[picture(1), b"this is text"], model="nvlm_ensemble")
+    assert_invalid(server, request, "image 2: not a readable")
+
+
+def test_protocols_that_reach_into_the_server_are_closed(server: TritonServer) -> None:
+    client = tritonclient.grpc.InferenceServerClient(server.address.removeprefix("grpc://"))
+    closed = [
+        lambda: client.register_system_shared_memory("region", "/anything", 64),
+        lambda: client.get_system_shared_memory_status(),
+        lambda: client.get_model_repository_index(),
+        lambda: client.unload_model("nvlm"),
+        lambda: client.load_model("nvlm"),
+        lambda: client.update_log_settings({"log_verbose_level": 1}),
+        lambda: client.update_trace_settings(settings={"trace_level": ["TIMESTAMPS"]}),
+    ]
+    for call in closed:
+        with pytest.raises(InferenceServerException, match="restricted"):
+            call()
+    for path in ("/v2/systemsharedmemory/status", "/v2/logging", "/v2/trace/setting"):
+        with pytest.raises(urllib.error.HTTPError):
+            urllib.request.urlopen(server.http_address + path)
+    assert client.is_model_ready("nvlm")
+    assert np.isfinite(client.get_inference_statistics("nvlm").model_stats[0].last_inference)

@@ -1,0 +1,194 @@
+"""Starting, failing and stopping, with the real server and the real command."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+from live_server import ENDLESS, metric, picture, wait_until
+
+from nvlm_trt.engine import Manifest, write_manifest
+from nvlm_trt.errors import EngineError, ServerError
+from nvlm_trt.serving.client import Client
+from nvlm_trt.serving.server import TritonServer
+
+ENGINE = "nvlm-d-tiny"
+LONG = {"max_tokens": 400, "ignore_eos": True}
+
+
+class ServeCommand:
+    """`nvlm-trt serve` as a process."""
+
+    def __init__(self, engine: Path, directory: Path, *arguments: str) -> None:
+        ports = ("--grpc-port", "0", "--http-port", "0", "--metrics-port", "0")
+        # its temporary files go where the test can see whether they are removed
+        self.directory = directory
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "nvlm_trt.cli", "serve", str(engine), *(arguments or ports)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"TMPDIR": str(directory)},
+            start_new_session=True,
+        )
+        self.address = self.metrics_address = ""
+
+    def wait_until_ready(self) -> None:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, self.end()
+        (self.address,) = re.findall(r"grpc://[^ )]+", line)
+        (self.metrics_address,) = re.findall(r"http://[^ )]+/metrics", line)
+
+    def descendants(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def end(self) -> tuple[int, str]:
+        """Exit status and stderr."""
+        _, errors = self.process.communicate(timeout=60)
+        return self.process.returncode, errors
+
+
+@pytest.fixture
+def serve(engine: Callable[[str], Path], tmp_path: Path) -> Iterator[Callable[..., ServeCommand]]:
+    started: list[ServeCommand] = []
+
+    def start(*arguments: str) -> ServeCommand:
+        started.append(ServeCommand(engine(ENGINE), tmp_path, *arguments))
+        return started[-1]
+
+    yield start
+    for command in started:
+        if command.process.poll() is None:
+            command.process.kill()
+            command.process.communicate()
+
+
+def is_rejected(client: Client) -> bool:
+    try:
+        client.generate("Too late?", sampling={"max_tokens": 1})
+    except ServerError as error:
+        return "stopping" in str(error)
+    return False
+
+
+def assert_all_gone(processes: list[psutil.Process], directory: Path) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=20)
+    assert not alive
+    wait_until(lambda: not list(directory.glob("nvlm-trt-*")), "temporary files are removed")
+
+
+def test_a_signal_lets_running_requests_finish(serve: Callable[..., ServeCommand]) -> None:
+    """Those that are decoded, those whose images still have to be encoded; later ones are rejected."""
+    command = serve()
+    command.wait_until_ready()
+    processes = command.descendants()
+    assert len(processes) >= 5  # the server, its three python models, the guard
+    with Client(command.address) as client, ThreadPoolExecutor(8) as pool:
+        streams = [client.stream("Tell me", images=[picture(i)], sampling=LONG) for i in range(4)]
+        for stream in streams:
+            next(stream)
+        asked = [
+            pool.submit(client.generate, "Tell me", images=[picture(100 + i, 300, 200)], sampling=LONG)
+            for i in range(8)
+        ]
+        wait_until(lambda: metric(command, "nvlm_open_requests") == 12, "all requests are accepted")
+        command.signal(signal.SIGTERM)
+        wait_until(lambda: is_rejected(client), "new requests are rejected")
+        assert [list(stream)[-1].finish_reason for stream in streams] == ["length"] * 4
+        assert [len(future.result().token_ids) for future in asked] == [LONG["max_tokens"]] * 8
+    assert command.end() == (0, "")
+    assert_all_gone(processes, command.directory)
+
+
+def test_a_second_signal_stops_at_once(serve: Callable[..., ServeCommand]) -> None:
+    command = serve()
+    command.wait_until_ready()
+    processes = command.descendants()
+    with Client(command.address) as client:
+        stream = client.stream("Tell me", sampling=ENDLESS)
+        next(stream)
+        command.signal(signal.SIGINT)
+        wait_until(lambda: is_rejected(client), "new requests are rejected")
+        command.signal(signal.SIGINT)
+        with pytest.raises(ServerError):
+            list(stream)
+    assert command.end() == (0, "")
+    assert_all_gone(processes, command.directory)
+
+
+def test_a_killed_supervisor_takes_the_server_along(serve: Callable[..., ServeCommand]) -> None:
+    command = serve()
+    command.wait_until_ready()
+    processes = command.descendants()
+    command.process.kill()
+    assert_all_gone(processes, command.directory)
+
+
+@pytest.mark.parametrize("model", ["nvlm", "vision_encoder"])
+def test_the_server_stops_when_a_model_has_died(model: str, serve: Callable[..., ServeCommand]) -> None:
+    """The bundled server would go on calling itself ready."""
+    command = serve()
+    command.wait_until_ready()
+    processes = command.descendants()
+    with Client(command.address) as client:
+        assert client.ready()
+        (victim,) = [p for p in processes if any(f"/{model}/1/model.py" in argument for argument in p.cmdline())]
+        victim.kill()
+        wait_until(lambda: not client.ready(), "readiness is false")
+    status, errors = command.end()
+    assert status == 2
+    last = errors.strip().splitlines()[-1]
+    assert re.fullmatch(f"error: the process of {model}_0_0 has died.*start it again", last)
+    assert_all_gone(processes, command.directory)
+
+
+def test_a_port_in_use_is_named(serve: Callable[..., ServeCommand]) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        status, errors = serve("--http-port", str(port)).end()
+    assert (status, errors) == (
+        2,
+        f"error: port {port} of 127.0.0.1 is in use; choose another port, or 0 for a free one\n",
+    )
+
+
+def test_an_engine_that_cannot_be_loaded_is_explained(engine: Callable[[str], Path], tmp_path: Path) -> None:
+    """Its hashes are right, what they are of is not: only the model's own process can tell."""
+    broken = tmp_path / "engine"
+    shutil.copytree(engine(ENGINE), broken)
+    (broken / "decoder.onnx").write_bytes(b"not a graph")
+    manifest = Manifest.model_validate_json((broken / "manifest.json").read_text())
+    (broken / "manifest.json").unlink()
+    write_manifest(broken, manifest)
+    server = TritonServer(broken)
+    with pytest.raises(
+        ServerError, match="could not load model nvlm: engine file .*decoder.onnx cannot be loaded"
+    ) as raised:
+        server.start()
+    assert "\n" not in str(raised.value)
+    assert server.log_tail
+
+
+def test_a_truncated_engine_is_not_started(engine: Callable[[str], Path], tmp_path: Path) -> None:
+    broken = tmp_path / "engine"
+    shutil.copytree(engine(ENGINE), broken)
+    weights = max(broken.iterdir(), key=lambda path: path.stat().st_size)
+    os.truncate(weights, weights.stat().st_size // 2)
+    with pytest.raises(EngineError, match=weights.name):
+        TritonServer(broken).start()
