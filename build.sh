@@ -29,23 +29,23 @@ pip_install() {
   }
 }
 
-# install SET...: bring .venv to the pinned requirements of the named sets, unless it is there already.
+# install SET: bring .venv to the pinned requirements of a set (runtime or test), unless it is there already.
 install() {
-  local lists=() set stamp
-  for set in "$@"; do lists+=("requirements/$set.txt"); done
-  stamp=".venv/installed-$1-$(cat "${lists[@]}" pyproject.toml | sha256sum | cut -c1-16)"
-  [ -e "$stamp" ] && return
+  local list=requirements/$1.txt stamp log=.venv/pip.log
   if [ ! -x .venv/bin/python ]; then
     local python
     python=$(find_python)
     "$python" -m venv .venv ||
       fail "$python cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv"
   fi
-  echo "Installing the pinned $1 requirements into .venv ..." >&2
-  local list log=.venv/pip.log
-  for list in "${lists[@]}"; do
-    pip_install "$log" -r "$list" || fail "pip could not install $list; see its messages above"
-  done
+  if .venv/bin/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 10))'; then
+    [ "$1" = runtime ] || fail "the tests need Python 3.11 or 3.12; remove .venv and set PYTHON=/path/to/python3"
+    list=requirements/runtime-3.10.txt
+  fi
+  stamp=.venv/installed-$1-$(cat "$list" pyproject.toml | sha256sum | cut -c1-16)
+  [ -e "$stamp" ] && return
+  echo "Installing $list into .venv ..." >&2
+  pip_install "$log" -r "$list" || fail "pip could not install $list; see its messages above"
   pip_install "$log" --no-deps --editable . || fail "pip could not install nvlm-trt itself; see its messages above"
   touch "$stamp"
 }

@@ -21,7 +21,10 @@ from onnxscript import GraphBuilder
 FloatArray = npt.NDArray[np.float32]
 Shape = Sequence[int | str]
 
-OPSETS = {"": 24, "com.microsoft": 1, "nvlm": 1}
+# 24 brought TensorScatter and Attention's nonpad_kv_seqlen. Graphs without them are stamped 23, because the last
+# ONNX Runtime for Python 3.10 (1.23) refuses 24.
+OPSET = 23
+CACHE_OPSET = 24
 _IR_VERSION = 11
 
 FLOAT = ir.DataType.FLOAT
@@ -85,11 +88,15 @@ class Float32:
 class StageGraph:
     """One stage. `op` builds standard nodes and `microsoft` those of ONNX Runtime, into the graph or a branch of it."""
 
-    def __init__(self, name: str, weights: WeightSource, weight_format: WeightFormat) -> None:
-        graph = ir.Graph([], [], nodes=[], opset_imports=dict(OPSETS), name=name)
+    def __init__(
+        self, name: str, weights: WeightSource, weight_format: WeightFormat | None = None, opset: int = OPSET
+    ) -> None:
+        """`weight_format` of the linear layers: Float32 by default."""
+        self.opset = opset
+        graph = ir.Graph([], [], nodes=[], opset_imports={"": opset, "com.microsoft": 1, "nvlm": 1}, name=name)
         self._builder = GraphBuilder(graph)
         self._weights = weights
-        self._format = weight_format
+        self._format = weight_format or Float32()
 
     @property
     def op(self) -> Any:
@@ -97,7 +104,7 @@ class StageGraph:
 
     @property
     def microsoft(self) -> Any:
-        return self._builder.opset("com.microsoft", OPSETS["com.microsoft"])
+        return self._builder.opset("com.microsoft", 1)
 
     def input(self, name: str, dtype: ir.DataType, shape: Shape) -> ir.Value:
         return self._builder.input(name, dtype, list(shape))

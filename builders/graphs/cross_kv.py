@@ -10,7 +10,6 @@ import onnx_ir as ir
 
 from nvlm_trt.builders.graphs.common import (
     FLOAT,
-    Float32,
     FloatArray,
     StageGraph,
     WeightFormat,
@@ -28,7 +27,7 @@ def cross_kv_graph(
     """Build the graph. `tag_embeddings` [max_tiles, tag_length, hidden] of <tile_1> .. for H, None for X."""
     assert config.cross_attention is not None, "NVLM-D has no cross-attention"
     assert (tag_embeddings is not None) == (config.architecture == "H"), "tags stand beside the tiles of NVLM-H only"
-    graph = StageGraph("cross_kv", weights, weight_format or Float32())
+    graph = StageGraph("cross_kv", weights, weight_format)
     llm = config.llm
     x = graph.input("image_tokens", FLOAT, ["tiles", config.tokens_per_tile, llm.hidden_size])
     if tag_embeddings is not None:

@@ -17,10 +17,12 @@ import numpy as np
 import onnx_ir as ir
 
 from nvlm_trt.builders.graphs.common import (
+    CACHE_OPSET,
     FLOAT,
     INT32,
     INT64,
-    Float32,
+    OPSET,
+    Shape,
     StageGraph,
     WeightFormat,
     WeightSource,
@@ -44,7 +46,8 @@ def decoder_graph(
     """Build the graph. `attention`: "standard" is portable; "gqa" is ONNX Runtime's GroupQueryAttention, whose cost
     follows the tokens in use instead of L. Several sequences of several new tokens each must then be of equal length
     with nothing cached, or a single sequence."""
-    graph = StageGraph("decoder", weights, weight_format or Float32())
+    opset = CACHE_OPSET if attention == "standard" else OPSET
+    graph = StageGraph("decoder", weights, weight_format, opset)
     llm = config.llm
     input_ids = graph.input("input_ids", INT64, ["batch", "sequence"])
     image_tokens = graph.input("image_tokens", FLOAT, ["image_tokens", llm.hidden_size])
@@ -86,7 +89,7 @@ def _layer(
 ) -> ir.Value:
     op = graph.op
     name = f"language_model.model.layers.{i}"
-    cache_shape = ["batch", llm.num_kv_heads, max_seq_len, llm.head_dim]
+    cache_shape: Shape = ["batch", llm.num_kv_heads, max_seq_len, llm.head_dim]
     past_key = graph.input(f"past_key.{i}", FLOAT, cache_shape)
     past_value = graph.input(f"past_value.{i}", FLOAT, cache_shape)
     parts = [f"{name}.self_attn.{part}_proj" for part in "qkv"]
@@ -181,7 +184,7 @@ class _CrossAttention:
         assert config.cross_attention is not None
         op = graph.op
         self.graph, self.llm, self.cross = graph, config.llm, config.cross_attention
-        self.function = gated_cross_attention()
+        self.function = gated_cross_attention(graph.opset)
         self.ranges = graph.input("cross_ranges", INT32, ["batch", "sequence", 2])
         start, end = op.Split(self.ranges, axis=-1, num_outputs=2, _outputs=2)
         self.seen = op.Less(start, end)  # [B, S, 1]
@@ -191,7 +194,7 @@ class _CrossAttention:
 
     def block(self, x: ir.Value, j: int) -> ir.Value:
         """Block j on x [B, S, hidden]."""
-        shape = ["batch", self.llm.num_kv_heads, "cross_tokens", self.llm.head_dim]
+        shape: Shape = ["batch", self.llm.num_kv_heads, "cross_tokens", self.llm.head_dim]
         key = self.graph.input(f"cross_key.{j}", FLOAT, shape)
         value = self.graph.input(f"cross_value.{j}", FLOAT, shape)
         with self.graph.scope(f"cross_layers.{j}"):

@@ -9,7 +9,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from nvlm_trt.builders.graphs.common import FLOAT, Float32, StageGraph, WeightFormat, WeightSource
+from nvlm_trt.builders.graphs.common import FLOAT, StageGraph, WeightFormat, WeightSource
 from nvlm_trt.config import NvlmConfig, VisionConfig
 
 VisionAttention = Literal["standard", "mha"]
@@ -25,7 +25,7 @@ def vision_encoder_graph(
 ) -> ir.Model:
     """Build the graph. `attention`: "standard" is portable, "mha" is ONNX Runtime's blockwise kernel, which is
     1.25 times as fast for 7 tiles of 1025 tokens and does not hold the [tokens, tokens] scores."""
-    graph = StageGraph("vision_encoder", weights, weight_format or Float32())
+    graph = StageGraph("vision_encoder", weights, weight_format)
     vision = config.vision
     edge = vision.image_size
     x = _embed(graph, vision, graph.input("pixel_values", FLOAT, ["tiles", 3, edge, edge]))

@@ -17,19 +17,21 @@ NAME = "GatedCrossAttention"
 PLUGIN_ATTRIBUTES: dict[str, str | int] = {"plugin_namespace": "nvlm", "plugin_version": "1", "aot": 1}
 
 
-def gated_cross_attention() -> ir.Function:
+def gated_cross_attention(opset: int) -> ir.Function:
     """(query [B, H, S, D], key [B, KV, N, D], value [B, KV, N, D], cross_ranges [B, S, 2] int32, gate [1])
     -> tanh(gate) * attention [B, H, S, D].
 
     Token s of sequence b reads the keys start <= n < end with (start, end) = cross_ranges[b, s]; an empty range gives
-    exactly zero. Query head h reads key head h // (H / KV); the scale is D ** -0.5."""
+    exactly zero. Query head h reads key head h // (H / KV); the scale is D ** -0.5.
+
+    `opset` (23 or later) is that of the graph that calls it."""
     types = {"plugin_namespace": ir.AttributeType.STRING, "plugin_version": ir.AttributeType.STRING}
     attributes = {
         name: ir.Attr(name, types.get(name, ir.AttributeType.INT), None)  # None: a parameter without default
         for name in PLUGIN_ATTRIBUTES
     }
     inputs = [ir.Value(name=name) for name in ("query", "key", "value", "cross_ranges", "gate")]
-    return build_function(_body, inputs, domain=DOMAIN, name=NAME, attributes=attributes, opset_imports={"": 24})
+    return build_function(_body, inputs, domain=DOMAIN, name=NAME, attributes=attributes, opset_imports={"": opset})
 
 
 def _body(op: Any, query: ir.Value, key: ir.Value, value: ir.Value, cross_ranges: ir.Value, gate: ir.Value) -> ir.Value:

@@ -41,7 +41,7 @@ def model() -> onnx.ModelProto:
         builder.input("cross_ranges", ir.DataType.INT32, ["batch", "tokens", 2]),
         builder.input("gate", ir.DataType.FLOAT, [1]),
     ]
-    output = builder.call(gated_cross_attention(), *inputs, **PLUGIN_ATTRIBUTES)
+    output = builder.call(gated_cross_attention(24), *inputs, **PLUGIN_ATTRIBUTES)
     output.dtype = ir.DataType.FLOAT
     output.shape = ir.Shape(["batch", HEADS, "tokens", HEAD_DIM])
     builder.add_output(output, "output")
