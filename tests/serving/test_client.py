@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nvlm_trt.errors import RequestError, ServerError
+from nvlm_trt.serving.client import AsyncClient, Client
+from nvlm_trt.serving.ports import choose_ports
+
+
+@pytest.fixture
+def nobody() -> str:
+    (port,) = choose_ports("127.0.0.1", (0,))
+    return f"grpc://127.0.0.1:{port}"
+
+
+def test_no_server_is_an_error_that_says_what_to_do(nobody: str) -> None:
+    with Client(nobody) as client:
+        assert not client.ready()
+        with pytest.raises(ServerError, match=f"no server answers at {nobody}; start one with `nvlm-trt serve`"):
+            client.generate("Hello")
+
+
+def test_no_server_for_the_async_client(nobody: str) -> None:
+    async def ask() -> None:
+        async with AsyncClient(nobody) as client:
+            assert not await client.ready()
+            await client.generate("Hello")
+
+    with pytest.raises(ServerError, match="no server answers"):
+        asyncio.run(ask())
+
+
+@pytest.mark.parametrize("url", ["localhost:8001", "http://localhost:8001", "grpc://localhost", "grpc://:x", ""])
+def test_a_wrong_address_is_an_error(url: str) -> None:
+    with pytest.raises(ServerError, match="grpc://host:port"):
+        Client(url)
+
+
+def test_an_image_that_cannot_be_read_is_named(nobody: str, tmp_path: Path) -> None:
+    with Client(nobody) as client, pytest.raises(RequestError, match=r"missing\.png"):
+        client.generate("What?", images=[tmp_path / "missing.png"])
+
+
+def test_a_client_needs_no_engine_runtime() -> None:
+    script = (
+        "import sys; import nvlm_trt.serving.client; "
+        "print([name for name in ('onnxruntime', 'onnx', 'torch', 'pytriton') if name in sys.modules])"
+    )
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert loaded.strip() == "[]"
