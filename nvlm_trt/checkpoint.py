@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from nvlm_trt.checkpoint_writer import INDEX_FILE, WEIGHTS_FILE, write_checkpoint
 from nvlm_trt.config import NvlmConfig
+from nvlm_trt.dummy_heads import PROJECTION, padded_shape, real_heads
 from nvlm_trt.errors import CheckpointError
 from nvlm_trt.hf_config import config_to_hf, read_config
 from nvlm_trt.layout import IGNORED, checkpoint_layout
@@ -42,8 +43,9 @@ class LazyWeight:
     file: SafetensorsFile
 
     def load(self) -> FloatArray:
-        """The tensor as a new float32 array. BF16, F16 and F32 convert exactly."""
-        return self.file.load(self.name)
+        """The tensor as a new float32 array, without dummy heads. BF16, F16 and F32 convert exactly."""
+        stored = self.file.load(self.name)
+        return stored if stored.shape == self.shape else real_heads(self.name, stored, self.shape)
 
 
 class Checkpoint:
@@ -56,6 +58,7 @@ class Checkpoint:
         self._layout = checkpoint_layout(config)
         self._file_of = _locate(directory, files)
         self._remaining = dict.fromkeys(self._layout)
+        self._padding = self._dummy_channels()
         self._check_shapes()
 
     @classmethod
@@ -103,6 +106,8 @@ class Checkpoint:
         if name not in self._remaining:
             raise CheckpointError(f"tensor {name} was taken twice; every tensor is consumed exactly once")
         del self._remaining[name]
+        if self._padding and (match := PROJECTION.fullmatch(name)):
+            self._check_dummy_heads(match[1])
         return LazyWeight(name, self._layout[name], self._file_of[name])
 
     def rows(self, name: str, ids: npt.ArrayLike) -> FloatArray:
@@ -129,6 +134,28 @@ class Checkpoint:
     ) -> None:
         self.close()
 
+    def _dummy_channels(self) -> int:
+        """Channels of the vision encoder's dummy heads, from the first layer's `proj`; 0 without."""
+        vision = self.config.vision
+        name = "vision_model.encoder.layers.0.attn.proj.weight"
+        shape = self._file_of[name].records[name].shape if name in self._file_of else ()
+        extra = shape[1] - vision.hidden_size if len(shape) == 2 else 0
+        return extra if extra > 0 and extra % vision.head_dim == 0 else 0
+
+    def _check_dummy_heads(self, attention: str) -> None:
+        """What is cut off must add nothing: its columns of `proj` are zero, or its values are."""
+        projection, qkv = f"{attention}.proj.weight", f"{attention}.qkv.weight"
+        width = self.config.vision.hidden_size
+        padded = width + self._padding
+        values = self.rows(qkv, np.arange(2 * padded + width, 3 * padded))
+        columns = self._file_of[projection].load(projection)[:, width:]
+        silent = not values.any() and not self.config.vision.qkv_bias
+        if columns.any() and not silent:
+            raise CheckpointError(
+                f"{attention} of {self.directory} has {self._padding // self.config.vision.head_dim} heads beyond "
+                f"config.json's {self.config.vision.num_heads}, and they are not zero; correct num_attention_heads"
+            )
+
     def _check_shapes(self) -> None:
         missing = [name for name in self._layout if name not in self._file_of]
         if missing:
@@ -144,7 +171,7 @@ class Checkpoint:
             )
         for name, shape in self._layout.items():
             stored = self._file_of[name].records[name].shape
-            if stored != shape:
+            if stored != padded_shape(name, shape, self._padding):
                 raise CheckpointError(
                     f"tensor {name} in {self._file_of[name].path} has shape {list(stored)}, config.json asks for "
                     f"{list(shape)}; correct config.json or write the checkpoint again"

@@ -49,7 +49,6 @@ _LLM_MATHS: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "rope_scaling": (None,),
     "use_sliding_window": (False, None),
-    "attention_bias": (False, None),
     "mlp_bias": (False, None),
     "norm_type": ("rms_norm",),
     "partial_rotary_factor": (1, None),
@@ -200,8 +199,10 @@ def _llm_from_hf(section: Mapping[str, Any]) -> LlmConfig:
     if len(families) != 1:
         # model_type is not trusted: NVLM-D-72B says one thing there and another here
         raise ConfigError(f"llm_config.architectures {names} names none of {', '.join(_LLM_ARCHITECTURES.values())}")
-    section = _flatten_rope_parameters(section)
+    section = _plain_rope(section)
     _refuse_unsupported(section, _LLM_MATHS, where)
+    if families[0] == "llama" and section.get("attention_bias"):  # Qwen2 does not read it: q, k and v have biases
+        raise ConfigError("llm_config.attention_bias is not supported for LlamaForCausalLM; only false is")
     kinds = section.get("layer_types")
     if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
         raise ConfigError("llm_config.layer_types: only 'full_attention' is supported in every layer")
@@ -223,15 +224,23 @@ def _llm_from_hf(section: Mapping[str, Any]) -> LlmConfig:
     )
 
 
-def _flatten_rope_parameters(section: Mapping[str, Any]) -> Mapping[str, Any]:
-    """transformers 5 writes rope_parameters {rope_type, rope_theta, ...} where version 4 wrote two keys."""
+def _plain_rope(section: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Rotary embedding as transformers 4 writes it; version 5 has rope_parameters {rope_type, rope_theta, ...}.
+
+    Dynamic NTK scaling, which NVLM-D-72B's config names, is dropped: it changes nothing up to
+    max_position_embeddings, and no engine is built for longer sequences."""
+    flat = {key: value for key, value in section.items() if key != "rope_parameters"}
+    scaling = section.get("rope_scaling")
+    if isinstance(scaling, Mapping) and scaling.get("rope_type", scaling.get("type")) == "dynamic":
+        flat["rope_scaling"] = None
     rope = section.get("rope_parameters")
     if rope is None:
-        return section
+        return flat
     known = {"rope_type", "rope_theta", "partial_rotary_factor"}
-    if not isinstance(rope, Mapping) or rope.get("rope_type", "default") != "default" or set(rope) - known:
+    kind = rope.get("rope_type", "default") if isinstance(rope, Mapping) else None
+    if kind not in ("default", "dynamic") or set(rope) - known - ({"factor"} if kind == "dynamic" else set()):
         raise ConfigError(f"llm_config.rope_parameters {rope} is not supported; only rope_type 'default' is")
-    return {**section, **{key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}}
+    return flat | {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
 
 
 def _refuse_unsupported(section: Mapping[str, Any], maths: Mapping[str, tuple[Any, ...]], where: str) -> None:

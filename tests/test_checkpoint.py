@@ -221,6 +221,52 @@ class TestEveryTensorIsAccountedFor:
             checkpoint.take("mlp1.1.weight").load()
 
 
+class TestDummyHeads:
+    """nvidia/NVLM-D-72B pads the vision encoder's 25 heads to 32; here 2 heads are padded to 5."""
+
+    PADDING = 3 * CONFIG.vision.head_dim
+
+    def pad(self, tensors: Tensors, fill: float = 0.0) -> None:
+        """`fill` is what dummy heads hold in q, k and the norms, which cannot reach the output."""
+        width, extra = CONFIG.vision.hidden_size, self.PADDING
+        layer = "vision_model.encoder.layers.0.attn"
+        qkv = tensors[f"{layer}.qkv.weight"].reshape(3, width, width)
+        padded = np.pad(qkv, ((0, 0), (0, extra), (0, 0)), constant_values=fill)
+        padded[2, width:] = 0
+        tensors[f"{layer}.qkv.weight"] = padded.reshape(-1, width)
+        for norm in ("q_norm", "k_norm"):
+            name = f"{layer}.{norm}.weight"
+            tensors[name] = np.pad(tensors[name], (0, extra), constant_values=fill)
+        name = f"{layer}.proj.weight"
+        tensors[name] = np.pad(tensors[name], ((0, 0), (0, extra)), constant_values=fill)
+
+    @pytest.mark.parametrize("fill", [0.0, 1.0])
+    def test_they_are_cut_off(self, written: Path, fill: float) -> None:
+        with Checkpoint.open(written) as checkpoint:
+            expected = take_all(checkpoint)
+        edit(written, lambda tensors: self.pad(tensors, fill))
+        with Checkpoint.open(written) as checkpoint:
+            loaded = take_all(checkpoint)
+        for name, tensor in expected.items():
+            assert loaded[name].flags.c_contiguous
+            np.testing.assert_array_equal(loaded[name], tensor)
+
+    def test_heads_that_reach_the_output_are_an_error(self, written: Path) -> None:
+        def speak(tensors: Tensors) -> None:
+            self.pad(tensors, fill=1.0)
+            tensors["vision_model.encoder.layers.0.attn.qkv.weight"][-1] = 1
+
+        edit(written, speak)
+        with Checkpoint.open(written) as checkpoint, pytest.raises(CheckpointError, match="3 heads beyond"):
+            take_all(checkpoint)
+
+    def test_padding_in_one_tensor_alone_is_misshapen(self, written: Path) -> None:
+        name = "vision_model.encoder.layers.0.attn.proj.weight"
+        edit(written, lambda tensors: tensors.update({name: np.pad(tensors[name], ((0, 0), (0, self.PADDING)))}))
+        with pytest.raises(CheckpointError, match=r"attn\.qkv\.weight"):
+            Checkpoint.open(written)
+
+
 class TestBrokenFiles:
     @pytest.mark.parametrize("kept", [0, 7, 8, 50, -1])
     def test_truncated(self, written: Path, kept: int) -> None:

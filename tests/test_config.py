@@ -9,24 +9,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig, Qwen2Config
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from nvlm_trt.config import PRESETS
 from nvlm_trt.errors import ConfigError
 from nvlm_trt.hf_config import config_from_hf, config_to_hf, read_config
 
-# The keys of nvidia/NVLM-D-72B's config.json, those that no graph reads included.
+# What nvidia/NVLM-D-72B's config.json says, without the generation defaults that transformers 4 wrote into it.
 PUBLISHED_D_72B: dict[str, Any] = {
     "architectures": ["NVLM_D"],
     "auto_map": {"AutoConfig": "configuration_nvlm_d.NVLM_D_Config", "AutoModel": "modeling_nvlm_d.NVLM_D_Model"},
     "downsample_ratio": 0.5,
     "dynamic_image_size": True,
     "force_image_size": 448,
-    "image_token_id": 151654,
     "llm_config": {
+        "_name_or_path": "Qwen/Qwen2-72B-Instruct",
         "architectures": ["Qwen2ForCausalLM"],
+        "attention_bias": True,
         "attention_dropout": 0.0,
         "bos_token_id": 151643,
         "eos_token_id": 151645,
@@ -35,24 +38,24 @@ PUBLISHED_D_72B: dict[str, Any] = {
         "initializer_range": 0.02,
         "intermediate_size": 29568,
         "max_position_embeddings": 32768,
-        "max_window_layers": 80,
-        "model_type": "qwen2",
+        "mlp_bias": False,
+        "model_type": "llama",
         "num_attention_heads": 64,
         "num_hidden_layers": 80,
         "num_key_value_heads": 8,
+        "pad_token_id": None,
+        "pretraining_tp": 1,
         "rms_norm_eps": 1e-06,
+        "rope_scaling": {"factor": 3.0, "type": "dynamic"},
         "rope_theta": 1000000.0,
-        "sliding_window": 131072,
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
         "use_cache": True,
-        "use_sliding_window": False,
         "vocab_size": 152064,
     },
     "max_dynamic_patch": 6,
     "min_dynamic_patch": 1,
     "model_type": "NVLM_D",
-    "pad2square": False,
     "ps_version": "v2",
     "select_layer": -1,
     "template": "chatml",
@@ -117,7 +120,7 @@ def test_options_survive_a_round_trip() -> None:
 
 def test_nvlm_d_72b_as_published() -> None:
     config = config_from_hf(PUBLISHED_D_72B, name="nvlm-d-72b")
-    assert config == replace(PRESETS["nvlm-d-72b"], image_token_id=151654)
+    assert config == PRESETS["nvlm-d-72b"]
     assert (config.tokens_per_tile, config.shuffled_size, config.projector_width) == (256, 12800, 29568)
     assert (config.vision.head_dim, config.llm.head_dim, config.tiles_per_image) == (128, 128, 7)
 
@@ -132,8 +135,8 @@ def test_cross_attention_of_the_papers_models() -> None:
 
 
 def test_the_llms_model_type_is_not_trusted() -> None:
-    assert config_from_hf(changed("llm_config.model_type", "llama")).llm.qkv_bias
-    llama = changed("llm_config.architectures", ["LlamaForCausalLM"])
+    assert config_from_hf(PUBLISHED_D_72B).llm.qkv_bias
+    llama = changed("llm_config.architectures", ["LlamaForCausalLM"], changed("llm_config.attention_bias", False))
     assert not config_from_hf(llama).llm.qkv_bias
 
 
@@ -157,7 +160,6 @@ def test_the_llms_model_type_is_not_trusted() -> None:
         ("llm_config.hidden_act", "gelu"),
         ("llm_config.rope_scaling", {"type": "yarn", "factor": 4.0}),
         ("llm_config.use_sliding_window", True),
-        ("llm_config.attention_bias", True),
         ("llm_config.mlp_bias", True),
         ("llm_config.norm_type", "layer_norm"),
         ("llm_config.partial_rotary_factor", 0.5),
@@ -249,6 +251,27 @@ def test_a_config_that_transformers_5_writes(kind: type[Qwen2Config] | type[Llam
     ours = config_from_hf(changed("image_token_id", 3, raw)).llm
     assert (ours.rope_theta, ours.head_dim, ours.num_kv_heads) == (12345.0, 16, 2)
     assert ours.qkv_bias == (kind is Qwen2Config)
+
+
+def test_attention_bias_is_refused_for_llama_alone() -> None:
+    """transformers' Qwen2 has q, k and v biases whatever the key says; its Llama adds one to o_proj too."""
+    assert config_from_hf(changed("llm_config.attention_bias", True)).llm.qkv_bias
+    with pytest.raises(ConfigError, match="attention_bias"):
+        config_from_hf(changed("llm_config.architectures", ["LlamaForCausalLM"]))
+
+
+def test_dynamic_rope_scaling_changes_nothing_within_max_position_embeddings() -> None:
+    """So it may be dropped. transformers' own tables, with and without it, at the longest sequence."""
+    arguments = {"hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 512}
+    ropes = [{"rope_type": "default"}, {"rope_type": "dynamic", "factor": 3.0}]
+    tables = []
+    for rope in ropes:
+        theirs = LlamaConfig(**arguments, rope_parameters=rope | {"rope_theta": 1e6})
+        tables.append(LlamaRotaryEmbedding(theirs)(torch.zeros(1), torch.arange(512)[None]))
+    assert all(torch.equal(plain, dynamic) for plain, dynamic in zip(*tables, strict=True))
+    version_5 = {"rope_type": "dynamic", "factor": 3.0, "rope_theta": 1e6}
+    raw = changed("llm_config.rope_scaling", None)
+    assert config_from_hf(changed("llm_config.rope_parameters", version_5, raw)) == config_from_hf(PUBLISHED_D_72B)
 
 
 def test_x_and_h_need_a_cross_attention_config() -> None:
