@@ -30,7 +30,8 @@ class ChatRequest:
     """A conversation that ends with the user's turn; `<image>` in it marks each image's place."""
 
     messages: Sequence[Message]
-    images: Sequence[bytes] = ()  # encoded: PNG, JPEG, ...
+    # PNG, JPEG, ... bytes; or image tokens [n, T, hidden] of an image that the caller has encoded: they are not cached
+    images: Sequence[bytes | FloatArray] = ()
     sampling: SamplingParams = field(default_factory=SamplingParams)
     max_tiles: int | None = None  # per image, thumbnail not counted; None: the engine's limit
 
@@ -185,10 +186,10 @@ class Pipeline:
         images: list[ImageFeatures] = []
         tiles = [1] * len(request.images)  # a lower bound where an image is not decoded yet
         cached = 0
-        for index, data in enumerate(request.images):
+        for index, image in enumerate(request.images):
             if prepared.cancelled():
                 raise CancelledError
-            features, is_cached = self._features(data, request.max_tiles or self._engine.limits.max_tiles, index)
+            features, is_cached = self._features(image, request.max_tiles or self._engine.limits.max_tiles, index)
             images.append(features)
             cached += is_cached
             tiles[index] = features.tiles
@@ -203,15 +204,17 @@ class Pipeline:
             encode_s=time.monotonic() - started,
         )
 
-    def _features(self, data: bytes, max_tiles: int, index: int) -> tuple[ImageFeatures, bool]:
-        key = image_key(data, self._engine.config.vision.image_size, max_tiles, self._engine.digest)
+    def _features(self, image: bytes | FloatArray, max_tiles: int, index: int) -> tuple[ImageFeatures, bool]:
+        if not isinstance(image, bytes):
+            return self._features_of_tokens(image), False
+        key = image_key(image, self._engine.config.vision.image_size, max_tiles, self._engine.digest)
         try:
-            return self._image_cache.get(key, lambda: self._encode(data, max_tiles))
+            return self._image_cache.get(key, lambda: self._features_of_tokens(self._encode_image(image, max_tiles)))
         except ImageError as error:
             raise ImageError(f"image {index + 1}: {str(error).removeprefix('image: ')}") from error
 
-    def _encode(self, data: bytes, max_tiles: int) -> ImageFeatures:
-        tokens = self._encode_image(data, max_tiles)  # [n, T, hidden]
+    def _features_of_tokens(self, tokens: FloatArray) -> ImageFeatures:
+        """tokens [n, T, hidden] of one image."""
         in_llm, in_cross = split_tiles(self._engine.config.architecture, len(tokens))
         # a copy: a view would keep the tokens of all tiles in memory for as long as the features are cached
         llm_tokens = tokens[in_llm].reshape(-1, tokens.shape[2]).copy()  # [m, hidden]

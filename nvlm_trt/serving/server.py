@@ -30,7 +30,7 @@ _EXIT_SECONDS = 10
 # Longer than `nvlm` takes to report a request that it has just accepted.
 _QUIET_SECONDS = 0.3
 _TAIL_LINES = 20
-_LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+_LOOPBACK = {"0.0.0.0": "127.0.0.1"}
 
 
 @dataclass(frozen=True)

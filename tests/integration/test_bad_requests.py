@@ -132,12 +132,17 @@ def test_an_unknown_input_is_an_error(server: TritonServer) -> None:
 
 def test_image_tokens_from_outside_are_checked(server: TritonServer) -> None:
     """Tensors that only the ensemble is meant to send must not be able to harm either."""
-    request = infer_request("Hi", images=[picture(1)])
+    request = infer_request("Hi")
     request.inputs.add(name="image_tokens", datatype="FP32", shape=[2, 16, 192])
     request.raw_input_contents.append(bytes(2 * 16 * 192 * 4))
     request.inputs.add(name="tiles_per_image", datatype="INT32", shape=[1])
     request.raw_input_contents.append(struct.pack("<i", 3))
     assert_invalid(server, request, "tiles_per_image [3]")
+    request.raw_input_contents[-1] = struct.pack("<i", 2)
+    assert ask_raw(server, request)
+    request.inputs.add(name="image", datatype="BYTES", shape=[1])
+    request.raw_input_contents.append(struct.pack("<I", 2) + b"??")
+    assert_invalid(server, request, "send images as `image`")
 
 
 def assert_invalid(server: TritonServer, request: service_pb2.ModelInferRequest, expected: str) -> None:

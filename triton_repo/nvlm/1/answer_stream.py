@@ -5,20 +5,20 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
+import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import triton_python_backend_utils as pb_utils
 from error_response import error_response
 
-from nvlm_trt.backends.base import FloatArray
 from nvlm_trt.runtime.generation import Delta, Handle
 from nvlm_trt.serving.wire import encode_delta, merge_deltas
 
 # How often a request that has nothing to send yet (queued, encoding, prefilling) asks whether its client is gone.
 _POLL_SECONDS = 0.05
 
-Event = Delta | Exception  # a delta with a finish_reason or an exception is the last
+Event: TypeAlias = Delta | Exception  # a delta with a finish_reason or an exception is the last
 
 
 class AnswerStream:
@@ -37,7 +37,6 @@ class AnswerStream:
         self._on_late_tokens = on_late_tokens
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self.image_tokens: Sequence[FloatArray] = ()  # that the request brought along, held until it ends
 
     def put(self, event: Event) -> None:
         """Returns at once."""
@@ -55,9 +54,9 @@ class AnswerStream:
     def _run(self, handle: Handle) -> None:
         try:
             self._forward(handle)
-        except pb_utils.TritonModelException as error:  # the server has given up the request
+        except Exception:
             handle.cancel()
-            pb_utils.Logger.log_error(f"a response of request {handle.request_id} was not sent: {error}")
+            pb_utils.Logger.log_error(f"request {handle.request_id!r} is dropped: {traceback.format_exc()}")
         finally:
             self._on_end(self)
 

@@ -15,12 +15,15 @@ from nvlm_trt.serving.wire import parse_conversation, parse_sampling
 
 
 def chat_request(request: Any) -> ChatRequest:
-    """Raises RequestError for what is wrong with the messages or the sampling parameters."""
+    """Raises RequestError for what is wrong with the messages, the sampling parameters or the image tokens."""
     images = _array(request, "image")  # [images] bytes
     max_tiles = _array(request, "max_tiles")  # [1]
+    encoded = image_tokens(request)
+    if images is not None and encoded:
+        raise RequestError("`image_tokens` are sent by the ensemble's earlier steps only; send images as `image`")
     return ChatRequest(
         messages=parse_conversation(_string(request, "prompt"), _string(request, "messages")),
-        images=() if images is None else tuple(images.tolist()),
+        images=encoded if images is None else images.tolist(),
         sampling=parse_sampling(_string(request, "sampling_parameters")),
         max_tiles=None if max_tiles is None else int(max_tiles[0]),
     )

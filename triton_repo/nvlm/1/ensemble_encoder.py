@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future
 
@@ -12,7 +11,6 @@ import triton_python_backend_utils as pb_utils
 
 from nvlm_trt.backends.base import FloatArray
 from nvlm_trt.errors import EngineError, ImageError, RequestError
-from nvlm_trt.runtime.pipeline import ChatRequest
 from nvlm_trt.serving.wire import ENSEMBLE, decode_error
 
 
@@ -23,18 +21,11 @@ class EnsembleEncoder:
     with the image tokens. A ticket, which only the two know, says whose they are.
     """
 
-    def __init__(self, max_tiles: int) -> None:
-        """`max_tiles` per image where a request does not say."""
-        self._max_tiles = max_tiles
+    def __init__(self) -> None:
         self._awaited: dict[str, Future[FloatArray]] = {}
-        # weak: the tokens live as long as the request that brought them
-        self._brought: weakref.WeakValueDictionary[tuple[bytes, int], FloatArray] = weakref.WeakValueDictionary()
 
     def encode(self, data: bytes, max_tiles: int) -> FloatArray:
         """Encoded bytes -> image tokens [n, T, hidden]. Raises ImageError and EngineError."""
-        brought = self._brought.get((data, max_tiles))
-        if brought is not None:
-            return brought
         ticket = secrets.token_hex(16)
         delivered = self._awaited[ticket] = Future()
         try:
@@ -49,13 +40,6 @@ class EnsembleEncoder:
         if delivered is None or delivered.done() or len(image_tokens) != 1:
             raise RequestError("`ticket` is for the server's own use; leave it out")
         delivered.set_result(image_tokens[0])
-
-    def remember(self, request: ChatRequest, image_tokens: Sequence[FloatArray]) -> None:
-        """A request that came through the ensemble brings the tokens [n, T, hidden] of its images."""
-        if image_tokens and len(image_tokens) != len(request.images):
-            raise RequestError(f"{len(request.images)} images, but the image tokens of {len(image_tokens)}")
-        for data, tokens in zip(request.images, image_tokens, strict=False):
-            self._brought[data, request.max_tiles or self._max_tiles] = tokens
 
     def _run_ensemble(self, data: bytes, max_tiles: int, ticket: str) -> None:
         request = pb_utils.InferenceRequest(

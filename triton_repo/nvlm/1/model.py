@@ -27,7 +27,7 @@ class TritonPythonModel:
         parameters = {name: entry["string_value"] for name, entry in entries.items()}
         limits = ImageLimits(*(int(parameters[name]) for name in ("max_pixels", "max_bytes", "max_images")))
         self._drain_file = parameters["drain_file"]
-        self._encoder = EnsembleEncoder(int(parameters["max_tiles"]))
+        self._encoder = EnsembleEncoder()
         self._pipeline = Pipeline.open(
             parameters["engine"],
             threads=int(parameters["threads"]),
@@ -71,8 +71,6 @@ class TritonPythonModel:
             raise ServerError("the server is stopping; send the request to another one")
         chat = chat_tensors.chat_request(request)
         stream = AnswerStream(sender, on_end=self._open_streams.discard, on_late_tokens=self._metrics.add_late_tokens)
-        stream.image_tokens = chat_tensors.image_tokens(request)
-        self._encoder.remember(chat, stream.image_tokens)
         handle = self._pipeline.submit(chat, stream.put, stream.put, request_id=request.request_id())
         self._open_streams.add(stream)
         stream.start(handle)
