@@ -6,6 +6,7 @@ import http.client
 import os
 import re
 import secrets
+import signal
 import tempfile
 import threading
 import time
@@ -178,8 +179,11 @@ class TritonServer:
         reason = process.load_error()
         if reason:
             return f"the server could not load {reason}"
+        status = process.exit_status or 0
+        if status < 0:
+            return f"tritonserver was ended by {signal.Signals(-status).name}; start it again"
         last = process.log_tail(1)
-        return f"tritonserver ended with status {process.exit_status}: {last[0] if last else 'it printed nothing'}"
+        return f"tritonserver ended with status {status}: {last[0] if last else 'it printed nothing'}"
 
     # --- while it runs -----------------------------------------------------------------------------------------------
 
