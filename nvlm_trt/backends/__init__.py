@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
 
 from nvlm_trt.backends.base import COMPONENTS, Backend
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import EngineError
+
+# ONNX Runtime 1.32 keeps a telemetry session file unless told not to before it is imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 def open_backend(
