@@ -22,6 +22,7 @@ from nvlm_trt.backends.base import COMPONENTS, FloatArray, IntArray, RangeArray
 from nvlm_trt.config import NvlmConfig
 from nvlm_trt.engine import Engine, EngineLimits
 from nvlm_trt.errors import EngineError, RequestError
+from nvlm_trt.plugins.gated_cross_attention import KEY_BLOCK
 
 _RUNTIME_ERRORS = (
     runtime_errors.EPFail,
@@ -36,8 +37,8 @@ _RUNTIME_ERRORS = (
     RuntimeError,
 )
 
-# Tiles encoded at once: one tile fills the cores, and activations of many tiles would only take memory.
-_ENCODE_TILES = 4
+# Tiles encoded at once: one tile fills the cores already, more only take memory.
+_ENCODE_TILES = 2
 
 
 class OnnxRuntimeBackend:
@@ -206,7 +207,8 @@ def _allocate(config: NvlmConfig, limits: EngineLimits) -> dict[str, FloatArray]
     """The decoder's caches by input name, a row per slot. Zeros are mapped lazily: memory is taken as slots fill."""
     llm = config.llm
     shape = (limits.max_slots, llm.num_kv_heads, limits.max_seq_len, llm.head_dim)
-    cross_shape = (limits.max_slots, llm.num_kv_heads, limits.max_image_tokens, llm.head_dim)
+    cross_tokens = -(-limits.max_image_tokens // KEY_BLOCK) * KEY_BLOCK
+    cross_shape = (limits.max_slots, llm.num_kv_heads, cross_tokens, llm.head_dim)
     cache = {}
     for kind in ("key", "value"):
         for i in range(llm.num_layers):

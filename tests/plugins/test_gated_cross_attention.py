@@ -9,9 +9,10 @@ import onnxruntime
 import pytest
 from onnxscript import GraphBuilder
 
+from nvlm_trt.plugins.gated_cross_attention import KEY_BLOCK
 from nvlm_trt.plugins.gated_cross_attention.onnx_function import PLUGIN_ATTRIBUTES, gated_cross_attention
 
-HEADS, KV_HEADS, HEAD_DIM, TOKENS = 6, 2, 32, 20
+HEADS, KV_HEADS, HEAD_DIM, TOKENS = 6, 2, 32, 3 * KEY_BLOCK
 
 
 def expected_output(
@@ -90,12 +91,23 @@ def test_empty_ranges_give_exact_zero_whatever_the_cache_holds(model: onnx.Model
     assert (run(model, inputs) == 0).all()
 
 
-def test_reads_nothing_beyond_the_largest_end(model: onnx.ModelProto) -> None:
+def test_reads_nothing_beyond_the_block_of_the_largest_end(model: onnx.ModelProto) -> None:
     inputs = random_inputs([[(0, 3), (3, 9)]])
     output = run(model, inputs)
-    inputs["key"][:, :, 9:] = np.nan
-    inputs["value"][:, :, 9:] = np.nan
+    inputs["key"][:, :, KEY_BLOCK:] = np.nan
+    inputs["value"][:, :, KEY_BLOCK:] = np.nan
     assert np.array_equal(run(model, inputs), output)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_bits_do_not_depend_on_how_far_neighbours_read(model: onnx.ModelProto, tokens: int) -> None:
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    for end in range(1, TOKENS + 1):
+        inputs = random_inputs([[(0, end)] * tokens, [(0, TOKENS)] * tokens], seed=end)
+        alone = {name: values[:1] for name, values in inputs.items()}
+        (together,) = session.run(["output"], inputs)
+        assert np.isfinite(together).all()
+        assert np.array_equal(session.run(["output"], alone)[0][0], together[0]), end
 
 
 def test_checker_and_plugin_attributes(model: onnx.ModelProto) -> None:
