@@ -1,0 +1,66 @@
+"""The README's commands run as they stand, in order, against a server where they name one."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def code_block(language: str, containing: str) -> str:
+    blocks = re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    (block,) = [block for block in blocks if containing in block]
+    return block
+
+
+def commands() -> list[list[str]]:
+    lines = code_block("", "nvlm-trt build").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.startswith("nvlm-trt ")]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    return tmp_path
+
+
+def run(arguments: list[str], folder: Path) -> str:
+    command = [sys.executable, "-m", "nvlm_trt.cli", *arguments[1:]]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_the_commands_of_the_readme(folder: Path) -> None:
+    lines = commands()
+    assert {line[1] for line in lines} == {"init-checkpoint", "build", "verify", "ask", "serve"}
+    server = None
+    try:
+        for line in lines:
+            if line[1] == "serve":
+                free_ports = ["--grpc-port", "0", "--http-port", "0", "--metrics-port", "0"]
+                command = [sys.executable, "-m", "nvlm_trt.cli", *line[1:], *free_ports]
+                server = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True)
+                assert server.stdout is not None
+                url = re.search(r"grpc://[^ )]+", server.stdout.readline())
+                assert url
+            elif "--url" in line:
+                assert server is not None
+                line[line.index("--url") + 1] = url[0]
+                assert run(line, folder)
+                snippet = code_block("python", "Client(").replace("grpc://127.0.0.1:8001", url[0])
+                answer = subprocess.run([sys.executable, "-c", snippet], cwd=folder, capture_output=True, check=True)
+                assert answer.stdout
+            else:
+                run(line, folder)
+    finally:
+        if server is not None:
+            server.terminate()
+            server.wait(timeout=60)
