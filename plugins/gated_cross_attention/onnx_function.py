@@ -40,8 +40,9 @@ def _body(op: Any, query: ir.Value, key: ir.Value, value: ir.Value, cross_ranges
     zero, one, two, block = (op.Constant(value_ints=[number]) for number in (0, 1, 2, KEY_BLOCK))
     ranges = op.Cast(cross_ranges, to=ir.DataType.INT64)
     start, end = op.Split(ranges, axis=-1, num_outputs=2, _outputs=2)  # [B, S, 1] each
-    # N is the cache's capacity. Copying what is used costs less than attending to what is not: 0.8 ms against 9.9 ms
-    # for 1792 of 7168 keys, 14 / 2 heads of 64, 2 cores. Attention over no keys at all is undefined, so keep a block.
+    # N is the cache's capacity. Copying what is used costs less than attending to what is not: 0.7 ms against 2.3 ms
+    # for one token and 35 against 140 for 256, at 1792 of 7168 keys, 14 / 2 heads of 64, 2 cores.
+    # Attention over no keys at all is undefined, so keep a block.
     longest = op.Reshape(op.ReduceMax(ranges, keepdims=0), one)
     blocks = op.Add(op.Div(op.Sub(longest, one), block), one)
     used = op.Min(op.Mul(blocks, block), op.Shape(key, start=2, end=3))  # [1]
