@@ -8,30 +8,30 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 from pydantic import ValidationError
 
-from nvlm_trt.backends import open_backend
-from nvlm_trt.backends.base import FloatArray
-from nvlm_trt.builders.graphs.common import Float32
+from nvlm_trt.backends.base import COMPONENTS, FloatArray
+from nvlm_trt.builders.graphs.common import Float32, WeightFormat
 from nvlm_trt.builders.graphs.cross_kv import cross_kv_graph
 from nvlm_trt.builders.graphs.decoder import decoder_graph
 from nvlm_trt.builders.graphs.vision_encoder import vision_encoder_graph
+from nvlm_trt.builders.smoke_test import SmokeTest
 from nvlm_trt.checkpoint import Checkpoint
 from nvlm_trt.config import NvlmConfig
 from nvlm_trt.engine import Engine, EngineLimits, Manifest, publish, tool_versions, write_manifest
 from nvlm_trt.errors import EngineError
 from nvlm_trt.hf_config import config_to_hf
 from nvlm_trt.progress import Progress, no_progress
-from nvlm_trt.prompt import Message, PromptEncoder, split_tiles
+from nvlm_trt.prompt import PromptEncoder, split_tiles
 from nvlm_trt.tokenizer import Tokenizer
 
 _EMBEDDING = "language_model.model.embed_tokens.weight"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 _DEFAULT_IMAGES = 4  # of the most tiles each, that one request may cross-attend to
-_SMOKE_TOKENS = 4
+
+_FORMATS: dict[str, WeightFormat] = {component: Float32() for component in COMPONENTS}
 
 
 def build_engine(
@@ -52,6 +52,7 @@ def build_engine(
         config = checkpoint.config
         prompts = PromptEncoder(config, Tokenizer.from_directory(checkpoint_dir))
         limits = _limits(config, prompts.tag_length, overrides or {})
+        trial = SmokeTest(prompts, limits, config)
         graphs = _build_graphs(checkpoint, prompts, limits)
         (staging / "config.json").write_text(json.dumps(config_to_hf(config), indent=2) + "\n", encoding="utf-8")
         for name in _TOKENIZER_FILES:
@@ -63,7 +64,7 @@ def build_engine(
             model_name=config.name,
             architecture=config.architecture,
             backend="onnxruntime",
-            precision=dict.fromkeys(graphs, Float32.precision),
+            precision={component: _FORMATS[component].precision for component in graphs},
             limits=limits,
             checkpoint_digest=checkpoint.digest,
             tool_versions=tool_versions("onnx", "onnx-ir", "onnxscript", "onnxruntime"),
@@ -71,7 +72,7 @@ def build_engine(
         write_manifest(staging, manifest)
         if smoke_test:
             progress("smoke test", 0, 1)
-            _smoke_test(Engine.open(staging), prompts)
+            trial.run(Engine.open(staging))
             progress("smoke test", 1, 1)
     return Engine.open(output)
 
@@ -110,10 +111,11 @@ def _limits(config: NvlmConfig, tag_length: int, overrides: Mapping[str, int]) -
 def _build_graphs(checkpoint: Checkpoint, prompts: PromptEncoder, limits: EngineLimits) -> dict[str, ir.Model]:
     """The graphs by component, in the forms that ONNX Runtime runs fastest; every tensor of the checkpoint in one."""
     config = checkpoint.config
-    graphs = {"vision_encoder": vision_encoder_graph(config, checkpoint, attention="mha")}
+    graphs = {"vision_encoder": vision_encoder_graph(config, checkpoint, _FORMATS["vision_encoder"], attention="mha")}
     if config.cross_layers:
-        graphs["cross_kv"] = cross_kv_graph(config, checkpoint, _tag_embeddings(checkpoint, prompts))
-    graphs["decoder"] = decoder_graph(config, checkpoint, limits, attention="gqa")
+        tags = _tag_embeddings(checkpoint, prompts)
+        graphs["cross_kv"] = cross_kv_graph(config, checkpoint, tags, _FORMATS["cross_kv"])
+    graphs["decoder"] = decoder_graph(config, checkpoint, limits, _FORMATS["decoder"], attention="gqa")
     checkpoint.finish()
     return graphs
 
@@ -136,34 +138,3 @@ def save_model(model: ir.Model, path: Path, progress: Progress) -> None:
     # page-aligned, so that ONNX Runtime maps what it does not repack
     ir.save(model, path, external_data=f"{path.name}.data", alignment=4096, callback=report)
     onnx.checker.check_model(os.fspath(path))
-
-
-def _smoke_test(engine: Engine, prompts: PromptEncoder) -> None:
-    """Generate from a line of text and from an image of noise: every stage has to answer with finite numbers."""
-    config = engine.config
-    with open_backend(engine) as backend:
-        tiles = 1 + 2 * (config.max_tiles > 1)
-        edge = config.vision.image_size
-        noise = np.random.default_rng(0).standard_normal((tiles, 3, edge, edge), dtype=np.float32)
-        for pixel_values in (noise[:0], noise):
-            prompt = prompts.encode([Message("user", "Hello")], [tiles] * (len(pixel_values) > 0))
-            image_tokens = backend.encode(pixel_values)
-            _check_finite("image tokens", image_tokens)
-            in_llm, in_cross = split_tiles(config.architecture, len(pixel_values))
-            if prompt.cross_tokens:
-                cross_kv = backend.cross_kv(image_tokens[in_cross])
-                _check_finite("cross-attention keys and values", cross_kv)
-                backend.write_cross_kv(0, 0, cross_kv)
-            llm_tokens = image_tokens[in_llm].reshape(-1, config.llm.hidden_size)
-            logits = backend.prefill(0, 0, prompt.input_ids, llm_tokens, prompt.cross_ranges)
-            ranges = np.array([prompts.decode_range(prompt)], np.int32)
-            for position in range(len(prompt.input_ids), len(prompt.input_ids) + _SMOKE_TOKENS):
-                _check_finite("logits", logits)
-                logits[config.image_token_id] = -np.inf
-                logits = backend.decode(np.array([logits.argmax()]), np.array([position]), ranges)[0]
-            _check_finite("logits", logits)
-
-
-def _check_finite(what: str, values: FloatArray) -> None:
-    if not np.isfinite(values).all():
-        raise EngineError(f"smoke test: {what} are not finite; check the checkpoint's weights")

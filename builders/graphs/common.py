@@ -62,6 +62,14 @@ class LinearWeight:
         return _stack(self.parts).reshape(self.shape)
 
 
+@dataclass(frozen=True)
+class Embedding:
+    """The embedding table [vocab, hidden], which a tied lm_head multiplies with."""
+
+    table: ir.Value
+    weight: LinearWeight
+
+
 class WeightFormat(Protocol):
     """How the linear layers of a component store and multiply their weight; a component uses one format."""
 
@@ -74,6 +82,10 @@ class WeightFormat(Protocol):
         """[..., inputs] -> [..., outputs]."""
         ...
 
+    def tied_matmul(self, graph: StageGraph, x: ir.Value, embedding: Embedding) -> ir.Value:
+        """[B, hidden] -> [B, vocab], by a weight that the graph holds as a table already."""
+        ...
+
 
 class Float32:
     """Weights as they are, transposed to MatMul's [inputs, outputs] on their way to disk."""
@@ -83,6 +95,10 @@ class Float32:
     def matmul(self, graph: StageGraph, x: ir.Value, weight: LinearWeight) -> ir.Value:
         outputs, inputs = weight.shape
         return graph.op.MatMul(x, graph.stored(weight.name, (inputs, outputs), lambda: weight.load().T))
+
+    def tied_matmul(self, graph: StageGraph, x: ir.Value, embedding: Embedding) -> ir.Value:
+        # As fast as MatMul with a transposed copy, which would be stored beside the table.
+        return graph.op.Gemm(x, embedding.table, transB=1)
 
 
 class StageGraph:
@@ -178,6 +194,14 @@ class StageGraph:
             return y
         biases = [self._weights.take(f"{part}.bias") for part in names]
         return self.op.Add(y, self.stored(f"{name}.bias", weight.shape[:1], lambda: _stack(biases)))
+
+    def embedding(self, name: str) -> Embedding:
+        tensor = self._weights.take(name)
+        return Embedding(self.stored(name, tensor.shape, tensor.load), LinearWeight(name, (tensor,)))
+
+    def tied_linear(self, x: ir.Value, embedding: Embedding) -> ir.Value:
+        """[B, hidden] -> [B, vocab]."""
+        return self._format.tied_matmul(self, x, embedding)
 
     # --- layers ------------------------------------------------------------------------------------------------------
 

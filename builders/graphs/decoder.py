@@ -33,8 +33,6 @@ from nvlm_trt.plugins.gated_cross_attention.onnx_function import PLUGIN_ATTRIBUT
 
 DecoderAttention = Literal["standard", "gqa"]
 
-_EMBEDDING = "language_model.model.embed_tokens.weight"
-
 
 def decoder_graph(
     config: NvlmConfig,
@@ -57,8 +55,8 @@ def decoder_graph(
     self_attention: _SelfAttention = form(graph, llm, input_ids, write_indices, limits.max_seq_len)
     cross = _CrossAttention(graph, config, skip_when_unused=attention == "gqa") if config.cross_layers else None
 
-    embedding = graph.weight(_EMBEDDING)
-    x = _embed(graph, config, embedding, input_ids, image_tokens)  # [B, S, hidden]
+    embedding = graph.embedding("language_model.model.embed_tokens.weight")
+    x = _embed(graph, config, embedding.table, input_ids, image_tokens)  # [B, S, hidden]
     for i in range(llm.num_layers):
         with graph.scope(f"layers.{i}"):
             if cross is not None and i in config.cross_layers:
@@ -66,10 +64,8 @@ def decoder_graph(
             x = _layer(graph, llm, x, i, limits.max_seq_len, self_attention)
     x = graph.op.GatherND(x, graph.op.Unsqueeze(logit_index, [1]), batch_dims=1)  # [B, hidden]
     x = graph.rms_norm(x, "language_model.model.norm", llm.norm_eps)
-    if llm.tie_word_embeddings:
-        logits = graph.op.Gemm(x, embedding, transB=1)  # reads the table as it lies: one copy on disk
-    else:
-        logits = graph.linear(x, "language_model.lm_head")
+    tied = llm.tie_word_embeddings
+    logits = graph.tied_linear(x, embedding) if tied else graph.linear(x, "language_model.lm_head")
     graph.output(logits, "logits", ["batch", llm.vocab_size])
     return graph.model()
 

@@ -210,11 +210,17 @@ def _allocate(config: NvlmConfig, limits: EngineLimits) -> dict[str, FloatArray]
     cross_tokens = -(-limits.max_image_tokens // KEY_BLOCK) * KEY_BLOCK
     cross_shape = (limits.max_slots, llm.num_kv_heads, cross_tokens, llm.head_dim)
     cache = {}
-    for kind in ("key", "value"):
-        for i in range(llm.num_layers):
-            cache[f"past_{kind}.{i}"] = np.zeros(shape, np.float32)
-        for j in range(len(config.cross_layers)):
-            cache[f"cross_{kind}.{j}"] = np.zeros(cross_shape, np.float32)
+    try:
+        for kind in ("key", "value"):
+            for i in range(llm.num_layers):
+                cache[f"past_{kind}.{i}"] = np.zeros(shape, np.float32)
+            for j in range(len(config.cross_layers)):
+                cache[f"cross_{kind}.{j}"] = np.zeros(cross_shape, np.float32)
+    except MemoryError:
+        raise EngineError(
+            f"no memory for the caches of {limits.max_slots} slots of {limits.max_seq_len} tokens; rebuild with a "
+            "smaller --max-slots or --max-seq-len"
+        ) from None
     return cache
 
 

@@ -31,7 +31,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def backend(engine: Directory, name: str) -> Iterator[Backend]:
-    with open_backend(Engine.open(engine(name)), threads=1) as opened:
+    with open_backend(Engine.open(engine(name)), threads=2) as opened:
         yield opened
 
 
@@ -262,6 +262,13 @@ def test_broken_files_are_one_line(engine: Directory, tmp_path: Path, file: str,
         open_backend(replace(sound, path=tmp_path / "engine"))
     assert "\n" not in str(caught.value)
     assert file.split(".")[0] in str(caught.value)
+
+
+def test_caches_that_do_not_fit_in_memory_are_one_line(engine: Directory) -> None:
+    opened = Engine.open(engine("nvlm-d-tiny"))
+    limits = opened.limits.model_copy(update={"max_slots": 10**12})
+    with pytest.raises(EngineError, match="max-slots"):
+        open_backend(replace(opened, manifest=opened.manifest.model_copy(update={"limits": limits})))
 
 
 def test_refuses_another_backend_or_device(engine: Directory) -> None:

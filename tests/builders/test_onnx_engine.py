@@ -57,6 +57,8 @@ def test_default_limits_hold_four_images_of_the_most_tiles() -> None:
         ({"max_tiles": 7}, "max_tiles 7"),
         ({"max_image_tokens": 0}, "max_image_tokens"),
         ({"max_slot": 1}, "max_slot"),
+        ({"max_image_tokens": 15}, "an image of one tile needs max_seq_len .* and max_image_tokens 16"),
+        ({"max_seq_len": 32}, "an image of one tile needs max_seq_len"),
     ],
 )
 def test_refuses_limits(checkpoint: Directory, tmp_path: Path, overrides: dict[str, int], message: str) -> None:
@@ -73,6 +75,12 @@ def test_limits_shape_the_graph(checkpoint: Directory, tmp_path: Path) -> None:
     graph = onnx.load(tmp_path / "engine" / "decoder.onnx", load_external_data=False).graph
     (cache,) = [value for value in graph.input if value.name == "past_key.0"]
     assert cache.type.tensor_type.shape.dim[2].dim_value == 256
+
+
+@pytest.mark.parametrize("name", ["nvlm-d-tiny", "nvlm-x-tiny", "nvlm-h-tiny"])
+def test_builds_with_room_for_one_tile_only(checkpoint: Directory, tmp_path: Path, name: str) -> None:
+    overrides = {"max_image_tokens": 0 if name == "nvlm-d-tiny" else 17, "max_tiles": 1}
+    assert build_engine(checkpoint(name), tmp_path / "engine", overrides).limits.max_tiles == 1
 
 
 def test_tied_embeddings_are_stored_once(checkpoint: Directory, tmp_path: Path) -> None:
