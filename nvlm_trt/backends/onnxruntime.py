@@ -19,7 +19,6 @@ import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as runtime_errors
 
 from nvlm_trt.backends.base import COMPONENTS, FloatArray, IntArray, RangeArray
-from nvlm_trt.backends.huge_pages import huge_pages
 from nvlm_trt.config import NvlmConfig
 from nvlm_trt.engine import Engine, EngineLimits
 from nvlm_trt.errors import EngineError, RequestError
@@ -232,8 +231,7 @@ def _open_session(path: Path, threads: int | None, spin: bool) -> onnxruntime.In
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
     options.log_severity_level = 3
     try:
-        with huge_pages():  # for the weights, which ONNX Runtime repacks while it loads
-            return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except _RUNTIME_ERRORS as error:
         raise EngineError(
             f"engine file {path} cannot be loaded ({_first_line(error)}); rebuild the engine with `nvlm-trt build`"
