@@ -116,7 +116,8 @@ def storage_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        # numpy reports a short write, which is a full disk, without a number
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None):
             raise EngineError(f"disk full while writing {path}; free space there or choose another place") from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
             raise EngineError(f"cannot write {path} ({error.strerror}); choose another place") from error

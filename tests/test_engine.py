@@ -6,10 +6,12 @@ import errno
 import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from nvlm_trt.builders.onnx_engine import build_engine
 from nvlm_trt.engine import MANIFEST, Engine, publish, storage_errors
 from nvlm_trt.errors import EngineError
 
@@ -135,3 +137,15 @@ def test_disk_full_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="disk full while writing") as caught, storage_errors(tmp_path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert "\n" not in str(caught.value)
+
+
+def test_a_build_on_a_full_disk_leaves_nothing(tmp_path: Path, checkpoint) -> None:
+    """On a real file system that is too small for the engine."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", tmp_path], capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        with pytest.raises(EngineError, match="disk full while writing"):
+            build_engine(checkpoint("nvlm-h-tiny"), tmp_path / "engine")
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
