@@ -18,12 +18,10 @@ def open_backend(
     components: Collection[str] = COMPONENTS,
     threads: int | None = None,
     device: str = "cpu",
-    spin: bool = False,
 ) -> Backend:
     """Load the named components of an engine; the others' methods may not be called. Close it, or use `with`.
 
-    `threads` per component; None: all cores that this process may use. `spin`: waiting threads keep their core busy,
-    which saves microseconds per operator for a process that has the cores to itself and slows down all others.
+    `threads` per component; None: all cores that this process may use.
     Raises EngineError when a component cannot be loaded or the backend or device is not known."""
     if engine.manifest.backend != "onnxruntime":
         raise EngineError(
@@ -34,4 +32,4 @@ def open_backend(
         raise EngineError(f"engine {engine.path} runs on the device 'cpu', not on {device!r}; choose --device cpu")
     from nvlm_trt.backends.onnxruntime import OnnxRuntimeBackend
 
-    return OnnxRuntimeBackend(engine, components, threads, spin)
+    return OnnxRuntimeBackend(engine, components, threads)
