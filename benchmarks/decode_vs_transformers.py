@@ -9,6 +9,7 @@ machine disturbs all of them alike; medians over the rounds and their ratio are 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -24,10 +25,12 @@ from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM, StaticCach
 
 from nvlm_trt.backends import open_backend
 from nvlm_trt.backends.base import Backend
-from nvlm_trt.builders.onnx_engine import build_engine
+from nvlm_trt.builders.onnx_engine import PRECISIONS, build_engine
 from nvlm_trt.checkpoint import Checkpoint, init_checkpoint
 from nvlm_trt.config import LlmConfig
 from nvlm_trt.engine import Engine
+
+OURS = "nvlm-trt"
 
 Contender = Callable[[int], float]  # decode steps -> seconds
 
@@ -35,13 +38,16 @@ Contender = Callable[[int], float]  # decode steps -> seconds
 def main() -> None:
     arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
-    checkpoint, engine = prepare(arguments)
-    llm = engine.config.llm
+    checkpoint, engines = prepare(arguments)
+    llm = next(iter(engines.values())).config.llm
     rng = np.random.default_rng(0)
     ids = rng.integers(0, llm.vocab_size - 1000, (arguments.batch, arguments.prompt_tokens), dtype=np.int64)
-    with open_backend(engine, components=("decoder",), threads=arguments.threads) as backend:
+    with contextlib.ExitStack() as opened:
+        contenders: dict[str, Contender] = {}
+        for precision, engine in engines.items():
+            backend = opened.enter_context(open_backend(engine, components=("decoder",), threads=arguments.threads))
+            contenders[f"{OURS} {precision}"] = engine_decoder(backend, ids)
         model = transformers_model(checkpoint, llm)
-        contenders = {"nvlm-trt": engine_decoder(backend, ids)}
         for attention in ("eager", "sdpa"):
             for cache in ("dynamic", "static"):
                 contenders[f"transformers {attention}/{cache}"] = transformers_decoder(model, ids, attention, cache)
@@ -68,14 +74,17 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def prepare(arguments: argparse.Namespace) -> tuple[Path, Engine]:
+def prepare(arguments: argparse.Namespace) -> tuple[Path, dict[str, Engine]]:
     checkpoint = arguments.work / "checkpoints" / arguments.preset
     if not checkpoint.exists():
         init_checkpoint(checkpoint, arguments.preset, seed=0)
-    output = arguments.work / "engines" / arguments.preset
-    if not output.exists():
-        build_engine(checkpoint, output)
-    return checkpoint, Engine.open(output)
+    engines = {}
+    for precision in PRECISIONS:
+        output = arguments.work / "engines" / f"{arguments.preset}-{precision}"
+        if not output.exists():
+            build_engine(checkpoint, output, precision=precision)
+        engines[precision] = Engine.open(output)
+    return checkpoint, engines
 
 
 def engine_decoder(backend: Backend, ids: np.ndarray) -> Contender:
@@ -146,7 +155,8 @@ def transformers_decoder(model: Qwen2ForCausalLM, ids: np.ndarray, attention: st
 
 def report(arguments: argparse.Namespace, rates: dict[str, list[float]]) -> None:
     medians = {name: statistics.median(values) for name, values in rates.items()}
-    best = max((name for name in medians if name != "nvlm-trt"), key=medians.__getitem__)
+    best = max((name for name in medians if not name.startswith(OURS)), key=medians.__getitem__)
+    ratios = {name: medians[name] / medians[best] for name in medians if name.startswith(OURS)}
     result = {
         "preset": arguments.preset,
         "batch": arguments.batch,
@@ -161,11 +171,12 @@ def report(arguments: argparse.Namespace, rates: dict[str, list[float]]) -> None
             name: {"median": medians[name], "min": min(values), "max": max(values)} for name, values in rates.items()
         },
         "best_transformers": best,
-        "ratio": medians["nvlm-trt"] / medians[best],
+        "ratios": ratios,
     }
     for name, values in rates.items():
         print(f"{name:32s} median {medians[name]:7.2f} tokens/s ({min(values):.2f} to {max(values):.2f})")
-    print(f"nvlm-trt is {result['ratio']:.2f}x {best}")
+    for name, ratio in ratios.items():
+        print(f"{name} is {ratio:.2f}x {best}")
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")

@@ -16,6 +16,7 @@ from nvlm_trt.backends.base import COMPONENTS, FloatArray
 from nvlm_trt.builders.graphs.common import Float32, WeightFormat
 from nvlm_trt.builders.graphs.cross_kv import cross_kv_graph
 from nvlm_trt.builders.graphs.decoder import decoder_graph
+from nvlm_trt.builders.graphs.int8 import Int8WeightOnly
 from nvlm_trt.builders.graphs.vision_encoder import vision_encoder_graph
 from nvlm_trt.builders.smoke_test import SmokeTest
 from nvlm_trt.checkpoint import Checkpoint
@@ -31,7 +32,12 @@ _EMBEDDING = "language_model.model.embed_tokens.weight"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 _DEFAULT_IMAGES = 4  # of the most tiles each, that one request may cross-attend to
 
-_FORMATS: dict[str, WeightFormat] = {component: Float32() for component in COMPONENTS}
+# Formats of all components by the name that `precision` has. Quantised vision encoders and projectors misread small
+# print, and cross_kv runs once per image: both stay fp32.
+PRECISIONS: dict[str, dict[str, WeightFormat]] = {
+    "fp32": {component: Float32() for component in COMPONENTS},
+    "int8-weight-only": {component: Float32() for component in COMPONENTS} | {"decoder": Int8WeightOnly()},
+}
 
 
 def build_engine(
@@ -41,19 +47,24 @@ def build_engine(
     overwrite: bool = False,
     progress: Progress | None = None,
     smoke_test: bool = True,
+    precision: str = "fp32",
 ) -> Engine:
     """Publish the engine of a checkpoint as the directory `output`; on any failure nothing is left there.
 
-    `overrides` replaces fields of `default_limits`. Memory does not grow with the model, save for the smoke test,
-    which loads the engine and generates from text and from an image. Raises CheckpointError, ConfigError for the
-    checkpoint and EngineError for limits, an existing `output`, a full disk or an engine that speaks nonsense."""
+    `overrides` replaces fields of `default_limits`; `precision` is a name in PRECISIONS. Memory does not grow with the
+    model, save for the smoke test, which loads the engine and generates from text and from an image. Raises
+    CheckpointError, ConfigError for the checkpoint and EngineError for precision, limits, an existing `output`, a full
+    disk or an engine that speaks nonsense."""
     progress = progress or no_progress
+    if precision not in PRECISIONS:
+        raise EngineError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}; choose with --precision")
+    formats = PRECISIONS[precision]
     with Checkpoint.open(checkpoint_dir) as checkpoint, publish(output, overwrite) as staging:
         config = checkpoint.config
         prompts = PromptEncoder(config, Tokenizer.from_directory(checkpoint_dir))
         limits = _limits(config, prompts.tag_length, overrides or {})
         trial = SmokeTest(prompts, limits, config)
-        graphs = _build_graphs(checkpoint, prompts, limits)
+        graphs = _build_graphs(checkpoint, prompts, limits, formats)
         (staging / "config.json").write_text(json.dumps(config_to_hf(config), indent=2) + "\n", encoding="utf-8")
         for name in _TOKENIZER_FILES:
             if (Path(checkpoint_dir) / name).exists():
@@ -64,7 +75,7 @@ def build_engine(
             model_name=config.name,
             architecture=config.architecture,
             backend="onnxruntime",
-            precision={component: _FORMATS[component].precision for component in graphs},
+            precision={component: formats[component].precision for component in graphs},
             limits=limits,
             checkpoint_digest=checkpoint.digest,
             tool_versions=tool_versions("onnx", "onnx-ir", "onnxscript", "onnxruntime"),
@@ -108,14 +119,16 @@ def _limits(config: NvlmConfig, tag_length: int, overrides: Mapping[str, int]) -
     return limits
 
 
-def _build_graphs(checkpoint: Checkpoint, prompts: PromptEncoder, limits: EngineLimits) -> dict[str, ir.Model]:
+def _build_graphs(
+    checkpoint: Checkpoint, prompts: PromptEncoder, limits: EngineLimits, formats: Mapping[str, WeightFormat]
+) -> dict[str, ir.Model]:
     """The graphs by component, in the forms that ONNX Runtime runs fastest; every tensor of the checkpoint in one."""
     config = checkpoint.config
-    graphs = {"vision_encoder": vision_encoder_graph(config, checkpoint, _FORMATS["vision_encoder"], attention="mha")}
+    graphs = {"vision_encoder": vision_encoder_graph(config, checkpoint, formats["vision_encoder"], attention="mha")}
     if config.cross_layers:
         tags = _tag_embeddings(checkpoint, prompts)
-        graphs["cross_kv"] = cross_kv_graph(config, checkpoint, tags, _FORMATS["cross_kv"])
-    graphs["decoder"] = decoder_graph(config, checkpoint, limits, _FORMATS["decoder"], attention="gqa")
+        graphs["cross_kv"] = cross_kv_graph(config, checkpoint, tags, formats["cross_kv"])
+    graphs["decoder"] = decoder_graph(config, checkpoint, limits, formats["decoder"], attention="gqa")
     checkpoint.finish()
     return graphs
 

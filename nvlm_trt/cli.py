@@ -61,6 +61,9 @@ def build(
     checkpoint: CheckpointOption,
     output: Annotated[Path, typer.Option(help="Engine directory to publish.")],
     backend: Annotated[str, typer.Option(help="Runs the engine: onnxruntime.")] = "onnxruntime",
+    precision: Annotated[
+        str, typer.Option(help="fp32, or int8-weight-only: 8-bit weights in the decoder, the rest fp32.")
+    ] = "fp32",
     max_slots: Annotated[int | None, typer.Option(help="Requests decoded at once [8].")] = None,
     max_seq_len: Annotated[int | None, typer.Option(help="Tokens of prompt and answer in the LLM [4096].")] = None,
     max_image_tokens: Annotated[
@@ -84,6 +87,7 @@ def build(
             overrides={name: value for name, value in chosen.items() if value is not None},
             overwrite=overwrite,
             progress=progress,
+            precision=precision,
         )
     size = sum(record.size for record in engine.manifest.files.values())
     limits = " ".join(f"{name}={value}" for name, value in engine.limits.model_dump().items())

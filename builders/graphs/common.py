@@ -28,6 +28,7 @@ CACHE_OPSET = 24
 _IR_VERSION = 11
 
 FLOAT = ir.DataType.FLOAT
+UINT8 = ir.DataType.UINT8
 INT32 = ir.DataType.INT32
 INT64 = ir.DataType.INT64
 
@@ -166,11 +167,13 @@ class StageGraph:
 
     # --- weights -----------------------------------------------------------------------------------------------------
 
-    def stored(self, name: str, shape: Sequence[int], load: Callable[[], npt.NDArray[Any]]) -> ir.Value:
-        """A float32 initializer whose data is made by `load` when the model is saved, and dropped again."""
+    def stored(
+        self, name: str, shape: Sequence[int], load: Callable[[], npt.NDArray[Any]], dtype: ir.DataType = FLOAT
+    ) -> ir.Value:
+        """An initializer whose data is made by `load` when the model is saved, and dropped again."""
         tensor = ir.LazyTensor(
-            lambda: ir.Tensor(np.ascontiguousarray(load(), np.float32), name=name),
-            dtype=FLOAT,
+            lambda: ir.Tensor(np.ascontiguousarray(load(), dtype.numpy()), name=name),
+            dtype=dtype,
             shape=ir.Shape(shape),
             name=name,
         )
