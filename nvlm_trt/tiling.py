@@ -27,7 +27,7 @@ _STD = np.array([0.229, 0.224, 0.225], np.float32)
 def choose_grid(width: int, height: int, tile_size: int, max_tiles: int) -> tuple[int, int]:
     """(columns, rows) of the grid whose columns / rows is nearest to width / height, columns * rows <= max_tiles.
 
-    Of grids equally near the larger wins, as long as its area is less than twice the image's.
+    Of grids equally near in float64 the larger wins, as long as its area is less than twice the image's.
     """
     aspect = width / height
     best, best_distance = (1, 1), float("inf")

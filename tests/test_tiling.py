@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from fractions import Fraction
 
 import numpy as np
@@ -14,6 +15,7 @@ from transformers import GotOcr2ImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
 from nvlm_trt.errors import RequestError
+from nvlm_trt.reference.preprocess import reference_grid, reference_tiles
 from nvlm_trt.tiling import choose_grid, image_key, tile_count, tile_image
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -48,14 +50,17 @@ def test_grid_is_that_of_transformers(width: int, height: int, tile_size: int, m
     assert choose_grid(width, height, tile_size, max_tiles) == want
 
 
-@given(st.integers(1, 300), st.integers(1, 300), st.sampled_from([56, 112]), st.integers(1, 9))
-def test_grid_by_exact_arithmetic(width: int, height: int, tile_size: int, max_tiles: int) -> None:
-    """The rule once more, in rationals: among the nearest ratios, the largest grid that the image half fills."""
-    grids = [(i, j) for i in range(1, max_tiles + 1) for j in range(1, max_tiles + 1) if i * j <= max_tiles]
-    distance = {grid: abs(Fraction(width, height) - Fraction(*grid)) for grid in grids}
-    nearest = sorted((g for g in grids if distance[g] == min(distance.values())), key=lambda g: g[0] * g[1])
-    filled = [g for g in nearest[1:] if 2 * width * height > tile_size**2 * g[0] * g[1]]
-    assert choose_grid(width, height, tile_size, max_tiles) == (filled[-1] if filled else nearest[0])
+@pytest.mark.parametrize("grid", [choose_grid, reference_grid])
+@pytest.mark.parametrize("max_tiles", range(1, 13))
+def test_ties_are_those_of_transformers(max_tiles: int, grid: Callable[[int, int, int, int], tuple[int, int]]) -> None:
+    """Images of every grid's own shape and half way between two, which random sizes seldom are."""
+    sides = range(1, max_tiles + 1)
+    ratios = sorted({Fraction(i, j) for i, j in itertools.product(sides, sides) if i * j <= max_tiles})
+    half_way = [(low + high) / 2 for low, high in itertools.pairwise(ratios)]
+    for aspect, scale in itertools.product(ratios + half_way, range(1, 60)):
+        width, height = aspect.numerator * scale, aspect.denominator * scale
+        want = get_optimal_tiled_canvas((height, width), (56, 56), 1, max_tiles)
+        assert grid(width, height, 56, max_tiles) == want, (width, height)
 
 
 @given(sizes, sizes, tile_limits)
@@ -97,11 +102,11 @@ def test_grids_of_equal_area_never_tie_for_the_nearest(max_tiles: int) -> None:
 @pytest.mark.parametrize(("size", "max_tiles"), [((500, 300), 6), ((90, 400), 6), ((300, 300), 12), ((60, 50), 1)])
 def test_tiles_are_those_of_transformers(photo: Image.Image, size: tuple[int, int], max_tiles: int) -> None:
     image = photo.resize(size)
-    tiles = tile_image(image, 56, max_tiles)
     want = transformers_tiles(image, 56, max_tiles)
-    assert tiles.shape == want.shape
-    assert np.isfinite(tiles).all()
-    np.testing.assert_allclose(tiles, want, atol=2e-6, rtol=0)
+    for tiles in (tile_image(image, 56, max_tiles), reference_tiles(image, 56, max_tiles).numpy()):
+        assert tiles.shape == want.shape
+        assert np.isfinite(tiles).all()
+        np.testing.assert_allclose(tiles, want, atol=2e-6, rtol=0)
 
 
 def test_tiles_are_contiguous_float32(photo: Image.Image) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
-
 import numpy as np
 import torch
 from PIL import Image
@@ -13,14 +11,17 @@ STD = torch.tensor([0.229, 0.224, 0.225])
 
 
 def reference_grid(width: int, height: int, tile_size: int, max_tiles: int) -> tuple[int, int]:
-    """InternVL's rule: the grid whose shape is nearest the image's; ties go to the larger grid if pixels suffice."""
+    """InternVL's rule: the grid whose shape is nearest the image's; ties go to the larger grid if pixels suffice.
+
+    What ties is decided in float64, as there: 5 / 12 is as far from 1 / 2 as from 1 / 3, and nearer to 1 / 2 in floats.
+    """
     grids = [(i, j) for i in range(1, max_tiles + 1) for j in range(1, max_tiles + 1) if i * j <= max_tiles]
     grids.sort(key=lambda grid: grid[0] * grid[1])
-    best, best_distance = (1, 1), None
+    best, best_distance = (1, 1), float("inf")
     for i, j in grids:
-        distance = abs(Fraction(width, height) - Fraction(i, j))
+        distance = abs(width / height - i / j)
         enough_pixels = 2 * width * height > tile_size**2 * i * j
-        if best_distance is None or distance < best_distance or (distance == best_distance and enough_pixels):
+        if distance < best_distance or (distance == best_distance and enough_pixels):
             best, best_distance = (i, j), distance
     return best
 
