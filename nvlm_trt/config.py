@@ -6,7 +6,7 @@ Shapes follow the paper (arXiv 2409.11402, sections 4 and 5). `hf_config` reads 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from nvlm_trt.errors import ConfigError
 
@@ -18,7 +18,8 @@ IMAGE_TOKEN = "<|vision_pad|>"
 
 
 def _check_types(config: Any, where: str) -> None:
-    """Every number positive and finite, every flag a bool: JSON may hold anything."""
+    """Every number positive and finite, every flag a bool, every choice one of its own: JSON may hold anything."""
+    _check_choices(config, where)
     for item in fields(config):
         value = getattr(config, item.name)
         if item.type == "bool":
@@ -28,6 +29,14 @@ def _check_types(config: Any, where: str) -> None:
             kinds = (int,) if item.type == "int" else (int, float)
             if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < float("inf"):
                 raise ConfigError(f"{where}: {item.name} = {value!r} must be a positive number; correct config.json")
+
+
+def _check_choices(config: Any, where: str) -> None:
+    """Code that branches on one choice takes every other value, a mistyped one too, for the other choice."""
+    for name, hint in get_type_hints(type(config)).items():
+        choices = get_args(hint)
+        if get_origin(hint) is Literal and getattr(config, name) not in choices:
+            raise ConfigError(f"{where}: {name} = {getattr(config, name)!r} is not one of {', '.join(choices)}")
 
 
 def _is_int(value: object) -> bool:
@@ -141,8 +150,7 @@ class NvlmConfig:
     projector_hidden_size: int | None = None  # None: the LLM's intermediate_size, as NVLM-D-72B does
 
     def __post_init__(self) -> None:
-        if self.architecture not in ARCHITECTURES:
-            raise ConfigError(f"architecture {self.architecture!r} is not one of D, X, H")
+        _check_choices(self, self.name)
         if (self.architecture == "D") != (self.cross_attention is None):
             need = "has no" if self.architecture == "D" else "needs a"
             raise ConfigError(f"NVLM-{self.architecture} {need} cross_attention_config; correct config.json")

@@ -38,6 +38,7 @@ _TOP_LEVEL_MATHS: dict[str, tuple[Any, ...]] = {
     "pad2square": (False,),
     "use_backbone_lora": (0, False, None),
     "use_llm_lora": (0, False, None),
+    "quantization_config": (None,),
 }
 _VISION_MATHS: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("gelu",),
