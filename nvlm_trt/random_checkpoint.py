@@ -1,4 +1,4 @@
-"""Random checkpoints of the presets: no model of these sizes was published, and tests and benchmarks need weights.
+"""Random checkpoints: no model of the presets' sizes was published, and tests and benchmarks need weights.
 
 Scales keep activations near 1 through all layers, and make every part count: logits depend on the text, on the image
 and on the gates, so that an error in any of them shows.
@@ -34,13 +34,19 @@ _CROSS_QUERY_GAIN = 3.0
 def init_checkpoint(
     directory: Path | str, preset: str, seed: int, overwrite: bool = False, progress: Progress | None = None
 ) -> None:
-    """Write a random checkpoint of a preset (config.PRESETS) in bfloat16 with a byte-level tokenizer.
-
-    The same preset and seed give the same files. D, X and H of one size and seed share every tensor that has the
-    same name and shape. Raises ConfigError for an unknown preset, and what `write_checkpoint` raises."""
+    """`write_random_checkpoint` of a preset (config.PRESETS). Raises ConfigError for an unknown one."""
     if preset not in PRESETS:
         raise ConfigError(f"preset {preset!r} is not one of {', '.join(PRESETS)}")
-    config = PRESETS[preset]
+    write_random_checkpoint(directory, PRESETS[preset], seed, overwrite, progress)
+
+
+def write_random_checkpoint(
+    directory: Path | str, config: NvlmConfig, seed: int, overwrite: bool = False, progress: Progress | None = None
+) -> None:
+    """Write a random checkpoint of `config` in bfloat16 with a byte-level tokenizer, whose image token it gets.
+
+    The same config and seed give the same files. Configs share every tensor that has the same name, shape and seed:
+    D, X and H of one size have one vision encoder and one LLM. Raises what `write_checkpoint` raises."""
     with tempfile.TemporaryDirectory() as folder:
         write_byte_tokenizer(Path(folder), config.max_tiles)
         config = replace(config, image_token_id=Tokenizer.from_directory(Path(folder)).image_token_id)

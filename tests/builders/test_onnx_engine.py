@@ -12,14 +12,16 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from nvlm_trt.builders.graphs.decoder import decoder_graph
 from nvlm_trt.builders.onnx_engine import build_engine, default_limits, save_model
-from nvlm_trt.checkpoint import Checkpoint, write_checkpoint
+from nvlm_trt.checkpoint import Checkpoint
+from nvlm_trt.checkpoint_writer import write_checkpoint
 from nvlm_trt.config import PRESETS, NvlmConfig
 from nvlm_trt.engine import Engine, EngineLimits
-from nvlm_trt.errors import EngineError
-from nvlm_trt.layout import checkpoint_layout
+from nvlm_trt.errors import CheckpointError, EngineError
+from nvlm_trt.layout import Shapes, checkpoint_layout
 
 Directory = Callable[[str], Path]
 
@@ -119,6 +121,24 @@ def test_smoke_test_refuses_weights_that_are_not_finite(checkpoint: Directory, t
     with pytest.raises(EngineError, match="not finite"):
         build_engine(source, tmp_path / "engine")
     assert not (tmp_path / "engine").exists()
+
+
+def test_a_tensor_that_no_graph_reads_fails_the_build(
+    checkpoint: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the layout learns of a tensor and the graphs do not."""
+    name = "language_model.model.layers.0.self_attn.sinks"
+
+    def extended(config: NvlmConfig) -> Shapes:
+        return checkpoint_layout(config) | {name: (6,)}
+
+    shutil.copytree(checkpoint("nvlm-x-tiny"), tmp_path / "checkpoint")
+    weights = tmp_path / "checkpoint" / "model.safetensors"
+    save_file(load_file(weights) | {name: np.ones(6, np.float32)}, weights)
+    monkeypatch.setattr("nvlm_trt.checkpoint.checkpoint_layout", extended)
+    with pytest.raises(CheckpointError, match=f"1 tensors .* never used, the first is {name}"):
+        build_engine(tmp_path / "checkpoint", tmp_path / "engine")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
 def test_keeps_an_existing_engine_unless_told(checkpoint: Directory, engine: Directory, tmp_path: Path) -> None:

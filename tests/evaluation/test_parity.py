@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from nvlm_trt.builders.onnx_engine import build_engine
+from nvlm_trt.config import PRESETS
 from nvlm_trt.engine import Engine, write_manifest
 from nvlm_trt.errors import EngineError
 from nvlm_trt.evaluation.parity import ParityReport, verify_engine
+from nvlm_trt.random_checkpoint import write_random_checkpoint
 
 
 @pytest.mark.parametrize("name", ["nvlm-d-tiny", "nvlm-x-tiny", "nvlm-h-tiny"])
@@ -26,6 +31,32 @@ def test_a_good_engine_passes_and_its_manifest_says_so(engine, checkpoint, tmp_p
     recorded = json.loads((copy / "manifest.json").read_text())["verification"]
     assert recorded["passed"] is True
     assert len(recorded["stages"]) == len(expected)
+
+
+LLAMA = {"family": "llama", "rope_theta": 5e6, "norm_eps": 1e-5}
+OTHER_VISION = {"norm_type": "layer_norm", "qk_norm": False, "qkv_bias": True}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("nvlm-d-tiny", {"llm": LLAMA, "vision": OTHER_VISION, "pixel_shuffle": "v1", "projector_hidden_size": 96}),
+        ("nvlm-x-tiny", {"llm": LLAMA | {"tie_word_embeddings": True}, "cross_attention": {"qk_norm": True}}),
+        ("nvlm-h-tiny", {"llm": LLAMA | {"head_dim": 16}, "cross_attention": {"ffn": False, "interval": 4}}),
+    ],
+)
+def test_llama_and_every_other_option_end_to_end(tmp_path: Path, name: str, changes: dict[str, Any]) -> None:
+    """Every option that the tiny presets leave at its default, from a checkpoint to 64 greedy tokens."""
+    config = PRESETS[name]
+    for key, change in changes.items():
+        config = replace(
+            config, **{key: replace(getattr(config, key), **change) if isinstance(change, dict) else change}
+        )
+    write_random_checkpoint(tmp_path / "checkpoint", config, seed=0)
+    engine = build_engine(tmp_path / "checkpoint", tmp_path / "engine")
+    assert replace(engine.config, image_token_id=None) == config
+    report = verify_engine(engine.path, tmp_path / "checkpoint")
+    assert report.passed, report.stages
 
 
 @pytest.mark.parametrize(
