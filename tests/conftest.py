@@ -18,7 +18,7 @@ hypothesis.settings.load_profile("nvlm")
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> DirectoryByName:
     """`checkpoint("nvlm-h-tiny")` is the directory of a random checkpoint of that preset, seed 0."""
-    from nvlm_trt.checkpoint import init_checkpoint
+    from nvlm_trt.random_checkpoint import init_checkpoint
 
     root = tmp_path_factory.mktemp("checkpoints")
 

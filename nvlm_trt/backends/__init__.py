@@ -29,7 +29,7 @@ def open_backend(
             "not have; rebuild it with `nvlm-trt build`"
         )
     if device != "cpu":
-        raise EngineError(f"engine {engine.path} runs on the device 'cpu', not on {device!r}; choose --device cpu")
+        raise EngineError(f"engine {engine.path} runs on the device 'cpu', not on {device!r}; open it with 'cpu'")
     from nvlm_trt.backends.onnxruntime import OnnxRuntimeBackend
 
     return OnnxRuntimeBackend(engine, components, threads)

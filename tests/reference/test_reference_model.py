@@ -46,7 +46,7 @@ def reference(checkpoint: Checkpoints) -> Callable[[str], ReferenceModel]:
     return load
 
 
-def random_ids(model: ReferenceModel, length: int, seed: int = 0) -> Tensor:
+def random_ids(length: int, seed: int = 0) -> Tensor:
     """[1, S] text tokens."""
     return torch.randint(0, 256, (1, length), generator=torch.Generator().manual_seed(seed))
 
@@ -165,9 +165,9 @@ class TestCheckpoint:
 
     def test_bfloat16(self, checkpoint: Checkpoints, reference: Callable[[str], ReferenceModel]) -> None:
         model = ReferenceModel.from_checkpoint(checkpoint("nvlm-d-tiny"), dtype=torch.bfloat16)
-        logits, _ = model(random_ids(model, 8))
+        logits, _ = model(random_ids(8))
         assert logits.dtype == torch.bfloat16
-        expected, _ = reference("nvlm-d-tiny")(random_ids(model, 8))
+        expected, _ = reference("nvlm-d-tiny")(random_ids(8))
         assert torch.isfinite(logits).all()
         assert torch.nn.functional.cosine_similarity(logits.float(), expected, dim=-1).min() > 0.99
 
@@ -190,7 +190,7 @@ class TestCrossAttention:
         self, reference: Callable[[str], ReferenceModel], name: str
     ) -> None:
         llm, model = reference("nvlm-d-tiny"), reference(name)
-        ids = random_ids(model, 24)
+        ids = random_ids(24)
         expected, _ = llm(ids)
         without, _ = model(ids)
         nothing = torch.zeros(1, 24, 2, dtype=torch.int32)
@@ -204,7 +204,7 @@ class TestCrossAttention:
         self, reference: Callable[[str], ReferenceModel], name: str
     ) -> None:
         model = reference(name)
-        ids = random_ids(model, 24)
+        ids = random_ids(24)
         cross_kv = random_cross_kv(model, 2)
         ranges = torch.zeros(1, 24, 2, dtype=torch.int32)
         ranges[:, 10:, 1] = cross_kv[0][0].shape[1]
@@ -227,7 +227,7 @@ class TestCrossAttention:
             for i, module in enumerate(modules)
         ]
         ranges = torch.tensor([[[0, 1]] * 3], dtype=torch.int32)
-        model(random_ids(model, 3), None, random_cross_kv(model, 1), ranges)
+        model(random_ids(3), None, random_cross_kv(model, 1), ranges)
         for hook in hooks:
             hook.remove()
         layers = [("layer", i) for i in range(6)]
@@ -237,10 +237,10 @@ class TestCrossAttention:
         model = reference("nvlm-x-tiny")
         cross_kv = random_cross_kv(model, 1)
         ranges = torch.tensor([[[0, 16]] * 5], dtype=torch.int32)
-        expected, _ = model(random_ids(model, 5), None, cross_kv, ranges)
+        expected, _ = model(random_ids(5), None, cross_kv, ranges)
         for j in range(len(cross_kv)):
             emptied = [(key, value if i != j else torch.zeros_like(value)) for i, (key, value) in enumerate(cross_kv)]
-            logits, _ = model(random_ids(model, 5), None, emptied, ranges)
+            logits, _ = model(random_ids(5), None, emptied, ranges)
             assert (logits - expected).abs().max() > 0.1
 
     def test_tag_embeddings_stand_before_each_tiles_tokens(self, reference: Callable[[str], ReferenceModel]) -> None:
@@ -277,7 +277,7 @@ class TestDecoding:
         """Prefill in two chunks that split the image's tokens, then token by token."""
         model = reference(name)
         image, cross_kv = None, None
-        ids = random_ids(model, 40)
+        ids = random_ids(40)
         ranges = torch.zeros(1, 40, 2, dtype=torch.int32)
         if name != "nvlm-x-tiny":
             image = model.encode(random_tiles(model, 1))[0]  # [16, hidden]
@@ -303,7 +303,7 @@ class TestDecoding:
         self, reference: Callable[[str], ReferenceModel], name: str
     ) -> None:
         model = reference(name)
-        ids = random_ids(model, 12)[0]
+        ids = random_ids(12)[0]
         cross_kv = None if name == "nvlm-d-tiny" else random_cross_kv(model, 2)
         memory = cross_kv[0][0].shape[1] if cross_kv else 0
         ranges = np.zeros((12, 2), np.int32)
@@ -318,7 +318,7 @@ class TestDecoding:
 
     def test_the_image_token_is_never_generated(self, reference: Callable[[str], ReferenceModel]) -> None:
         model = reference("nvlm-d-tiny")
-        prompt = EncodedPrompt(random_ids(model, 6)[0].numpy(), np.zeros((6, 2), np.int32), 0, 0)
+        prompt = EncodedPrompt(random_ids(6)[0].numpy(), np.zeros((6, 2), np.int32), 0, 0)
         first, *_ = model.generate(prompt, None, None, 1)
         model.image_token_id, kept = first, model.image_token_id
         try:
@@ -329,7 +329,7 @@ class TestDecoding:
     def test_image_tokens_replace_their_places_in_order(self, reference: Callable[[str], ReferenceModel]) -> None:
         """Image tokens that equal text embeddings give the logits of that text."""
         model = reference("nvlm-d-tiny")
-        ids = random_ids(model, 10)
+        ids = random_ids(10)
         expected, _ = model(ids)
         spliced = ids.clone()
         spliced[0, [2, 3, 7]] = model.image_token_id
@@ -341,7 +341,7 @@ class TestDecoding:
         self, reference: Callable[[str], ReferenceModel], given: int | None
     ) -> None:
         model = reference("nvlm-d-tiny")
-        ids = random_ids(model, 10)
+        ids = random_ids(10)
         ids[0, :3] = model.image_token_id
         image = None if given is None else torch.zeros(given, model.config.llm.hidden_size)
         with pytest.raises(RequestError, match="3 image tokens"):
@@ -350,7 +350,7 @@ class TestDecoding:
     def test_one_sequence_does_not_touch_another_of_its_batch(self, reference: Callable[[str], ReferenceModel]) -> None:
         model = reference("nvlm-x-tiny")
         cross_kv = random_cross_kv(model, 1)
-        ids = torch.cat([random_ids(model, 9, seed) for seed in range(3)])
+        ids = torch.cat([random_ids(9, seed) for seed in range(3)])
         ranges = torch.tensor([[[0, 0]] * 9, [[0, 16]] * 9, [[2, 5]] * 9], dtype=torch.int32)
         together, _ = model(ids, None, cross_kv, ranges)
         for row in range(3):
