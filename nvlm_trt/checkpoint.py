@@ -85,7 +85,7 @@ class Checkpoint:
 
     @property
     def digest(self) -> str:
-        """sha256 of the config, and of every tensor's name, dtype, shape and data; the split into shards is not in it.
+        """sha256 of the config and of every tensor's name, dtype, shape and data, but not of model name and shards.
 
         Data is hashed whole up to 4 GiB in all (about 1 s per GB). Beyond, a tensor of more than 256 KiB gives 64
         blocks of 4 KiB, evenly spaced from its first byte to its last: training, merging or quantising changes

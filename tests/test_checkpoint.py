@@ -426,7 +426,7 @@ class TestDigest:
         shutil.copytree(written, tmp_path / "elsewhere")
         assert digest(tmp_path / "elsewhere") == digest(written)
 
-    def test_one_bit_of_data_and_one_key_of_config_change_it(self, written: Path) -> None:
+    def test_one_bit_of_data_and_one_key_of_config_change_it_and_the_name_does_not(self, written: Path) -> None:
         digests = {digest(written)}
         path = written / "model.safetensors"
         data = bytearray(path.read_bytes())
@@ -434,6 +434,9 @@ class TestDigest:
         path.write_bytes(data)
         digests.add(digest(written))
         raw = json.loads((written / "config.json").read_text())
+        raw["name"] = "renamed"
+        (written / "config.json").write_text(json.dumps(raw))
+        digests.add(digest(written))
         raw["llm_config"]["rope_theta"] = 5e5
         (written / "config.json").write_text(json.dumps(raw))
         digests.add(digest(written))

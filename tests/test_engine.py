@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from nvlm_trt.builders.onnx_engine import build_engine
-from nvlm_trt.engine import MANIFEST, Engine, publish, storage_errors
+from nvlm_trt.engine import MANIFEST, Engine, EngineLimits, publish, storage_errors
 from nvlm_trt.errors import EngineError
 
 
@@ -37,6 +37,17 @@ def test_a_built_engine_opens_and_lists_every_file(copy: Path) -> None:
     assert set(engine.manifest.files) == {p.name for p in copy.iterdir()} - {MANIFEST}
 
 
+def test_the_digest_follows_weights_and_precision_alone(copy: Path) -> None:
+    """It is part of image cache keys: another number of slots must not change it."""
+    digests = [Engine.open(copy).digest]
+    limits = EngineLimits(max_slots=1).model_dump()
+    for changes in ({"limits": limits}, {"precision": {"decoder": "int8"}}, {"checkpoint_digest": "0"}):
+        edit_manifest(copy, **changes)
+        digests.append(Engine.open(copy).digest)
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 3
+
+
 def test_not_an_engine_directory(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"not an engine directory.*nvlm-trt build"):
         Engine.open(tmp_path)
@@ -49,11 +60,16 @@ def test_truncated_file_is_named(copy: Path) -> None:
         Engine.open(copy)
 
 
-def test_flipped_byte_is_found(copy: Path) -> None:
+def test_flipped_byte_is_found(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a small file always, in a large one by a full check."""
     victim = weights_file(copy)
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 1
     victim.write_bytes(data)
+    with pytest.raises(EngineError, match=rf"{victim.name} does not match the sha256"):
+        Engine.open(copy)
+    monkeypatch.setattr("nvlm_trt.engine._QUICK_HASH_BYTES", len(data) - 1)
+    Engine.open(copy)
     with pytest.raises(EngineError, match=rf"{victim.name} does not match the sha256"):
         Engine.open(copy, full_check=True)
 
@@ -94,6 +110,7 @@ def test_publish_shows_only_a_finished_directory(tmp_path: Path) -> None:
         (staging / "file").write_text("new")
         assert not target.exists()
     assert (target / "file").read_text() == "new"
+    assert target.stat().st_mode & 0o777 == 0o755  # a server may run as another user
     assert list(tmp_path.iterdir()) == [target]
 
 

@@ -167,11 +167,13 @@ def test_chunked_prefill_equals_whole_prefill(backend: Backend, engine: Director
 
 
 def test_move_slot(backend: Backend, engine: Directory, name: str) -> None:
-    request = Request(backend, engine(name), "What is <image>?", [4], seed=0)
+    request = Request(backend, engine(name), "<image><image>", [7, 7], seed=0)
+    if backend.config.cross_layers:
+        assert request.prompt.cross_tokens > request.length  # so that neither number passes for the other
     request.prefill(0)
     expected = decode(backend, [request], np.array([65]), 0).copy()
     request.prefill(3)
-    Request(backend, engine(name), "Other <image>", [2], seed=1).prefill(0)
+    Request(backend, engine(name), "<image><image>", [7, 7], seed=1).prefill(0)
     backend.move_slot(3, 0, request.length, request.prompt.cross_tokens)
     assert np.array_equal(decode(backend, [request], np.array([65]), 0), expected)
 

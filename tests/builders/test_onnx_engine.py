@@ -113,14 +113,39 @@ def test_failure_while_writing_leaves_nothing(checkpoint: Directory, tmp_path: P
     assert list(tmp_path.iterdir()) == []
 
 
-def test_smoke_test_refuses_weights_that_are_not_finite(checkpoint: Directory, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("victim", "what"),
+    [
+        ("vision_model.encoder.layers.3.mlp.fc1.weight", "image tokens"),
+        ("language_model.cross_layers.1.attn.k_proj.weight", "cross-attention keys and values"),
+        ("language_model.model.layers.3.mlp.down_proj.weight", "logits"),
+    ],
+)
+def test_smoke_test_refuses_weights_that_are_not_finite(
+    checkpoint: Directory, tmp_path: Path, victim: str, what: str
+) -> None:
     def poisoned(name: str, values: np.ndarray) -> np.ndarray:
-        return values * np.nan if name.endswith("layers.3.mlp.down_proj.weight") else values
+        return values * np.nan if name == victim else values
 
     source = copy_checkpoint(checkpoint("nvlm-h-tiny"), tmp_path / "checkpoint", poisoned)
-    with pytest.raises(EngineError, match="not finite"):
+    with pytest.raises(EngineError, match=f"{what} are not finite"):
         build_engine(source, tmp_path / "engine")
     assert not (tmp_path / "engine").exists()
+
+
+def test_smoke_test_never_generates_the_image_token(checkpoint: Directory, tmp_path: Path) -> None:
+    """Which would need an image token to stand in its place."""
+    with Checkpoint.open(checkpoint("nvlm-d-tiny")) as opened:
+        image_token = opened.config.image_token_id
+
+    def favour_image_token(name: str, values: np.ndarray) -> np.ndarray:
+        if name == "language_model.lm_head.weight":
+            values[:] = -values[image_token]
+            values[image_token] *= -1
+        return values
+
+    source = copy_checkpoint(checkpoint("nvlm-d-tiny"), tmp_path / "checkpoint", favour_image_token)
+    build_engine(source, tmp_path / "engine")
 
 
 def test_a_tensor_that_no_graph_reads_fails_the_build(

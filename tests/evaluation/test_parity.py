@@ -82,6 +82,27 @@ def test_engine_of_another_checkpoint(engine, checkpoint) -> None:
         verify_engine(engine("nvlm-x-tiny"), checkpoint("nvlm-h-tiny"))
 
 
+def test_a_damaged_large_file_is_found_before_anything_runs(
+    engine, checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = Path(shutil.copytree(engine("nvlm-d-tiny"), tmp_path / "engine"))
+    weights = np.memmap(copy / "decoder.onnx.data", np.uint8, mode="r+")
+    weights[-1] ^= 1
+    weights.flush()
+    monkeypatch.setattr("nvlm_trt.engine._QUICK_HASH_BYTES", 0)
+    with pytest.raises(EngineError, match=r"decoder\.onnx\.data does not match the sha256"):
+        verify_engine(copy, checkpoint("nvlm-d-tiny"))
+
+
+@pytest.mark.parametrize("actual", [[1, 2, 4], [1, 2], [1, 2, 3, 4]])
+def test_other_tokens_never_pass(actual: list[int]) -> None:
+    report = ParityReport("tokens?", tolerance=1e9)
+    report.compare_tokens("greedy tokens", [1, 2, 3], [1, 2, 3])
+    assert report.passed
+    report.compare_tokens("greedy tokens", actual, [1, 2, 3])
+    assert not report.passed
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_value_that_is_not_finite_never_passes(bad: float) -> None:
     good = np.ones(3, np.float32)
