@@ -100,6 +100,11 @@ class Tokenizer:
             raise ConfigError(f"{TOKENIZER_JSON} has no added token {IMAGE_TOKEN}; set image_token_id in config.json")
         return self._added[IMAGE_TOKEN]
 
+    @functools.cached_property
+    def longest_token(self) -> int:
+        """The most bytes of text that one token stands for."""
+        return max(len(self.token_bytes[token_id]) for token_id in range(self.vocab_size))
+
     def token_id(self, name: str) -> int | None:
         """Id of an added token such as <|im_end|>; None if `name` is ordinary text to this tokenizer."""
         return self._added.get(name)
@@ -115,7 +120,8 @@ class Tokenizer:
         that is not valid Unicode.
         """
         try:
-            encoding = self._raw.encode(text, add_special_tokens=False)
+            # a batch, because `encode` keeps all other threads of the process waiting until it is done
+            (encoding,) = self._raw.encode_batch([text], add_special_tokens=False)
         except TypeError:
             raise RequestError("text holds half of a UTF-16 surrogate pair; send valid Unicode") from None
         # a vocabulary that also lists its special tokens as ordinary entries could merge letters into one

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import threading
+import unicodedata
 from pathlib import Path
 
 import pytest
 import tokenizers
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, pre_tokenizers, processors
 from trained_tokenizers import QWEN2_SPECIAL, reference, train_qwen2_like, train_yi_like
@@ -113,6 +115,31 @@ def test_truncation_and_padding_in_the_file_are_switched_off() -> None:
 def test_lone_surrogate_is_a_request_error() -> None:
     with pytest.raises(RequestError, match="surrogate"):
         QWEN2.encode("a\ud83d")
+
+
+@pytest.mark.parametrize("tokenizer", [QWEN2, YI], ids=["qwen2", "yi"])
+@given(text=texts)
+@example(text=" the" * 9)
+def test_no_token_holds_more_text_than_the_longest(tokenizer: Tokenizer, text: str) -> None:
+    normalised = unicodedata.normalize("NFC", text)  # as QWEN2 does
+    assert len(normalised.encode()) <= tokenizer.longest_token * len(tokenizer.encode(text))
+
+
+def test_other_threads_run_while_a_long_text_is_encoded(byte_directory: Path) -> None:
+    tokenizer, ticks, done = Tokenizer.from_directory(byte_directory), [0], threading.Event()
+
+    def tick() -> None:
+        while not done.wait(0.001):
+            ticks[0] += 1
+
+    ticking = threading.Thread(target=tick)
+    ticking.start()
+    before = ticks[0]
+    tokenizer.encode("word " * 100_000)
+    during = ticks[0] - before
+    done.set()
+    ticking.join()
+    assert during > 10
 
 
 # --- decoding --------------------------------------------------------------------------------------------------------

@@ -13,14 +13,18 @@ from nvlm_trt.backends import open_backend
 from nvlm_trt.backends.base import Backend, FloatArray
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import ImageError, RequestError
+from nvlm_trt.image import ImageLimits, load_image
 from nvlm_trt.prompt import EncodedPrompt, Message, PromptEncoder, split_tiles
 from nvlm_trt.runtime.batcher import Batcher
 from nvlm_trt.runtime.generation import Delta, GenerationRequest, Handle, ImageFeatures, OnDelta, OnError
 from nvlm_trt.runtime.image_cache import ImageCache, ImageCacheMetrics
 from nvlm_trt.runtime.sampling import SamplingParams
 from nvlm_trt.runtime.scheduler import SchedulerMetrics
-from nvlm_trt.tiling import ImageLimits, image_key, load_image, tile_image
+from nvlm_trt.tiling import image_key, tile_image
 from nvlm_trt.tokenizer import Tokenizer
+
+# Normalisation to NFC, which Qwen2's tokenizer does, joins at most this many characters into one.
+_NFC_JOINS = 4
 
 EncodeImage = Callable[[bytes, int], FloatArray]  # encoded bytes, max_tiles -> image tokens [n, T, hidden]
 
@@ -67,6 +71,8 @@ class Pipeline:
         self._engine = engine
         self._backend = backend
         self._prompt_encoder = PromptEncoder(engine.config, tokenizer)
+        # counted in characters, of which none is less than a byte: text beyond this need not be tokenised to be refused
+        self._max_characters = _NFC_JOINS * engine.limits.max_seq_len * tokenizer.longest_token
         self._encode_image = encode_image or self._encode_in_process
         self._image_cache = ImageCache(self._options.image_cache_bytes)
         self._encoders = ThreadPoolExecutor(self._options.encode_workers, thread_name_prefix="nvlm-encoder")
@@ -151,6 +157,16 @@ class Pipeline:
         tiles, most = request.max_tiles, self._engine.limits.max_tiles
         if tiles is not None and not (type(tiles) is int and 1 <= tiles <= most):
             raise RequestError(f"max_tiles = {tiles!r} is not allowed; it is an integer from 1 to {most}")
+        most += most > 1  # the thumbnail
+        for image in request.images:
+            if not isinstance(image, bytes) and not 1 <= len(image) <= most:
+                raise RequestError(f"image_tokens of {len(image)} tiles in one image, 1 to {most} are allowed")
+        characters = sum(len(message.content) for message in request.messages)
+        if characters > self._max_characters:
+            raise RequestError(
+                f"the prompt has {characters} characters, more than the {self._engine.limits.max_seq_len} tokens that "
+                "the engine holds; shorten it, or rebuild with --max-seq-len"
+            )
 
     def _encode_prompt(self, messages: Sequence[Message], tiles_per_image: Sequence[int]) -> EncodedPrompt:
         """Raises RequestError if the engine cannot hold the prompt and one token of an answer."""

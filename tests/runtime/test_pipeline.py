@@ -14,15 +14,17 @@ import torch
 from PIL import Image
 
 from nvlm_trt.backends import open_backend
+from nvlm_trt.backends.base import FloatArray
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import EngineError, ImageError, NvlmError, QueueFullError, RequestError
+from nvlm_trt.image import load_image
 from nvlm_trt.prompt import Message, PromptEncoder, split_tiles
 from nvlm_trt.reference.model import ReferenceModel
 from nvlm_trt.reference.preprocess import reference_tiles
 from nvlm_trt.runtime.generation import Delta, Usage
 from nvlm_trt.runtime.pipeline import ChatRequest, Pipeline, RuntimeOptions
 from nvlm_trt.runtime.sampling import SamplingParams
-from nvlm_trt.tiling import load_image, tile_image
+from nvlm_trt.tiling import tile_image
 from nvlm_trt.tokenizer import Tokenizer
 
 DirectoryByName = Callable[[str], Path]
@@ -39,7 +41,7 @@ def picture(seed: int, width: int = 160, height: int = 90) -> bytes:
 
 
 def chat(
-    text: str, *images: bytes, sampling: SamplingParams | None = None, max_tiles: int | None = None
+    text: str, *images: bytes | FloatArray, sampling: SamplingParams | None = None, max_tiles: int | None = None
 ) -> ChatRequest:
     return ChatRequest([Message("user", text)], images, sampling or SamplingParams(max_tokens=12), max_tiles)
 
@@ -344,6 +346,9 @@ def test_an_error_inside_with_cancels_what_runs(engine: DirectoryByName) -> None
     ("request_", "error", "message"),
     [
         (chat("x" * 5000), RequestError, r"the prompt has 50\d\d tokens \(0 of images\), the engine holds 4096"),
+        (chat("x" * 20_000), RequestError, r"the prompt has 20000 characters, more than the 4096 tokens"),
+        (chat("x", np.zeros((0, 16, 192), np.float32)), RequestError, r"image_tokens of 0 tiles .* 1 to 7"),
+        (chat("x", np.zeros((8, 16, 192), np.float32)), RequestError, r"image_tokens of 8 tiles .* 1 to 7"),
         (chat("x", *[b"?"] * 40), RequestError, r"40 images, at most 16"),
         (chat("x", picture(1), max_tiles=0), RequestError, r"max_tiles = 0 .* from 1 to 6"),
         (chat("x", picture(1), max_tiles=7), RequestError, r"max_tiles = 7 .* from 1 to 6"),
