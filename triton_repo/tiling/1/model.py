@@ -28,10 +28,11 @@ class TritonPythonModel:
         return [self._respond(request) for request in requests]
 
     def _respond(self, request: Any) -> Any:
-        images = pb_utils.get_input_tensor_by_name(request, "image").as_numpy()  # [images] bytes
+        image = pb_utils.get_input_tensor_by_name(request, "image")
+        images = [] if image is None else image.as_numpy().tolist()  # [images] bytes
         max_tiles = pb_utils.get_input_tensor_by_name(request, "max_tiles")
         try:
-            tiles = self._tile(images.tolist(), self._max_tiles if max_tiles is None else int(max_tiles.as_numpy()[0]))
+            tiles = self._tile(images, self._max_tiles if max_tiles is None else int(max_tiles.as_numpy()[0]))
         except NvlmError as error:
             return pb_utils.InferenceResponse(
                 error=pb_utils.TritonError(encode_error(error), pb_utils.TritonError.INVALID_ARG)
