@@ -8,6 +8,7 @@ megatron/training/tokenizer/multimodal_tokenizer.py (`qwen2p0_custom_template`: 
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -54,7 +55,9 @@ def parse_messages(messages: Any) -> list[Message]:
         if not isinstance(message, dict) or message.keys() != {"role", "content"}:
             raise RequestError(f'{where} must be an object with the keys "role" and "content" and no others')
         if message["role"] not in get_args(Role):
-            raise RequestError(f"{where}.role {message['role']!r} is not one of {', '.join(get_args(Role))}")
+            raise RequestError(
+                f"{where}.role {reprlib.repr(message['role'])} is not one of {', '.join(get_args(Role))}"
+            )
         if not isinstance(message["content"], str):
             raise RequestError(f"{where}.content must be a string")
         parsed.append(Message(message["role"], message["content"]))

@@ -402,6 +402,7 @@ def test_bad_conversation_is_a_request_error(
             r"messages\[1\]\.role 'tool' is not one",
         ),
         ([{"role": ["user"], "content": "a"}], r"messages\[0\]\.role"),
+        ([{"role": "x" * 10_000, "content": "a"}], r"^messages\[0\]\.role .{,100}$"),
         ([{"role": "user", "content": ["a"]}], r"messages\[0\]\.content must be a string"),
         ([{"role": "user", "content": None}], r"messages\[0\]\.content must be a string"),
     ],

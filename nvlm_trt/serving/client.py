@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,6 +189,8 @@ def _options(target: str) -> list[tuple[str, int]]:
 
 
 def _read(images: Iterable[Image]) -> list[bytes]:
+    if isinstance(images, (bytes, str, os.PathLike)):
+        raise RequestError("`images` is a single image; pass a list of images")
     return [image if isinstance(image, bytes) else _read_file(Path(image)) for image in images]
 
 
@@ -205,6 +208,6 @@ def _answer(deltas: Sequence[Delta]) -> Answer:
 
 def _connection_error(url: str, error: grpc.RpcError) -> ServerError:
     details = " ".join((error.details() or error.code().name).split())
-    if error.code() is grpc.StatusCode.UNAVAILABLE and ("failed to connect" in details or "resolution" in details):
+    if error.code() is grpc.StatusCode.UNAVAILABLE and re.search("failed to connect|resolution|resolving", details):
         return ServerError(f"no server answers at {url}; start one with `nvlm-trt serve`, or check host and port")
     return ServerError(f"the connection to {url} ended ({details}); see what the server says, and ask again")

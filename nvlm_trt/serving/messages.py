@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from tritonclient.grpc import service_pb2
 
+from nvlm_trt.errors import RequestError
 from nvlm_trt.prompt import Message
 from nvlm_trt.runtime.generation import Delta
 from nvlm_trt.runtime.sampling import SamplingParams
@@ -27,10 +28,13 @@ def infer_request(
     request_id: str = "",
     model: str = MODEL,
 ) -> service_pb2.ModelInferRequest:
-    """The server checks what is in it: every fault is reported by one place."""
+    """The server checks what is in it: every fault is reported by one place.
+
+    Raises RequestError for what does not fit the message.
+    """
     request = service_pb2.ModelInferRequest(model_name=model, id=request_id)
     if prompt is not None:
-        _add_strings(request, "prompt", [prompt.encode()])
+        _add_strings(request, "prompt", [prompt.encode(errors="surrogatepass")])
     if messages is not None:
         turns = [asdict(message) if isinstance(message, Message) else dict(message) for message in messages]
         _add_strings(request, "messages", [json.dumps(turns).encode()])
@@ -40,7 +44,11 @@ def infer_request(
         values = asdict(sampling) if isinstance(sampling, SamplingParams) else dict(sampling)
         _add_strings(request, "sampling_parameters", [json.dumps(values).encode()])
     if max_tiles is not None:
-        _add_input(request, "max_tiles", "INT32", 1, struct.pack("<i", max_tiles))
+        try:
+            packed = struct.pack("<i", max_tiles)
+        except struct.error:
+            raise RequestError(f"max_tiles = {max_tiles!r} is not a 32-bit integer; send a small one") from None
+        _add_input(request, "max_tiles", "INT32", 1, packed)
     return request
 
 

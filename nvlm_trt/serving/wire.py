@@ -114,5 +114,5 @@ def _text(data: bytes, name: str) -> str:
 def _json(data: bytes, name: str) -> Any:
     try:
         return json.loads(_text(data, name))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: an integer of thousands of digits, too
         raise RequestError(f"{name} is not JSON ({error}); send valid JSON") from None

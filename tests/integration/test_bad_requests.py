@@ -70,6 +70,7 @@ CHATS: dict[str, tuple[dict[str, Any], str]] = {
     "neither prompt nor messages": ({}, "exactly one of the inputs"),
     "both prompt and messages": ({"prompt": "Hi", "messages": [USER]}, "exactly one of the inputs"),
     "fewer images than marks": ({"prompt": "<image> <image>", "images": [picture(1)]}, "<image>"),
+    "half a surrogate pair": ({"prompt": "\ud800"}, "not UTF-8"),
     "prompt too long": ({"prompt": "word " * 2000}, "the engine holds 4096"),
     "too many image tokens": (
         {"prompt": "Hi", "images": [picture(i, 300, 200) for i in range(12)]},
@@ -105,8 +106,10 @@ def assert_rejected(server: TritonServer, expected: str, names: str = "", **chat
 RAW: dict[str, tuple[dict[str, bytes], str]] = {
     "sampling parameters that are not JSON": ({"prompt": b"Hi", "sampling_parameters": b"{"}, "not JSON"),
     "sampling parameters that are a list": ({"prompt": b"Hi", "sampling_parameters": b"[]"}, "JSON object"),
+    "an integer of 5000 digits": ({"prompt": b"Hi", "sampling_parameters": b'{"seed":' + b"9" * 5000 + b"}"}, "JSON"),
     "messages that are not JSON": ({"messages": b"Hi"}, "not JSON"),
     "messages nested without end": ({"messages": b"[" * 100_000}, "not JSON"),
+    "a prompt of 20 MB": ({"prompt": b"word " * 4_000_000}, "20000000 characters"),
     "a prompt that is not UTF-8": ({"prompt": b"\xff\xfe"}, "not UTF-8"),
     "a guessed ticket": ({"prompt": b"Hi", "ticket": b"0" * 32}, "leave it out"),
 }
@@ -157,6 +160,13 @@ def assert_invalid(server: TritonServer, request: service_pb2.ModelInferRequest,
 def test_a_bad_image_is_an_error_of_the_ensemble_too(server: TritonServer) -> None:
     request = infer_request("Compare", images=[picture(1), b"this is text"], model="nvlm_ensemble")
     assert_invalid(server, request, "image 2: not a readable")
+
+
+@pytest.mark.parametrize("max_tiles", [None, 1])
+@pytest.mark.parametrize("model", ["nvlm_ensemble", "tiling"])
+def test_a_missing_image_is_an_error(model: str, max_tiles: int | None, server: TritonServer) -> None:
+    request = infer_request("Hi" if model == "nvlm_ensemble" else None, max_tiles=max_tiles, model=model)
+    assert_invalid(server, request, "the request has 0 images")
 
 
 def test_protocols_that_reach_into_the_server_are_closed(server: TritonServer) -> None:

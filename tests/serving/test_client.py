@@ -4,6 +4,7 @@ import asyncio
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,6 +45,23 @@ def test_a_wrong_address_is_an_error(url: str) -> None:
 def test_an_image_that_cannot_be_read_is_named(nobody: str, tmp_path: Path) -> None:
     with Client(nobody) as client, pytest.raises(RequestError, match=r"missing\.png"):
         client.generate("What?", images=[tmp_path / "missing.png"])
+
+
+@pytest.mark.parametrize("images", [b"\x89PNG", "receipt.png", Path("receipt.png")])
+def test_one_image_in_place_of_a_list_is_an_error(nobody: str, images: Any) -> None:
+    with Client(nobody) as client, pytest.raises(RequestError, match="pass a list"):
+        client.generate("What?", images=images)
+
+
+@pytest.mark.parametrize("max_tiles", [1 << 31, 1.5])
+def test_max_tiles_that_does_not_fit_its_tensor_is_an_error(nobody: str, max_tiles: Any) -> None:
+    with Client(nobody) as client, pytest.raises(RequestError, match=f"max_tiles = {max_tiles}"):
+        client.generate("What?", max_tiles=max_tiles)
+
+
+def test_a_host_that_does_not_exist_is_an_error_that_says_what_to_do() -> None:
+    with Client("grpc://nobody.invalid:8001") as client, pytest.raises(ServerError, match="no server answers at"):
+        client.generate("Hello")
 
 
 def test_a_client_needs_no_engine_runtime() -> None:
