@@ -10,6 +10,7 @@ import signal
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -106,8 +107,8 @@ class TritonServer:
                 if give_up.is_set():
                     return False
             self._watch()
-            with Client(self.address) as client:
-                run_canary(client)
+            if not self._try_out(give_up):
+                return False
             self.check()
         except NvlmError:
             self._keep_log_tail()
@@ -174,6 +175,18 @@ class TritonServer:
         if not retry_ports or taken in self._options.ports:
             raise port_in_use(self._options.host, taken)
         return False
+
+    def _try_out(self, give_up: threading.Event) -> bool:
+        """False if the start is given up before the canary is answered; the server is gone then."""
+        with Client(self.address) as client, ThreadPoolExecutor(1, "nvlm-canary") as executor:
+            canary = executor.submit(run_canary, client)
+            while not canary.done():
+                if give_up.is_set():
+                    self.kill()  # which ends the canary
+                    return False
+                wait([canary], _POLL_SECONDS)
+            canary.result()
+        return True
 
     def _exit_reason(self, process: TritonProcess) -> str:
         reason = process.load_error()

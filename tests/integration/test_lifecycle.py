@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -161,6 +162,22 @@ def test_the_server_stops_when_a_process_has_died(victim: str, reason: str, serv
     last = errors.strip().splitlines()[-1]
     assert re.fullmatch(f"error: {reason}.*start it again", last)
     assert_all_gone(processes, command.directory)
+
+
+def test_a_start_can_be_given_up_while_the_canary_runs(
+    engine: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    give_up = threading.Event()
+
+    def slow_canary(client: Client) -> None:
+        for _ in client.stream("Hello", sampling=ENDLESS):
+            give_up.set()
+
+    monkeypatch.setattr("nvlm_trt.serving.server.run_canary", slow_canary)
+    server = TritonServer(engine(ENGINE))
+    assert not server.start(give_up)
+    with Client(server.address) as client:
+        assert not client.ready()
 
 
 def test_a_port_in_use_is_named(serve: Callable[..., ServeCommand]) -> None:
