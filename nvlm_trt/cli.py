@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -49,7 +50,7 @@ def init_checkpoint(
 
     Example: nvlm-trt init-checkpoint --preset nvlm-h-tiny --seed 0 checkpoints/nvlm-h
     """
-    from nvlm_trt.checkpoint import init_checkpoint as write
+    from nvlm_trt.random_checkpoint import init_checkpoint as write
 
     with terminal.progress() as progress:
         write(directory, preset, seed=seed, overwrite=overwrite, progress=progress)
@@ -205,6 +206,8 @@ def _read_picture(path: Path) -> bytes:
 
 def main() -> None:
     """Entry point: run a command, turn its error into one line."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # an answer may hold characters that the terminal's encoding lacks
     try:
         app()
     except NvlmError as error:

@@ -70,7 +70,7 @@ def print_answer(stream: Iterable[Delta], stats: bool, as_json: bool) -> None:
             "usage": asdict(usage) if usage else None,
             "ttft_s": ttft_s,
         }
-        print(json.dumps(answer, indent=2, ensure_ascii=False))
+        print(json.dumps(answer, indent=2))
         return
     print(flush=True)
     if stats and usage is not None:

@@ -63,6 +63,16 @@ def test_ask_json_is_one_object(run: Run, engine) -> None:
     assert 1 <= answer["usage"]["completion_tokens"] <= 4
 
 
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_a_terminal_that_lacks_a_character_gets_the_rest(engine, options: tuple[str, ...]) -> None:
+    command = [sys.executable, "-m", "nvlm_trt.cli", "ask", "hello", "--engine", engine("nvlm-d-tiny")]
+    command += ["--max-tokens", "200", "--temperature", "100", "--seed", "2", *options]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    result = subprocess.run(command, env=environment, capture_output=True)
+    assert result.returncode == 0, result.stderr
+    assert (b"\\ufffd" if options else b"?") in result.stdout
+
+
 def test_sampling_options_reach_the_engine(run: Run, engine) -> None:
     def answer(seed: int) -> str:
         options = ("--temperature", 2.0, "--max-tokens", 12, "--seed", seed, "--json")
