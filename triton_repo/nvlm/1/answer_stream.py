@@ -68,7 +68,8 @@ class AnswerStream:
                 return
             events = self._next_events()
         handle.cancel()
-        self._discard(events)
+        # tokens made while the server was being asked are not late
+        self._discard([*events, *self._queued_events()])
 
     def _discard(self, events: Sequence[Event]) -> None:
         """Nobody listens any more: wait until the request's slot is free, then tell the server that it has ended."""
@@ -92,9 +93,14 @@ class AnswerStream:
 
     def _next_events(self) -> list[Event]:
         """All there are; none if the poll interval passes without one."""
+        try:
+            return [self._events.get(timeout=_POLL_SECONDS), *self._queued_events()]
+        except queue.Empty:
+            return []
+
+    def _queued_events(self) -> list[Event]:
         events: list[Event] = []
         with contextlib.suppress(queue.Empty):
-            events.append(self._events.get(timeout=_POLL_SECONDS))
             while True:
                 events.append(self._events.get_nowait())
         return events
