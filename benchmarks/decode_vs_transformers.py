@@ -26,9 +26,10 @@ from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM, StaticCach
 from nvlm_trt.backends import open_backend
 from nvlm_trt.backends.base import Backend
 from nvlm_trt.builders.onnx_engine import PRECISIONS, build_engine
-from nvlm_trt.checkpoint import Checkpoint, init_checkpoint
+from nvlm_trt.checkpoint import Checkpoint
 from nvlm_trt.config import LlmConfig
 from nvlm_trt.engine import Engine
+from nvlm_trt.random_checkpoint import init_checkpoint
 
 OURS = "nvlm-trt"
 

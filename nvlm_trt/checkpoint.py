@@ -17,16 +17,13 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from nvlm_trt.checkpoint_writer import INDEX_FILE, WEIGHTS_FILE, write_checkpoint
+from nvlm_trt.checkpoint_writer import INDEX_FILE, WEIGHTS_FILE
 from nvlm_trt.config import NvlmConfig
 from nvlm_trt.dummy_heads import PROJECTION, padded_shape, real_heads
 from nvlm_trt.errors import CheckpointError
 from nvlm_trt.hf_config import config_to_hf, read_config
 from nvlm_trt.layout import IGNORED, checkpoint_layout
-from nvlm_trt.random_checkpoint import init_checkpoint
 from nvlm_trt.safetensors_file import FloatArray, SafetensorsFile, TensorRecord
-
-__all__ = ["Checkpoint", "LazyWeight", "init_checkpoint", "write_checkpoint"]
 
 # Checkpoints up to this size are hashed whole for their digest (seconds); larger ones are sampled.
 _FULL_DIGEST_BYTES = 4 << 30

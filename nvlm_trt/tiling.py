@@ -15,9 +15,6 @@ import numpy.typing as npt
 from PIL import Image
 
 from nvlm_trt.errors import RequestError
-from nvlm_trt.image import ImageLimits, load_image
-
-__all__ = ["ImageLimits", "choose_grid", "image_key", "load_image", "tile_count", "tile_image"]
 
 # ImageNet statistics of RGB in 0..1
 _MEAN = np.array([0.485, 0.456, 0.406], np.float32)
