@@ -19,7 +19,7 @@ from nvlm_trt.engine import Engine
 from nvlm_trt.errors import NvlmError, ServerError
 from nvlm_trt.serving.canary import run_canary
 from nvlm_trt.serving.client import Client
-from nvlm_trt.serving.ports import choose_ports, port_in_use
+from nvlm_trt.serving.ports import choose_ports, listen_address, port_in_use
 from nvlm_trt.serving.repository import RepositoryOptions, check_shared_memory, render_repository
 from nvlm_trt.serving.triton_command import triton_command
 from nvlm_trt.serving.triton_install import TritonInstall, find_triton
@@ -58,7 +58,7 @@ class TritonServer:
     def __init__(self, engine: str | os.PathLike[str], options: ServerOptions | None = None) -> None:
         self._engine_path = Path(engine)
         self._options = options or ServerOptions()
-        self._host = _LOOPBACK.get(self._options.host, self._options.host)
+        self._listen = self._host = ""  # IPv4 addresses: the server's, and where to reach it from this machine
         self._grpc_port = self._http_port = self._metrics_port = 0
         self._directory = Path()
         self._process: TritonProcess | None = None
@@ -96,6 +96,8 @@ class TritonServer:
         """
         engine = Engine.open(self._engine_path, full_check=True)
         install = find_triton()
+        self._listen = listen_address(self._options.host)
+        self._host = _LOOPBACK.get(self._listen, self._listen)
         check_shared_memory(engine)
         give_up = give_up or threading.Event()
         try:
@@ -148,13 +150,13 @@ class TritonServer:
 
     def _launch(self, engine: Engine, install: TritonInstall) -> None:
         options = self._options
-        self._grpc_port, self._http_port, self._metrics_port = ports = choose_ports(options.host, options.ports)
+        self._grpc_port, self._http_port, self._metrics_port = ports = choose_ports(self._listen, options.ports)
         self._directory = Path(tempfile.mkdtemp(prefix="nvlm-trt-"))
         shm_prefix = f"nvlm_trt_{secrets.token_hex(4)}_"
         models = self._directory / "models"
         render_repository(engine, models, self._drain_file, options.repository)
         backends, environment = install.prepare(self._directory)
-        command = triton_command(install.executable, models, backends, options.host, ports, shm_prefix)
+        command = triton_command(install.executable, models, backends, self._listen, ports, shm_prefix)
         self._stopping.clear()
         self._process = TritonProcess(command, environment, self._directory, shm_prefix)
 
@@ -173,7 +175,7 @@ class TritonServer:
         if taken is None:
             raise ServerError(self._exit_reason(self._process))
         if not retry_ports or taken in self._options.ports:
-            raise port_in_use(self._options.host, taken)
+            raise port_in_use(self._listen, taken)
         return False
 
     def _try_out(self, give_up: threading.Event) -> bool:

@@ -31,11 +31,11 @@ class ServeCommand:
     """`nvlm-trt serve` as a process."""
 
     def __init__(self, engine: Path, directory: Path, *arguments: str) -> None:
-        ports = ("--grpc-port", "0", "--http-port", "0", "--metrics-port", "0")
+        listen = ("--host", "localhost", "--grpc-port", "0", "--http-port", "0", "--metrics-port", "0")
         # its temporary files go where the test can see whether they are removed
         self.directory = directory
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "nvlm_trt.cli", "serve", str(engine), *(arguments or ports)],
+            [sys.executable, "-m", "nvlm_trt.cli", "serve", str(engine), *(arguments or listen)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -5,7 +5,7 @@ import socket
 import pytest
 
 from nvlm_trt.errors import ServerError
-from nvlm_trt.serving.ports import choose_ports
+from nvlm_trt.serving.ports import choose_ports, listen_address
 
 
 def test_zeros_become_different_free_ports() -> None:
@@ -36,7 +36,16 @@ def test_one_port_twice_is_in_use() -> None:
         choose_ports("127.0.0.1", (port, port))
 
 
-@pytest.mark.parametrize("host", ["no.such.host.invalid", "192.0.2.1"])
-def test_a_host_that_is_not_ours_is_an_error(host: str) -> None:
-    with pytest.raises(ServerError, match="cannot listen on"):
-        choose_ports(host, (0,))
+def test_an_address_that_is_not_ours_is_an_error() -> None:
+    with pytest.raises(ServerError, match=r"cannot listen on 192\.0\.2\.1"):
+        choose_ports("192.0.2.1", (0,))
+
+
+def test_a_host_is_listened_to_at_its_ipv4_address() -> None:
+    assert listen_address("localhost") == listen_address("127.0.0.1") == "127.0.0.1"
+
+
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "::1", "", "a" * 99, "\ud800"])
+def test_a_host_without_ipv4_address_is_an_error(host: str) -> None:
+    with pytest.raises(ServerError, match="cannot listen on host .* choose another --host"):
+        listen_address(host)
