@@ -24,12 +24,11 @@ from nvlm_trt.config import NvlmConfig
 from nvlm_trt.engine import Engine, EngineLimits, Manifest, publish, tool_versions, write_manifest
 from nvlm_trt.errors import EngineError
 from nvlm_trt.hf_config import config_to_hf
+from nvlm_trt.layout import EMBEDDING
 from nvlm_trt.progress import Progress, no_progress
 from nvlm_trt.prompt import PromptEncoder, split_tiles
-from nvlm_trt.tokenizer import Tokenizer
+from nvlm_trt.tokenizer import TOKENIZER_FILES, Tokenizer
 
-_EMBEDDING = "language_model.model.embed_tokens.weight"
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 _DEFAULT_IMAGES = 4  # of the most tiles each, that one request may cross-attend to
 
 # Formats of all components by the name that `precision` has. Quantised vision encoders and projectors misread small
@@ -66,7 +65,7 @@ def build_engine(
         trial = SmokeTest(prompts, limits, config)
         graphs = _build_graphs(checkpoint, prompts, limits, formats)
         (staging / "config.json").write_text(json.dumps(config_to_hf(config), indent=2) + "\n", encoding="utf-8")
-        for name in _TOKENIZER_FILES:
+        for name in TOKENIZER_FILES:
             if (Path(checkpoint_dir) / name).exists():
                 shutil.copyfile(Path(checkpoint_dir) / name, staging / name)
         for component, model in graphs.items():
@@ -139,7 +138,7 @@ def _tag_embeddings(checkpoint: Checkpoint, prompts: PromptEncoder) -> FloatArra
     if config.architecture != "H":
         return None
     tags = prompts.tag_ids(config.max_tiles)
-    return checkpoint.rows(_EMBEDDING, tags.reshape(-1)).reshape(*tags.shape, config.llm.hidden_size)
+    return checkpoint.rows(EMBEDDING, tags.reshape(-1)).reshape(*tags.shape, config.llm.hidden_size)
 
 
 def save_model(model: ir.Model, path: Path, progress: Progress) -> None:

@@ -11,6 +11,8 @@ from nvlm_trt.config import NvlmConfig
 
 Shapes = dict[str, tuple[int, ...]]
 
+EMBEDDING = "language_model.model.embed_tokens.weight"
+
 # Tensors that some exports carry and no NVLM model reads, skipped on purpose.
 IGNORED = re.compile(r"vision_model\.(pooler|head|post_layernorm)\..*|.*\.rotary_emb\.inv_freq|.*\.position_ids")
 
@@ -59,7 +61,7 @@ def projector_layout(config: NvlmConfig) -> Shapes:
 def llm_layout(config: NvlmConfig) -> Shapes:
     llm = config.llm
     hidden = llm.hidden_size
-    shapes: Shapes = {"language_model.model.embed_tokens.weight": (llm.vocab_size, hidden)}
+    shapes: Shapes = {EMBEDDING: (llm.vocab_size, hidden)}
     for i in range(llm.num_layers):
         layer = f"language_model.model.layers.{i}"
         shapes[f"{layer}.input_layernorm.weight"] = (hidden,)

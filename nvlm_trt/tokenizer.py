@@ -16,6 +16,7 @@ from nvlm_trt.detokenizer import IncrementalDecoder, TokenBytes, byte_level_alph
 from nvlm_trt.errors import ConfigError, RequestError
 
 TOKENIZER_JSON = "tokenizer.json"
+TOKENIZER_FILES = (TOKENIZER_JSON, "tokenizer_config.json")  # the second is for transformers, optional here
 MESSAGE_START = "<|im_start|>"
 MESSAGE_END = "<|im_end|>"
 END_OF_TEXT = "<|endoftext|>"
@@ -163,5 +164,5 @@ def write_byte_tokenizer(directory: Path | str, max_tiles: int) -> None:
         "clean_up_tokenization_spaces": False,
         "chat_template": _CHAT_TEMPLATE,
     }
-    path = Path(directory) / "tokenizer_config.json"
+    path = Path(directory) / TOKENIZER_FILES[1]
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

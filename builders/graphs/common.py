@@ -18,7 +18,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnxscript import GraphBuilder
 
-FloatArray = npt.NDArray[np.float32]
+from nvlm_trt.backends.base import FloatArray
+
 Shape = Sequence[int | str]
 
 # 24 brought TensorScatter and Attention's nonpad_kv_seqlen. Graphs without them are stamped 23, because the last

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from nvlm_trt.backends.base import FloatArray
 from nvlm_trt.builders.graphs.common import (
     FLOAT,
-    FloatArray,
     StageGraph,
     WeightFormat,
     WeightSource,

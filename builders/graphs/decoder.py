@@ -29,6 +29,7 @@ from nvlm_trt.builders.graphs.common import (
 )
 from nvlm_trt.config import LlmConfig, NvlmConfig
 from nvlm_trt.engine import EngineLimits
+from nvlm_trt.layout import EMBEDDING
 from nvlm_trt.plugins.gated_cross_attention.onnx_function import PLUGIN_ATTRIBUTES, gated_cross_attention
 
 DecoderAttention = Literal["standard", "gqa"]
@@ -55,7 +56,7 @@ def decoder_graph(
     self_attention: _SelfAttention = form(graph, llm, input_ids, write_indices, limits.max_seq_len)
     cross = _CrossAttention(graph, config, skip_when_unused=attention == "gqa") if config.cross_layers else None
 
-    embedding = graph.embedding("language_model.model.embed_tokens.weight")
+    embedding = graph.embedding(EMBEDDING)
     x = _embed(graph, config, embedding.table, input_ids, image_tokens)  # [B, S, hidden]
     for i in range(llm.num_layers):
         with graph.scope(f"layers.{i}"):

@@ -6,7 +6,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from nvlm_trt.builders.graphs.common import UINT8, Embedding, FloatArray, LinearWeight, StageGraph
+from nvlm_trt.backends.base import FloatArray
+from nvlm_trt.builders.graphs.common import UINT8, Embedding, LinearWeight, StageGraph
 from nvlm_trt.errors import ConfigError
 
 BLOCK = 32
