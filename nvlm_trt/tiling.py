@@ -65,6 +65,14 @@ def tile_image(image: Image.Image, tile_size: int, max_tiles: int) -> npt.NDArra
     return pixels
 
 
+def tile_pixels(tiles: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+    """The exact inverse of `tile_image`'s normalisation: [tiles, 3, E, E] -> RGB [tiles, E, E, 3]."""
+    pixels = tiles * _STD[:, None, None]
+    pixels += _MEAN[:, None, None]
+    pixels *= 255
+    return np.rint(pixels, out=pixels).astype(np.uint8).transpose(0, 2, 3, 1)
+
+
 def image_key(data: bytes, tile_size: int, max_tiles: int, engine_digest: str) -> str:
     """Key of an image's features: encoded bytes (which hold mode and size), tiling parameters and weights."""
     digest = hashlib.sha256()

@@ -146,16 +146,22 @@ _CHAT_TEMPLATE = (
 
 
 def write_byte_tokenizer(directory: Path | str, max_tiles: int) -> None:
-    """Write tokenizer.json and tokenizer_config.json of a vocabulary that needs no training: ids 0-255 are the bytes.
-
-    Special tokens follow: ChatML's, the image placeholder, <Image>, </Image>, max_tiles tile tags, the thumbnail's.
-    """
-    tags = [tile_tag(number) for number in range(1, max_tiles + 1)]
-    special = [END_OF_TEXT, MESSAGE_START, MESSAGE_END, IMAGE_TOKEN, IMAGE_START, IMAGE_END, *tags, THUMBNAIL_TAG]
+    """Write tokenizer.json and tokenizer_config.json of a vocabulary that needs no training: ids 0-255 are bytes."""
     raw = tokenizers.Tokenizer(models.BPE(vocab=byte_level_alphabet(), merges=[]))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     raw.decoder = decoders.ByteLevel()
-    raw.add_special_tokens([AddedToken(name, special=True) for name in special])
+    write_tokenizer_files(raw, directory, max_tiles)
+
+
+def format_tokens(max_tiles: int) -> list[str]:
+    """The prompt format's own tokens: ChatML's, the image placeholder, <Image>, </Image>, the tiles' and thumbnail's tag."""
+    tags = [tile_tag(number) for number in range(1, max_tiles + 1)]
+    return [END_OF_TEXT, MESSAGE_START, MESSAGE_END, IMAGE_TOKEN, IMAGE_START, IMAGE_END, *tags, THUMBNAIL_TAG]
+
+
+def write_tokenizer_files(raw: tokenizers.Tokenizer, directory: Path | str, max_tiles: int) -> None:
+    """Write tokenizer.json and tokenizer_config.json of `raw`, the prompt format's tokens after its own."""
+    raw.add_special_tokens([AddedToken(name, special=True) for name in format_tokens(max_tiles)])
     raw.save(str(Path(directory) / TOKENIZER_JSON))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -1,0 +1,189 @@
+"""A question with its pictures and its known answer: what every evaluation asks and scores; sets of them in JSONL."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, overload
+
+from nvlm_trt.errors import ImageError, NvlmError, RequestError
+from nvlm_trt.evaluation.scoring import number_in
+from nvlm_trt.image import load_image
+from nvlm_trt.progress import Progress, no_progress
+from nvlm_trt.prompt import IMAGE_MARK
+
+Metric = Literal["exact", "contains", "anls", "numeric"]
+
+_REQUIRED = ("prompt", "answer")
+_KEYS = (*_REQUIRED, "image", "images", "task", "name", "metric")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question. `images` are encoded files in the order in which the prompt shows them."""
+
+    name: str  # unique within its set
+    task: str
+    prompt: str
+    answer: str
+    images: Sequence[bytes] = ()
+    metric: Metric = "exact"
+
+
+@dataclass(frozen=True)
+class PictureFiles(Sequence[bytes]):
+    """Pictures that are read whenever they are looked at, as a set of many need not fit into memory."""
+
+    paths: tuple[Path, ...]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @overload
+    def __getitem__(self, index: int) -> bytes: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> PictureFiles: ...
+
+    def __getitem__(self, index: int | slice) -> bytes | PictureFiles:
+        if isinstance(index, slice):
+            return PictureFiles(self.paths[index])
+        path = self.paths[index]
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise RequestError(f"cannot read image {path} ({error.strerror}); name a readable picture file") from None
+
+
+def read_samples(path: Path, metric: Metric = "exact") -> list[Sample]:
+    """A set from JSONL, one object per line; `metric` is for lines that name none. docs/evaluation.md has the keys.
+
+    Raises RequestError naming the line that is not a sample, names a picture that is not there, or repeats a name.
+    """
+    samples: list[Sample] = []
+    line_of: dict[str, int] = {}
+    for number, line in _lines(path):
+        try:
+            sample = _parse(line, number, path.parent, metric)
+            if sample.name in line_of:
+                raise RequestError(f"the name {sample.name!r} is that of line {line_of[sample.name]}; names are unique")
+        except NvlmError as error:
+            raise RequestError(f"{path} line {number}: {error}") from None
+        line_of[sample.name] = number
+        samples.append(sample)
+    if not samples:
+        raise RequestError(f'{path} has no samples; write one {{"prompt": ..., "answer": ...}} per line')
+    return samples
+
+
+def digest_of(samples: Sequence[Sample], progress: Progress = no_progress) -> str:
+    """Identifies a set: sha256 of everything in it, the pictures' bytes included.
+
+    Raises ImageError or RequestError for a picture that does not decode: it is decoded here because a broken one
+    should end an evaluation before its first question, not hours into it.
+    """
+    digest = hashlib.sha256()
+    whole: set[str] = set()  # many questions may be about one picture
+    for done, sample in enumerate(samples):
+        progress("checking samples", done, len(samples))
+        pictures = []
+        for index, data in enumerate(sample.images):
+            key = hashlib.sha256(data).hexdigest()
+            if key not in whole:
+                _check_picture(sample, index, data)
+            whole.add(key)
+            pictures.append(key)
+        fields = [sample.name, sample.task, sample.prompt, sample.answer, sample.metric, pictures]
+        digest.update(json.dumps(fields).encode() + b"\n")
+    progress("checking samples", len(samples), len(samples))
+    return digest.hexdigest()
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, line
+    except OSError as error:
+        raise RequestError(f"cannot read samples {path} ({error.strerror}); name a readable JSONL file") from None
+
+
+def _parse(line: bytes, number: int, folder: Path, metric: Metric) -> Sample:
+    """The errors are completed by the caller with file and line."""
+    try:
+        fields = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, an integer of thousands of digits
+        raise RequestError(f"not JSON ({error}); write one object per line") from None
+    if not isinstance(fields, dict):
+        raise RequestError('not an object; write {"prompt": ..., "answer": ...}')
+    for key in fields:
+        if key not in _KEYS:
+            raise RequestError(f"unknown key {key!r}; known are {', '.join(_KEYS)}")
+    for key in _REQUIRED:
+        if key not in fields:
+            raise RequestError(f"no {key!r}; every sample needs {' and '.join(_REQUIRED)}")
+    chosen = _text(fields, "metric", metric)
+    if chosen not in get_args(Metric):
+        raise RequestError(f"unknown metric {chosen!r}; choose one of {', '.join(get_args(Metric))}")
+    sample = Sample(
+        name=_text(fields, "name", str(number)),
+        task=_text(fields, "task", "default"),
+        prompt=_text(fields, "prompt"),
+        answer=_text(fields, "answer"),
+        images=_pictures(fields, folder),
+        metric=chosen,  # type: ignore[arg-type]  # checked above
+    )
+    _check_marks(sample)
+    _check_answer(sample)
+    return sample
+
+
+def _text(fields: dict[str, Any], key: str, default: str = "") -> str:
+    value = fields.get(key, default)
+    if not isinstance(value, str) or not value.strip():
+        raise RequestError(f"{key!r} must be a string that is not blank")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise RequestError(f"{key!r} holds half of a UTF-16 surrogate pair; write valid Unicode") from None
+    return value
+
+
+def _pictures(fields: dict[str, Any], folder: Path) -> Sequence[bytes]:
+    if "image" in fields and "images" in fields:
+        raise RequestError("both 'image' and 'images'; use one of them")
+    names = [fields["image"]] if "image" in fields else fields.get("images", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise RequestError("'image' must be a path and 'images' a list of paths, relative to the JSONL file")
+    paths = tuple(folder / name for name in names)
+    for path in paths:
+        try:
+            found = path.is_file()
+        except (OSError, ValueError):  # a name too long for the file system, a zero byte in it
+            found = False
+        if not found:
+            raise RequestError(f"there is no image {str(path)!r}; paths are relative to the JSONL file")
+    return PictureFiles(paths) if paths else ()
+
+
+def _check_marks(sample: Sample) -> None:
+    marks, images = sample.prompt.count(IMAGE_MARK), len(sample.images)
+    if images and marks not in (0, images):
+        raise RequestError(f"{marks} {IMAGE_MARK} marks for {images} images; mark the place of each, or of none")
+
+
+def _check_answer(sample: Sample) -> None:
+    if sample.metric == "numeric" and number_in(sample.answer) is None:
+        raise RequestError(f"the answer {sample.answer!r} is not a number, which the metric numeric needs")
+
+
+def _check_picture(sample: Sample, index: int, data: bytes) -> None:
+    try:
+        load_image(data)
+    except ImageError as error:
+        name = sample.images.paths[index] if isinstance(sample.images, PictureFiles) else f"image {index + 1}"
+        raise ImageError(f"sample {sample.name}: {name}: {str(error).removeprefix('image: ')}") from None

@@ -1,0 +1,79 @@
+"""TinyDocs: pictures of small documents with questions whose answers can be checked, drawn from a seed.
+
+A sample depends on its split, task and index alone. Splits differ in seed and in fonts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from nvlm_trt.errors import RequestError
+from nvlm_trt.evaluation.samples import Sample
+from nvlm_trt.evaluation.tinydocs import kinds, texts
+from nvlm_trt.evaluation.tinydocs.fonts import FONTS, SPLITS, Split
+from nvlm_trt.evaluation.tinydocs.kinds import Drawing, Question
+
+__all__ = ["FONTS", "SPLITS", "TASKS", "TEXT_TASKS", "Split", "draw", "generate"]
+
+_PAGES: dict[str, Callable[[np.random.Generator, str], Drawing]] = {
+    "ocr": kinds.draw_codes,
+    "form": kinds.draw_form,
+    "line": kinds.draw_list,
+    "sum": kinds.draw_sum,
+    "colour": kinds.draw_shapes,
+    "shape": kinds.draw_shapes,
+    "count": kinds.draw_shapes,
+    "location": kinds.draw_shapes,
+    "chart": kinds.draw_chart,
+    "pair": kinds.draw_pair,
+}
+_TEXTS: dict[str, Callable[[np.random.Generator], Question]] = {
+    "copy": texts.ask_copy,
+    "reverse": texts.ask_reverse,
+    "add": texts.ask_add,
+    "lookup": texts.ask_lookup,
+}
+TASKS: tuple[str, ...] = tuple(_PAGES)
+TEXT_TASKS: tuple[str, ...] = tuple(_TEXTS)
+
+
+def generate(split: Split, tasks: Sequence[str] = (*TASKS, *TEXT_TASKS), count: int = 200) -> Iterator[Sample]:
+    """`count` samples of each task, pictures as PNG. Raises RequestError for an unknown split or task."""
+    if split not in SPLITS:
+        raise RequestError(f"split {split!r} is not one of {', '.join(SPLITS)}")
+    for task in tasks:
+        if task not in _PAGES and task not in _TEXTS:
+            raise RequestError(f"task {task!r} is not one of {', '.join((*TASKS, *TEXT_TASKS))}")
+    for task in tasks:
+        for index in range(count):
+            yield _sample(split, task, index)
+
+
+def draw(split: Split, task: str, random: np.random.Generator) -> Drawing:
+    """A page of the kind that `task` is asked about, noise included, and all that can be asked about it."""
+    pages, questions = _PAGES[task](random, str(random.choice(FONTS[split])))
+    for page in pages:
+        page.add_noise()
+    return pages, questions
+
+
+def ask(task: str, random: np.random.Generator) -> Question:
+    """A question of a text-only task."""
+    return _TEXTS[task](random)
+
+
+def _sample(split: Split, task: str, index: int) -> Sample:
+    name = f"{split}-{task}-{index:04}"
+    number = (*TASKS, *TEXT_TASKS).index(task)
+    random = np.random.default_rng([SPLITS.index(split), number, index])
+    if task in _TEXTS:
+        question = ask(task, random)
+        return Sample(name, task, question.prompt, question.answer)
+    while True:
+        pages, questions = draw(split, task, random)
+        fitting = [question for question in questions if question.task == task]
+        if fitting:
+            question = fitting[random.integers(len(fitting))]
+            return Sample(name, task, question.prompt, question.answer, tuple(page.png() for page in pages))

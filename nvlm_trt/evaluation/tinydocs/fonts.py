@@ -1,0 +1,57 @@
+"""Fonts that packages ship, apart for each split: a test score is one on letters of fonts never trained on."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from pathlib import Path
+from typing import Literal, get_args
+
+from PIL import ImageFont
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+
+_MATPLOTLIB = "matplotlib:mpl-data/fonts/ttf"
+_PILLOW = "Pillow's default"  # Aileron Regular, inside Pillow itself
+
+# package:folder/file; test shares no family with train
+FONTS: dict[Split, tuple[str, ...]] = {
+    "train": (
+        f"{_MATPLOTLIB}/DejaVuSans.ttf",
+        f"{_MATPLOTLIB}/DejaVuSans-Bold.ttf",
+        f"{_MATPLOTLIB}/DejaVuSansMono.ttf",
+        f"{_MATPLOTLIB}/DejaVuSansMono-Bold.ttf",
+        f"{_MATPLOTLIB}/DejaVuSerif.ttf",
+        f"{_MATPLOTLIB}/DejaVuSerif-Bold.ttf",
+        f"{_MATPLOTLIB}/STIXGeneral.ttf",
+        f"{_MATPLOTLIB}/STIXGeneralBol.ttf",
+        f"{_MATPLOTLIB}/cmb10.ttf",
+        "font_hanken_grotesk:files/HankenGrotesk-Regular.otf",
+        "font_hanken_grotesk:files/HankenGrotesk-Medium.otf",
+        "font_hanken_grotesk:files/HankenGrotesk-Bold.otf",
+        "font_manrope:files/Manrope-Regular.ttf",
+        "font_manrope:files/Manrope-SemiBold.ttf",
+        "font_manrope:files/Manrope-Bold.ttf",
+    ),
+    "validation": (_PILLOW, f"{_MATPLOTLIB}/cmss10.ttf"),
+    "test": (
+        "font_lato:files/Lato-Regular.ttf",
+        "font_lato:files/Lato-Bold.ttf",
+        "font_caladea:files/Caladea-Regular.ttf",
+    ),
+}
+
+
+@functools.lru_cache(maxsize=4096)
+def load_font(name: str, size: float) -> ImageFont.FreeTypeFont:
+    """A font of FONTS at `size` pixels per em."""
+    if name == _PILLOW:
+        font = ImageFont.load_default(size)
+        assert isinstance(font, ImageFont.FreeTypeFont), "Pillow is built without FreeType"
+        return font
+    package, _, path = name.partition(":")
+    spec = importlib.util.find_spec(package)  # found, not imported: matplotlib takes its time
+    assert spec is not None and spec.origin is not None, f"{package} is a dependency of nvlm-trt"
+    # basic layout: glyphs stand alone here, so that kerning and ligatures (Raqm) have nothing to do
+    return ImageFont.truetype(str(Path(spec.origin).parent / path), size, layout_engine=ImageFont.Layout.BASIC)

@@ -1,0 +1,173 @@
+"""Stages 2 to 4: the language model learns from text alone, then with pictures, the vision encoder frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nvlm_trt.evaluation.tinydocs import TEXT_TASKS, ask
+from nvlm_trt.evaluation.tinydocs.kinds import Question
+from nvlm_trt.reference.model import ReferenceModel
+from training.forward import decode
+from training.loop import Losses, Stage, train
+from training.pages import Scene
+from training.sequences import NOT_ANSWERED, Batch, PackedSequence, Packer, collate
+
+_POOL = 8  # batches that are sorted by length together, so that little is padding
+_TEXT_SEEDS = {"train": 11, "validation": 12}
+
+
+@dataclass(frozen=True)
+class Mix:
+    """What one step holds. The first eighth of a run shows pictures of at most 3 tiles, the next of at most 5."""
+
+    scenes: int = 16
+    questions: int = 5  # at most, of a scene
+    texts: int = 4  # sequences of text-only questions
+    text_questions: int = 10  # in each
+
+    def largest_picture(self, done: float) -> int:
+        """Tiles, thumbnail included; `done` is the share of the run."""
+        return 3 if done < 0.1 else 5 if done < 0.2 else 99
+
+
+@dataclass(frozen=True)
+class SceneSet:
+    """Scenes and the frozen encoder's shuffled patches of their tiles, bfloat16 [tiles, T, 4 * vision width]."""
+
+    scenes: Sequence[Scene]
+    features: Tensor
+
+
+def train_language(
+    model: ReferenceModel,
+    packer: Packer,
+    stage: Stage,
+    mix: Mix,
+    directory: Path,
+    seed: int,
+    training: SceneSet | None = None,
+    validation: SceneSet | None = None,
+) -> None:
+    """Train everything but the vision encoder; without scenes on text alone."""
+    model.vision_model.requires_grad_(False)
+    tags = _tag_ids(packer, model)
+    features = training.features if training else None
+    batches = _SceneBatches(training.scenes, packer, mix, stage.steps, seed) if training else None
+
+    def losses_at(step: int) -> Iterator[Losses]:
+        texts = collate(text_sequences(packer, "train", [seed, step], mix.texts, mix.text_questions))
+        parts = {"text": texts, **({"image": batches.at(step)} if batches else {})}
+        total = sum(float(batch.weights.sum()) for batch in parts.values())
+        for name, batch in parts.items():
+            summed = _answer_loss(model, batch, features, tags)
+            yield {"loss": summed / total, name: (summed / batch.weights.sum()).detach()}
+
+    def evaluate() -> dict[str, float]:
+        results = text_accuracy(model, packer)
+        if validation is not None:
+            results |= scene_accuracy(model, packer, validation)
+        return results
+
+    train(model, stage, directory, losses_at, evaluate)
+
+
+def text_sequences(
+    packer: Packer, split: str, seed: Sequence[int], count: int, questions: int, tasks: Sequence[str] = TEXT_TASKS
+) -> list[PackedSequence]:
+    random = np.random.default_rng([_TEXT_SEEDS[split], *seed])
+    chosen = random.choice(len(tasks), (count, questions))
+    return [packer.pack((), [ask(tasks[task], random) for task in row]) for row in chosen]
+
+
+class _SceneBatches:
+    """The scenes of each step: epochs in random order, sequences of a like length together."""
+
+    def __init__(self, scenes: Sequence[Scene], packer: Packer, mix: Mix, steps: int, seed: int) -> None:
+        self._scenes, self._packer, self._mix, self._steps, self._seed = scenes, packer, mix, steps, seed
+        self._sizes = np.array([max(map(len, scene.pictures)) for scene in scenes])
+        self._pool: tuple[int, list[Batch]] = (-1, [])
+
+    def at(self, step: int) -> Batch:
+        number, index = divmod(step, _POOL)
+        if self._pool[0] != number:
+            self._pool = (number, self._make_pool(number))
+        return self._pool[1][index]
+
+    def _make_pool(self, number: int) -> list[Batch]:
+        random = np.random.default_rng([self._seed, 3, number])
+        allowed = np.flatnonzero(self._sizes <= self._mix.largest_picture(number * _POOL / self._steps))
+        chosen = random.choice(allowed, _POOL * self._mix.scenes, replace=False)
+        sequences = []
+        for index in chosen:
+            scene = self._scenes[index]
+            questions = [scene.questions[i] for i in random.permutation(len(scene.questions))[: self._mix.questions]]
+            sequences.append(self._packer.pack(scene.pictures, questions))
+        sequences.sort(key=lambda sequence: len(sequence.ids))
+        groups = [sequences[i * self._mix.scenes : (i + 1) * self._mix.scenes] for i in range(_POOL)]
+        return [collate(groups[i]) for i in random.permutation(_POOL)]
+
+
+def _answer_loss(model: ReferenceModel, batch: Batch, features: Tensor | None, tags: Tensor | None) -> Tensor:
+    """Cross entropy of the answers' tokens, weighted and summed."""
+    batch = batch.to(_device(model))
+    with torch.autocast(_device(model).type, torch.bfloat16):
+        hidden = decode(model, batch, features, tags)
+        answered = batch.labels != NOT_ANSWERED
+        logits = model.language_model.lm_head(hidden[answered])
+    losses = F.cross_entropy(logits.float(), batch.labels[answered], reduction="none")
+    return (losses * batch.weights[answered]).sum()
+
+
+@torch.no_grad()
+def text_accuracy(model: ReferenceModel, packer: Packer, count: int = 200) -> dict[str, float]:
+    results = {}
+    for number, task in enumerate(TEXT_TASKS):
+        sequences = text_sequences(packer, "validation", [number], count // 10, 10, [task])
+        right = torch.cat([_right_answers(model, collate(sequences[i : i + 10]), None, None) for i in (0, 10)])
+        results[task] = float(right.float().mean())
+    return results
+
+
+@torch.no_grad()
+def scene_accuracy(model: ReferenceModel, packer: Packer, scenes: SceneSet) -> dict[str, float]:
+    """Share of exact answers by task, greedy: each token is the likeliest after the right ones before it."""
+    tags = _tag_ids(packer, model)
+    packed = [(scene.questions, packer.pack(scene.pictures, scene.questions)) for scene in scenes.scenes]
+    packed.sort(key=lambda pair: len(pair[1].ids))
+    right: dict[str, list[bool]] = {}
+    for start in range(0, len(packed), 32):
+        part = packed[start : start + 32]
+        answers = _right_answers(model, collate([sequence for _, sequence in part]), scenes.features, tags)
+        asked: list[Question] = [question for questions, _ in part for question in questions]
+        for question, is_right in zip(asked, answers.tolist(), strict=True):
+            right.setdefault(question.task, []).append(is_right)
+    return {task: float(np.mean(values)) for task, values in sorted(right.items())}
+
+
+def _right_answers(model: ReferenceModel, batch: Batch, features: Tensor | None, tags: Tensor | None) -> Tensor:
+    """For each answer of the batch in order, whether every token is right."""
+    batch = batch.to(_device(model))
+    with torch.autocast(_device(model).type, torch.bfloat16):
+        answered = batch.labels != NOT_ANSWERED
+        logits = model.language_model.lm_head(decode(model, batch, features, tags)[answered])
+    wrong = logits.argmax(-1) != batch.labels[answered]
+    owners = batch.answers[answered]
+    return torch.zeros(int(owners.max()) + 1, dtype=torch.int64, device=owners.device).index_add_(0, owners, wrong.long()) == 0
+
+
+def _tag_ids(packer: Packer, model: ReferenceModel) -> Tensor | None:
+    """[max tiles, tag_length] for NVLM-H, None for the others."""
+    if packer.config.architecture != "H":
+        return None
+    return torch.from_numpy(packer.encoder.tag_ids(packer.config.max_tiles)).to(_device(model))
+
+
+def _device(model: ReferenceModel) -> torch.device:
+    return model.language_model.model.norm.weight.device

@@ -1,0 +1,134 @@
+"""Pages by the thousand, tiled and labelled, drawn by several processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from nvlm_trt.evaluation.tinydocs import FONTS, TASKS, Split, draw
+from nvlm_trt.evaluation.tinydocs.kinds import (
+    KEYS,
+    WORDS,
+    Question,
+    _pick,
+    _write,
+    _write_word,
+    random_code,
+    random_value,
+)
+from nvlm_trt.evaluation.tinydocs.page import COLOURS, MAX_TILES, TILE, Page
+from nvlm_trt.tiling import choose_grid
+from training.labels import GRID, PLANES, Labels, page_labels
+
+Pixels = npt.NDArray[np.uint8]
+_CHUNK = 500
+
+# how often a training page is of each task's kind; codes and forms take longest to learn
+PAGE_SHARES = {"ocr": 5, "form": 4, "line": 3, "sum": 2, "colour": 5, "chart": 2.5, "pair": 1.5}
+
+
+@dataclass(frozen=True)
+class Scene:
+    """The pictures that questions are asked about: rows of a pool of tiles, and what is asked."""
+
+    pictures: tuple[range, ...]  # tiles of each picture in the pool, thumbnail last
+    questions: tuple[Question, ...]
+
+
+def page_tiles(page: Page) -> Pixels:
+    """-> uint8 [tiles, TILE, TILE, 3], as `tiling.tile_image` resamples and orders them, before normalising."""
+    image = page.image
+    columns, rows = choose_grid(image.width, image.height, TILE, MAX_TILES)
+    assert (columns, rows) == (page.columns, page.rows)
+    size = (columns * TILE, rows * TILE)
+    canvas = np.asarray(image.resize(size, Image.Resampling.BICUBIC))
+    tiles = canvas.reshape(rows, TILE, columns, TILE, 3).transpose(0, 2, 1, 3, 4).reshape(-1, TILE, TILE, 3)
+    if columns * rows > 1:
+        thumbnail = np.asarray(image.resize((TILE, TILE), Image.Resampling.BICUBIC))
+        tiles = np.concatenate([tiles, thumbnail[None]])
+    return tiles
+
+
+def draw_dense_page(random: np.random.Generator, font: str) -> Page:
+    """One tile filled with print: what teaches letters fastest."""
+    page = Page(1, 1, font, random)
+    kind = random.random()
+    if kind < 0.2:
+        key = str(random.choice(KEYS))
+        y = random.uniform(8, 28)
+        _write_word(random, page, random.uniform(1, 8), y, key)
+        _write(random, page, random_value(random), 0, y + random.uniform(16.5, 19), None, word=key)
+    elif kind < 0.35:
+        lines = int(random.integers(2, 5))
+        top = random.uniform(0, 56 - 14 * lines)
+        for line, word in enumerate(_pick(random, WORDS, lines)):
+            if random.random() < 0.85:
+                y = top + 14 * (line + 0.5) + random.uniform(-0.7, 0.7)
+                _write_word(random, page, random.uniform(0.5, 9), y, word, line=line + 1)
+    else:
+        for row in range(3):
+            colour = str(random.choice(list(COLOURS)))
+            text = random_code(random)
+            if random.random() < 0.12:
+                text = f"{random.integers(10)}+{random.integers(10)}="
+            _write(random, page, text, 0, 18.5 * row + random.uniform(8, 10.5), colour)
+    page.add_noise()
+    return page
+
+
+def dense_tiles(split: Split, seed: int, count: int) -> tuple[Pixels, Labels]:
+    """-> tiles [count, TILE, TILE, 3], labels [count, GRID, GRID, planes]"""
+    chunks = [(split, seed, number) for number in range(-(-count // _CHUNK))]
+    with multiprocessing.Pool() as pool:
+        parts = pool.starmap(_dense_chunk, chunks)
+    return np.concatenate([p[0] for p in parts])[:count], np.concatenate([p[1] for p in parts])[:count]
+
+
+def _dense_chunk(split: Split, seed: int, number: int) -> tuple[Pixels, Labels]:
+    random = np.random.default_rng([seed, 1, number])
+    pixels = np.empty((_CHUNK, TILE, TILE, 3), np.uint8)
+    labels = np.empty((_CHUNK, GRID, GRID, len(PLANES)), np.int8)
+    for index in range(_CHUNK):
+        page = draw_dense_page(random, str(random.choice(FONTS[split])))
+        pixels[index], labels[index] = page_tiles(page)[0], page_labels(page)[0]
+    return pixels, labels
+
+
+def scenes(split: Split, seed: int, count: int) -> tuple[Pixels, Labels, list[Scene]]:
+    """`count` scenes over one pool of tiles [all, TILE, TILE, 3] with labels [all, GRID, GRID, planes]."""
+    chunks = [(split, seed, number) for number in range(-(-count // _CHUNK))]
+    with multiprocessing.Pool() as pool:
+        parts = pool.starmap(_scene_chunk, chunks)
+    merged: list[Scene] = []
+    offset = 0
+    for pixels, _, part in parts:
+        for scene in part:
+            pictures = tuple(range(tiles.start + offset, tiles.stop + offset) for tiles in scene.pictures)
+            merged.append(Scene(pictures, scene.questions))
+        offset += len(pixels)
+    return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts]), merged[:count]
+
+
+def _scene_chunk(split: Split, seed: int, number: int) -> tuple[Pixels, Labels, list[Scene]]:
+    random = np.random.default_rng([seed, 2, number])
+    tasks, shares = list(PAGE_SHARES), np.array(list(PAGE_SHARES.values()))
+    assert set(tasks) <= set(TASKS)
+    pixels, labels, made = [], [], []
+    offset = 0
+    while len(made) < _CHUNK:
+        pages, questions = draw(split, tasks[random.choice(len(tasks), p=shares / shares.sum())], random)
+        if not questions:
+            continue
+        pictures = []
+        for page in pages:
+            tiles = page_tiles(page)
+            pixels.append(tiles)
+            labels.append(page_labels(page))
+            pictures.append(range(offset, offset + len(tiles)))
+            offset += len(tiles)
+        made.append(Scene(tuple(pictures), tuple(questions)))
+    return np.concatenate(pixels), np.concatenate(labels), made

@@ -1,0 +1,166 @@
+"""Scenes and texts -> packed sequences: many questions share one prefix, and none sees another.
+
+The prefix is everything up to the question (system message and pictures). Each question with its answer is a branch
+that attends to the prefix and itself, at the positions it would have alone; so a branch computes exactly what a
+request of its own would.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from nvlm_trt.config import NvlmConfig
+from nvlm_trt.evaluation.tinydocs.kinds import Question
+from nvlm_trt.prompt import Message, PromptEncoder, split_tiles
+from nvlm_trt.tokenizer import MESSAGE_END, THUMBNAIL_TAG, Tokenizer, tile_tag
+
+NOT_ANSWERED = -100
+_PLACEHOLDER = "?"
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What stands before every question about pictures of these tile counts, and after it."""
+
+    ids: npt.NDArray[np.int64]
+    ranges: npt.NDArray[np.int32]
+    tail: npt.NDArray[np.int64]  # from the question's end to where the answer begins
+    cross_tokens: int
+
+
+@dataclass(frozen=True)
+class PackedSequence:
+    """One packed sequence, not yet padded. `llm_tiles` and `cross_tiles` are rows of the pool of tiles."""
+
+    ids: npt.NDArray[np.int64]  # [S]
+    positions: npt.NDArray[np.int64]  # [S]
+    branch: npt.NDArray[np.int64]  # [S], 0 is the prefix
+    ranges: npt.NDArray[np.int32]  # [S, 2]
+    labels: npt.NDArray[np.int64]  # [S], the next token where it is part of an answer
+    weights: npt.NDArray[np.float32]  # [S]
+    llm_tiles: tuple[int, ...]
+    cross_tiles: tuple[int, ...]  # tile rows
+    cross_tags: tuple[int, ...]  # for each of them its number in its picture, from 1
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B sequences of S tokens, R tiles in the LLM's sequences and up to C cross-attended tiles in each."""
+
+    ids: Tensor  # [B, S]
+    positions: Tensor  # [B, S]
+    attention: Tensor  # [B, 1, S, S]: 0 or -inf
+    llm_tiles: Tensor  # [R]
+    cross_tiles: Tensor  # [B, C], padded with 0
+    cross_tags: Tensor  # [B, C], from 0
+    cross_ranges: Tensor  # [B, S, 2]
+    labels: Tensor  # [B, S]
+    weights: Tensor  # [B, S]
+    answers: Tensor  # [B, S]: which answer of the batch a label belongs to
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(**{item.name: getattr(self, item.name).to(device) for item in fields(self)})
+
+
+class Packer:
+    """Packs for one model. `tags` False leaves the tile tags out; `thumbnail_only` leaves the regular tiles out."""
+
+    def __init__(self, config: NvlmConfig, tokenizer: Tokenizer, tags: bool = True, thumbnail_only: bool = False) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self.encoder = PromptEncoder(config, tokenizer)
+        self.thumbnail_only = thumbnail_only
+        self._tags = tags
+        self._end = tokenizer.token_id(MESSAGE_END)
+        numbered = [tile_tag(number) for number in range(1, config.max_tiles + 1)]
+        self._tag_tokens = [tokenizer.token_id(name) for name in (*numbered, THUMBNAIL_TAG)]
+
+    @functools.lru_cache(maxsize=4096)  # noqa: B019 - one packer lives as long as the training
+    def prefix(self, tiles_per_image: tuple[int, ...]) -> Prefix:
+        prompt = self.encoder.encode([Message("user", _PLACEHOLDER)], tiles_per_image)
+        (mark,) = np.flatnonzero(prompt.input_ids == self.tokenizer.encode(_PLACEHOLDER)[0])
+        ids, ranges = prompt.input_ids[:mark], prompt.cross_ranges[:mark]
+        if not self._tags:
+            kept = ~np.isin(ids, self._tag_tokens)
+            ids, ranges = ids[kept], ranges[kept]
+        return Prefix(ids, ranges, prompt.input_ids[mark + 1 :], prompt.cross_tokens)
+
+    @functools.lru_cache(maxsize=200_000)  # noqa: B019
+    def text_ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(text))
+
+    def pack(self, pictures: Sequence[range], questions: Sequence[Question]) -> PackedSequence:
+        if self.thumbnail_only:
+            pictures = [range(tiles.stop - 1, tiles.stop) for tiles in pictures]
+        prefix = self.prefix(tuple(map(len, pictures)))
+        start = len(prefix.ids)
+        ids, positions, branch = [prefix.ids], [np.arange(start)], [np.zeros(start, np.int64)]
+        labels, weights = [np.full(start, NOT_ANSWERED)], [np.zeros(start, np.float32)]
+        for number, question in enumerate(questions, start=1):
+            asked = np.concatenate([self.text_ids(question.prompt), prefix.tail]).astype(np.int64)
+            answer = np.array([*self.text_ids(question.answer), self._end], np.int64)
+            whole = np.concatenate([asked, answer])[:-1]
+            label = np.full(len(whole), NOT_ANSWERED)
+            label[len(asked) - 1 :] = answer
+            ids.append(whole)
+            positions.append(np.arange(start, start + len(whole)))
+            branch.append(np.full(len(whole), number))
+            labels.append(label)
+            # between a weight for each answer and one for each token
+            weights.append(np.where(label != NOT_ANSWERED, len(answer) ** -0.5, 0.0).astype(np.float32))
+        everything = np.array([[0, prefix.cross_tokens]], np.int32)
+        total = sum(map(len, ids))
+        ranges = np.concatenate([prefix.ranges, everything.repeat(total - start, 0)])
+        llm_tiles, cross_tiles, cross_tags = [], [], []
+        for tiles in pictures:
+            in_llm, in_cross = split_tiles(self.config.architecture, len(tiles))
+            llm_tiles += tiles[in_llm]
+            cross_tiles += tiles[in_cross]
+            cross_tags += range(len(tiles))[in_cross]
+        return PackedSequence(
+            np.concatenate(ids), np.concatenate(positions), np.concatenate(branch), ranges, np.concatenate(labels),
+            np.concatenate(weights), tuple(llm_tiles), tuple(cross_tiles), tuple(cross_tags),
+        )  # fmt: skip
+
+
+def collate(sequences: Sequence[PackedSequence]) -> Batch:
+    count, length = len(sequences), max(len(s.ids) for s in sequences)
+    tiles = max(len(s.cross_tiles) for s in sequences)
+    ids = np.zeros((count, length), np.int64)
+    positions = np.zeros((count, length), np.int64)
+    branch = np.full((count, length), -1)
+    ranges = np.zeros((count, length, 2), np.int64)
+    labels = np.full((count, length), NOT_ANSWERED)
+    weights = np.zeros((count, length), np.float32)
+    cross_tiles = np.zeros((count, tiles), np.int64)
+    cross_tags = np.zeros((count, tiles), np.int64)
+    for row, s in enumerate(sequences):
+        n = len(s.ids)
+        ids[row, :n], positions[row, :n], branch[row, :n] = s.ids, s.positions, s.branch
+        ranges[row, :n], labels[row, :n], weights[row, :n] = s.ranges, s.labels, s.weights
+        cross_tiles[row, : len(s.cross_tiles)] = s.cross_tiles
+        cross_tags[row, : len(s.cross_tags)] = s.cross_tags
+    causal = np.tri(length, dtype=bool)
+    seen = (branch[:, None] == 0) | (branch[:, None] == branch[..., None])  # [B, query, key]
+    seen = (seen & causal) | np.eye(length, dtype=bool)  # padding sees itself: a row of -inf would be NaN
+    attention = np.where(seen, 0.0, -np.inf).astype(np.float32)[:, None]
+    answers = np.cumsum([0, *(s.branch.max() for s in sequences)])[:-1, None] + branch - 1
+    return Batch(
+        torch.from_numpy(ids),
+        torch.from_numpy(positions),
+        torch.from_numpy(attention).to(torch.bfloat16),
+        torch.tensor([tile for s in sequences for tile in s.llm_tiles], dtype=torch.int64),
+        torch.from_numpy(cross_tiles),
+        torch.from_numpy(cross_tags),
+        torch.from_numpy(ranges),
+        torch.from_numpy(labels),
+        torch.from_numpy(weights),
+        torch.from_numpy(answers),
+    )
