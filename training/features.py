@@ -17,15 +17,15 @@ from nvlm_trt.reference.model import ReferenceModel
 from nvlm_trt.reference.vision import pixel_shuffle
 from training.forward import encode_patches
 from training.language_stage import SceneSet
-from training.pages import Scene, scenes
+from training.pages import Scene, Shares, scenes
 
 
 def scene_features(
-    model: ReferenceModel, split: Split, seed: int, count: int, path: Path, device: torch.device
+    model: ReferenceModel, split: Split, seed: int, count: int, shares: Shares, path: Path, device: torch.device
 ) -> tuple[SceneSet, Tensor]:
     """The scenes with features, and labels [tiles, GRID, GRID, planes]; from `path` if it was written before."""
     if not path.exists():
-        pixels, labels, made = scenes(split, seed, count)
+        pixels, labels, made = scenes(split, seed, count, shares)
         parts = [_features(model, part.to(device)).cpu() for part in torch.from_numpy(pixels).split(512)]
         told = [[[[tiles.start, tiles.stop] for tiles in s.pictures], [asdict(q) for q in s.questions]] for s in made]
         partial = path.with_suffix(".partial")

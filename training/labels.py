@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from nvlm_trt.evaluation.tinydocs.kinds import CODE_CHARACTERS, KEYS, MAX_HEIGHT, PLACES, WORDS
+from nvlm_trt.evaluation.tinydocs.kinds import KEYS, MAX_HEIGHT, PLACES, WORDS
 from nvlm_trt.evaluation.tinydocs.page import COLOURS, SHAPES, TILE, Mark, Page
+from nvlm_trt.evaluation.tinydocs.writing import CODE_CHARACTERS
 
 PATCH = 7
 GRID = TILE // PATCH  # patches along a tile's edge
@@ -29,7 +30,7 @@ _CODES = {name: {value: code for code, value in enumerate(values)} for name, val
 _TOLD = {
     "glyph": ("colour", "character", "index", "word"),
     "word": ("word", "line"),
-    **{shape: ("colour", "number", "place") for shape in SHAPES},
+    **dict.fromkeys(SHAPES, ("colour", "number", "place")),
     "bar": ("colour", "number"),
     "blur": ("colour",),
 }

@@ -20,6 +20,8 @@ from training.pages import Scene
 from training.sequences import NOT_ANSWERED, Batch, PackedSequence, Packer, collate
 
 _POOL = 8  # batches that are sorted by length together, so that little is padding
+# to look something up is the hardest to learn, and what reading a picture builds on
+TEXT_SHARES = {"copy": 0.15, "reverse": 0.2, "add": 0.15, "lookup": 0.5}
 _TEXT_SEEDS = {"train": 11, "validation": 12}
 
 
@@ -29,8 +31,8 @@ class Mix:
 
     scenes: int = 16
     questions: int = 5  # at most, of a scene
-    texts: int = 4  # sequences of text-only questions
-    text_questions: int = 10  # in each
+    texts: int = 6  # sequences of text-only questions
+    text_questions: int = 5  # in each; few, as attention within a sequence grows with its square
 
     def largest_picture(self, done: float) -> int:
         """Tiles, thumbnail included; `done` is the share of the run."""
@@ -79,10 +81,11 @@ def train_language(
 
 
 def text_sequences(
-    packer: Packer, split: str, seed: Sequence[int], count: int, questions: int, tasks: Sequence[str] = TEXT_TASKS
+    packer: Packer, split: str, seed: Sequence[int], count: int, questions: int, shares: dict[str, float] = TEXT_SHARES
 ) -> list[PackedSequence]:
     random = np.random.default_rng([_TEXT_SEEDS[split], *seed])
-    chosen = random.choice(len(tasks), (count, questions))
+    tasks, weights = list(shares), np.array(list(shares.values()))
+    chosen = random.choice(len(tasks), (count, questions), p=weights / weights.sum())
     return [packer.pack((), [ask(tasks[task], random) for task in row]) for row in chosen]
 
 
@@ -129,7 +132,7 @@ def _answer_loss(model: ReferenceModel, batch: Batch, features: Tensor | None, t
 def text_accuracy(model: ReferenceModel, packer: Packer, count: int = 200) -> dict[str, float]:
     results = {}
     for number, task in enumerate(TEXT_TASKS):
-        sequences = text_sequences(packer, "validation", [number], count // 10, 10, [task])
+        sequences = text_sequences(packer, "validation", [number], count // 10, 10, {task: 1.0})
         right = torch.cat([_right_answers(model, collate(sequences[i : i + 10]), None, None) for i in (0, 10)])
         results[task] = float(right.float().mean())
     return results
@@ -159,7 +162,10 @@ def _right_answers(model: ReferenceModel, batch: Batch, features: Tensor | None,
         logits = model.language_model.lm_head(decode(model, batch, features, tags)[answered])
     wrong = logits.argmax(-1) != batch.labels[answered]
     owners = batch.answers[answered]
-    return torch.zeros(int(owners.max()) + 1, dtype=torch.int64, device=owners.device).index_add_(0, owners, wrong.long()) == 0
+    return (
+        torch.zeros(int(owners.max()) + 1, dtype=torch.int64, device=owners.device).index_add_(0, owners, wrong.long())
+        == 0
+    )
 
 
 def _tag_ids(packer: Packer, model: ReferenceModel) -> Tensor | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 Losses = dict[str, Tensor]  # by name; "loss" is what is minimised
@@ -114,7 +114,7 @@ class _Log:
         if path.exists():
             with path.open(newline="") as file:
                 rows = list(csv.reader(file))
-            kept = [row for row in rows[:1]] + [row for row in rows[1:] if row and int(row[0]) <= start]
+            kept = rows[:1] + [row for row in rows[1:] if row and int(row[0]) <= start]
             with path.open("w", newline="") as file:
                 csv.writer(file).writerows(kept if start else [])
 
@@ -150,12 +150,11 @@ def load_state(path: Path, module: nn.Module, optims: list[torch.optim.Optimizer
     if not path.exists():
         return 0
     states: list[dict[int, dict[str, Tensor]]] = [{} for _ in optims]
-    with safe_open(path, "pt") as file:
-        for key in file.keys():
-            section, _, name = key.partition(".")
-            if section == "optimizer":
-                number, index, value = name.split(".", 2)
-                states[int(number)].setdefault(int(index), {})[value] = file.get_tensor(key)
+    for key, tensor in load_file(path).items():
+        section, _, name = key.partition(".")
+        if section == "optimizer":
+            number, index, value = name.split(".", 2)
+            states[int(number)].setdefault(int(index), {})[value] = tensor
     module.load_state_dict(load_weights(path))
     for optim, state in zip(optims, states, strict=True):
         optim.load_state_dict({"state": state, "param_groups": optim.state_dict()["param_groups"]})
@@ -164,10 +163,8 @@ def load_state(path: Path, module: nn.Module, optims: list[torch.optim.Optimizer
 
 def load_weights(path: Path) -> dict[str, Tensor]:
     """The weights in a file that `save_state` wrote."""
-    with safe_open(path, "pt") as file:
-        return {
-            key.removeprefix("weights."): file.get_tensor(key) for key in file.keys() if key.startswith("weights.")
-        }
+    tensors = load_file(path)
+    return {key.removeprefix("weights."): tensors[key] for key in tensors if key.startswith("weights.")}
 
 
 def trained_steps(path: Path) -> int:

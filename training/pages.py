@@ -9,26 +9,18 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from nvlm_trt.evaluation.tinydocs import FONTS, TASKS, Split, draw
-from nvlm_trt.evaluation.tinydocs.kinds import (
-    KEYS,
-    WORDS,
-    Question,
-    _pick,
-    _write,
-    _write_word,
-    random_code,
-    random_value,
-)
+from nvlm_trt.evaluation.tinydocs import FONTS, Split, draw
+from nvlm_trt.evaluation.tinydocs.kinds import KEYS, WORDS, Question
 from nvlm_trt.evaluation.tinydocs.page import COLOURS, MAX_TILES, TILE, Page
+from nvlm_trt.evaluation.tinydocs.writing import pick, random_code, random_value, write, write_word
 from nvlm_trt.tiling import choose_grid
 from training.labels import GRID, PLANES, Labels, page_labels
 
 Pixels = npt.NDArray[np.uint8]
 _CHUNK = 500
 
-# how often a training page is of each task's kind; codes and forms take longest to learn
-PAGE_SHARES = {"ocr": 5, "form": 4, "line": 3, "sum": 2, "colour": 5, "chart": 2.5, "pair": 1.5}
+
+Shares = dict[str, float]  # how often a page is of a task's kind
 
 
 @dataclass(frozen=True)
@@ -60,22 +52,22 @@ def draw_dense_page(random: np.random.Generator, font: str) -> Page:
     if kind < 0.2:
         key = str(random.choice(KEYS))
         y = random.uniform(8, 28)
-        _write_word(random, page, random.uniform(1, 8), y, key)
-        _write(random, page, random_value(random), 0, y + random.uniform(16.5, 19), None, word=key)
+        write_word(random, page, random.uniform(1, 8), y, key)
+        write(random, page, random_value(random), 0, y + random.uniform(16.5, 19), None, word=key)
     elif kind < 0.35:
         lines = int(random.integers(2, 5))
         top = random.uniform(0, 56 - 14 * lines)
-        for line, word in enumerate(_pick(random, WORDS, lines)):
+        for line, word in enumerate(pick(random, WORDS, lines)):
             if random.random() < 0.85:
                 y = top + 14 * (line + 0.5) + random.uniform(-0.7, 0.7)
-                _write_word(random, page, random.uniform(0.5, 9), y, word, line=line + 1)
+                write_word(random, page, random.uniform(0.5, 9), y, word, line=line + 1)
     else:
         for row in range(3):
             colour = str(random.choice(list(COLOURS)))
             text = random_code(random)
             if random.random() < 0.12:
                 text = f"{random.integers(10)}+{random.integers(10)}="
-            _write(random, page, text, 0, 18.5 * row + random.uniform(8, 10.5), colour)
+            write(random, page, text, 0, 18.5 * row + random.uniform(8, 10.5), colour)
     page.add_noise()
     return page
 
@@ -98,9 +90,9 @@ def _dense_chunk(split: Split, seed: int, number: int) -> tuple[Pixels, Labels]:
     return pixels, labels
 
 
-def scenes(split: Split, seed: int, count: int) -> tuple[Pixels, Labels, list[Scene]]:
+def scenes(split: Split, seed: int, count: int, shares: Shares) -> tuple[Pixels, Labels, list[Scene]]:
     """`count` scenes over one pool of tiles [all, TILE, TILE, 3] with labels [all, GRID, GRID, planes]."""
-    chunks = [(split, seed, number) for number in range(-(-count // _CHUNK))]
+    chunks = [(split, seed, shares, number) for number in range(-(-count // _CHUNK))]
     with multiprocessing.Pool() as pool:
         parts = pool.starmap(_scene_chunk, chunks)
     merged: list[Scene] = []
@@ -113,14 +105,14 @@ def scenes(split: Split, seed: int, count: int) -> tuple[Pixels, Labels, list[Sc
     return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts]), merged[:count]
 
 
-def _scene_chunk(split: Split, seed: int, number: int) -> tuple[Pixels, Labels, list[Scene]]:
+def _scene_chunk(split: Split, seed: int, shares: Shares, number: int) -> tuple[Pixels, Labels, list[Scene]]:
     random = np.random.default_rng([seed, 2, number])
-    tasks, shares = list(PAGE_SHARES), np.array(list(PAGE_SHARES.values()))
-    assert set(tasks) <= set(TASKS)
-    pixels, labels, made = [], [], []
+    tasks, weights = list(shares), np.array(list(shares.values()))
+    pixels, labels = [], []
+    made: list[Scene] = []
     offset = 0
     while len(made) < _CHUNK:
-        pages, questions = draw(split, tasks[random.choice(len(tasks), p=shares / shares.sum())], random)
+        pages, questions = draw(split, tasks[random.choice(len(tasks), p=weights / weights.sum())], random)
         if not questions:
             continue
         pictures = []

@@ -72,7 +72,9 @@ class Batch:
 class Packer:
     """Packs for one model. `tags` False leaves the tile tags out; `thumbnail_only` leaves the regular tiles out."""
 
-    def __init__(self, config: NvlmConfig, tokenizer: Tokenizer, tags: bool = True, thumbnail_only: bool = False) -> None:
+    def __init__(
+        self, config: NvlmConfig, tokenizer: Tokenizer, tags: bool = True, thumbnail_only: bool = False
+    ) -> None:
         self.config = config
         self.tokenizer = tokenizer
         self.encoder = PromptEncoder(config, tokenizer)
@@ -80,7 +82,8 @@ class Packer:
         self._tags = tags
         self._end = tokenizer.token_id(MESSAGE_END)
         numbered = [tile_tag(number) for number in range(1, config.max_tiles + 1)]
-        self._tag_tokens = [tokenizer.token_id(name) for name in (*numbered, THUMBNAIL_TAG)]
+        tag_tokens = [tokenizer.token_id(name) for name in (*numbered, THUMBNAIL_TAG)]
+        self._tag_tokens = [token for token in tag_tokens if token is not None]
 
     @functools.lru_cache(maxsize=4096)  # noqa: B019 - one packer lives as long as the training
     def prefix(self, tiles_per_image: tuple[int, ...]) -> Prefix:
@@ -118,7 +121,9 @@ class Packer:
         everything = np.array([[0, prefix.cross_tokens]], np.int32)
         total = sum(map(len, ids))
         ranges = np.concatenate([prefix.ranges, everything.repeat(total - start, 0)])
-        llm_tiles, cross_tiles, cross_tags = [], [], []
+        llm_tiles: list[int] = []
+        cross_tiles: list[int] = []
+        cross_tags: list[int] = []
         for tiles in pictures:
             in_llm, in_cross = split_tiles(self.config.architecture, len(tiles))
             llm_tiles += tiles[in_llm]

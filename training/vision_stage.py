@@ -11,15 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nvlm_trt.config import VisionConfig
+from nvlm_trt.evaluation.tinydocs import Split
 from nvlm_trt.reference.vision import VisionEncoder
 from training.forward import encode_patches
 from training.labels import GRID, IGNORE, PLANES
 from training.loop import Losses, Stage, train, trained_steps
-from training.pages import dense_tiles, scenes
+from training.pages import Shares, dense_tiles, scenes
 
 BATCH = 128
 _LAYER_SCALE = 0.5
-_WEIGHTS = {"kind": 2.0, "character": 1.0, "index": 0.7, "colour": 0.7, "word": 0.7}
+_WEIGHTS = {"kind": 2.0, "character": 1.0, "number": 1.0, "index": 0.7, "colour": 0.7, "word": 0.7}
 
 
 class LabelledEncoder(nn.Module):
@@ -43,15 +44,15 @@ class LabelledEncoder(nn.Module):
 
 
 def train_vision(
-    config: VisionConfig, stage: Stage, directory: Path, seed: int, tiles: int, device: torch.device
+    config: VisionConfig, stage: Stage, directory: Path, seed: int, tiles: int, shares: Shares, device: torch.device
 ) -> None:
     """Train on `tiles` dense tiles and as many of ordinary pages."""
     if trained_steps(directory / "state.safetensors") >= stage.steps:
         return
     torch.manual_seed(seed)
     model = LabelledEncoder(config).to(device)
-    pixels, labels = _tiles("train", seed, tiles)
-    checks = _tiles("validation", seed, 1500)
+    pixels, labels = _tiles("train", seed, tiles, shares)
+    checks = _tiles("validation", seed, 1500, shares)
 
     def losses_at(step: int) -> Iterator[Losses]:
         epoch, position = divmod(step * BATCH, len(pixels) - BATCH)
@@ -66,9 +67,10 @@ def train_vision(
     train(model, stage, directory, losses_at, lambda: plane_accuracy(model, *checks, device))
 
 
-def _tiles(split, seed: int, count: int) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+def _tiles(split: Split, seed: int, count: int, shares: Shares) -> tuple[Tensor, Tensor]:
+    """Dense tiles and tiles of ordinary pages, with few of those that show nothing."""
     dense = dense_tiles(split, seed, count)
-    pixels, labels, _ = scenes(split, seed + 1, count // 3)
+    pixels, labels, _ = scenes(split, seed + 1, count // 3, shares)
     labels_flat = labels.reshape(len(labels), -1, len(PLANES))
     worth = (labels_flat[..., 0] > 0).any(1) | (np.random.default_rng(seed).random(len(labels)) < 0.05)
     pixels, labels = pixels[worth][:count], labels[worth][:count]
@@ -93,9 +95,7 @@ def plane_losses(logits: dict[str, Tensor], labels: Tensor) -> Losses:
 
 
 @torch.no_grad()
-def plane_accuracy(
-    model: LabelledEncoder, pixels: Tensor, labels: Tensor, device: torch.device
-) -> dict[str, float]:
+def plane_accuracy(model: LabelledEncoder, pixels: Tensor, labels: Tensor, device: torch.device) -> dict[str, float]:
     """Share of labelled patches whose class is right; `kind` over patches that hold something."""
     right, known = dict.fromkeys(PLANES, 0), dict.fromkeys(PLANES, 0)
     for part, target in zip(pixels.split(500), labels.split(500), strict=True):

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from nvlm_trt.evaluation.tinydocs.page import COLOURS, SHAPES, TILE, Page
+from nvlm_trt.evaluation.tinydocs.writing import (
+    Grid,
+    choose,
+    pick,
+    random_code,
+    random_value,
+    text_lines,
+    write,
+    write_word,
+)
 
-# no I and O: in many fonts they are 1 and 0
-CODE_CHARACTERS = "0123456789ABCDEFGHJKLMNPQRSTUVWXYZ"
 KEYS = ("total", "tax", "date", "name", "code", "item", "cash", "order")
 WORDS = (
     "milk", "bread", "soap", "rice", "tea", "salt", "eggs", "corn",
@@ -20,7 +27,6 @@ WORDS = (
 PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
 MAX_HEIGHT = 8  # of a chart's bars
 
-Grid = tuple[int, int]  # columns, rows
 # every grid of at most 6 tiles that the tiling rule can choose, wide ones rarer
 _TEXT_GRIDS: dict[Grid, float] = {
     (2, 1): 3, (1, 2): 3, (3, 1): 2, (1, 3): 2, (2, 2): 4, (4, 1): 1, (1, 4): 1,
@@ -44,78 +50,90 @@ Drawing = tuple[list[Page], list[Question]]
 
 def draw_codes(random: np.random.Generator, font: str, texts: int | None = None) -> Drawing:
     """Codes in small print, each in a colour of its own."""
-    columns, rows = _choose(random, _TEXT_GRIDS)
+    columns, rows = choose(random, _TEXT_GRIDS)
     page = Page(columns, rows, font, random)
     texts = texts or int(random.choice([1, 2, 3], p=[0.3, 0.4, 0.3]))
     questions = []
-    for (x, y), colour in zip(_text_lines(random, page, texts), _pick(random, COLOURS, texts), strict=True):
+    for (x, y), colour in zip(text_lines(random, page, texts), pick(random, COLOURS, texts), strict=True):
         code = random_code(random)
-        _write(random, page, code, x, y, colour)
+        write(random, page, code, x, y, colour)
         questions.append(Question("ocr", f"What does the {colour} text say?", code))
+    return [page], questions
+
+
+def draw_panels(random: np.random.Generator, font: str) -> Drawing:
+    """A code in every tile, all of one colour: only their places tell them apart."""
+    columns, rows = choose(random, _TEXT_GRIDS)
+    page = Page(columns, rows, font, random)
+    colour = str(random.choice(list(COLOURS)))
+    questions = []
+    for tile in range(columns * rows):
+        code = random_code(random)
+        y = tile // columns * TILE + random.uniform(8, 47)
+        write(random, page, code, tile % columns * TILE, y, colour)
+        questions.append(Question("tile", f"What does tile {tile + 1} say?", code))
     return [page], questions
 
 
 def draw_sum(random: np.random.Generator, font: str) -> Drawing:
     """A sum of two digits, and often a code that is none of its business."""
-    columns, rows = _choose(random, _TEXT_GRIDS)
+    columns, rows = choose(random, _TEXT_GRIDS)
     page = Page(columns, rows, font, random)
-    lines = _text_lines(random, page, int(random.integers(1, 3)))
-    colours = _pick(random, COLOURS, len(lines))
+    lines = text_lines(random, page, int(random.integers(1, 3)))
+    colours = pick(random, COLOURS, len(lines))
     a, b = random.integers(0, 10, 2)
-    _write(random, page, f"{a}+{b}=", *lines[0], colours[0])
+    write(random, page, f"{a}+{b}=", *lines[0], colours[0])
     questions = [Question("sum", "What is the sum?", str(a + b))]
     for (x, y), colour in zip(lines[1:], colours[1:], strict=True):
         code = random_code(random)
-        _write(random, page, code, x, y, colour)
+        write(random, page, code, x, y, colour)
         questions.append(Question("ocr", f"What does the {colour} text say?", code))
     return [page], questions
 
 
 def draw_form(random: np.random.Generator, font: str) -> Drawing:
     """Key and value pairs, the value under its key, one pair in a tile."""
-    columns, rows = _choose(random, _TEXT_GRIDS)
+    columns, rows = choose(random, _TEXT_GRIDS)
     page = Page(columns, rows, font, random)
     pairs = min(columns * rows, int(random.integers(1, 5)))
     questions = []
-    for tile, key in zip(_pick(random, range(columns * rows), pairs), _pick(random, KEYS, pairs), strict=True):
+    for tile, key in zip(pick(random, range(columns * rows), pairs), pick(random, KEYS, pairs), strict=True):
         left, top = tile % columns * TILE, tile // columns * TILE
         value = random_value(random)
         y = top + random.uniform(10, 26)
-        _write_word(random, page, left + random.uniform(1, 8), y, key)
-        _write(random, page, value, left, y + random.uniform(16.5, 19), None, word=key)
+        write_word(random, page, left + random.uniform(1, 8), y, key)
+        write(random, page, value, left, y + random.uniform(16.5, 19), None, word=key)
         questions.append(Question("form", f"What is the {key}?", value))
     return [page], questions
 
 
 def draw_list(random: np.random.Generator, font: str) -> Drawing:
     """Words on two to four lines that run across the page, a word or none in each tile of a line."""
-    columns, _ = _choose(random, _LIST_GRIDS)
+    columns, _ = choose(random, _LIST_GRIDS)
     page = Page(columns, 1, font, random)
     lines = int(random.integers(2, 5))
     pitch, top = 14.0, random.uniform(0, 56 - 14 * lines)
     places = [(column, line) for line in range(lines) for column in range(columns)]
     first = [(int(random.integers(columns)), line) for line in range(lines)]  # no line is empty
-    rest = [place for place in _pick(random, places, len(places)) if place not in first]
-    words = _pick(random, WORDS, min(len(WORDS), lines + int(random.integers(0, len(rest) + 1))))
+    rest = [place for place in pick(random, places, len(places)) if place not in first]
+    words = pick(random, WORDS, min(len(WORDS), lines + int(random.integers(0, len(rest) + 1))))
     questions = []
     for (column, line), word in zip((*first, *rest), words, strict=False):
         y = top + pitch * (line + 0.5) + random.uniform(-0.7, 0.7)
-        _write_word(random, page, column * TILE + random.uniform(0.5, 9), y, word, line=line + 1)
+        write_word(random, page, column * TILE + random.uniform(0.5, 9), y, word, line=line + 1)
         questions.append(Question("line", f"Which line says {word}?", str(line + 1)))
     return [page], questions
 
 
-def draw_shapes(
-    random: np.random.Generator, font: str, grids: dict[Grid, float] | None = None
-) -> Drawing:
+def draw_shapes(random: np.random.Generator, font: str, grids: dict[Grid, float] | None = None) -> Drawing:
     """One to five shapes, large enough for the thumbnail, each in a cell of 3 x 3."""
-    columns, rows = _choose(random, grids or _FIGURE_GRIDS)
+    columns, rows = choose(random, grids or _FIGURE_GRIDS)
     page = Page(columns, rows, font, random)
     kinds = _shape_kinds(random)
     colours = [str(colour) for colour in random.choice(list(COLOURS), len(kinds))]
     counts = Counter(kinds)
     width, height = page.width / 3, page.height / 3
-    for kind, colour, cell in zip(kinds, colours, _pick(random, range(9), len(kinds)), strict=True):
+    for kind, colour, cell in zip(kinds, colours, pick(random, range(9), len(kinds)), strict=True):
         radius = min(width, height) * random.uniform(0.32, 0.45)
         x = (cell % 3 + 0.5) * width + random.uniform(-0.05, 0.05) * width
         y = (cell // 3 + 0.5) * height + random.uniform(-0.05, 0.05) * height
@@ -127,7 +145,7 @@ def _shape_kinds(random: np.random.Generator) -> list[str]:
     """Half of the pages repeat one kind, for counting; the others mix."""
     total = int(random.integers(1, 6))
     if random.random() < 0.5:
-        kind, *others = _pick(random, SHAPES, len(SHAPES))
+        kind, *others = pick(random, SHAPES, len(SHAPES))
         repeated = int(random.integers(1, total + 1))
         return [kind] * repeated + [str(k) for k in random.choice(others, total - repeated)]
     return [str(kind) for kind in random.choice(SHAPES, total)]
@@ -150,7 +168,7 @@ def _shape_questions(page: Page) -> list[Question]:
 
 def draw_chart(random: np.random.Generator, font: str) -> Drawing:
     """Three to five bars on a scale of eight, with a baseline and sometimes rules."""
-    columns, rows = _choose(random, _FIGURE_GRIDS)
+    columns, rows = choose(random, _FIGURE_GRIDS)
     page = Page(columns, rows, font, random)
     bars = int(random.integers(3, 6))
     base, unit = page.height * 0.93, page.height * 0.105
@@ -158,7 +176,7 @@ def draw_chart(random: np.random.Generator, font: str) -> Drawing:
         for height in range(2, MAX_HEIGHT + 1, 2):
             page.rule(0, base - height * unit, page.width, (205, 205, 205))
     questions = []
-    for index, colour in enumerate(_pick(random, COLOURS, bars)):
+    for index, colour in enumerate(pick(random, COLOURS, bars)):
         height = int(random.integers(1, MAX_HEIGHT + 1))
         centre, half = (index + 0.5) * page.width / bars, page.width / bars * random.uniform(0.28, 0.4)
         page.bar(centre - half, base - height * unit, centre + half, base, colour, height)
@@ -172,63 +190,7 @@ def draw_pair(random: np.random.Generator, font: str) -> Drawing:
     drawn = [draw_shapes(random, font, {(1, 1): 1})[0][0] for _ in range(2)]
     kinds = [{mark.kind for mark in page.marks} for page in drawn]
     questions = []
-    for answer, own, other in (("first", *kinds), ("second", *kinds[::-1])):
+    for answer, own, other in (("first", kinds[0], kinds[1]), ("second", kinds[1], kinds[0])):
         for kind in sorted(own - other):
             questions.append(Question("pair", f"Which picture has a {kind}?", answer))
     return drawn, questions
-
-
-def random_code(random: np.random.Generator, shortest: int = 4, longest: int = 6) -> str:
-    length = int(random.integers(shortest, longest + 1))
-    return "".join(random.choice(list(CODE_CHARACTERS), length))
-
-
-def random_value(random: np.random.Generator) -> str:
-    """A form's value: an amount, a number or a code."""
-    kind = random.integers(3)
-    if kind == 0:
-        return f"{random.integers(1, 100)}.{random.integers(0, 100):02}"
-    if kind == 1:
-        return str(random.integers(100, 100_000))
-    return random_code(random, 3, 5)
-
-
-def _choose(random: np.random.Generator, grids: dict[Grid, float]) -> Grid:
-    weights = np.array(list(grids.values()))
-    return list(grids)[random.choice(len(grids), p=weights / weights.sum())]
-
-
-def _pick(random: np.random.Generator, items, count: int) -> list:  # type: ignore[no-untyped-def, type-arg]
-    """`count` different items in random order."""
-    items = list(items)
-    return [items[i] for i in random.permutation(len(items))[:count]]
-
-
-def _text_lines(random: np.random.Generator, page: Page, count: int) -> list[tuple[float, float]]:
-    """Left edge of a tile and centre of a line in it, for `count` different lines: three fit in a tile."""
-    tiles = page.columns * page.rows
-    places = []
-    for line in _pick(random, range(3 * tiles), count):
-        tile, row = divmod(line, 3)
-        x, y = tile % page.columns * TILE, tile // page.columns * TILE + 18.5 * row + random.uniform(8, 10.5)
-        places.append((float(x), float(y)))
-    return places
-
-
-def _write(
-    random: np.random.Generator, page: Page, text: str, left: float, y: float, colour: str | None, **facts: object
-) -> None:
-    """A line of small print somewhere in the tile whose left edge is `left`."""
-    size, width = page.fit(text, random.uniform(11.5, 13.5), TILE - 3)
-    page.text(text, left + 1 + random.uniform(0, max(0.0, TILE - 2 - width)), y, size, colour, **facts)
-
-
-_CASES: Sequence = (str.upper, str.title, str.lower)
-
-
-def _write_word(random: np.random.Generator, page: Page, x: float, y: float, word: str, **facts: object) -> None:
-    text = _CASES[random.integers(3)](word)
-    tile_left = x // TILE * TILE
-    size, width = page.fit(text, random.uniform(10.5, 12), TILE - 2)
-    x = min(x, tile_left + TILE - 1 - width)
-    page.text(text, x, y, size, None, kind="word", character=None, index=None, word=word, **facts)

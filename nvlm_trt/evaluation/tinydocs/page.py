@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from nvlm_trt.evaluation.tinydocs.fonts import load_font
 from nvlm_trt.tiling import choose_grid
@@ -101,7 +101,8 @@ class Page:
                 return size, length
             size -= 0.5
 
-    def _font(self, size: float):  # type: ignore[no-untyped-def]
+    def _font(self, size: float) -> tuple[ImageFont.FreeTypeFont, float]:
+        """The font at `size` tile pixels, and the picture's pixels in one tile pixel."""
         scale = min(self._scale)
         return load_font(self.font, round(size * scale * 2) / 2), scale
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from nvlm_trt.evaluation.tinydocs.kinds import KEYS, Question, random_code, random_value
+from nvlm_trt.evaluation.tinydocs.kinds import KEYS, Question
 from nvlm_trt.evaluation.tinydocs.page import COLOURS
+from nvlm_trt.evaluation.tinydocs.writing import random_code, random_value
 
 
 def ask_copy(random: np.random.Generator) -> Question:

@@ -1,0 +1,67 @@
+"""`nvlm-trt tinydocs`: write samples of the built-in document tasks, to look at or to evaluate elsewhere."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from nvlm_trt import terminal
+from nvlm_trt.errors import NvlmError
+
+if TYPE_CHECKING:
+    from nvlm_trt.evaluation.samples import Sample
+
+SAMPLES_FILE = "samples.jsonl"
+
+
+def tinydocs(
+    output: Annotated[Path, typer.Option(help="Directory to write pictures and samples.jsonl to.")],
+    count: Annotated[int, typer.Option(min=1, help="Samples per task.")] = 20,
+    split: Annotated[str, typer.Option(help="train, validation or test: they differ in seed and fonts.")] = "test",
+    tasks: Annotated[str | None, typer.Option(help="Only these tasks: a,b,c.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing directory of that name.")] = False,
+) -> None:
+    """Write pictures of small documents with questions and answers, ready for `nvlm-trt eval --samples`.
+
+    Example: nvlm-trt tinydocs --count 20 --output tinydocs
+    """
+    from nvlm_trt.engine import replace_directory, storage_errors, temporary_sibling
+    from nvlm_trt.evaluation.tinydocs import TASKS, TEXT_TASKS, generate
+
+    output = output.absolute()
+    if output.exists():
+        if not overwrite:
+            raise NvlmError(f"{output} exists; choose another directory or pass --overwrite")
+        if not (output / SAMPLES_FILE).exists() and (not output.is_dir() or any(output.iterdir())):
+            raise NvlmError(f"{output} holds no {SAMPLES_FILE}, so it is not overwritten; choose another directory")
+    chosen = [task.strip() for task in tasks.split(",")] if tasks is not None else [*TASKS, *TEXT_TASKS]
+    samples = generate(split, chosen, count)  # type: ignore[arg-type]  # it checks split and tasks
+    total = len(chosen) * count
+    with storage_errors(output), temporary_sibling(output) as staging, terminal.progress() as progress:
+        (staging / "images").mkdir()
+        with (staging / SAMPLES_FILE).open("w", encoding="utf-8") as file:
+            for done, sample in enumerate(samples, start=1):
+                file.write(json.dumps(_write_pictures(sample, staging)) + "\n")
+                progress("drawing samples", done, total)
+        replace_directory(staging, output)
+    terminal.note(f"wrote {output} ({total} samples of {len(chosen)} tasks, split {split})")
+
+
+def _write_pictures(sample: Sample, directory: Path) -> dict[str, object]:
+    """Write a sample's pictures; returns its line of JSONL."""
+    paths = []
+    for number, image in enumerate(sample.images, start=1):
+        paths.append(f"images/{sample.name}-{number}.png" if len(sample.images) > 1 else f"images/{sample.name}.png")
+        (directory / paths[-1]).write_bytes(image)
+    pictures = {"images": paths} if len(paths) > 1 else {"image": paths[0]} if paths else {}
+    return {
+        "name": sample.name,
+        "task": sample.task,
+        **pictures,
+        "prompt": sample.prompt,
+        "answer": sample.answer,
+        "metric": sample.metric,
+    }

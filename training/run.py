@@ -1,0 +1,138 @@
+"""One training run: its stages over a work directory, each taking up where it was left."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from nvlm_trt.checkpoint_writer import write_checkpoint
+from nvlm_trt.config import PRESETS, NvlmConfig
+from nvlm_trt.evaluation.tinydocs import Split
+from nvlm_trt.reference.cross_attention import GatedCrossAttentionBlock
+from nvlm_trt.reference.model import ReferenceModel
+from nvlm_trt.tokenizer import TOKENIZER_FILES, Tokenizer
+from training import recipe
+from training.alignment_stage import train_alignment
+from training.features import scene_features
+from training.language_stage import Mix, SceneSet, train_language
+from training.loop import load_weights, trained_steps
+from training.pages import scenes as draw_scenes
+from training.sequences import Packer
+from training.targets import TokenTargets
+from training.tokens import write_tiny_tokenizer
+from training.vision_stage import train_vision
+
+
+class Run:
+    """The stages over one work directory."""
+
+    def __init__(self, work: Path, device: torch.device) -> None:
+        work.mkdir(parents=True, exist_ok=True)
+        self.work, self.device = work, device
+        if not (work / TOKENIZER_FILES[0]).exists():
+            config = PRESETS["nvlm-d-tiny"]
+            write_tiny_tokenizer(work, config.llm.vocab_size, config.max_tiles)
+        self.tokenizer = Tokenizer.from_directory(work)
+
+    def config(self, name: str) -> NvlmConfig:
+        return replace(PRESETS[f"nvlm-{name}-tiny"], image_token_id=self.tokenizer.image_token_id)
+
+    def new_model(self, name: str) -> ReferenceModel:
+        torch.manual_seed(recipe.SEED)
+        model = ReferenceModel(self.config(name))
+        nn.init.normal_(model.language_model.model.embed_tokens.weight, std=0.1)
+        if name != "d":
+            for block in model.language_model.cross_layers:
+                assert isinstance(block, GatedCrossAttentionBlock)
+                nn.init.constant_(block.attn_gate, 0.5)  # from 0, attention starts learning only as the gate opens
+                nn.init.constant_(block.mlp_gate, 0.1)
+        return model.to(self.device)
+
+    def common_stages(self) -> None:
+        train_vision(
+            self.config("d").vision,
+            recipe.VISION,
+            self.work / "vision",
+            recipe.SEED,
+            recipe.DENSE_TILES,
+            recipe.PAGE_SHARES,
+            self.device,
+        )
+        model = self.new_model("d")
+        packer = Packer(model.config, self.tokenizer)
+        train_language(model, packer, recipe.TEXT, recipe.TEXT_MIX, self.work / "text", recipe.SEED)
+        self.read_symbols()
+
+    def read_symbols(self) -> None:
+        """The language model reads pages whose image tokens are the targets of `TokenTargets`: no picture is needed."""
+        model = self.new_model("d")
+        self.load(model, "text")
+        targets = TokenTargets(model, self.tokenizer)
+        model.mlp1 = nn.Sequential()  # identity: the tokens are made already
+        sets = []
+        counts: dict[Split, int] = {"train": recipe.SCENES, "validation": recipe.VALIDATION_SCENES}
+        for split, count in counts.items():
+            _, labels, drawn = draw_scenes(split, recipe.SEED + 1, count, recipe.PAGE_SHARES)
+            tokens = [targets.of(part.to(self.device))[0].bfloat16() for part in torch.from_numpy(labels).split(4096)]
+            sets.append(SceneSet(drawn, torch.cat(tokens)))
+        packer = Packer(model.config, self.tokenizer)
+        train_language(model, packer, recipe.SYMBOLS, Mix(), self.work / "symbols", recipe.SEED, *sets)
+
+    def tune(self, name: str) -> None:
+        """Align the projector of one model, unless its start has one, and fine-tune it; the state is in tune-NAME."""
+        tuning = recipe.TUNING[name]
+        model = self.model_with_vision(name)
+        training, labels = self.scenes(model, "train", recipe.SCENES)
+        validation, _ = self.scenes(model, "validation", recipe.VALIDATION_SCENES)
+        self.load(model, tuning.start)
+        if not self._same_projector(name, tuning.start):
+            self.align(model, f"align-{name}", training, labels)
+        packer = Packer(model.config, self.tokenizer)
+        train_language(
+            model, packer, tuning.stage, tuning.mix, self.work / f"tune-{name}", recipe.SEED, training, validation
+        )
+
+    def model_with_vision(self, name: str) -> ReferenceModel:
+        """A new model with the trained vision encoder."""
+        model = self.new_model(name)
+        self.load(model, "vision", prefix="encoder.", into="vision_model.")
+        return model
+
+    def scenes(
+        self, model: ReferenceModel, split: Split, count: int, kind: str = "", shares: dict[str, float] | None = None
+    ) -> tuple[SceneSet, Tensor]:
+        """Scenes of a split with the frozen encoder's features and the labels of their tiles."""
+        path = self.work / f"scenes-{split}{kind}.safetensors"
+        return scene_features(model, split, recipe.SEED + 1, count, shares or recipe.PAGE_SHARES, path, self.device)
+
+    def align(self, model: ReferenceModel, stage: str, training: SceneSet, labels: Tensor) -> None:
+        train_alignment(
+            model, self.tokenizer, recipe.ALIGNMENT, self.work / stage, recipe.SEED, training.features, labels
+        )
+
+    def export(self, name: str, directory: Path) -> None:
+        model = self.new_model(name)
+        stage = self.work / f"tune-{name}" / "state.safetensors"
+        if trained_steps(stage) < recipe.TUNING[name].stage.steps:
+            raise SystemExit(f"error: {stage} is not trained to its end; run python -m training --work {self.work}")
+        self.load(model, f"tune-{name}")
+        tensors = ((key, tensor.detach().float().cpu().numpy()) for key, tensor in model.state_dict().items())
+        files = [self.work / file for file in TOKENIZER_FILES]
+        write_checkpoint(directory, model.config, tensors, tokenizer_files=files, overwrite=True)
+
+    def load(self, model: nn.Module, stage: str, prefix: str = "", into: str = "") -> None:
+        """Copy the weights of another stage that this model has too, by name and shape."""
+        own = model.state_dict()
+        for key, tensor in load_weights(self.work / stage / "state.safetensors").items():
+            name = into + key.removeprefix(prefix)
+            if key.startswith(prefix) and name in own and own[name].shape == tensor.shape:
+                own[name].copy_(tensor)
+
+    def _same_projector(self, name: str, start: str) -> bool:
+        """NVLM-D and NVLM-H have two-layer projectors, NVLM-X has one layer, what has seen no picture has none."""
+        if not start.startswith("tune-"):
+            return False
+        return self.config(name).projector_width == self.config(start.removeprefix("tune-")).projector_width
