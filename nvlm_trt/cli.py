@@ -12,6 +12,9 @@ from typing import Annotated
 import typer
 
 from nvlm_trt import terminal
+from nvlm_trt.commands.evaluate import evaluate
+from nvlm_trt.commands.tiles import tiles
+from nvlm_trt.commands.tinydocs import tinydocs
 from nvlm_trt.config import PRESETS
 from nvlm_trt.errors import NvlmError, RequestError
 
@@ -195,6 +198,11 @@ def ask(
         with Client(str(url)) as client:
             stream = client.stream(messages=messages, images=pictures, sampling=sampling, max_tiles=max_tiles)
             terminal.print_answer(stream, stats=stats, as_json=as_json)
+
+
+app.command()(tiles)
+app.command("eval")(evaluate)
+app.command()(tinydocs)
 
 
 def _read_picture(path: Path) -> bytes:

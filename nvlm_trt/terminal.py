@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as ProgressBars
 from rich.table import Table
@@ -19,6 +20,7 @@ from rich.table import Table
 from nvlm_trt.progress import Progress
 
 if TYPE_CHECKING:
+    from nvlm_trt.evaluation.accuracy import GroupScore, Summary, TaskScore
     from nvlm_trt.evaluation.parity import ParityReport
     from nvlm_trt.runtime.generation import Delta, Usage
 
@@ -98,6 +100,27 @@ def parity_table(report: ParityReport) -> None:
     for stage in report.stages:
         mark = "[green]ok[/green]" if stage.passed else "[red]FAIL[/red]"
         table.add_row(stage.name, stage.shape, stage.difference, stage.cosine, mark)
+    Console(highlight=False).print(table)
+
+
+def accuracy_table(summary: Summary, title: str) -> None:
+    """One line per task, then the means: tasks with images, text-only tasks, all."""
+    table = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD)
+    for heading in ("task", "", "metric", "n", "score", "95 % interval"):
+        table.add_column(heading, justify="right" if heading in ("n", "score", "95 % interval") else "left")
+
+    def add(name: str, kind: str, metric: str, row: TaskScore | GroupScore) -> None:
+        interval = f"{row.low:.3f} .. {row.high:.3f}"
+        table.add_row(_printable(name), kind, metric, str(row.count), f"{row.score:.3f}", interval)
+
+    for task in summary.tasks:
+        add(escape(task.task), task.kind, task.metric, task)
+    table.add_section()
+    image, text = summary.group("image"), summary.group("text")
+    groups = [("image tasks", image), ("text-only tasks", text), ("all tasks", summary.overall)]
+    for name, group in groups if image and text else groups[:2]:
+        if group is not None:
+            add(name, "", f"mean of {group.tasks}", group)
     Console(highlight=False).print(table)
 
 

@@ -133,7 +133,7 @@ def text_accuracy(model: ReferenceModel, packer: Packer, count: int = 200) -> di
     results = {}
     for number, task in enumerate(TEXT_TASKS):
         sequences = text_sequences(packer, "validation", [number], count // 10, 10, {task: 1.0})
-        right = torch.cat([_right_answers(model, collate(sequences[i : i + 10]), None, None) for i in (0, 10)])
+        right = torch.cat([right_answers(model, collate(sequences[i : i + 10]), None, None) for i in (0, 10)])
         results[task] = float(right.float().mean())
     return results
 
@@ -147,14 +147,14 @@ def scene_accuracy(model: ReferenceModel, packer: Packer, scenes: SceneSet) -> d
     right: dict[str, list[bool]] = {}
     for start in range(0, len(packed), 32):
         part = packed[start : start + 32]
-        answers = _right_answers(model, collate([sequence for _, sequence in part]), scenes.features, tags)
+        answers = right_answers(model, collate([sequence for _, sequence in part]), scenes.features, tags)
         asked: list[Question] = [question for questions, _ in part for question in questions]
         for question, is_right in zip(asked, answers.tolist(), strict=True):
             right.setdefault(question.task, []).append(is_right)
     return {task: float(np.mean(values)) for task, values in sorted(right.items())}
 
 
-def _right_answers(model: ReferenceModel, batch: Batch, features: Tensor | None, tags: Tensor | None) -> Tensor:
+def right_answers(model: ReferenceModel, batch: Batch, features: Tensor | None, tags: Tensor | None) -> Tensor:
     """For each answer of the batch in order, whether every token is right."""
     batch = batch.to(_device(model))
     with torch.autocast(_device(model).type, torch.bfloat16):

@@ -56,10 +56,10 @@ def draw_dense_page(random: np.random.Generator, font: str) -> Page:
         write(random, page, random_value(random), 0, y + random.uniform(16.5, 19), None, word=key)
     elif kind < 0.35:
         lines = int(random.integers(2, 5))
-        top = random.uniform(0, 56 - 14 * lines)
+        top = random.uniform(0, 2)
         for line, word in enumerate(pick(random, WORDS, lines)):
             if random.random() < 0.85:
-                y = top + 14 * (line + 0.5) + random.uniform(-0.7, 0.7)
+                y = top + 14 * (line + 0.5) + random.uniform(-1.5, 0)
                 write_word(random, page, random.uniform(0.5, 9), y, word, line=line + 1)
     else:
         for row in range(3):

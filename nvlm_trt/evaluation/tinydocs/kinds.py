@@ -112,14 +112,14 @@ def draw_list(random: np.random.Generator, font: str) -> Drawing:
     columns, _ = choose(random, _LIST_GRIDS)
     page = Page(columns, 1, font, random)
     lines = int(random.integers(2, 5))
-    pitch, top = 14.0, random.uniform(0, 56 - 14 * lines)
+    pitch, top = 14.0, random.uniform(0, 2)  # lines begin at the top, so that a tile alone tells which is which
     places = [(column, line) for line in range(lines) for column in range(columns)]
     first = [(int(random.integers(columns)), line) for line in range(lines)]  # no line is empty
     rest = [place for place in pick(random, places, len(places)) if place not in first]
     words = pick(random, WORDS, min(len(WORDS), lines + int(random.integers(0, len(rest) + 1))))
     questions = []
     for (column, line), word in zip((*first, *rest), words, strict=False):
-        y = top + pitch * (line + 0.5) + random.uniform(-0.7, 0.7)
+        y = top + pitch * (line + 0.5) + random.uniform(-1.5, 0)
         write_word(random, page, column * TILE + random.uniform(0.5, 9), y, word, line=line + 1)
         questions.append(Question("line", f"Which line says {word}?", str(line + 1)))
     return [page], questions

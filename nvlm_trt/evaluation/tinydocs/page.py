@@ -65,9 +65,9 @@ class Page:
         self._pen = ImageDraw.Draw(self.image)
 
     def _choose_size(self) -> tuple[int, int]:
-        """Pixels of the picture: 0.95 to 1.7 times the tiles', its aspect up to 8 % off, if the grid stays ours."""
+        """Pixels of the picture: 0.95 to 1.7 times the tiles', its aspect up to 15 % off, if the grid stays ours."""
         for _ in range(20):
-            scale, skew = self.generator.uniform(0.95, 1.7), self.generator.uniform(0.96, 1.04)
+            scale, skew = self.generator.uniform(0.95, 1.7), self.generator.uniform(0.93, 1.07)
             width, height = round(self.width * scale * skew), round(self.height * scale / skew)
             if choose_grid(width, height, TILE, MAX_TILES) == (self.columns, self.rows):
                 return width, height

@@ -1,0 +1,173 @@
+"""Accuracy of a model on a set of samples: asks what is not answered yet, scores, summarises by task."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from nvlm_trt.errors import NvlmError
+from nvlm_trt.evaluation.answerers import Answerer
+from nvlm_trt.evaluation.results import SCHEMA_VERSION, Header, ResultsFile
+from nvlm_trt.evaluation.samples import Sample
+from nvlm_trt.evaluation.scoring import mean_interval, score, wilson_interval
+from nvlm_trt.progress import Progress, no_progress
+
+Kind = Literal["image", "text"]
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """What an answer or its score depends on, besides model and sample."""
+
+    max_tokens: int = 32
+    tolerance: float = 0.0  # of the metric numeric
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """The mean score of one task's samples with its 95 % interval."""
+
+    kind: Kind
+    task: str
+    metric: str
+    count: int
+    score: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class GroupScore:
+    """The mean of the scores of several tasks, each counting the same, with its 95 % interval."""
+
+    tasks: int
+    count: int
+    score: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Text-only tasks stand apart: how much of its LLM a model has kept is another question than what it sees."""
+
+    tasks: tuple[TaskScore, ...]  # those with images first
+
+    def group(self, kind: Kind | None = None) -> GroupScore | None:
+        """The tasks of one kind, or all; None if there are none."""
+        tasks = [task for task in self.tasks if kind in (None, task.kind)]
+        if not tasks:
+            return None
+        low, high = mean_interval([(task.score, (task.low, task.high)) for task in tasks])
+        mean = math.fsum(task.score for task in tasks) / len(tasks)
+        return GroupScore(len(tasks), sum(task.count for task in tasks), mean, low, high)
+
+    @property
+    def overall(self) -> GroupScore:
+        overall = self.group()
+        assert overall is not None, "a set has at least one sample"
+        return overall
+
+    def to_dict(self) -> dict[str, Any]:
+        image, text = self.group("image"), self.group("text")
+        return {
+            "tasks": [asdict(task) for task in self.tasks],
+            "image": asdict(image) if image else None,
+            "text": asdict(text) if text else None,
+            "overall": asdict(self.overall),
+        }
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How two runs over the same samples compare, answer by answer."""
+
+    equal: int
+    total: int
+    differing: tuple[str, ...]  # names of samples
+
+
+def run_header(digest: str, count: int, answerer: Answerer, options: EvalOptions) -> Header:
+    """What answers belong to; two runs with the same header give the same results."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "samples": {"count": count, "digest": digest},
+        "model": answerer.identity.to_dict(),
+        "options": asdict(options),
+    }
+
+
+def evaluate(
+    samples: Sequence[Sample],
+    answerer: Answerer,
+    results: ResultsFile,
+    options: EvalOptions,
+    progress: Progress = no_progress,
+) -> Summary:
+    """Ask what `results` lacks, then summarise. Every answer is in `results` before the next one is waited for.
+
+    The model is not even loaded if nothing is left to ask. Raises what the answerer raises, saying what was kept.
+    """
+    remaining = [sample for sample in samples if sample.name not in results.answers]
+    if remaining:
+        progress("answering", len(results.answers), len(samples))
+        try:
+            with answerer, contextlib.closing(answerer.answers(remaining)) as answers:  # type: ignore[type-var]
+                for sample, text in answers:
+                    results.add(sample.name, text, _score(sample, text, options))
+                    progress("answering", len(results.answers), len(samples))
+        except NvlmError as error:
+            raise type(error)(f"{error} ({kept(results, len(samples))})") from error
+    return summarise(samples, results.answers, options)
+
+
+def summarise(samples: Sequence[Sample], answers: Mapping[str, str], options: EvalOptions) -> Summary:
+    """Tasks in the order of their first sample; a task of which only some samples have images is in both parts."""
+    scores: dict[tuple[Kind, str], list[float]] = {}
+    metrics: dict[tuple[Kind, str], dict[str, None]] = {}
+    for sample in samples:
+        key: tuple[Kind, str] = ("image" if sample.images else "text", sample.task)
+        scores.setdefault(key, []).append(_score(sample, answers[sample.name], options))
+        metrics.setdefault(key, {})[sample.metric] = None
+    tasks = []
+    for (kind, task), values in sorted(scores.items(), key=lambda item: item[0][0]):  # stable: "image" < "text"
+        mean = math.fsum(values) / len(values)
+        metric = ", ".join(metrics[kind, task])
+        tasks.append(TaskScore(kind, task, metric, len(values), mean, *wilson_interval(mean, len(values))))
+    return Summary(tuple(tasks))
+
+
+def document(samples: Sequence[Sample], results: ResultsFile, summary: Summary, options: EvalOptions) -> dict[str, Any]:
+    """The results as one JSON object."""
+    answers = [
+        {
+            "name": sample.name,
+            "task": sample.task,
+            "answer": results.answers[sample.name],
+            "expected": sample.answer,
+            "score": _score(sample, results.answers[sample.name], options),
+        }
+        for sample in samples
+    ]
+    return results.header | {"summary": summary.to_dict(), "answers": answers}
+
+
+def agreement(a: Mapping[str, str], b: Mapping[str, str]) -> Agreement:
+    """Compare answers by sample name, character by character; a sample that only one has is a difference."""
+    names = list(dict.fromkeys([*a, *b]))
+    differing = tuple(name for name in names if name not in a or name not in b or a[name] != b[name])
+    return Agreement(len(names) - len(differing), len(names), differing)
+
+
+def kept(results: ResultsFile, total: int) -> str:
+    """What an end before the end has left, and what to do."""
+    if results.partial is None:
+        return "nothing is kept; with --output FILE.json the same command goes on where it stopped"
+    return f"{len(results.answers)} of {total} answers are kept in {results.partial}; run the same command to go on"
+
+
+def _score(sample: Sample, answer: str, options: EvalOptions) -> float:
+    return score(sample.metric, answer, sample.answer, options.tolerance)
