@@ -22,6 +22,7 @@ from matplotlib import pyplot
 from nvlm_trt.evaluation.tinydocs import TEXT_TASKS, generate
 from nvlm_trt.evaluation.tinydocs.kinds import Question
 from nvlm_trt.prompt import Message, PromptEncoder
+from nvlm_trt.runtime.generation import Usage
 from nvlm_trt.runtime.pipeline import ChatRequest, Pipeline
 from nvlm_trt.runtime.sampling import SamplingParams
 from nvlm_trt.tokenizer import Tokenizer
@@ -119,7 +120,7 @@ def _padded_question(engine: Path) -> str:
     return " the" * (TEXT_TOKENS - own) + "What is the sum?"
 
 
-def _usage(pipeline: Pipeline, request: ChatRequest):  # type: ignore[no-untyped-def]
+def _usage(pipeline: Pipeline, request: ChatRequest) -> Usage:
     *_, last = pipeline.generate(request)
     assert last.usage is not None
     return last.usage

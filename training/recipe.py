@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 from training.language_stage import Mix
 from training.loop import Stage
 
@@ -14,22 +12,17 @@ VALIDATION_SCENES = 600
 # of the pages; codes and forms take longest to learn, and a page of shapes has four kinds of question
 PAGE_SHARES = {"ocr": 5.0, "form": 4.0, "line": 3.0, "sum": 2.0, "colour": 5.0, "chart": 2.5, "pair": 1.5}
 
-VISION = Stage(steps=2600, matrix_rate=3e-3, other_rate=3e-3, warmup=100, evaluate_every=400)
+VISION = Stage(steps=4500, matrix_rate=3e-3, other_rate=3e-3, warmup=100, evaluate_every=400)
 TEXT = Stage(steps=800, matrix_rate=4e-3, other_rate=3e-3, evaluate_every=200)
 SYMBOLS = Stage(steps=1500, matrix_rate=3e-3, other_rate=2e-3, evaluate_every=250)
 ALIGNMENT = Stage(steps=600, matrix_rate=3e-3, other_rate=3e-3, warmup=20, evaluate_every=600)
 
 
-@dataclass(frozen=True)
-class Tuning:
-    stage: Stage
-    start: str  # the stage whose language model it starts from
-    mix: Mix = field(default_factory=Mix)
-
-
+# every model starts from the language model of the stage `symbols`; X and H have cross-attention to learn
 TUNING = {
-    "d": Tuning(Stage(steps=5000, matrix_rate=3e-3, other_rate=2e-3, evaluate_every=500), start="symbols"),
-    "x": Tuning(Stage(steps=5000, matrix_rate=3e-3, other_rate=2e-3, evaluate_every=500), start="tune-d"),
-    "h": Tuning(Stage(steps=2600, matrix_rate=3e-3, other_rate=2e-3, evaluate_every=500), start="tune-d"),
+    "d": Stage(steps=3000, matrix_rate=3e-3, other_rate=2e-3, evaluate_every=500),
+    "x": Stage(steps=4000, matrix_rate=3e-3, other_rate=2e-3, evaluate_every=500),
+    "h": Stage(steps=3500, matrix_rate=3e-3, other_rate=2e-3, evaluate_every=500),
 }
+MIX = Mix()
 TEXT_MIX = Mix(texts=16, text_questions=5)

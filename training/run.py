@@ -17,7 +17,7 @@ from nvlm_trt.tokenizer import TOKENIZER_FILES, Tokenizer
 from training import recipe
 from training.alignment_stage import train_alignment
 from training.features import scene_features
-from training.language_stage import Mix, SceneSet, train_language
+from training.language_stage import SceneSet, train_language
 from training.loop import load_weights, trained_steps
 from training.pages import scenes as draw_scenes
 from training.sequences import Packer
@@ -79,21 +79,19 @@ class Run:
             tokens = [targets.of(part.to(self.device))[0].bfloat16() for part in torch.from_numpy(labels).split(4096)]
             sets.append(SceneSet(drawn, torch.cat(tokens)))
         packer = Packer(model.config, self.tokenizer)
-        train_language(model, packer, recipe.SYMBOLS, Mix(), self.work / "symbols", recipe.SEED, *sets)
+        train_language(model, packer, recipe.SYMBOLS, recipe.MIX, self.work / "symbols", recipe.SEED, *sets)
 
     def tune(self, name: str) -> None:
-        """Align the projector of one model, unless its start has one, and fine-tune it; the state is in tune-NAME."""
-        tuning = recipe.TUNING[name]
+        """Align the projector of one model and fine-tune it; the state is in tune-NAME."""
         model = self.model_with_vision(name)
         training, labels = self.scenes(model, "train", recipe.SCENES)
         validation, _ = self.scenes(model, "validation", recipe.VALIDATION_SCENES)
-        self.load(model, tuning.start)
-        if not self._same_projector(name, tuning.start):
-            self.align(model, f"align-{name}", training, labels)
+        self.load(model, "text")  # the embeddings that the symbols were made of
+        self.align(model, f"align-{name}", training, labels)
+        self.load(model, "symbols")
         packer = Packer(model.config, self.tokenizer)
-        train_language(
-            model, packer, tuning.stage, tuning.mix, self.work / f"tune-{name}", recipe.SEED, training, validation
-        )
+        directory = self.work / f"tune-{name}"
+        train_language(model, packer, recipe.TUNING[name], recipe.MIX, directory, recipe.SEED, training, validation)
 
     def model_with_vision(self, name: str) -> ReferenceModel:
         """A new model with the trained vision encoder."""
@@ -116,7 +114,7 @@ class Run:
     def export(self, name: str, directory: Path) -> None:
         model = self.new_model(name)
         stage = self.work / f"tune-{name}" / "state.safetensors"
-        if trained_steps(stage) < recipe.TUNING[name].stage.steps:
+        if trained_steps(stage) < recipe.TUNING[name].steps:
             raise SystemExit(f"error: {stage} is not trained to its end; run python -m training --work {self.work}")
         self.load(model, f"tune-{name}")
         tensors = ((key, tensor.detach().float().cpu().numpy()) for key, tensor in model.state_dict().items())
@@ -130,9 +128,3 @@ class Run:
             name = into + key.removeprefix(prefix)
             if key.startswith(prefix) and name in own and own[name].shape == tensor.shape:
                 own[name].copy_(tensor)
-
-    def _same_projector(self, name: str, start: str) -> bool:
-        """NVLM-D and NVLM-H have two-layer projectors, NVLM-X has one layer, what has seen no picture has none."""
-        if not start.startswith("tune-"):
-            return False
-        return self.config(name).projector_width == self.config(start.removeprefix("tune-")).projector_width

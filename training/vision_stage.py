@@ -20,7 +20,9 @@ from training.pages import Shares, dense_tiles, scenes
 
 BATCH = 128
 _LAYER_SCALE = 0.5
-_WEIGHTS = {"kind": 2.0, "character": 1.0, "number": 1.0, "index": 0.7, "colour": 0.7, "word": 0.7}
+# letters are most of what there is to learn; the rest follows from position, size and colour
+_WEIGHTS = {"kind": 1.0, "character": 2.5, "number": 1.0}
+_OTHER_WEIGHT = 0.4
 
 
 class LabelledEncoder(nn.Module):
@@ -61,7 +63,7 @@ def train_vision(
         with torch.autocast(device.type, torch.bfloat16):
             logits = model(pixels[chosen].to(device))
         losses = plane_losses(logits, labels[chosen].to(device))
-        losses["loss"] = torch.stack([_WEIGHTS.get(name, 0.5) * loss for name, loss in losses.items()]).sum()
+        losses["loss"] = torch.stack([_WEIGHTS.get(name, _OTHER_WEIGHT) * loss for name, loss in losses.items()]).sum()
         yield losses
 
     train(model, stage, directory, losses_at, lambda: plane_accuracy(model, *checks, device))
