@@ -12,8 +12,8 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,8 +128,9 @@ def storage_errors(path: Path) -> Iterator[None]:
 def temporary_sibling(target: Path) -> Iterator[Path]:
     """A fresh folder beside `target`, on the same file system, gone afterwards unless it was renamed."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    staging = target.parent / f".{target.name}.{secrets.token_hex(8)}"  # named first: an interrupt may come at any time
     try:
+        staging.mkdir(mode=0o700)
         yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)

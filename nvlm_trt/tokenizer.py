@@ -154,7 +154,7 @@ def write_byte_tokenizer(directory: Path | str, max_tiles: int) -> None:
 
 
 def format_tokens(max_tiles: int) -> list[str]:
-    """The prompt format's own tokens: ChatML's, the image placeholder, <Image>, </Image>, the tiles' and thumbnail's tag."""
+    """The prompt format's own tokens: ChatML's, the image placeholder, <Image>, </Image>, the tags of tiles."""
     tags = [tile_tag(number) for number in range(1, max_tiles + 1)]
     return [END_OF_TEXT, MESSAGE_START, MESSAGE_END, IMAGE_TOKEN, IMAGE_START, IMAGE_END, *tags, THUMBNAIL_TAG]
 

@@ -22,13 +22,14 @@ _VALUES: dict[str, tuple[object, ...]] = {
     "line": (1, 2, 3, 4),
     "number": tuple(range(1, MAX_HEIGHT + 1)),
     "place": PLACES,
+    "previous": ("", *CODE_CHARACTERS, "+", "=", "."),
 }
 PLANES: dict[str, int] = {name: len(values) for name, values in _VALUES.items()}
 _CODES = {name: {value: code for code, value in enumerate(values)} for name, values in _VALUES.items()}
 
 # the planes that say something of each kind; the others are ignored there
 _TOLD = {
-    "glyph": ("colour", "character", "index", "word"),
+    "glyph": ("colour", "character", "index", "word", "previous"),
     "word": ("word", "line"),
     **dict.fromkeys(SHAPES, ("colour", "number", "place")),
     "bar": ("colour", "number"),

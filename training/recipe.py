@@ -24,5 +24,5 @@ TUNING = {
     "x": Stage(steps=4000, matrix_rate=3e-3, other_rate=2e-3, evaluate_every=500),
     "h": Stage(steps=3500, matrix_rate=3e-3, other_rate=2e-3, evaluate_every=500),
 }
-MIX = Mix()
+MIX = Mix(texts=4)
 TEXT_MIX = Mix(texts=16, text_questions=5)

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from nvlm_trt.checkpoint_writer import write_checkpoint
 from nvlm_trt.config import PRESETS, NvlmConfig
 from nvlm_trt.evaluation.tinydocs import Split
-from nvlm_trt.reference.cross_attention import GatedCrossAttentionBlock
 from nvlm_trt.reference.model import ReferenceModel
 from nvlm_trt.tokenizer import TOKENIZER_FILES, Tokenizer
 from training import recipe
 from training.alignment_stage import train_alignment
 from training.features import scene_features
+from training.initialise import initialise
 from training.language_stage import SceneSet, train_language
 from training.loop import load_weights, trained_steps
 from training.pages import scenes as draw_scenes
@@ -43,12 +43,7 @@ class Run:
     def new_model(self, name: str) -> ReferenceModel:
         torch.manual_seed(recipe.SEED)
         model = ReferenceModel(self.config(name))
-        nn.init.normal_(model.language_model.model.embed_tokens.weight, std=0.1)
-        if name != "d":
-            for block in model.language_model.cross_layers:
-                assert isinstance(block, GatedCrossAttentionBlock)
-                nn.init.constant_(block.attn_gate, 0.5)  # from 0, attention starts learning only as the gate opens
-                nn.init.constant_(block.mlp_gate, 0.1)
+        initialise(model)
         return model.to(self.device)
 
     def common_stages(self) -> None:

@@ -1,8 +1,9 @@
 """Labels of a tile -> the image tokens that would say it in the language model's own words.
 
-Targets are sums of word embeddings: of a glyph its letter, its place in its string, its colour and its key; of a shape
-its name, colour, place and how many there are. A token covers 2 x 2 patches, so letters of its right column are rotated
-to stay apart from those of its left.
+Targets are sums of word embeddings: of a glyph its letter, the letter before it, its place in its string, its colour
+and its key; of a shape its name, colour, place and how many there are. A token covers 2 x 2 patches, and both columns
+hold letters: each part has a rotation of its own to stay apart. The letter before is what a reader has just said when
+it looks for the next one, so it stands as it is (in the left column), for attention to find.
 """
 
 from __future__ import annotations
@@ -25,26 +26,33 @@ class TokenTargets:
 
         nothing = torch.zeros(hidden, device=self._device)
 
-        def word(text: object) -> Tensor:
-            return self._unit(embedding[tokenizer.encode(str(text))].mean(0))
+        def word(text: str) -> Tensor:
+            """As a question spells it, after a space, and as an answer does, without."""
+            forms = [text] if len(text) == 1 else [f" {text}", text]
+            return self._unit(torch.stack([embedding[tokenizer.encode(form)].mean(0) for form in forms]).sum(0))
 
-        def table(plane: str, prefix: str = " ") -> Tensor:
+        def table(plane: str) -> Tensor:
             """[classes, hidden]; what means nothing is zero"""
-            return torch.stack([nothing if v in (None, "none") else word(f"{prefix}{v}") for v in values(plane)])
+            return torch.stack([nothing if value is None else word(str(value)) for value in values(plane)])
 
         random = torch.Generator().manual_seed(5)
-        self._turn = torch.linalg.qr(torch.randn(hidden, hidden, generator=random))[0].to(self._device)
+        turns = torch.linalg.qr(torch.randn(3, hidden, hidden, generator=random))[0].to(self._device)
+        same = torch.eye(hidden, device=self._device)
+        # by plane, the rotations of the left and of the right column
+        self._turns = {"character": (turns[0], turns[1]), "previous": (same, turns[2])}
         self._tables = {
             "colour": table("colour"),
-            "character": table("character", ""),
+            "character": table("character"),
             "word": table("word"),
-            "line": table("line", ""),
-            "number": table("number", ""),
+            "line": table("line"),
+            "number": table("number"),
             "place": table("place"),
+            # before the first letter an answer has the line break after "assistant"
+            "previous": torch.stack([word(str(value) or "\n") for value in values("previous")]),
         }
         shown = {"none": None, "word": None, "glyph": "text", "blur": "text"}  # a word is its own name
         names = [shown.get(str(value), value) for value in values("kind")]
-        self._tables["kind"] = torch.stack([nothing if name is None else word(f" {name}") for name in names])
+        self._tables["kind"] = torch.stack([nothing if name is None else word(str(name)) for name in names])
         index = torch.randn(2, PLANES["index"], hidden, generator=random).to(self._device)
         self._index = self._unit(index)  # apart for the left and the right column
         self._position = 0.5 * self._unit(torch.randn(GRID * GRID // 4, hidden, generator=random).to(self._device))
@@ -60,8 +68,9 @@ class TokenTargets:
         right = torch.tensor([False, True, False, True], device=labels.device)
         for name, table in self._tables.items():
             part = torch.where((by_name[name] != IGNORE)[..., None], table[by_name[name].clamp(min=0)], 0.0)
-            if name == "character":
-                part = torch.where(right[:, None], part @ self._turn, part)
+            if name in self._turns:
+                left_turn, right_turn = self._turns[name]
+                part = torch.where(right[:, None], part @ right_turn, part @ left_turn)
             total += part.sum(2)
         index = by_name["index"]
         place = torch.where(right[:, None], self._index[1][index.clamp(min=0)], self._index[0][index.clamp(min=0)])

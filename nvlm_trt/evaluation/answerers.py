@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -219,28 +218,14 @@ def _served_model(url: str) -> ModelIdentity:
 
     Elsewhere the path stands for it: an engine that is rebuilt there under the same name is not told apart.
     """
-    from tritonclient.grpc import InferenceServerClient
-    from tritonclient.utils import InferenceServerException
-
     from nvlm_trt.serving.client import Client
-    from nvlm_trt.serving.wire import MODEL
 
     with Client(url) as client:
         if not client.ready():
             raise ServerError(f"no server answers at {url}; start one with `nvlm-trt serve`, or check host and port")
-    local = url.startswith(_LOOPBACK)
-    options = [("grpc.enable_http_proxy", 0)] if local else []  # as Client: a proxy is not for this machine's servers
-    try:
-        with InferenceServerClient(url.removeprefix("grpc://").rstrip("/"), channel_args=options) as triton:
-            config = triton.get_model_config(MODEL, as_json=True)["config"]
-        path = str(config["parameters"]["engine"]["string_value"])
-    except (InferenceServerException, KeyError) as error:
-        detail = " ".join(str(error).split())
-        raise ServerError(f"{url} does not serve an nvlm-trt engine ({detail}); name a server of ours") from None
-    if local:
+        path = client.served_engine()
+    if url.startswith(_LOOPBACK):
         with contextlib.suppress(NvlmError):
             engine = Engine.open(path)
             return ModelIdentity("server", engine.config.name, engine.digest)
-    return ModelIdentity(
-        "server", path, hashlib.sha256(json.dumps(config["input"]).encode() + path.encode()).hexdigest()
-    )
+    return ModelIdentity("server", path, hashlib.sha256(path.encode()).hexdigest())

@@ -10,7 +10,7 @@ from torch import Tensor
 from nvlm_trt.config import NvlmConfig
 from nvlm_trt.evaluation.samples import Sample
 from nvlm_trt.image import load_image
-from nvlm_trt.prompt import EncodedPrompt, Message, PromptEncoder, split_tiles
+from nvlm_trt.prompt import Message, PromptEncoder, split_tiles
 from nvlm_trt.reference.decoder import KeyValue
 from nvlm_trt.reference.model import ReferenceModel
 from nvlm_trt.reference.preprocess import reference_tiles
@@ -36,7 +36,8 @@ class ReferenceAnswer:
         tiles = [reference_tiles(load_image(data), edge, self._config.max_tiles) for data in sample.images]
         prompt = self._prompts.encode([Message("user", sample.prompt)], [len(image) for image in tiles])
         llm_tokens, cross_kv = self._features(tiles)
-        return self._tokenizer.decode(self._generate(prompt, llm_tokens, cross_kv))
+        stop_ids = self._tokenizer.stop_ids
+        return self._tokenizer.decode(self._model.generate(prompt, llm_tokens, cross_kv, self._max_tokens, stop_ids))
 
     def _features(self, images: list[Tensor]) -> tuple[Tensor | None, list[KeyValue] | None]:
         """Tiles [n, 3, E, E] of each image -> LLM image tokens [M, hidden] and cross keys and values of all."""
@@ -56,21 +57,3 @@ class ReferenceAnswer:
         # the tiles of each image are counted from 1; an image of a single tile is a thumbnail only
         tags = [torch.from_numpy(self._prompts.tag_ids(len(part))) for part in in_cross if len(part)]
         return llm_tokens, self._model.cross_kv(crossed, torch.cat(tags))
-
-    def _generate(self, prompt: EncodedPrompt, llm_tokens: Tensor | None, cross_kv: list[KeyValue] | None) -> list[int]:
-        """The likeliest tokens up to a stop token, the image token never; see ReferenceModel.generate."""
-        input_ids = torch.from_numpy(prompt.input_ids)[None]  # [1, S]
-        ranges = torch.from_numpy(prompt.cross_ranges)[None]  # [1, S, 2]
-        everything = torch.tensor([[self._prompts.decode_range(prompt)]], dtype=ranges.dtype)
-        generated: list[int] = []
-        cache = None
-        while len(generated) < self._max_tokens:
-            logits, cache = self._model(input_ids, llm_tokens, cross_kv, ranges, cache)
-            last = logits[0, -1]  # [vocab]
-            last[self._model.image_token_id] = -torch.inf
-            token_id = int(last.argmax())
-            if token_id in self._tokenizer.stop_ids:
-                break
-            generated.append(token_id)
-            input_ids, ranges, llm_tokens = torch.tensor([[token_id]]), everything, None
-        return generated

@@ -5,7 +5,7 @@ Written to be read and checked against transformers, not to be fast.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -94,8 +94,9 @@ class ReferenceModel(nn.Module):
         llm_image_tokens: Tensor | None,
         cross_kv: Sequence[KeyValue] | None,
         max_tokens: int,
+        stop_ids: Collection[int] = (),
     ) -> list[int]:
-        """Exactly `max_tokens` greedy tokens, stop tokens included; the image token is never chosen.
+        """At most `max_tokens` greedy tokens, up to the first of `stop_ids`; the image token is never chosen.
 
         A generated token reads every cross-attended token of the prompt."""
         device = self.language_model.model.norm.weight.device
@@ -108,6 +109,9 @@ class ReferenceModel(nn.Module):
             logits, cache = self(input_ids, llm_image_tokens, cross_kv, ranges, cache)
             last = logits[0, -1]  # [vocab]
             last[self.image_token_id] = -torch.inf
-            generated.append(int(last.argmax()))
+            token_id = int(last.argmax())
+            if token_id in stop_ids:
+                break
+            generated.append(token_id)
             input_ids, ranges, llm_image_tokens = last.argmax().view(1, 1), everything, None
         return generated

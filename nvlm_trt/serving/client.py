@@ -19,7 +19,7 @@ from nvlm_trt.prompt import Message
 from nvlm_trt.runtime.generation import Delta, FinishReason, Usage
 from nvlm_trt.runtime.sampling import SamplingParams, TokenLogprob
 from nvlm_trt.serving.messages import delta_of, infer_request
-from nvlm_trt.serving.wire import merge_deltas
+from nvlm_trt.serving.wire import MODEL, merge_deltas
 
 Messages = Sequence[Message | Mapping[str, str]]
 Image = bytes | str | os.PathLike[str]
@@ -97,6 +97,19 @@ class Client:
             return self._stub.ServerReady(service_pb2.ServerReadyRequest(), timeout=_READY_SECONDS).ready
         except grpc.RpcError:
             return False
+
+    def served_engine(self) -> str:
+        """The engine directory as the server names it. Raises ServerError if it serves none, or is not there."""
+        request = service_pb2.ModelConfigRequest(name=MODEL)
+        try:
+            config = self._stub.ModelConfig(request, timeout=_READY_SECONDS).config
+        except grpc.RpcError as error:
+            if error.code() == grpc.StatusCode.UNAVAILABLE:
+                raise _connection_error(self._url, error) from None
+            raise ServerError(f"{self._url} does not serve an nvlm-trt engine; name a server of ours") from None
+        if "engine" not in config.parameters:
+            raise ServerError(f"the model {MODEL} at {self._url} is not of nvlm-trt; name a server of ours")
+        return config.parameters["engine"].string_value
 
     def close(self) -> None:
         self._channel.close()

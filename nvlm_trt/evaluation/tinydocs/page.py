@@ -40,6 +40,7 @@ class Mark:
     colour: str | None = None
     character: str | None = None  # glyph of a code, value or sum
     index: int | None = None  # its place there, from 0
+    previous: str | None = None  # the character before it, "" before the first
     word: str | None = None  # a form's key (also on its value), a list's word
     line: int | None = None  # a list's line, from 1
     number: int | None = None  # shape: how many of its kind the page has; bar: its height
@@ -58,13 +59,13 @@ class Page:
 
     def __post_init__(self) -> None:
         self.width, self.height = self.columns * TILE, self.rows * TILE
-        pixels = self._choose_size()
+        pixels = self.choose_size()
         self._scale = (pixels[0] / self.width, pixels[1] / self.height)
         self.tint = tuple(int(value) for value in self.generator.integers(232, 256, 3))
         self.image = Image.new("RGB", pixels, self.tint)
         self._pen = ImageDraw.Draw(self.image)
 
-    def _choose_size(self) -> tuple[int, int]:
+    def choose_size(self) -> tuple[int, int]:
         """Pixels of the picture: 0.95 to 1.7 times the tiles', its aspect up to 15 % off, if the grid stays ours."""
         for _ in range(20):
             scale, skew = self.generator.uniform(0.95, 1.7), self.generator.uniform(0.93, 1.07)
@@ -84,7 +85,7 @@ class Page:
             centre = x + advance / 2
             fill = COLOURS[colour] if colour else INK
             self._pen.text((centre * x_scale, y * y_scale + 0.36 * size * scale), character, fill, font, anchor="ms")
-            mark = Mark("glyph", centre, y, colour, character, index)
+            mark = Mark("glyph", centre, y, colour, character, index, text[index - 1 : index])
             self.marks.append(replace(mark, **facts))  # type: ignore[arg-type]
             x += advance
 

@@ -69,4 +69,4 @@ def write_word(random: np.random.Generator, page: Page, x: float, y: float, word
     tile_left = x // TILE * TILE
     size, width = page.fit(text, random.uniform(10.5, 12), TILE - 2)
     x = min(x, tile_left + TILE - 1 - width)
-    page.text(text, x, y, size, None, kind="word", character=None, index=None, word=word, **facts)
+    page.text(text, x, y, size, None, kind="word", character=None, index=None, previous=None, word=word, **facts)
