@@ -143,7 +143,7 @@ def test_a_bar_is_as_tall_as_the_answer(seed):
     for mark in page.marks:
         column = [nearest_colour(page, mark.x, y) == mark.colour for y in np.arange(0.5, page.height)]
         measured = sum(column) / page.height / 0.105
-        assert abs(measured - asked[mark.colour]) < 0.35
+        assert abs(measured - asked[mark.colour]) < 0.5
         assert 1 <= asked[mark.colour] <= MAX_HEIGHT
 
 
