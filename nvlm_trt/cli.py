@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from nvlm_trt import terminal
+from nvlm_trt.commands.bench import bench
 from nvlm_trt.commands.evaluate import evaluate
 from nvlm_trt.commands.tiles import tiles
 from nvlm_trt.commands.tinydocs import tinydocs
@@ -203,6 +204,7 @@ def ask(
 app.command()(tiles)
 app.command("eval")(evaluate)
 app.command()(tinydocs)
+app.add_typer(bench, name="bench")
 
 
 def _read_picture(path: Path) -> bytes:

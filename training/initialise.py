@@ -1,8 +1,10 @@
-"""Weights to start from. Half of the attention heads begin by looking for what they are like.
+"""Weights to start from. Half of the attention heads begin by looking for image tokens that show what a word means.
 
 A query that equals a key's projection matches tokens of the same content, which is what finding the asked-for thing on
 a page comes down to; from random projections that skill appears late or not at all in a short run. After "Mimetic
 Initialization of Self-Attention Layers" (Trockman and Kolter 2023, arXiv 2305.09828), for one of the key/value heads.
+Between the two stands a fixed rotation: image tokens speak of a thing in the word's embedding, rotated
+(`training/targets.py`), so that a word matches the picture of its thing and not itself.
 """
 
 from __future__ import annotations
@@ -14,8 +16,9 @@ from nvlm_trt.reference.cross_attention import CrossAttention, GatedCrossAttenti
 from nvlm_trt.reference.decoder import SelfAttention
 from nvlm_trt.reference.model import ReferenceModel
 
+IMAGE_ROTATION_SEED = 7
 _EMBEDDING_STD = 0.1
-_LIKENESS = 0.7  # of a query to its key: a token's score with its like is about 4
+_LIKENESS = 0.7  # of a query to its key: a word's score with its image is about 4
 _COPYING = 0.5  # of what an attended token holds, how much is added to the reader
 _ATTENTION_GATE = 0.5  # from 0, attention starts to learn only as the gate opens
 _FFN_GATE = 0.1
@@ -33,6 +36,12 @@ def initialise(model: ReferenceModel) -> None:
                 nn.init.constant_(module.mlp_gate, _FFN_GATE)
 
 
+def image_rotation(hidden: int) -> Tensor:
+    """[hidden, hidden], orthogonal: from a word's embedding to what an image token of it holds."""
+    random = torch.Generator().manual_seed(IMAGE_ROTATION_SEED)
+    return torch.linalg.qr(torch.randn(hidden, hidden, generator=random))[0]
+
+
 @torch.no_grad()
 def _look_for_likeness(attention: SelfAttention | CrossAttention) -> None:
     """The query heads of key/value head 0; the other heads stay random, for positions and all else."""
@@ -42,13 +51,10 @@ def _look_for_likeness(attention: SelfAttention | CrossAttention) -> None:
     for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
         nn.init.normal_(projection.weight, std=hidden**-0.5)
     group = heads // kv_heads
+    rotation = image_rotation(hidden)
     key, value = attention.k_proj.weight[:dim], attention.v_proj.weight[:dim]  # [head_dim, hidden]
     for head in range(group):
         rows = slice(head * dim, (head + 1) * dim)
-        attention.q_proj.weight[rows] = _LIKENESS * key + (1 - _LIKENESS) * attention.q_proj.weight[rows]
-        attention.o_proj.weight[:, rows] += _COPYING / group * _pseudo_inverse(value)
-
-
-def _pseudo_inverse(value: Tensor) -> Tensor:
-    """[head_dim, hidden] -> [hidden, head_dim] that gives back what `value` kept."""
-    return torch.linalg.pinv(value)
+        attention.q_proj.weight[rows] = _LIKENESS * key @ rotation + (1 - _LIKENESS) * attention.q_proj.weight[rows]
+        # [hidden, head_dim]: back to what the value kept, and to the words for it
+        attention.o_proj.weight[:, rows] += _COPYING / group * rotation.T @ torch.linalg.pinv(value)

@@ -3,7 +3,8 @@
 Targets are sums of word embeddings: of a glyph its letter, the letter before it, its place in its string, its colour
 and its key; of a shape its name, colour, place and how many there are. A token covers 2 x 2 patches, and both columns
 hold letters: each part has a rotation of its own to stay apart. The letter before is what a reader has just said when
-it looks for the next one, so it stands as it is (in the left column), for attention to find.
+it looks for the next one, so it stands as it is (in the left column), for attention to find. All of it is rotated once
+more, for words not to match themselves (`training/initialise.py`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from nvlm_trt.reference.model import ReferenceModel
 from nvlm_trt.tokenizer import Tokenizer
+from training.initialise import image_rotation
 from training.labels import GRID, IGNORE, PLANES, values
 
 
@@ -37,6 +39,7 @@ class TokenTargets:
 
         random = torch.Generator().manual_seed(5)
         turns = torch.linalg.qr(torch.randn(3, hidden, hidden, generator=random))[0].to(self._device)
+        self._rotation = image_rotation(hidden).to(self._device)
         same = torch.eye(hidden, device=self._device)
         # by plane, the rotations of the left and of the right column
         self._turns = {"character": (turns[0], turns[1]), "previous": (same, turns[2])}
@@ -64,7 +67,7 @@ class TokenTargets:
         planes = labels.view(-1, half, 2, half, 2, len(PLANES)).permute(0, 1, 3, 2, 4, 5)
         planes = planes.reshape(len(labels), half * half, 4, len(PLANES)).long()
         by_name = dict(zip(PLANES, planes.unbind(-1), strict=True))  # each [n, T, 4]
-        total = self._position.expand(len(labels), -1, -1).clone()
+        total = torch.zeros(len(labels), half * half, self._rotation.shape[0], device=labels.device)
         right = torch.tensor([False, True, False, True], device=labels.device)
         for name, table in self._tables.items():
             part = torch.where((by_name[name] != IGNORE)[..., None], table[by_name[name].clamp(min=0)], 0.0)
@@ -75,7 +78,7 @@ class TokenTargets:
         index = by_name["index"]
         place = torch.where(right[:, None], self._index[1][index.clamp(min=0)], self._index[0][index.clamp(min=0)])
         total += torch.where((index != IGNORE)[..., None], place, 0.0).sum(2)
-        return total, (by_name["kind"] > 0).any(-1)
+        return total @ self._rotation.T + self._position, (by_name["kind"] > 0).any(-1)
 
     def _unit(self, x: Tensor) -> Tensor:
         """Scaled to the length of an average embedding."""

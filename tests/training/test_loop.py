@@ -1,6 +1,7 @@
 """A run that is cut goes on as if it had not been."""
 
 import csv
+import itertools
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from training.loop import Stage, load_weights, rate_factor, train, trained_steps
 STAGE = Stage(steps=24, matrix_rate=0.02, other_rate=0.02, warmup=4, log_every=2, save_every=5, evaluate_every=6)
 
 
-class Cut(Exception):
+class CutError(Exception):
     pass
 
 
@@ -21,7 +22,7 @@ def run(directory, cut_at=None):
 
     def losses_at(step):
         if step == cut_at:
-            raise Cut
+            raise CutError
         random = torch.Generator().manual_seed(step)
         x = torch.randn(16, 6, generator=random)
         yield {"loss": (module(x)[:, 0] - x.sum(1)).square().mean()}
@@ -39,7 +40,7 @@ def rows(path):
 @pytest.mark.parametrize("cut_at", [1, 7, 15, 23])
 def test_a_cut_run_resumes_bit_for_bit(tmp_path, cut_at):
     whole = run(tmp_path / "whole")
-    with pytest.raises(Cut):
+    with pytest.raises(CutError):
         run(tmp_path / "cut", cut_at)
     resumed = run(tmp_path / "cut")
     assert whole.keys() == resumed.keys()
@@ -49,7 +50,7 @@ def test_a_cut_run_resumes_bit_for_bit(tmp_path, cut_at):
 
 
 def test_a_cut_while_saving_leaves_the_state_before(tmp_path, monkeypatch):
-    with pytest.raises(Cut):
+    with pytest.raises(CutError):
         run(tmp_path, cut_at=7)
     (tmp_path / "state.partial").write_bytes(b"half a file")
     assert trained_steps(tmp_path / "state.safetensors") == 5
@@ -66,5 +67,5 @@ def test_rates_rise_stay_and_fall():
     factors = [rate_factor(step, STAGE) for step in range(STAGE.steps)]
     assert factors[0] == 0.25
     assert factors[3:12] == [1.0] * 9
-    assert all(a > b for a, b in zip(factors[12:], factors[13:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(factors[12:]))
     assert factors[-1] == pytest.approx(0.02, abs=0.09)

@@ -1,0 +1,125 @@
+"""One load process: asks the server what its parent says, as many questions at once as are open.
+
+    python -m nvlm_trt.benchmark.worker grpc://host:port
+
+JSON lines on stdin -> JSON lines on stdout:
+
+    {"draw": [[width, height], ...]}          {"drawn": count}         pictures are drawn before anything is timed
+    {"ask": question, "due": time or null}    {"record": record}       when it is answered
+    {"cpu": true}                             {"cpu_s": seconds}       used by this process up to now
+    {"cancel": true}                                                   every open question ends, with its record
+
+At the end of stdin, the parent's end too, it cancels what is open and ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from typing import Any
+
+from nvlm_trt.benchmark import pictures
+from nvlm_trt.benchmark.record import Record, clock
+from nvlm_trt.benchmark.workload import ImageSize, Question
+from nvlm_trt.errors import ImageError, NvlmError, QueueFullError, RequestError
+from nvlm_trt.serving.client import AsyncClient
+
+LONGEST_LINE = 1 << 28  # bytes; a record has about 30 per token of its answer
+
+
+async def ask(client: AsyncClient, question: Question, due: float | None) -> Record:
+    """Never raises for what the server or the connection does: the record says it."""
+    images = [pictures.encode(picture) for picture in question.pictures]
+    sampling = {"max_tokens": question.output_tokens, "ignore_eos": True}
+    record = Record(question.index, question.output_tokens, len(images), sent=clock(), due=due)
+    finish_reason = None
+    try:
+        async for delta in client.stream(
+            question.text, images=images, sampling=sampling, max_tiles=question.max_tiles if images else None
+        ):
+            now = clock()
+            if delta.token_ids:
+                record.arrivals.append((now, len(delta.token_ids)))
+            if delta.finish_reason:
+                record.ended, record.usage, finish_reason = now, delta.usage, delta.finish_reason
+    except asyncio.CancelledError:
+        record.ended = clock()
+        return record
+    except NvlmError as error:
+        record.ended = clock()
+        record.status, record.error = _status_of(error), str(error)
+        return record
+    record.ended = record.ended or clock()
+    if finish_reason == "length" and record.tokens == question.output_tokens:
+        record.status = "ok"
+    elif finish_reason == "length":
+        record.status = "refused"
+        record.error = (
+            f"the server ended an answer after {record.tokens} of {question.output_tokens} tokens: it holds no more "
+            "with the prompt; ask for fewer --output-tokens or --prompt-tokens, or rebuild with --max-seq-len"
+        )
+    else:
+        record.status = "failed"
+        record.error = f"the answer ended after {record.tokens} tokens ({finish_reason or 'without an end'})"
+    return record
+
+
+def _status_of(error: NvlmError) -> Any:
+    if isinstance(error, QueueFullError):
+        return "rejected"
+    return "refused" if isinstance(error, (RequestError, ImageError)) else "failed"
+
+
+class Worker:
+    def __init__(self, client: AsyncClient) -> None:
+        self._client = client
+        self._open: set[asyncio.Task[None]] = set()
+
+    async def serve(self, messages: asyncio.StreamReader) -> None:
+        try:
+            async for line in messages:
+                self._handle(json.loads(line))
+        finally:
+            self._cancel()
+            await asyncio.gather(*self._open, return_exceptions=True)
+
+    def _handle(self, message: dict[str, Any]) -> None:
+        if "ask" in message:
+            task = asyncio.ensure_future(self._ask(Question.from_json(message["ask"]), message["due"]))
+            self._open.add(task)
+            task.add_done_callback(self._open.discard)
+        elif "draw" in message:
+            for width, height in message["draw"]:
+                pictures.draw(ImageSize(width, height))
+            _reply({"drawn": len(message["draw"])})
+        elif "cpu" in message:
+            _reply({"cpu_s": time.process_time()})
+        elif "cancel" in message:
+            self._cancel()
+
+    async def _ask(self, question: Question, due: float | None) -> None:
+        _reply({"record": (await ask(self._client, question, due)).to_json()})
+
+    def _cancel(self) -> None:
+        for task in self._open:
+            task.cancel()
+
+
+def _reply(message: dict[str, Any]) -> None:
+    # blocks while the pipe is full; the parent reads all the time
+    sys.stdout.buffer.write(json.dumps(message).encode() + b"\n")
+    sys.stdout.buffer.flush()
+
+
+async def _main(url: str) -> None:
+    messages = asyncio.StreamReader(limit=LONGEST_LINE)
+    loop = asyncio.get_running_loop()
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(messages), sys.stdin)
+    async with AsyncClient(url) as client:
+        await Worker(client).serve(messages)
+
+
+if __name__ == "__main__":
+    asyncio.run(_main(sys.argv[1]))
