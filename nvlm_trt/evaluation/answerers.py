@@ -27,7 +27,6 @@ Answers = Iterator[tuple[Sample, str]]
 _SERVER_CONCURRENCY = 8
 _QUEUE_RETRY_SECONDS = 0.5
 _QUEUE_RETRIES = 240  # two minutes
-_LOOPBACK = ("grpc://127.", "grpc://localhost:", "grpc://[::1]:")
 
 
 @dataclass(frozen=True)
@@ -218,14 +217,9 @@ def _served_model(url: str) -> ModelIdentity:
 
     Elsewhere the path stands for it: an engine that is rebuilt there under the same name is not told apart.
     """
-    from nvlm_trt.serving.client import Client
+    from nvlm_trt.serving.served import find_served_engine
 
-    with Client(url) as client:
-        if not client.ready():
-            raise ServerError(f"no server answers at {url}; start one with `nvlm-trt serve`, or check host and port")
-        path = client.served_engine()
-    if url.startswith(_LOOPBACK):
-        with contextlib.suppress(NvlmError):
-            engine = Engine.open(path)
-            return ModelIdentity("server", engine.config.name, engine.digest)
-    return ModelIdentity("server", path, hashlib.sha256(path.encode()).hexdigest())
+    served = find_served_engine(url)
+    if served.engine is not None:
+        return ModelIdentity("server", served.engine.config.name, served.engine.digest)
+    return ModelIdentity("server", served.path, hashlib.sha256(served.path.encode()).hexdigest())

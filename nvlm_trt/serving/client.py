@@ -98,18 +98,21 @@ class Client:
         except grpc.RpcError:
             return False
 
-    def served_engine(self) -> str:
-        """The engine directory as the server names it. Raises ServerError if it serves none, or is not there."""
-        request = service_pb2.ModelConfigRequest(name=MODEL)
+    def served_engine(self) -> tuple[str, str]:
+        """Triton's version, and the engine directory by the server's own path.
+
+        Raises ServerError if the server is not there or serves no engine of ours."""
         try:
-            config = self._stub.ModelConfig(request, timeout=_READY_SECONDS).config
+            version = self._stub.ServerMetadata(service_pb2.ServerMetadataRequest(), timeout=_READY_SECONDS).version
+            request = service_pb2.ModelConfigRequest(name=MODEL)
+            parameters = self._stub.ModelConfig(request, timeout=_READY_SECONDS).config.parameters
         except grpc.RpcError as error:
             if error.code() == grpc.StatusCode.UNAVAILABLE:
                 raise _connection_error(self._url, error) from None
             raise ServerError(f"{self._url} does not serve an nvlm-trt engine; name a server of ours") from None
-        if "engine" not in config.parameters:
-            raise ServerError(f"the model {MODEL} at {self._url} is not of nvlm-trt; name a server of ours")
-        return config.parameters["engine"].string_value
+        if "engine" not in parameters:
+            raise ServerError(f"{self._url} does not serve an nvlm-trt engine; name a server of ours")
+        return version, parameters["engine"].string_value
 
     def close(self) -> None:
         self._channel.close()
