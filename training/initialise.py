@@ -1,22 +1,22 @@
-"""Weights to start from. Half of the attention heads begin by looking for image tokens that show what a word means.
+"""Weights to start from: attention heads begin by looking for image tokens that show what a word or letter means.
 
 A query that equals a key's projection matches tokens of the same content, which is what finding the asked-for thing on
 a page comes down to; from random projections that skill appears late or not at all in a short run. After "Mimetic
-Initialization of Self-Attention Layers" (Trockman and Kolter 2023, arXiv 2305.09828), for one of the key/value heads.
-Between the two stands a fixed rotation: image tokens speak of a thing in the word's embedding, rotated
-(`training/targets.py`), so that a word matches the picture of its thing and not itself.
+Initialization of Self-Attention Layers" (Trockman and Kolter 2023, arXiv 2305.09828). Between query and key stand the
+rotations in which an image token holds its parts (`training/rotations.py`), so that a word matches the picture of its
+thing and not itself.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nvlm_trt.reference.cross_attention import CrossAttention, GatedCrossAttentionBlock
 from nvlm_trt.reference.decoder import SelfAttention
 from nvlm_trt.reference.model import ReferenceModel
+from training.rotations import Rotations
 
-IMAGE_ROTATION_SEED = 7
 _EMBEDDING_STD = 0.1
 _LIKENESS = 0.7  # of a query to its key: a word's score with its image is about 4
 _COPYING = 0.5  # of what an attended token holds, how much is added to the reader
@@ -36,25 +36,22 @@ def initialise(model: ReferenceModel) -> None:
                 nn.init.constant_(module.mlp_gate, _FFN_GATE)
 
 
-def image_rotation(hidden: int) -> Tensor:
-    """[hidden, hidden], orthogonal: from a word's embedding to what an image token of it holds."""
-    random = torch.Generator().manual_seed(IMAGE_ROTATION_SEED)
-    return torch.linalg.qr(torch.randn(hidden, hidden, generator=random))[0]
-
-
 @torch.no_grad()
 def _look_for_likeness(attention: SelfAttention | CrossAttention) -> None:
-    """The query heads of key/value head 0; the other heads stay random, for positions and all else."""
+    """Key/value head 0 finds things and letters of the left column, head 1 letters of the right column."""
     dim = attention.head_dim
     hidden = attention.k_proj.in_features
-    heads, kv_heads = attention.q_proj.out_features // dim, attention.k_proj.out_features // dim
+    group = attention.q_proj.out_features // attention.k_proj.out_features  # query heads to a key/value head
     for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
         nn.init.normal_(projection.weight, std=hidden**-0.5)
-    group = heads // kv_heads
-    rotation = image_rotation(hidden)
-    key, value = attention.k_proj.weight[:dim], attention.v_proj.weight[:dim]  # [head_dim, hidden]
-    for head in range(group):
-        rows = slice(head * dim, (head + 1) * dim)
-        attention.q_proj.weight[rows] = _LIKENESS * key @ rotation + (1 - _LIKENESS) * attention.q_proj.weight[rows]
-        # [hidden, head_dim]: back to what the value kept, and to the words for it
-        attention.o_proj.weight[:, rows] += _COPYING / group * rotation.T @ torch.linalg.pinv(value)
+    rotations = Rotations(hidden)
+    for number, column in enumerate((rotations.left, rotations.right)):
+        rows = slice(number * dim, (number + 1) * dim)
+        key, value = attention.k_proj.weight[rows], attention.v_proj.weight[rows]  # [head_dim, hidden]
+        # [hidden, head_dim]: back to what the value kept, and on to the words and letters for it
+        copied = (rotations.thing.T + column.letter.T) @ torch.linalg.pinv(value)
+        for head in range(number * group, (number + 1) * group):
+            rows = slice(head * dim, (head + 1) * dim)
+            likeness = key @ column.previous
+            attention.q_proj.weight[rows] = _LIKENESS * likeness + (1 - _LIKENESS) * attention.q_proj.weight[rows]
+            attention.o_proj.weight[:, rows] += _COPYING / group * copied

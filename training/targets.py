@@ -2,9 +2,7 @@
 
 Targets are sums of word embeddings: of a glyph its letter, the letter before it, its place in its string, its colour
 and its key; of a shape its name, colour, place and how many there are. A token covers 2 x 2 patches, and both columns
-hold letters: each part has a rotation of its own to stay apart. The letter before is what a reader has just said when
-it looks for the next one, so it stands as it is (in the left column), for attention to find. All of it is rotated once
-more, for words not to match themselves (`training/initialise.py`).
+hold letters. The letter before is what a reader has just said when it looks for the next one.
 """
 
 from __future__ import annotations
@@ -14,8 +12,8 @@ from torch import Tensor
 
 from nvlm_trt.reference.model import ReferenceModel
 from nvlm_trt.tokenizer import Tokenizer
-from training.initialise import image_rotation
 from training.labels import GRID, IGNORE, PLANES, values
+from training.rotations import Rotations
 
 
 class TokenTargets:
@@ -37,12 +35,7 @@ class TokenTargets:
             """[classes, hidden]; what means nothing is zero"""
             return torch.stack([nothing if value is None else word(str(value)) for value in values(plane)])
 
-        random = torch.Generator().manual_seed(5)
-        turns = torch.linalg.qr(torch.randn(3, hidden, hidden, generator=random))[0].to(self._device)
-        self._rotation = image_rotation(hidden).to(self._device)
-        same = torch.eye(hidden, device=self._device)
-        # by plane, the rotations of the left and of the right column
-        self._turns = {"character": (turns[0], turns[1]), "previous": (same, turns[2])}
+        self._rotations = Rotations(hidden)
         self._tables = {
             "colour": table("colour"),
             "character": table("character"),
@@ -56,6 +49,7 @@ class TokenTargets:
         shown = {"none": None, "word": None, "glyph": "text", "blur": "text"}  # a word is its own name
         names = [shown.get(str(value), value) for value in values("kind")]
         self._tables["kind"] = torch.stack([nothing if name is None else word(str(name)) for name in names])
+        random = torch.Generator().manual_seed(5)
         index = torch.randn(2, PLANES["index"], hidden, generator=random).to(self._device)
         self._index = self._unit(index)  # apart for the left and the right column
         self._position = 0.5 * self._unit(torch.randn(GRID * GRID // 4, hidden, generator=random).to(self._device))
@@ -67,18 +61,25 @@ class TokenTargets:
         planes = labels.view(-1, half, 2, half, 2, len(PLANES)).permute(0, 1, 3, 2, 4, 5)
         planes = planes.reshape(len(labels), half * half, 4, len(PLANES)).long()
         by_name = dict(zip(PLANES, planes.unbind(-1), strict=True))  # each [n, T, 4]
-        total = torch.zeros(len(labels), half * half, self._rotation.shape[0], device=labels.device)
-        right = torch.tensor([False, True, False, True], device=labels.device)
+        total = self._position.expand(len(labels), -1, -1).clone()
         for name, table in self._tables.items():
             part = torch.where((by_name[name] != IGNORE)[..., None], table[by_name[name].clamp(min=0)], 0.0)
-            if name in self._turns:
-                left_turn, right_turn = self._turns[name]
-                part = torch.where(right[:, None], part @ right_turn, part @ left_turn)
-            total += part.sum(2)
+            left, right = self._turns(name)
+            total += part[:, :, 0::2].sum(2) @ left.T + part[:, :, 1::2].sum(2) @ right.T
         index = by_name["index"]
-        place = torch.where(right[:, None], self._index[1][index.clamp(min=0)], self._index[0][index.clamp(min=0)])
-        total += torch.where((index != IGNORE)[..., None], place, 0.0).sum(2)
-        return total @ self._rotation.T + self._position, (by_name["kind"] > 0).any(-1)
+        for column in (0, 1):
+            part = torch.where((index != IGNORE)[..., None], self._index[column][index.clamp(min=0)], 0.0)
+            total += part[:, :, column::2].sum(2)
+        return total, (by_name["kind"] > 0).any(-1)
+
+    def _turns(self, plane: str) -> tuple[Tensor, Tensor]:
+        """For the left and the right column."""
+        left, right = self._rotations.left, self._rotations.right
+        if plane == "character":
+            return left.letter, right.letter
+        if plane == "previous":
+            return left.previous, right.previous
+        return self._rotations.thing, self._rotations.thing
 
     def _unit(self, x: Tensor) -> Tensor:
         """Scaled to the length of an average embedding."""

@@ -15,9 +15,10 @@ from nvlm_trt.image import load_image
 from nvlm_trt.reference.model import ReferenceModel
 from nvlm_trt.tiling import tile_image, tile_pixels
 from nvlm_trt.tokenizer import Tokenizer
-from training.initialise import image_rotation, initialise
+from training.initialise import initialise
 from training.labels import GRID, IGNORE, PATCH, PLANES, page_labels, values
 from training.pages import draw_dense_page, page_tiles
+from training.rotations import Rotations
 from training.targets import TokenTargets
 from training.tokens import write_tiny_tokenizer
 from training.vision_stage import plane_losses
@@ -109,5 +110,5 @@ def test_targets_hold_what_a_token_shows(tmp_path):
             token = int(mark.y / page.rows // half) * (GRID // 2) + int(mark.x / page.columns // half)
             assert shows[index, token]
             total += 1
-            right += names[int((known @ image_rotation(192).T @ tokens[index, token]).argmax())] == mark.kind
+            right += names[int((known @ Rotations(192).thing.T @ tokens[index, token]).argmax())] == mark.kind
     assert right / total > 0.9  # the rest: two shapes in one token, and chance between sums of words

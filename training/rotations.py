@@ -1,0 +1,29 @@
+"""The parts of an image token, apart in one vector: each is a word's or letter's embedding, rotated in its own way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_SEED = 7
+
+
+@dataclass(frozen=True)
+class Column:
+    """Of the 2 x 2 patches of a token the left or the right ones. Matrices [hidden, hidden] from embedding to token."""
+
+    letter: Tensor
+    previous: Tensor  # the letter before it
+
+
+class Rotations:
+    """Fixed orthogonal matrices. `thing` turns names, colours, places and numbers; `left.previous` is the same, since
+    the letter just said and the colour asked for are looked for at once."""
+
+    def __init__(self, hidden: int) -> None:
+        random = torch.Generator().manual_seed(_SEED)
+        self.thing, left, right, right_previous = torch.linalg.qr(torch.randn(4, hidden, hidden, generator=random))[0]
+        self.left = Column(left, self.thing)
+        self.right = Column(right, right_previous)
