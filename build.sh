@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up .venv, then:  ./build.sh          build the tiny engines, serve them and ask each about a picture
+# Sets up .venv, then:  ./build.sh          build engines of the tiny models, serve each, ask it about a picture
 #                       ./build.sh test     lint, types and every test
 #                       ./build.sh COMMAND  any nvlm-trt command, for example: ./build.sh ask --help
 set -euo pipefail
@@ -55,7 +55,8 @@ check_types() {
   local tree=build/types/nvlm_trt
   rm -rf "$tree" && mkdir -p "$tree"
   ln -s "$PWD"/nvlm_trt/* "$PWD"/builders "$PWD"/plugins "$tree"
-  (cd build/types && ../../.venv/bin/mypy --config-file ../../pyproject.toml -p nvlm_trt)
+  ln -sfn "$PWD/training" build/types/training
+  (cd build/types && ../../.venv/bin/mypy --config-file ../../pyproject.toml -p nvlm_trt -p training)
 }
 
 # run COMMAND ...: show an nvlm-trt command as a user would type it, then run it.
@@ -83,7 +84,7 @@ ask_served() {
     sleep 0.1
   done
   echo "serving at $address" >&2
-  run ask "$question" --image "$image" --url "$address" --max-tokens 48 --stats
+  run ask "$question" --image "$image" --url "$address" --stats
   kill -TERM "$server"
   wait "$server"
   server=
@@ -96,8 +97,8 @@ demo() {
   trap '[ -n "$server" ] && kill -TERM "$server" 2>/dev/null && wait "$server"' EXIT
   for architecture in d x h; do
     name=nvlm-$architecture-tiny
-    [ -d "engines/checkpoints/$name" ] || run init-checkpoint --preset "$name" --seed 0 "engines/checkpoints/$name"
-    [ -d "engines/$name" ] || run build --checkpoint "engines/checkpoints/$name" --output "engines/$name"
+    [ "engines/$name/manifest.json" -nt "checkpoints/$name/model.safetensors" ] ||
+      run build --checkpoint "checkpoints/$name" --output "engines/$name" --overwrite
   done
   for architecture in d x h; do
     ask_served "engines/nvlm-$architecture-tiny" docs/images/receipt.png "What is the total?"

@@ -18,7 +18,8 @@ from nvlm_trt.reference.model import ReferenceModel
 from training.rotations import Rotations
 
 _EMBEDDING_STD = 0.1
-_LIKENESS = 0.7  # of a query to its key: a word's score with its image is about 4
+_LIKENESS = 1.6  # of a query to its key: a word's score with a token that shows it and three things more is about 4
+_CHANCE = 0.3  # of what a query would be otherwise
 _COPYING = 0.5  # of what an attended token holds, how much is added to the reader
 _ATTENTION_GATE = 0.5  # from 0, attention starts to learn only as the gate opens
 _FFN_GATE = 0.1
@@ -53,5 +54,5 @@ def _look_for_likeness(attention: SelfAttention | CrossAttention) -> None:
         for head in range(number * group, (number + 1) * group):
             rows = slice(head * dim, (head + 1) * dim)
             likeness = key @ column.previous
-            attention.q_proj.weight[rows] = _LIKENESS * likeness + (1 - _LIKENESS) * attention.q_proj.weight[rows]
+            attention.q_proj.weight[rows] = _LIKENESS * likeness + _CHANCE * attention.q_proj.weight[rows]
             attention.o_proj.weight[:, rows] += _COPYING / group * copied

@@ -15,6 +15,8 @@ from nvlm_trt.tokenizer import Tokenizer
 from training.labels import GRID, IGNORE, PLANES, values
 from training.rotations import Rotations
 
+_SHARED = ("kind", "colour", "word", "line")
+
 
 class TokenTargets:
     """Labels of a tile -> what its image tokens should be."""
@@ -46,12 +48,12 @@ class TokenTargets:
             # before the first letter an answer has the line break after "assistant"
             "previous": torch.stack([word(str(value) or "\n") for value in values("previous")]),
         }
-        shown = {"none": None, "word": None, "glyph": "text", "blur": "text"}  # a word is its own name
+        shown = {"none": None, "word": None, "glyph": None, "blur": "text"}  # words and letters are their own names
         names = [shown.get(str(value), value) for value in values("kind")]
         self._tables["kind"] = torch.stack([nothing if name is None else word(str(name)) for name in names])
         random = torch.Generator().manual_seed(5)
         index = torch.randn(2, PLANES["index"], hidden, generator=random).to(self._device)
-        self._index = self._unit(index)  # apart for the left and the right column
+        self._index = 0.7 * self._unit(index)  # apart for the left and the right column
         self._position = 0.5 * self._unit(torch.randn(GRID * GRID // 4, hidden, generator=random).to(self._device))
 
     def of(self, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,6 +66,8 @@ class TokenTargets:
         total = self._position.expand(len(labels), -1, -1).clone()
         for name, table in self._tables.items():
             part = torch.where((by_name[name] != IGNORE)[..., None], table[by_name[name].clamp(min=0)], 0.0)
+            if name in _SHARED:  # told by each patch, said once
+                part = part / (part.any(-1).sum(-1).clamp(min=1)[..., None, None])
             left, right = self._turns(name)
             total += part[:, :, 0::2].sum(2) @ left.T + part[:, :, 1::2].sum(2) @ right.T
         index = by_name["index"]
