@@ -106,7 +106,8 @@ class _SceneBatches:
     def _make_pool(self, number: int) -> list[Batch]:
         random = np.random.default_rng([self._seed, 3, number])
         allowed = np.flatnonzero(self._sizes <= self._mix.largest_picture(number * _POOL / self._steps))
-        chosen = random.choice(allowed, _POOL * self._mix.scenes, replace=False)
+        wanted = _POOL * self._mix.scenes
+        chosen = random.choice(allowed, wanted, replace=wanted > len(allowed))
         sequences = []
         for index in chosen:
             scene = self._scenes[index]

@@ -74,17 +74,17 @@ def draw_dense_page(random: np.random.Generator, font: str) -> Page:
 
 def dense_tiles(split: Split, seed: int, count: int) -> tuple[Pixels, Labels]:
     """-> tiles [count, TILE, TILE, 3], labels [count, GRID, GRID, planes]"""
-    chunks = [(split, seed, number) for number in range(-(-count // _CHUNK))]
+    chunks = [(split, seed, number, min(count, _CHUNK)) for number in range(-(-count // _CHUNK))]
     with multiprocessing.Pool() as pool:
         parts = pool.starmap(_dense_chunk, chunks)
     return np.concatenate([p[0] for p in parts])[:count], np.concatenate([p[1] for p in parts])[:count]
 
 
-def _dense_chunk(split: Split, seed: int, number: int) -> tuple[Pixels, Labels]:
+def _dense_chunk(split: Split, seed: int, number: int, count: int) -> tuple[Pixels, Labels]:
     random = np.random.default_rng([seed, 1, number])
-    pixels = np.empty((_CHUNK, TILE, TILE, 3), np.uint8)
-    labels = np.empty((_CHUNK, GRID, GRID, len(PLANES)), np.int8)
-    for index in range(_CHUNK):
+    pixels = np.empty((count, TILE, TILE, 3), np.uint8)
+    labels = np.empty((count, GRID, GRID, len(PLANES)), np.int8)
+    for index in range(count):
         page = draw_dense_page(random, str(random.choice(FONTS[split])))
         pixels[index], labels[index] = page_tiles(page)[0], page_labels(page)[0]
     return pixels, labels
@@ -92,7 +92,7 @@ def _dense_chunk(split: Split, seed: int, number: int) -> tuple[Pixels, Labels]:
 
 def scenes(split: Split, seed: int, count: int, shares: Shares) -> tuple[Pixels, Labels, list[Scene]]:
     """`count` scenes over one pool of tiles [all, TILE, TILE, 3] with labels [all, GRID, GRID, planes]."""
-    chunks = [(split, seed, shares, number) for number in range(-(-count // _CHUNK))]
+    chunks = [(split, seed, shares, number, min(count, _CHUNK)) for number in range(-(-count // _CHUNK))]
     with multiprocessing.Pool() as pool:
         parts = pool.starmap(_scene_chunk, chunks)
     merged: list[Scene] = []
@@ -105,13 +105,15 @@ def scenes(split: Split, seed: int, count: int, shares: Shares) -> tuple[Pixels,
     return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts]), merged[:count]
 
 
-def _scene_chunk(split: Split, seed: int, shares: Shares, number: int) -> tuple[Pixels, Labels, list[Scene]]:
+def _scene_chunk(
+    split: Split, seed: int, shares: Shares, number: int, count: int
+) -> tuple[Pixels, Labels, list[Scene]]:
     random = np.random.default_rng([seed, 2, number])
     tasks, weights = list(shares), np.array(list(shares.values()))
     pixels, labels = [], []
     made: list[Scene] = []
     offset = 0
-    while len(made) < _CHUNK:
+    while len(made) < count:
         pages, questions = draw(split, tasks[random.choice(len(tasks), p=weights / weights.sum())], random)
         if not questions:
             continue

@@ -63,7 +63,7 @@ class Run:
         model = self.model_with_vision(name)
         training, labels = self.scenes(model, "train", recipe.SCENES)
         validation, _ = self.scenes(model, "validation", recipe.VALIDATION_SCENES)
-        self.load(model, "text")
+        self.load(model, "text", prefix="language_model.", into="language_model.")
         self.align(model, f"align-{name}", training, labels)
         packer = Packer(model.config, self.tokenizer)
         directory = self.work / f"tune-{name}"
@@ -88,11 +88,12 @@ class Run:
         )
 
     def export(self, name: str, directory: Path) -> None:
-        model = self.new_model(name)
+        model = self.model_with_vision(name)
         stage = self.work / f"tune-{name}" / "state.safetensors"
         if trained_steps(stage) < recipe.TUNING[name].steps:
             raise SystemExit(f"error: {stage} is not trained to its end; run python -m training --work {self.work}")
-        self.load(model, f"tune-{name}")
+        for part in ("mlp1.", "language_model."):
+            self.load(model, f"tune-{name}", prefix=part, into=part)
         tensors = ((key, tensor.detach().float().cpu().numpy()) for key, tensor in model.state_dict().items())
         files = [self.work / file for file in TOKENIZER_FILES]
         write_checkpoint(directory, model.config, tensors, tokenizer_files=files, overwrite=True)

@@ -54,7 +54,7 @@ def train_vision(
     torch.manual_seed(seed)
     model = LabelledEncoder(config).to(device)
     pixels, labels = _tiles("train", seed, tiles, shares)
-    checks = _tiles("validation", seed, 1500, shares)
+    checks = _tiles("validation", seed, tiles // 20, shares)
 
     def losses_at(step: int) -> Iterator[Losses]:
         epoch, position = divmod(step * BATCH, len(pixels) - BATCH)
@@ -72,7 +72,7 @@ def train_vision(
 def _tiles(split: Split, seed: int, count: int, shares: Shares) -> tuple[Tensor, Tensor]:
     """Dense tiles and tiles of ordinary pages, with few of those that show nothing."""
     dense = dense_tiles(split, seed, count)
-    pixels, labels, _ = scenes(split, seed + 1, count // 3, shares)
+    pixels, labels, _ = scenes(split, seed + 1, max(1, count // 3), shares)
     labels_flat = labels.reshape(len(labels), -1, len(PLANES))
     worth = (labels_flat[..., 0] > 0).any(1) | (np.random.default_rng(seed).random(len(labels)) < 0.05)
     pixels, labels = pixels[worth][:count], labels[worth][:count]
