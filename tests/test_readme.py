@@ -28,6 +28,7 @@ def commands() -> list[list[str]]:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "docs").symlink_to(ROOT / "docs")
+    (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
     return tmp_path
 
 
@@ -40,7 +41,7 @@ def run(arguments: list[str], folder: Path) -> str:
 
 def test_the_commands_of_the_readme(folder: Path) -> None:
     lines = commands()
-    assert {line[1] for line in lines} == {"init-checkpoint", "build", "verify", "ask", "serve"}
+    assert {line[1] for line in lines} == {"build", "verify", "eval", "ask", "tiles", "serve", "bench"}
     server = None
     try:
         for line in lines:
@@ -55,6 +56,8 @@ def test_the_commands_of_the_readme(folder: Path) -> None:
                 assert server is not None
                 line[line.index("--url") + 1] = url[0]
                 assert run(line, folder)
+                if line[1] == "bench":
+                    continue
                 snippet = code_block("python", "Client(").replace("grpc://127.0.0.1:8001", url[0])
                 answer = subprocess.run([sys.executable, "-c", snippet], cwd=folder, capture_output=True, check=True)
                 assert answer.stdout

@@ -1,10 +1,10 @@
-"""Weights to start from: attention heads begin by looking for image tokens that show what a word or letter means.
+"""Weights to start from: half of the attention heads begin by looking for image tokens that show what a word means.
 
 A query that equals a key's projection matches tokens of the same content, which is what finding the asked-for thing on
 a page comes down to; from random projections that skill appears late or not at all in a short run. After "Mimetic
-Initialization of Self-Attention Layers" (Trockman and Kolter 2023, arXiv 2305.09828). Between query and key stand the
-rotations in which an image token holds its parts (`training/rotations.py`), so that a word matches the picture of its
-thing and not itself.
+Initialization of Self-Attention Layers" (Trockman and Kolter 2023, arXiv 2305.09828). Between query and key stands the
+rotation in which an image token holds what it shows (`training/rotations.py`), so that a word matches the picture of
+its thing and not itself.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from nvlm_trt.reference.model import ReferenceModel
 from training.rotations import Rotations
 
 _EMBEDDING_STD = 0.1
-_LIKENESS = 1.6  # of a query to its key: a word's score with a token that shows it and three things more is about 4
+_LIKENESS = 0.7  # of a query to its key; a sharper start (1.6) learned to read letters sooner and all else later
 _CHANCE = 0.3  # of what a query would be otherwise
 _COPYING = 0.5  # of what an attended token holds, how much is added to the reader
 _ATTENTION_GATE = 0.5  # from 0, attention starts to learn only as the gate opens
@@ -39,20 +39,16 @@ def initialise(model: ReferenceModel) -> None:
 
 @torch.no_grad()
 def _look_for_likeness(attention: SelfAttention | CrossAttention) -> None:
-    """Key/value head 0 finds things and letters of the left column, head 1 letters of the right column."""
+    """The query heads of key/value head 0; the other heads stay random, for positions and all else."""
     dim = attention.head_dim
     hidden = attention.k_proj.in_features
     group = attention.q_proj.out_features // attention.k_proj.out_features  # query heads to a key/value head
     for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
         nn.init.normal_(projection.weight, std=hidden**-0.5)
-    rotations = Rotations(hidden)
-    for number, column in enumerate((rotations.left, rotations.right)):
-        rows = slice(number * dim, (number + 1) * dim)
-        key, value = attention.k_proj.weight[rows], attention.v_proj.weight[rows]  # [head_dim, hidden]
-        # [hidden, head_dim]: back to what the value kept, and on to the words and letters for it
-        copied = (rotations.thing.T + column.letter.T) @ torch.linalg.pinv(value)
-        for head in range(number * group, (number + 1) * group):
-            rows = slice(head * dim, (head + 1) * dim)
-            likeness = key @ column.previous
-            attention.q_proj.weight[rows] = _LIKENESS * likeness + _CHANCE * attention.q_proj.weight[rows]
-            attention.o_proj.weight[:, rows] += _COPYING / group * copied
+    thing = Rotations(hidden).thing
+    key, value = attention.k_proj.weight[:dim], attention.v_proj.weight[:dim]  # [head_dim, hidden]
+    for head in range(group):
+        rows = slice(head * dim, (head + 1) * dim)
+        attention.q_proj.weight[rows] = _LIKENESS * key @ thing + _CHANCE * attention.q_proj.weight[rows]
+        # [hidden, head_dim]: back to what the value kept, and on to the words for it
+        attention.o_proj.weight[:, rows] += _COPYING / group * thing.T @ torch.linalg.pinv(value)

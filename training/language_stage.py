@@ -27,7 +27,7 @@ _TEXT_SEEDS = {"train": 11, "validation": 12}
 
 @dataclass(frozen=True)
 class Mix:
-    """What one step holds. The first eighth of a run shows pictures of at most 3 tiles, the next of at most 5."""
+    """What one step holds. A run begins with pictures of few tiles."""
 
     scenes: int = 16
     questions: int = 5  # at most, of a scene
@@ -36,7 +36,7 @@ class Mix:
 
     def largest_picture(self, done: float) -> int:
         """Tiles, thumbnail included; `done` is the share of the run."""
-        return 3 if done < 0.1 else 5 if done < 0.2 else 99
+        return 3 if done < 0.04 else 5 if done < 0.1 else 99
 
 
 @dataclass(frozen=True)

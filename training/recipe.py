@@ -14,14 +14,15 @@ PAGE_SHARES = {"ocr": 5.0, "form": 4.0, "line": 3.0, "sum": 2.0, "colour": 5.0, 
 
 VISION = Stage(steps=4500, matrix_rate=3e-3, other_rate=3e-3, warmup=100, evaluate_every=400)
 TEXT = Stage(steps=300, matrix_rate=4e-3, other_rate=3e-3, evaluate_every=200)
-ALIGNMENT = Stage(steps=600, matrix_rate=3e-3, other_rate=3e-3, warmup=20, evaluate_every=600)
+ALIGNMENT = Stage(steps=400, matrix_rate=3e-3, other_rate=3e-3, warmup=20, evaluate_every=400)
 
 
-# every model starts from the language model of the stage `text`
+# the stage whose language model a model starts from; NVLM-H is NVLM-D with cross-attention for what it does not see
+START = {"d": "text", "x": "text", "h": "tune-d"}
 TUNING = {
     "d": Stage(steps=3000, matrix_rate=3e-3, other_rate=2e-3, evaluate_every=500),
-    "x": Stage(steps=4000, matrix_rate=3e-3, other_rate=2e-3, evaluate_every=500),
-    "h": Stage(steps=3500, matrix_rate=3e-3, other_rate=2e-3, evaluate_every=500),
+    "x": Stage(steps=3000, matrix_rate=3e-3, other_rate=2e-3, evaluate_every=500),
+    "h": Stage(steps=4000, matrix_rate=3e-3, other_rate=2e-3, evaluate_every=500),
 }
 MIX = Mix(texts=3)
 TEXT_MIX = Mix(texts=16, text_questions=5)

@@ -59,12 +59,16 @@ class Run:
         train_language(model, packer, recipe.TEXT, recipe.TEXT_MIX, self.work / "text", recipe.SEED)
 
     def tune(self, name: str) -> None:
-        """Align the projector of one model and fine-tune it; the state is in tune-NAME."""
+        """Align the projector of one model, unless it starts from one that was, and fine-tune it (tune-NAME)."""
         model = self.model_with_vision(name)
         training, labels = self.scenes(model, "train", recipe.SCENES)
         validation, _ = self.scenes(model, "validation", recipe.VALIDATION_SCENES)
-        self.load(model, "text", prefix="language_model.", into="language_model.")
-        self.align(model, f"align-{name}", training, labels)
+        start = recipe.START[name]
+        self.load(model, start, prefix="language_model.", into="language_model.")
+        if start == "text":
+            self.align(model, f"align-{name}", training, labels)
+        else:
+            self.load(model, start, prefix="mlp1.", into="mlp1.")
         packer = Packer(model.config, self.tokenizer)
         directory = self.work / f"tune-{name}"
         train_language(model, packer, recipe.TUNING[name], recipe.MIX, directory, recipe.SEED, training, validation)
