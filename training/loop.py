@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+_PROJECTOR = "mlp1."
 Losses = dict[str, Tensor]  # by name; "loss" is what is minimised
 
 
@@ -26,6 +27,7 @@ class Stage:
     steps: int
     matrix_rate: float  # Muon, for the layers' matrices
     other_rate: float  # AdamW, for embeddings, norms, biases, gates and the head
+    projector_rate: float = 1.0  # of matrix_rate; at 1 a hundred steps undo what alignment has taught it
     warmup: int = 50
     weight_decay: float = 0.01
     log_every: int = 25
@@ -36,13 +38,22 @@ class Stage:
 def optimizers(module: nn.Module, stage: Stage) -> list[torch.optim.Optimizer]:
     """Muon turns matrices between hidden states; what is looked up or scales a channel wants AdamW."""
     named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
-    matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name and "head" not in name]
-    chosen = {id(parameter) for parameter in matrices}
-    others = [parameter for _, parameter in named if id(parameter) not in chosen]
+    matrices: list[nn.Parameter] = []
+    projector: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in named:
+        if parameter.ndim != 2 or "embed" in name or "head" in name:
+            others.append(parameter)
+        else:
+            (projector if name.startswith(_PROJECTOR) else matrices).append(parameter)
+    groups = [
+        {"params": group, "lr": rate}
+        for group, rate in ((matrices, stage.matrix_rate), (projector, stage.matrix_rate * stage.projector_rate))
+        if group
+    ]
     return [
         torch.optim.Muon(
-            matrices,
-            lr=stage.matrix_rate,
+            groups,
             weight_decay=stage.weight_decay,
             momentum=0.95,
             nesterov=True,

@@ -20,9 +20,9 @@ ALIGNMENT = Stage(steps=400, matrix_rate=3e-3, other_rate=3e-3, warmup=20, evalu
 # the stage whose language model a model starts from; NVLM-H is NVLM-D with cross-attention for what it does not see
 START = {"d": "text", "x": "text", "h": "tune-d"}
 TUNING = {
-    "d": Stage(steps=3000, matrix_rate=3e-3, other_rate=2e-3, evaluate_every=500),
-    "x": Stage(steps=3000, matrix_rate=3e-3, other_rate=2e-3, evaluate_every=500),
-    "h": Stage(steps=4000, matrix_rate=3e-3, other_rate=2e-3, evaluate_every=500),
+    "d": Stage(steps=3000, matrix_rate=3e-3, other_rate=2e-3, evaluate_every=500, projector_rate=0.03),
+    "x": Stage(steps=3000, matrix_rate=3e-3, other_rate=2e-3, evaluate_every=500, projector_rate=0.3),
+    "h": Stage(steps=4000, matrix_rate=3e-3, other_rate=2e-3, evaluate_every=500, projector_rate=0.03),
 }
 MIX = Mix(texts=3)
 TEXT_MIX = Mix(texts=16, text_questions=5)
