@@ -44,12 +44,12 @@ def write_checkpoint(
     config: NvlmConfig,
     tensors: Iterable[tuple[str, npt.NDArray[np.generic]]],
     *,
-    tokenizer_files: Iterable[Path] = (),
+    files: Iterable[Path] = (),
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> None:
-    """Write config.json and every tensor of `config`'s layout, rounded to bfloat16; copy `tokenizer_files` beside them.
+    """Write config.json and every tensor of `config`'s layout, rounded to bfloat16; copy `files` beside them.
 
     Raises CheckpointError when the tensors are not those of the layout or when `directory` exists (with `overwrite`:
     when it is not a checkpoint), EngineError when the disk is full. Nothing half-written is left behind."""
@@ -58,7 +58,7 @@ def write_checkpoint(
     with storage_errors(directory), temporary_sibling(directory) as staging:
         text = json.dumps(config_to_hf(config), indent=2)
         (staging / "config.json").write_text(text + "\n", encoding="utf-8")
-        for path in tokenizer_files:
+        for path in files:
             shutil.copyfile(path, staging / path.name)
         _write_tensors(staging, checkpoint_layout(config), tensors, shard_bytes, progress)
         replace_directory(staging, directory)

@@ -54,7 +54,7 @@ def write_random_checkpoint(
             directory,
             config,
             _random_tensors(config, seed),
-            tokenizer_files=sorted(Path(folder).iterdir()),
+            files=sorted(Path(folder).iterdir()),
             overwrite=overwrite,
             progress=progress,
         )

@@ -15,6 +15,7 @@ from nvlm_trt.reference.model import ReferenceModel
 from nvlm_trt.tokenizer import TOKENIZER_FILES, Tokenizer
 from training import recipe
 from training.alignment_stage import train_alignment
+from training.card import model_card
 from training.features import scene_features
 from training.initialise import initialise
 from training.language_stage import SceneSet, train_language
@@ -99,8 +100,10 @@ class Run:
         for part in ("mlp1.", "language_model."):
             self.load(model, f"tune-{name}", prefix=part, into=part)
         tensors = ((key, tensor.detach().float().cpu().numpy()) for key, tensor in model.state_dict().items())
-        files = [self.work / file for file in TOKENIZER_FILES]
-        write_checkpoint(directory, model.config, tensors, tokenizer_files=files, overwrite=True)
+        card = self.work / f"tune-{name}" / "README.md"
+        card.write_text(model_card(model.config), encoding="utf-8")
+        files = [card, *(self.work / file for file in TOKENIZER_FILES)]
+        write_checkpoint(directory, model.config, tensors, files=files, overwrite=True)
 
     def load(self, model: nn.Module, stage: str, prefix: str = "", into: str = "") -> None:
         """Copy the weights of another stage that this model has too, by name and shape."""

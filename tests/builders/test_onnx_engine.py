@@ -232,5 +232,5 @@ def copy_checkpoint(
         kept = [name for name in checkpoint.names if name in checkpoint_layout(config)]
         tensors = ((name, edit(name, checkpoint.take(name).load())) for name in kept)
         files = [source / "tokenizer.json", source / "tokenizer_config.json"]
-        write_checkpoint(target, config, tensors, tokenizer_files=files)
+        write_checkpoint(target, config, tensors, files=files)
     return target
