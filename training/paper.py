@@ -2,7 +2,7 @@
 
 `python -m training.paper --work DIR --scores DIR` reads the ablations (`python -m training.ablation`) and scores
 (`scripts/score_checkpoints.py`), asks the language models of all stages the text-only tasks, times the engines'
-prefill, and writes docs/paper.json, docs/images/paper.png and the tables of docs/paper.md.
+prefill, and writes docs/paper.json, docs/images/paper.png, and docs/paper.md after the template training/paper.md.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def main() -> None:
     }
     (ROOT / "docs" / "paper.json").write_text(json.dumps(document, indent=2) + "\n")
     draw(document, ROOT / "docs" / "images" / "paper.png")
-    write_tables(document, ROOT / "docs" / "paper.md")
+    template = (Path(__file__).parent / "paper.md").read_text(encoding="utf-8")
+    (ROOT / "docs" / "paper.md").write_text(fill_in(template, document), encoding="utf-8")
 
 
 @torch.no_grad()
@@ -144,18 +145,13 @@ def draw(document: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def write_tables(document: dict[str, Any], path: Path) -> None:
-    """Replace what stands between `<!-- NAME: begin -->` and `<!-- NAME: end -->` for each table."""
-    text = path.read_text(encoding="utf-8")
-    for name, table in {
-        "tags": _tags_table(document["tags"]),
-        "text": _text_table(document["text_only"]),
-        "architectures": _architectures_table(document["architectures"]),
-    }.items():
-        before, _, rest = text.partition(f"<!-- {name}: begin -->\n")
-        _, _, after = rest.partition(f"<!-- {name}: end -->")
-        text = f"{before}<!-- {name}: begin -->\n{table}\n<!-- {name}: end -->{after}"
-    path.write_text(text, encoding="utf-8")
+def fill_in(template: str, document: dict[str, Any]) -> str:
+    """Put each table where the template says {NAME}."""
+    return (
+        template.replace("{tags}", _tags_table(document["tags"]))
+        .replace("{text_only}", _text_table(document["text_only"]))
+        .replace("{architectures}", _architectures_table(document["architectures"]))
+    )
 
 
 def _tags_table(tags: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ PAGE_SHARES = {"ocr": 5.0, "form": 4.0, "line": 3.0, "sum": 2.0, "colour": 5.0, 
 
 VISION = Stage(steps=4500, matrix_rate=3e-3, other_rate=3e-3, warmup=100, evaluate_every=400)
 TEXT = Stage(steps=300, matrix_rate=4e-3, other_rate=3e-3, evaluate_every=200)
+SYMBOLS = Stage(steps=2000, matrix_rate=3e-3, other_rate=2e-3, evaluate_every=250)
 ALIGNMENT = Stage(steps=400, matrix_rate=3e-3, other_rate=3e-3, warmup=20, evaluate_every=400)
 
 

@@ -20,7 +20,9 @@ from training.features import scene_features
 from training.initialise import initialise
 from training.language_stage import SceneSet, train_language
 from training.loop import load_weights, trained_steps
+from training.pages import scenes as draw_scenes
 from training.sequences import Packer
+from training.targets import TokenTargets
 from training.tokens import write_tiny_tokenizer
 from training.vision_stage import train_vision
 
@@ -58,6 +60,21 @@ class Run:
         model = self.new_model("d")
         packer = Packer(model.config, self.tokenizer)
         train_language(model, packer, recipe.TEXT, recipe.TEXT_MIX, self.work / "text", recipe.SEED)
+
+    def read_symbols(self) -> None:
+        """The language model reads pages whose image tokens are the targets of `TokenTargets`: no picture is needed."""
+        model = self.new_model("d")
+        self.load(model, "text", prefix="language_model.", into="language_model.")
+        targets = TokenTargets(model, self.tokenizer)
+        model.mlp1 = nn.Sequential()  # identity: the tokens are made already
+        counts: dict[Split, int] = {"train": recipe.SCENES, "validation": recipe.VALIDATION_SCENES}
+        sets = []
+        for split, count in counts.items():
+            _, labels, drawn = draw_scenes(split, recipe.SEED + 1, count, recipe.PAGE_SHARES)
+            tokens = [targets.of(part.to(self.device))[0].bfloat16() for part in torch.from_numpy(labels).split(4096)]
+            sets.append(SceneSet(drawn, torch.cat(tokens)))
+        packer = Packer(model.config, self.tokenizer)
+        train_language(model, packer, recipe.SYMBOLS, recipe.MIX, self.work / "symbols", recipe.SEED, *sets)
 
     def tune(self, name: str) -> None:
         """Align the projector of one model, unless it starts from one that was, and fine-tune it (tune-NAME)."""
