@@ -27,16 +27,22 @@ _TEXT_SEEDS = {"train": 11, "validation": 12}
 
 @dataclass(frozen=True)
 class Mix:
-    """What one step holds. A run begins with pictures of few tiles."""
+    """What one step holds. A run begins with pages of one object: to find the right one of many comes second."""
 
     scenes: int = 16
     questions: int = 5  # at most, of a scene
     texts: int = 6  # sequences of text-only questions
     text_questions: int = 5  # in each; few, as attention within a sequence grows with its square
 
-    def largest_picture(self, done: float) -> int:
-        """Tiles, thumbnail included; `done` is the share of the run."""
-        return 3 if done < 0.04 else 5 if done < 0.1 else 99
+    def most_objects(self, done: float) -> int:
+        """Texts, shapes or bars on a page; `done` is the share of the run."""
+        return 1 if done < 0.1 else 2 if done < 0.2 else 3 if done < 0.3 else 99
+
+
+def object_count(scene: Scene) -> int:
+    """Every text and bar has a question of its own, and the shapes of a page are those that are counted."""
+    shapes = sum(int(question.answer) for question in scene.questions if question.task == "count")
+    return shapes or len(scene.questions)
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,7 @@ class _SceneBatches:
 
     def __init__(self, scenes: Sequence[Scene], packer: Packer, mix: Mix, steps: int, seed: int) -> None:
         self._scenes, self._packer, self._mix, self._steps, self._seed = scenes, packer, mix, steps, seed
-        self._sizes = np.array([max(map(len, scene.pictures)) for scene in scenes])
+        self._objects = np.array([object_count(scene) for scene in scenes])
         self._pool: tuple[int, list[Batch]] = (-1, [])
 
     def at(self, step: int) -> Batch:
@@ -105,7 +111,7 @@ class _SceneBatches:
 
     def _make_pool(self, number: int) -> list[Batch]:
         random = np.random.default_rng([self._seed, 3, number])
-        allowed = np.flatnonzero(self._sizes <= self._mix.largest_picture(number * _POOL / self._steps))
+        allowed = np.flatnonzero(self._objects <= self._mix.most_objects(number * _POOL / self._steps))
         wanted = _POOL * self._mix.scenes
         chosen = random.choice(allowed, wanted, replace=wanted > len(allowed))
         sequences = []

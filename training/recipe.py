@@ -18,11 +18,11 @@ SYMBOLS = Stage(steps=2000, matrix_rate=3e-3, other_rate=2e-3, evaluate_every=25
 ALIGNMENT = Stage(steps=400, matrix_rate=3e-3, other_rate=3e-3, warmup=20, evaluate_every=400)
 
 
-# the stage whose language model a model starts from; NVLM-H is NVLM-D with cross-attention for what it does not see
-START = {"d": "text", "x": "text", "h": "tune-d"}
+# D and X start from the language model of the stage `symbols`; NVLM-H is NVLM-D with cross-attention for the tiles
+START = {"h": "tune-d"}
 TUNING = {
     "d": Stage(steps=3000, matrix_rate=3e-3, other_rate=2e-3, evaluate_every=500, projector_rate=0.03),
-    "x": Stage(steps=3000, matrix_rate=3e-3, other_rate=2e-3, evaluate_every=500, projector_rate=0.3),
+    "x": Stage(steps=3000, matrix_rate=3e-3, other_rate=2e-3, evaluate_every=500),
     "h": Stage(steps=4000, matrix_rate=3e-3, other_rate=2e-3, evaluate_every=500, projector_rate=0.03),
 }
 MIX = Mix(texts=3)

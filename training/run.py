@@ -60,6 +60,8 @@ class Run:
         model = self.new_model("d")
         packer = Packer(model.config, self.tokenizer)
         train_language(model, packer, recipe.TEXT, recipe.TEXT_MIX, self.work / "text", recipe.SEED)
+        if trained_steps(self.work / "symbols" / "state.safetensors") < recipe.SYMBOLS.steps:
+            self.read_symbols()
 
     def read_symbols(self) -> None:
         """The language model reads pages whose image tokens are the targets of `TokenTargets`: no picture is needed."""
@@ -81,12 +83,14 @@ class Run:
         model = self.model_with_vision(name)
         training, labels = self.scenes(model, "train", recipe.SCENES)
         validation, _ = self.scenes(model, "validation", recipe.VALIDATION_SCENES)
-        start = recipe.START[name]
-        self.load(model, start, prefix="language_model.", into="language_model.")
-        if start == "text":
-            self.align(model, f"align-{name}", training, labels)
+        if name in recipe.START:
+            for part in ("language_model.", "mlp1."):
+                self.load(model, recipe.START[name], prefix=part, into=part)
         else:
-            self.load(model, start, prefix="mlp1.", into="mlp1.")
+            # the targets are made of the embeddings that the symbols were made of
+            self.load(model, "text", prefix="language_model.", into="language_model.")
+            self.align(model, f"align-{name}", training, labels)
+            self.load(model, "symbols", prefix="language_model.", into="language_model.")
         packer = Packer(model.config, self.tokenizer)
         directory = self.work / f"tune-{name}"
         train_language(model, packer, recipe.TUNING[name], recipe.MIX, directory, recipe.SEED, training, validation)

@@ -16,7 +16,7 @@ from training.run import Run
 @pytest.fixture
 def short(monkeypatch):
     """The recipe with steps that take a second."""
-    for name in ("VISION", "TEXT", "ALIGNMENT"):
+    for name in ("VISION", "TEXT", "SYMBOLS", "ALIGNMENT"):
         monkeypatch.setattr(recipe, name, replace(getattr(recipe, name), steps=2))
     monkeypatch.setattr(recipe, "TUNING", {name: replace(stage, steps=9) for name, stage in recipe.TUNING.items()})
     monkeypatch.setattr(recipe, "DENSE_TILES", 200)
