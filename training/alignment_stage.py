@@ -1,4 +1,4 @@
-"""Stage 4: the projector learns to make of each tile the tokens that the language model has learned to read."""
+"""Stage 3: the projector learns to make of each tile the tokens that the language model has learned to read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from nvlm_trt.reference.model import ReferenceModel
-from nvlm_trt.tokenizer import Tokenizer
 from training.loop import Losses, Stage, train
 from training.targets import TokenTargets
 
@@ -20,7 +19,7 @@ _EMPTY_WEIGHT = 0.1  # most tokens show nothing
 
 def train_alignment(
     model: ReferenceModel,
-    tokenizer: Tokenizer,
+    targets: TokenTargets,
     stage: Stage,
     directory: Path,
     seed: int,
@@ -30,7 +29,6 @@ def train_alignment(
     """Regress `model.mlp1` on the targets of labels [tiles, GRID, GRID, planes]; nothing else changes."""
     model.requires_grad_(False)
     model.mlp1.requires_grad_(True)
-    targets = TokenTargets(model, tokenizer)
     device = features.device
 
     def squared_error(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Stages 2 to 4: the language model learns from text alone, then with pictures, the vision encoder frozen."""
+"""Stages 2 and 4: the language model learns from texts and spelled pages, then from pictures, the encoder frozen."""
 
 from __future__ import annotations
 
@@ -60,28 +60,24 @@ def train_language(
     mix: Mix,
     directory: Path,
     seed: int,
-    training: SceneSet | None = None,
-    validation: SceneSet | None = None,
+    training: SceneSet,
+    validation: SceneSet,
 ) -> None:
-    """Train everything but the vision encoder; without scenes on text alone."""
+    """Train everything but the vision encoder, on scenes with text-only questions blended in."""
     model.vision_model.requires_grad_(False)
     tags = _tag_ids(packer, model)
-    features = training.features if training else None
-    batches = _SceneBatches(training.scenes, packer, mix, stage.steps, seed) if training else None
+    batches = _SceneBatches(training.scenes, packer, mix, stage.steps, seed)
 
     def losses_at(step: int) -> Iterator[Losses]:
         texts = collate(text_sequences(packer, "train", [seed, step], mix.texts, mix.text_questions))
-        parts = {"text": texts, **({"image": batches.at(step)} if batches else {})}
+        parts = {"text": texts, "image": batches.at(step)}
         total = sum(float(batch.weights.sum()) for batch in parts.values())
         for name, batch in parts.items():
-            summed = _answer_loss(model, batch, features, tags)
+            summed = _answer_loss(model, batch, training.features, tags)
             yield {"loss": summed / total, name: (summed / batch.weights.sum()).detach()}
 
     def evaluate() -> dict[str, float]:
-        results = text_accuracy(model, packer)
-        if validation is not None:
-            results |= scene_accuracy(model, packer, validation)
-        return results
+        return text_accuracy(model, packer) | scene_accuracy(model, packer, validation)
 
     train(model, stage, directory, losses_at, evaluate)
 

@@ -45,7 +45,7 @@ def main() -> None:
     run = Run(options.work, torch.device("cpu"))
     document = {
         "tags": {name: json.loads((options.work / f"ablation-{name}.json").read_text()) for name in ("d", "x")},
-        "text_only": {stage: text_only(run, stage) for stage in ("text", *(f"tune-{name}" for name in MODELS))},
+        "text_only": {stage: text_only(run, stage) for stage in ("language", *(f"tune-{name}" for name in MODELS))},
         "architectures": compare_architectures(options.scores),
     }
     (ROOT / "docs" / "paper.json").write_text(json.dumps(document, indent=2) + "\n")
@@ -166,7 +166,7 @@ def _tags_table(tags: dict[str, Any]) -> str:
 
 
 def _text_table(text_only: dict[str, dict[str, float]]) -> str:
-    titles = {"text": "language model before any picture", **{f"tune-{n}": f"NVLM-{n.upper()}" for n in MODELS}}
+    titles = {"language": "language model before any picture", **{f"tune-{n}": f"NVLM-{n.upper()}" for n in MODELS}}
     lines = [f"| | {' | '.join(TEXT_TASKS)} | mean |", "|---|" + "---|" * (len(TEXT_TASKS) + 1)]
     for stage, scores in text_only.items():
         cells = [*scores.values(), statistics.fmean(scores.values())]

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 
 _TITLES = {
     "vision": "vision encoder: labels per patch, held-out fonts",
-    "text": "language model: text-only answers",
+    "language": "language model: texts and spelled pages",
     "tune-d": "NVLM-D: exact answers, held-out fonts",
     "tune-x": "NVLM-X",
     "tune-h": "NVLM-H",

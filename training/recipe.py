@@ -13,12 +13,11 @@ VALIDATION_SCENES = 600
 PAGE_SHARES = {"ocr": 5.0, "form": 4.0, "line": 3.0, "sum": 2.0, "colour": 5.0, "chart": 2.5, "pair": 1.5}
 
 VISION = Stage(steps=4500, matrix_rate=3e-3, other_rate=3e-3, warmup=100, evaluate_every=400)
-TEXT = Stage(steps=300, matrix_rate=4e-3, other_rate=3e-3, evaluate_every=200)
-SYMBOLS = Stage(steps=2000, matrix_rate=3e-3, other_rate=2e-3, evaluate_every=250)
+LANGUAGE = Stage(steps=2500, matrix_rate=3e-3, other_rate=2e-3)
 ALIGNMENT = Stage(steps=400, matrix_rate=3e-3, other_rate=3e-3, warmup=20, evaluate_every=400)
 
 
-# D and X start from the language model of the stage `symbols`; NVLM-H is NVLM-D with cross-attention for the tiles
+# D and X start from the language model of the stage `language`; NVLM-H is NVLM-D with cross-attention for the tiles
 START = {"h": "tune-d"}
 TUNING = {
     "d": Stage(steps=3000, matrix_rate=3e-3, other_rate=2e-3, evaluate_every=500, projector_rate=0.03),
@@ -26,4 +25,4 @@ TUNING = {
     "h": Stage(steps=4000, matrix_rate=3e-3, other_rate=2e-3, evaluate_every=500, projector_rate=0.03),
 }
 MIX = Mix(texts=3)
-TEXT_MIX = Mix(texts=16, text_questions=5)
+LANGUAGE_MIX = Mix(texts=4)

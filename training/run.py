@@ -57,17 +57,13 @@ class Run:
             recipe.PAGE_SHARES,
             self.device,
         )
-        model = self.new_model("d")
-        packer = Packer(model.config, self.tokenizer)
-        train_language(model, packer, recipe.TEXT, recipe.TEXT_MIX, self.work / "text", recipe.SEED)
-        if trained_steps(self.work / "symbols" / "state.safetensors") < recipe.SYMBOLS.steps:
-            self.read_symbols()
+        if trained_steps(self.work / "language" / "state.safetensors") < recipe.LANGUAGE.steps:
+            self.train_language_model()
 
-    def read_symbols(self) -> None:
-        """The language model reads pages whose image tokens are the targets of `TokenTargets`: no picture is needed."""
+    def train_language_model(self) -> None:
+        """From nothing, before any picture: texts, and pages whose image tokens are the targets of `TokenTargets`."""
         model = self.new_model("d")
-        self.load(model, "text", prefix="language_model.", into="language_model.")
-        targets = TokenTargets(model, self.tokenizer)
+        targets = self.targets()
         model.mlp1 = nn.Sequential()  # identity: the tokens are made already
         counts: dict[Split, int] = {"train": recipe.SCENES, "validation": recipe.VALIDATION_SCENES}
         sets = []
@@ -76,7 +72,11 @@ class Run:
             tokens = [targets.of(part.to(self.device))[0].bfloat16() for part in torch.from_numpy(labels).split(4096)]
             sets.append(SceneSet(drawn, torch.cat(tokens)))
         packer = Packer(model.config, self.tokenizer)
-        train_language(model, packer, recipe.SYMBOLS, recipe.MIX, self.work / "symbols", recipe.SEED, *sets)
+        train_language(model, packer, recipe.LANGUAGE, recipe.LANGUAGE_MIX, self.work / "language", recipe.SEED, *sets)
+
+    def targets(self) -> TokenTargets:
+        """Of the embeddings that every language model here starts from."""
+        return TokenTargets(self.new_model("d"), self.tokenizer)
 
     def tune(self, name: str) -> None:
         """Align the projector of one model, unless it starts from one that was, and fine-tune it (tune-NAME)."""
@@ -87,10 +87,8 @@ class Run:
             for part in ("language_model.", "mlp1."):
                 self.load(model, recipe.START[name], prefix=part, into=part)
         else:
-            # the targets are made of the embeddings that the symbols were made of
-            self.load(model, "text", prefix="language_model.", into="language_model.")
+            self.load(model, "language", prefix="language_model.", into="language_model.")
             self.align(model, f"align-{name}", training, labels)
-            self.load(model, "symbols", prefix="language_model.", into="language_model.")
         packer = Packer(model.config, self.tokenizer)
         directory = self.work / f"tune-{name}"
         train_language(model, packer, recipe.TUNING[name], recipe.MIX, directory, recipe.SEED, training, validation)
@@ -110,7 +108,7 @@ class Run:
 
     def align(self, model: ReferenceModel, stage: str, training: SceneSet, labels: Tensor) -> None:
         train_alignment(
-            model, self.tokenizer, recipe.ALIGNMENT, self.work / stage, recipe.SEED, training.features, labels
+            model, self.targets(), recipe.ALIGNMENT, self.work / stage, recipe.SEED, training.features, labels
         )
 
     def export(self, name: str, directory: Path) -> None:
