@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,23 @@ DirectoryByName = Callable[[str], Path]
 # how long an example takes is the machine's business
 hypothesis.settings.register_profile("nvlm", deadline=None)
 hypothesis.settings.load_profile("nvlm")
+
+
+@pytest.fixture
+def run_cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """`run_cli("ask", ...)` -> (exit status, stdout, stderr) of `nvlm-trt ask ...`, in this process."""
+    from nvlm_trt import cli
+
+    monkeypatch.delenv("NVLM_TRT_DEBUG", raising=False)
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["nvlm-trt", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(exit_.value.code or 0), out, err
+
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -2,50 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from nvlm_trt import cli
 from nvlm_trt.benchmark.load import ClosedLoop
 from nvlm_trt.benchmark.report import read_document
 
 sys.path.append(str(Path(__file__).parent / "benchmark"))
+from command_line import Run, assert_one_line_error
 from results import document, point, write
-
-Result = tuple[int, str, str]
-Run = Callable[..., Result]
 
 NOBODY = "grpc://127.0.0.1:9"
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """`run("--url", ...)` -> (exit status, stdout, stderr) of `nvlm-trt bench ...`, in this process."""
-    monkeypatch.delenv("NVLM_TRT_DEBUG", raising=False)
-
-    def call(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["nvlm-trt", "bench", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(exit_.value.code or 0), out, err
-
-    return call
-
-
-def assert_one_line_error(result: Result, *fragments: str) -> None:
-    status, out, err = result
-    assert status == 2
-    assert out == ""
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1, err
-    for fragment in fragments:
-        assert fragment in err
+def run(run_cli: Run) -> Run:
+    return functools.partial(run_cli, "bench")
 
 
 @pytest.mark.parametrize("url", [NOBODY, "127.0.0.1:9", "http://127.0.0.1:9", "grpc://:9", ""])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import signal
@@ -13,30 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from nvlm_trt import cli
+from command_line import Run, assert_one_line_error
 
 PICTURE = Path(__file__).parent.parent / "docs" / "images" / "receipt.png"
-Result = tuple[int, str, str]
-Run = Callable[..., Result]
 
 TOTAL = {"image": str(PICTURE), "prompt": "What is the total?", "answer": "23.40", "task": "total", "name": "t"}
 TALK = {"prompt": "Say hello.", "answer": "hello", "task": "talk", "name": "h"}
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """`run("--engine", ...)` -> (exit status, stdout, stderr) of `nvlm-trt eval ...`, in this process."""
-    monkeypatch.delenv("NVLM_TRT_DEBUG", raising=False)
-
-    def call(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["nvlm-trt", "eval", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(exit_.value.code or 0), out, err
-
-    return call
+def run(run_cli: Run) -> Run:
+    return functools.partial(run_cli, "eval")
 
 
 @pytest.fixture
@@ -47,16 +35,6 @@ def samples(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
-
-
-def assert_one_line_error(result: Result, *fragments: str) -> None:
-    status, out, err = result
-    assert status == 2
-    assert out == ""
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1, err
-    for fragment in fragments:
-        assert fragment in err
 
 
 def test_the_table_has_tasks_then_means(run: Run, engine, samples) -> None:

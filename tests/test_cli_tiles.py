@@ -3,49 +3,28 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import Run, assert_one_line_error
 from PIL import Image
 
-from nvlm_trt import cli
 from nvlm_trt.tile_sheet import draw_tile_sheet
 
 PICTURE = Path(__file__).parent.parent / "docs" / "images" / "receipt.png"
-Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """`run(PICTURE, ...)` -> (exit status, stdout, stderr) of `nvlm-trt tiles`, in this process."""
-    monkeypatch.delenv("NVLM_TRT_DEBUG", raising=False)
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["nvlm-trt", "tiles", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(exit_.value.code or 0), out, err
-
-    return call
-
-
-def assert_one_line_error(result: tuple[int, str, str], *fragments: str) -> None:
-    status, out, err = result
-    assert status == 2, err
-    assert out == ""
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1, err
-    for fragment in fragments:
-        assert fragment in err
+def run(run_cli: Run) -> Run:
+    return functools.partial(run_cli, "tiles")
 
 
 def sheet(tile_size: int, max_tiles: int = 6) -> Image.Image:
