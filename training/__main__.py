@@ -1,8 +1,8 @@
 """Train tiny NVLM-D, -X and -H: `python -m training --work DIR`. A run that was cut goes on where it was.
 
 Stages: tokenizer, vision encoder, language model, features of the frozen encoder, projector alignment, fine-tuning of
-each model. `--models` picks models, so that several can be trained side by side once the stages
-before them are done; `--export DIR` writes checkpoints of those that are finished.
+each model. `--models` picks models, so that several can be trained side by side once the stages before them are done;
+`--export DIR` writes checkpoints of those that are finished.
 """
 
 from __future__ import annotations

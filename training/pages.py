@@ -7,19 +7,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from nvlm_trt.evaluation.tinydocs import FONTS, Split, draw
 from nvlm_trt.evaluation.tinydocs.kinds import KEYS, WORDS, Question
 from nvlm_trt.evaluation.tinydocs.page import COLOURS, MAX_TILES, TILE, Page
 from nvlm_trt.evaluation.tinydocs.writing import pick, random_code, random_value, write, write_word
-from nvlm_trt.tiling import choose_grid
+from nvlm_trt.tiling import tile_image, tile_pixels
 from training.labels import GRID, PLANES, Labels, page_labels
 
 Pixels = npt.NDArray[np.uint8]
 _CHUNK = 500
-
-
 Shares = dict[str, float]  # how often a page is of a task's kind
 
 
@@ -32,17 +29,8 @@ class Scene:
 
 
 def page_tiles(page: Page) -> Pixels:
-    """-> uint8 [tiles, TILE, TILE, 3], as `tiling.tile_image` resamples and orders them, before normalising."""
-    image = page.image
-    columns, rows = choose_grid(image.width, image.height, TILE, MAX_TILES)
-    assert (columns, rows) == (page.columns, page.rows)
-    size = (columns * TILE, rows * TILE)
-    canvas = np.asarray(image.resize(size, Image.Resampling.BICUBIC))
-    tiles = canvas.reshape(rows, TILE, columns, TILE, 3).transpose(0, 2, 1, 3, 4).reshape(-1, TILE, TILE, 3)
-    if columns * rows > 1:
-        thumbnail = np.asarray(image.resize((TILE, TILE), Image.Resampling.BICUBIC))
-        tiles = np.concatenate([tiles, thumbnail[None]])
-    return tiles
+    """-> uint8 [tiles, TILE, TILE, 3]: the product's own tiles before normalising, thumbnail last."""
+    return tile_pixels(tile_image(page.image, TILE, MAX_TILES))
 
 
 def draw_dense_page(random: np.random.Generator, font: str) -> Page:

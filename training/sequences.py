@@ -47,7 +47,7 @@ class PackedSequence:
     weights: npt.NDArray[np.float32]  # [S]
     llm_tiles: tuple[int, ...]
     cross_tiles: tuple[int, ...]  # tile rows
-    cross_tags: tuple[int, ...]  # for each of them its number in its picture, from 1
+    cross_tags: tuple[int, ...]  # for each of them its number in its picture, from 0
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,17 +49,24 @@ class Question:
 Drawing = tuple[list[Page], list[Question]]
 
 
-def draw_codes(random: np.random.Generator, font: str, texts: int | None = None) -> Drawing:
+def draw_codes(random: np.random.Generator, font: str) -> Drawing:
     """Codes in small print, each in a colour of its own."""
     columns, rows = choose(random, _TEXT_GRIDS)
     page = Page(columns, rows, font, random)
-    texts = texts or int(random.choice([1, 2, 3], p=[0.3, 0.4, 0.3]))
+    texts = int(random.choice([1, 2, 3], p=[0.3, 0.4, 0.3]))
+    return [page], _write_codes(random, page, text_lines(random, page, texts), pick(random, COLOURS, texts))
+
+
+def _write_codes(
+    random: np.random.Generator, page: Page, lines: Sequence[tuple[float, float]], colours: Sequence[str]
+) -> list[Question]:
+    """A code on each line."""
     questions = []
-    for (x, y), colour in zip(text_lines(random, page, texts), pick(random, COLOURS, texts), strict=True):
+    for (x, y), colour in zip(lines, colours, strict=True):
         code = random_code(random)
         write(random, page, code, x, y, colour)
         questions.append(Question("ocr", f"What does the {colour} text say?", code))
-    return [page], questions
+    return questions
 
 
 def draw_panels(random: np.random.Generator, font: str) -> Drawing:
@@ -83,12 +91,8 @@ def draw_sum(random: np.random.Generator, font: str) -> Drawing:
     colours = pick(random, COLOURS, len(lines))
     a, b = random.integers(0, 10, 2)
     write(random, page, f"{a}+{b}=", *lines[0], colours[0])
-    questions = [Question("sum", "What is the sum?", str(a + b))]
-    for (x, y), colour in zip(lines[1:], colours[1:], strict=True):
-        code = random_code(random)
-        write(random, page, code, x, y, colour)
-        questions.append(Question("ocr", f"What does the {colour} text say?", code))
-    return [page], questions
+    asked = Question("sum", "What is the sum?", str(a + b))
+    return [page], [asked, *_write_codes(random, page, lines[1:], colours[1:])]
 
 
 def draw_form(random: np.random.Generator, font: str) -> Drawing:
