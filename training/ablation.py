@@ -59,10 +59,10 @@ def main() -> None:
 def train_variant(run: Run, name: str, variant: Variant) -> dict[str, float]:
     """Exact match by task on the test split."""
     model = run.model_with_vision(name)
-    training, labels = run.scenes(model, "train", TRAIN_SCENES, "-small-print", SHARES)
-    test, _ = run.scenes(model, "test", TEST_SCENES, "-small-print", SHARES)
+    training = run.scenes(model, "train", TRAIN_SCENES, "-small-print", SHARES)
+    test = run.scenes(model, "test", TEST_SCENES, "-small-print", SHARES)
     run.load(model, "language", prefix="language_model.", into="language_model.")
-    run.align(model, f"ablation-align-{name}", training, labels)
+    run.align(model, f"ablation-align-{name}", training)
     packer = Packer(model.config, run.tokenizer, tags=variant.tags, thumbnail_only=variant.thumbnail_only)
     directory = run.work / f"ablation-{name}-{variant.name.replace(' ', '-').replace(',', '')}"
     train_language(model, packer, STAGE, MIX, directory, recipe.SEED, training, test)

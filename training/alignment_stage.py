@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nvlm_trt.reference.model import ReferenceModel
+from training.language_stage import SceneSet
 from training.loop import Losses, Stage, train
 from training.targets import TokenTargets
 
@@ -23,12 +24,12 @@ def train_alignment(
     stage: Stage,
     directory: Path,
     seed: int,
-    features: Tensor,
-    labels: Tensor,
+    training: SceneSet,
 ) -> None:
-    """Regress `model.mlp1` on the targets of labels [tiles, GRID, GRID, planes]; nothing else changes."""
+    """Regress `model.mlp1` on the targets of the scenes' labels; nothing else changes."""
     model.requires_grad_(False)
     model.mlp1.requires_grad_(True)
+    features, labels = training.features, torch.from_numpy(training.labels).to(training.features.device)
     device = features.device
 
     def squared_error(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -22,8 +22,8 @@ from training.pages import Scene, Shares, scenes
 
 def scene_features(
     model: ReferenceModel, split: Split, seed: int, count: int, shares: Shares, path: Path, device: torch.device
-) -> tuple[SceneSet, Tensor]:
-    """The scenes with features, and labels [tiles, GRID, GRID, planes]; from `path` if it was written before."""
+) -> SceneSet:
+    """Scenes of a split; from `path` if it was written before."""
     if not path.exists():
         pixels, labels, made = scenes(split, seed, count, shares)
         parts = [_features(model, part.to(device)).cpu() for part in torch.from_numpy(pixels).split(512)]
@@ -35,12 +35,12 @@ def scene_features(
         partial.replace(path)
     with safe_open(path, "pt") as file:
         told = json.loads(file.metadata()["scenes"])
-        features, labels = file.get_tensor("features").to(device), file.get_tensor("labels").to(device)
+        features, labels = file.get_tensor("features").to(device), file.get_tensor("labels").numpy()
     loaded = [
         Scene(tuple(range(*bounds) for bounds in pictures), tuple(Question(**question) for question in questions))
         for pictures, questions in told
     ]
-    return SceneSet(loaded, features), labels
+    return SceneSet(loaded, features, labels)
 
 
 @torch.no_grad()

@@ -6,6 +6,8 @@ Attention is spelled out because scaled_dot_product_attention's backward is slow
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,10 +24,15 @@ _STD = torch.tensor([0.229, 0.224, 0.225]) * 255
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
     """[B, heads, S, d] x [B, heads, T, d] -> [B, heads, S, d]; `bias` is added to the scores."""
+    return attention_weights(query, key, bias) @ value
+
+
+def attention_weights(query: Tensor, key: Tensor, bias: Tensor | None = None) -> Tensor:
+    """[B, heads, S, d] x [B, heads, T, d] -> [B, heads, S, T]"""
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
     if bias is not None:
         scores = scores + bias
-    return torch.softmax(scores, -1, dtype=scores.dtype) @ value
+    return torch.softmax(scores, -1, dtype=scores.dtype)
 
 
 def encode_patches(encoder: VisionEncoder, pixels: Tensor) -> Tensor:
@@ -56,10 +63,25 @@ def _vision_attention(layer: VisionLayer, x: Tensor) -> Tensor:
     return attention.proj(attend(*heads).transpose(1, 2).flatten(2))
 
 
-def decode(model: ReferenceModel, batch: Batch, features: Tensor | None, tag_ids: Tensor | None) -> Tensor:
+@dataclass
+class Looks:
+    """Attention weights [B, heads, S, keys] of the layers that are taught where to look."""
+
+    in_sequence: Tensor | None = None  # of the self-attention in the middle
+    in_cross: Tensor | None = None  # of the last cross-attention
+
+
+def decode(
+    model: ReferenceModel,
+    batch: Batch,
+    features: Tensor | None,
+    tag_ids: Tensor | None,
+    looks: Looks | None = None,
+) -> Tensor:
     """Hidden states [B, S, hidden] after the final norm, for a packed batch.
 
-    features: shuffled patches of all tiles [tiles, T, 4 * vision width]; tag_ids [max tiles, tag_length] of NVLM-H."""
+    features: shuffled patches of all tiles [tiles, T, 4 * vision width]; tag_ids [max tiles, tag_length] of NVLM-H.
+    `looks` is filled."""
     decoder = model.language_model
     x = decoder.embed(batch.ids)  # [B, S, hidden]
     if features is not None and len(batch.llm_tiles):
@@ -72,8 +94,13 @@ def decode(model: ReferenceModel, batch: Batch, features: Tensor | None, tag_ids
         if cross is not None and i in decoder.cross_before:
             block = decoder.cross_layers[decoder.cross_before[i]]
             assert isinstance(block, GatedCrossAttentionBlock)
-            x = cross.attend(block, x)
-        x = x + _self_attention(layer.self_attn, layer.input_layernorm(x), rotation, batch.attention)
+            x, weights = cross.attend(block, x)
+            if looks:
+                looks.in_cross = weights
+        y, weights = _self_attention(layer.self_attn, layer.input_layernorm(x), rotation, batch.attention)
+        if looks and i == len(decoder.model.layers) // 2:
+            looks.in_sequence = weights
+        x = x + y
         x = x + layer.mlp(layer.post_attention_layernorm(x))
     return decoder.model.norm(x)
 
@@ -95,31 +122,34 @@ class _CrossTokens:
         # finite, since a row that sees nothing is computed and then dropped
         self.bias = torch.where(seen, 0.0, -1e4)[:, None].to(self.tokens.dtype)
 
-    def attend(self, block: GatedCrossAttentionBlock, x: Tensor) -> Tensor:
+    def attend(self, block: GatedCrossAttentionBlock, x: Tensor) -> tuple[Tensor, Tensor]:
         attention = block.attn
         query = attention.q_norm(_heads(attention.q_proj(block.input_layernorm(x)), attention.head_dim))
         key = attention.k_norm(_heads(attention.k_proj(self.tokens), attention.head_dim))
         value = _heads(attention.v_proj(self.tokens), attention.head_dim)
-        y = _grouped(query, key, value, self.bias)
+        y, weights = _grouped(query, key, value, self.bias)
         y = x + torch.tanh(block.attn_gate) * attention.o_proj(y.transpose(1, 2).flatten(2))
         if block.ffn:
             y = y + torch.tanh(block.mlp_gate) * block.mlp(block.post_attention_layernorm(y))
-        return torch.where(self.sees_image, y, x)
+        return torch.where(self.sees_image, y, x), weights
 
 
-def _self_attention(attention: SelfAttention, x: Tensor, rotation: tuple[Tensor, Tensor], bias: Tensor) -> Tensor:
+def _self_attention(
+    attention: SelfAttention, x: Tensor, rotation: tuple[Tensor, Tensor], bias: Tensor
+) -> tuple[Tensor, Tensor]:
     query, key, value = (
         _heads(projection(x), attention.head_dim)
         for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
-    y = _grouped(rotate(query, rotation), rotate(key, rotation), value, bias.to(query.dtype))
-    return attention.o_proj(y.transpose(1, 2).flatten(2))
+    y, weights = _grouped(rotate(query, rotation), rotate(key, rotation), value, bias.to(query.dtype))
+    return attention.o_proj(y.transpose(1, 2).flatten(2)), weights
 
 
-def _grouped(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-    """Attention whose key and value heads [B, kv_heads, T, d] each serve a group of query heads."""
+def _grouped(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention whose key and value heads [B, kv_heads, T, d] each serve a group of query heads, and its weights."""
     group = query.shape[1] // key.shape[1]
-    return attend(query, key.repeat_interleave(group, 1), value.repeat_interleave(group, 1), bias)
+    weights = attention_weights(query, key.repeat_interleave(group, 1), bias)
+    return weights @ value.repeat_interleave(group, 1), weights
 
 
 def _heads(x: Tensor, head_dim: int) -> Tensor:

@@ -44,6 +44,11 @@ def values(plane: str) -> tuple[object, ...]:
     return _VALUES[plane]
 
 
+def code(plane: str, value: object) -> int:
+    """The class of a plane that stands for a value."""
+    return _CODES[plane][value]
+
+
 def page_labels(page: Page) -> Labels:
     """-> [tiles, GRID, GRID, planes], thumbnail last, as `tile_image` orders them.
 

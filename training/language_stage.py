@@ -14,7 +14,8 @@ from torch import Tensor
 from nvlm_trt.evaluation.tinydocs import TEXT_TASKS, ask
 from nvlm_trt.evaluation.tinydocs.kinds import Question
 from nvlm_trt.reference.model import ReferenceModel
-from training.forward import decode
+from training.forward import Looks, decode
+from training.labels import Labels
 from training.loop import Losses, Stage, train
 from training.pages import Scene
 from training.sequences import NOT_ANSWERED, Batch, PackedSequence, Packer, collate
@@ -33,6 +34,7 @@ class Mix:
     questions: int = 5  # at most, of a scene
     texts: int = 6  # sequences of text-only questions
     text_questions: int = 5  # in each; few, as attention within a sequence grows with its square
+    looking: float = 0.3  # weight of where attention heads look, beside what is answered
 
     def most_objects(self, done: float) -> int:
         """Texts, shapes or bars on a page; `done` is the share of the run."""
@@ -47,10 +49,11 @@ def object_count(scene: Scene) -> int:
 
 @dataclass(frozen=True)
 class SceneSet:
-    """Scenes and the frozen encoder's shuffled patches of their tiles, bfloat16 [tiles, T, 4 * vision width]."""
+    """Scenes over a pool of tiles: what the frozen encoder makes of each, and what its patches show."""
 
     scenes: Sequence[Scene]
-    features: Tensor
+    features: Tensor  # bfloat16 [tiles, T, 4 * vision width], shuffled
+    labels: Labels  # [tiles, GRID, GRID, planes]
 
 
 def train_language(
@@ -66,15 +69,19 @@ def train_language(
     """Train everything but the vision encoder, on scenes with text-only questions blended in."""
     model.vision_model.requires_grad_(False)
     tags = _tag_ids(packer, model)
-    batches = _SceneBatches(training.scenes, packer, mix, stage.steps, seed)
+    batches = _SceneBatches(training, packer, mix, stage.steps, seed)
 
     def losses_at(step: int) -> Iterator[Losses]:
         texts = collate(text_sequences(packer, "train", [seed, step], mix.texts, mix.text_questions))
         parts = {"text": texts, "image": batches.at(step)}
         total = sum(float(batch.weights.sum()) for batch in parts.values())
         for name, batch in parts.items():
-            summed = _answer_loss(model, batch, training.features, tags)
-            yield {"loss": summed / total, name: (summed / batch.weights.sum()).detach()}
+            said, looked = _losses(model, batch, training.features, tags)
+            losses = {"loss": said / total, name: (said / batch.weights.sum()).detach()}
+            if looked is not None:
+                losses["loss"] = losses["loss"] + mix.looking * looked
+                losses["looking"] = looked.detach()
+            yield losses
 
     def evaluate() -> dict[str, float]:
         return text_accuracy(model, packer) | scene_accuracy(model, packer, validation)
@@ -94,9 +101,10 @@ def text_sequences(
 class _SceneBatches:
     """The scenes of each step: epochs in random order, sequences of a like length together."""
 
-    def __init__(self, scenes: Sequence[Scene], packer: Packer, mix: Mix, steps: int, seed: int) -> None:
-        self._scenes, self._packer, self._mix, self._steps, self._seed = scenes, packer, mix, steps, seed
-        self._objects = np.array([object_count(scene) for scene in scenes])
+    def __init__(self, training: SceneSet, packer: Packer, mix: Mix, steps: int, seed: int) -> None:
+        self._scenes, self._labels, self._packer = training.scenes, training.labels, packer
+        self._mix, self._steps, self._seed = mix, steps, seed
+        self._objects = np.array([object_count(scene) for scene in training.scenes])
         self._pool: tuple[int, list[Batch]] = (-1, [])
 
     def at(self, step: int) -> Batch:
@@ -114,21 +122,38 @@ class _SceneBatches:
         for index in chosen:
             scene = self._scenes[index]
             questions = [scene.questions[i] for i in random.permutation(len(scene.questions))[: self._mix.questions]]
-            sequences.append(self._packer.pack(scene.pictures, questions))
+            sequences.append(self._packer.pack(scene.pictures, questions, self._labels))
         sequences.sort(key=lambda sequence: len(sequence.ids))
         groups = [sequences[i * self._mix.scenes : (i + 1) * self._mix.scenes] for i in range(_POOL)]
         return [collate(groups[i]) for i in random.permutation(_POOL)]
 
 
-def _answer_loss(model: ReferenceModel, batch: Batch, features: Tensor | None, tags: Tensor | None) -> Tensor:
-    """Cross entropy of the answers' tokens, weighted and summed."""
+def _losses(
+    model: ReferenceModel, batch: Batch, features: Tensor | None, tags: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Cross entropy of the answers' tokens, weighted and summed; and the mean of -log of the attention that falls on
+    the right tokens, None where nothing is to be looked at."""
     batch = batch.to(_device(model))
+    looks = Looks()
     with torch.autocast(_device(model).type, torch.bfloat16):
-        hidden = decode(model, batch, features, tags)
+        hidden = decode(model, batch, features, tags, looks)
         answered = batch.labels != NOT_ANSWERED
         logits = model.language_model.lm_head(hidden[answered])
     losses = F.cross_entropy(logits.float(), batch.labels[answered], reduction="none")
-    return (losses * batch.weights[answered]).sum()
+    looked = [
+        right_looks(weights, points)
+        for weights, points in ((looks.in_sequence, batch.self_points), (looks.in_cross, batch.cross_points))
+        if weights is not None and len(points)
+    ]
+    return (losses * batch.weights[answered]).sum(), -torch.cat(looked).clamp(min=1e-4).log().mean() if looked else None
+
+
+def right_looks(weights: Tensor, points: Tensor) -> Tensor:
+    """Attention [B, heads, S, keys] and points [n, 5] -> for each query the weight that falls on keys that will do."""
+    sequence, head, query, key, number = points.unbind(1)
+    right = torch.zeros(int(number[-1]) + 1, device=weights.device)
+    right = right.index_add(0, number, weights[sequence, head, query, key].float())
+    return right[torch.unique(number)]
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nvlm_trt.checkpoint_writer import write_checkpoint
 from nvlm_trt.config import PRESETS, NvlmConfig
@@ -70,7 +70,7 @@ class Run:
         for split, count in counts.items():
             _, labels, drawn = draw_scenes(split, recipe.SEED + 1, count, recipe.PAGE_SHARES)
             tokens = [targets.of(part.to(self.device))[0].bfloat16() for part in torch.from_numpy(labels).split(4096)]
-            sets.append(SceneSet(drawn, torch.cat(tokens)))
+            sets.append(SceneSet(drawn, torch.cat(tokens), labels))
         packer = Packer(model.config, self.tokenizer)
         train_language(model, packer, recipe.LANGUAGE, recipe.LANGUAGE_MIX, self.work / "language", recipe.SEED, *sets)
 
@@ -81,14 +81,14 @@ class Run:
     def tune(self, name: str) -> None:
         """Align the projector of one model, unless it starts from one that was, and fine-tune it (tune-NAME)."""
         model = self.model_with_vision(name)
-        training, labels = self.scenes(model, "train", recipe.SCENES)
-        validation, _ = self.scenes(model, "validation", recipe.VALIDATION_SCENES)
+        training = self.scenes(model, "train", recipe.SCENES)
+        validation = self.scenes(model, "validation", recipe.VALIDATION_SCENES)
         if name in recipe.START:
             for part in ("language_model.", "mlp1."):
                 self.load(model, recipe.START[name], prefix=part, into=part)
         else:
             self.load(model, "language", prefix="language_model.", into="language_model.")
-            self.align(model, f"align-{name}", training, labels)
+            self.align(model, f"align-{name}", training)
         packer = Packer(model.config, self.tokenizer)
         directory = self.work / f"tune-{name}"
         train_language(model, packer, recipe.TUNING[name], recipe.MIX, directory, recipe.SEED, training, validation)
@@ -101,15 +101,13 @@ class Run:
 
     def scenes(
         self, model: ReferenceModel, split: Split, count: int, kind: str = "", shares: dict[str, float] | None = None
-    ) -> tuple[SceneSet, Tensor]:
-        """Scenes of a split with the frozen encoder's features and the labels of their tiles."""
+    ) -> SceneSet:
+        """Scenes of a split with the frozen encoder's features."""
         path = self.work / f"scenes-{split}{kind}.safetensors"
         return scene_features(model, split, recipe.SEED + 1, count, shares or recipe.PAGE_SHARES, path, self.device)
 
-    def align(self, model: ReferenceModel, stage: str, training: SceneSet, labels: Tensor) -> None:
-        train_alignment(
-            model, self.targets(), recipe.ALIGNMENT, self.work / stage, recipe.SEED, training.features, labels
-        )
+    def align(self, model: ReferenceModel, stage: str, training: SceneSet) -> None:
+        train_alignment(model, self.targets(), recipe.ALIGNMENT, self.work / stage, recipe.SEED, training)
 
     def export(self, name: str, directory: Path) -> None:
         model = self.model_with_vision(name)

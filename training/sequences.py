@@ -20,8 +20,12 @@ from nvlm_trt.config import NvlmConfig
 from nvlm_trt.evaluation.tinydocs.kinds import Question
 from nvlm_trt.prompt import Message, PromptEncoder, split_tiles
 from nvlm_trt.tokenizer import MESSAGE_END, THUMBNAIL_TAG, Tokenizer, tile_tag
+from training.labels import Labels
+from training.pointing import TOKENS, Point, points
 
 NOT_ANSWERED = -100
+# [n, 4]: head, query's place, key's place, and a number that is the same for all keys that will do for one query
+Points = npt.NDArray[np.int64]
 _PLACEHOLDER = "?"
 
 
@@ -48,6 +52,8 @@ class PackedSequence:
     llm_tiles: tuple[int, ...]
     cross_tiles: tuple[int, ...]  # tile rows
     cross_tags: tuple[int, ...]  # for each of them its number in its picture, from 0
+    self_points: Points  # keys are places in the sequence
+    cross_points: Points  # keys are cross-attended tokens
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,8 @@ class Batch:
     labels: Tensor  # [B, S]
     weights: Tensor  # [B, S]
     answers: Tensor  # [B, S]: which answer of the batch a label belongs to
+    self_points: Tensor  # [n, 5]: sequence, then as in a packed sequence
+    cross_points: Tensor  # [n, 5]
 
     def to(self, device: torch.device) -> Batch:
         return Batch(**{item.name: getattr(self, item.name).to(device) for item in fields(self)})
@@ -99,13 +107,18 @@ class Packer:
     def text_ids(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(text))
 
-    def pack(self, pictures: Sequence[range], questions: Sequence[Question]) -> PackedSequence:
+    def pack(
+        self, pictures: Sequence[range], questions: Sequence[Question], labels: Labels | None = None
+    ) -> PackedSequence:
+        """With labels, of all tiles of the pool, comes where each token of an answer is read from."""
+        pointed: list[tuple[int, Point]] = []  # a token's place in the sequence, and where it looks
         if self.thumbnail_only:
             pictures = [range(tiles.stop - 1, tiles.stop) for tiles in pictures]
         prefix = self.prefix(tuple(map(len, pictures)))
         start = len(prefix.ids)
         ids, positions, branch = [prefix.ids], [np.arange(start)], [np.zeros(start, np.int64)]
-        labels, weights = [np.full(start, NOT_ANSWERED)], [np.zeros(start, np.float32)]
+        targets, weights = [np.full(start, NOT_ANSWERED)], [np.zeros(start, np.float32)]
+        start_of_branch = start
         for number, question in enumerate(questions, start=1):
             asked = np.concatenate([self.text_ids(question.prompt), prefix.tail]).astype(np.int64)
             answer = np.array([*self.text_ids(question.answer), self._end], np.int64)
@@ -115,7 +128,12 @@ class Packer:
             ids.append(whole)
             positions.append(np.arange(start, start + len(whole)))
             branch.append(np.full(len(whole), number))
-            labels.append(label)
+            targets.append(label)
+            if labels is not None:
+                first = start_of_branch + len(asked) - 1
+                found = points(question, np.concatenate([labels[tiles.start : tiles.stop] for tiles in pictures]))
+                pointed += [(first + point.answer_token, point) for point in found]
+            start_of_branch += len(whole)
             # between a weight for each answer and one for each token
             weights.append(np.where(label != NOT_ANSWERED, len(answer) ** -0.5, 0.0).astype(np.float32))
         everything = np.array([[0, prefix.cross_tokens]], np.int32)
@@ -129,10 +147,45 @@ class Packer:
             llm_tiles += tiles[in_llm]
             cross_tiles += tiles[in_cross]
             cross_tags += range(len(tiles))[in_cross]
+        self_points, cross_points = self._points(pointed, prefix, pictures)
         return PackedSequence(
-            np.concatenate(ids), np.concatenate(positions), np.concatenate(branch), ranges, np.concatenate(labels),
-            np.concatenate(weights), tuple(llm_tiles), tuple(cross_tiles), tuple(cross_tags),
+            np.concatenate(ids), np.concatenate(positions), np.concatenate(branch), ranges, np.concatenate(targets),
+            np.concatenate(weights), tuple(llm_tiles), tuple(cross_tiles), tuple(cross_tags), self_points, cross_points,
         )  # fmt: skip
+
+    def _points(
+        self, pointed: list[tuple[int, Point]], prefix: Prefix, pictures: Sequence[range]
+    ) -> tuple[Points, Points]:
+        """Of the sequence and of the cross-attended tokens: the places of image tokens."""
+        places = self._places(tuple(map(len, pictures)))
+        parts: tuple[list[Points], list[Points]] = ([], [])
+        for number, (query, point) in enumerate(pointed):
+            for part, place in zip(parts, places, strict=True):
+                keys = place[point.tokens]
+                keys = keys[keys >= 0]
+                part.append(np.stack(np.broadcast_arrays(point.head, query, keys, number), -1).astype(np.int64))
+        empty = np.zeros((0, 4), np.int64)
+        return np.concatenate([empty, *parts[0]]), np.concatenate([empty, *parts[1]])
+
+    @functools.lru_cache(maxsize=4096)  # noqa: B019
+    def _places(self, tiles_per_image: tuple[int, ...]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """For every image token of the pictures its place in the sequence and among the cross-attended, or -1."""
+        total = sum(tiles_per_image)
+        in_sequence = np.full((total, TOKENS), -1)
+        crossed = np.full((total, TOKENS), -1)
+        (free,) = np.nonzero(self.prefix(tiles_per_image).ids == self.config.image_token_id)
+        pitch = TOKENS + (self.encoder.tag_length if self.config.architecture == "H" else 0)
+        llm_tiles: list[int] = []
+        cross_tiles: list[int] = []
+        first = 0
+        for count in tiles_per_image:
+            in_llm, in_cross = split_tiles(self.config.architecture, count)
+            llm_tiles += range(first, first + count)[in_llm]
+            cross_tiles += range(first, first + count)[in_cross]
+            first += count
+        in_sequence[llm_tiles] = free.reshape(len(llm_tiles), TOKENS)
+        crossed[cross_tiles] = (np.arange(1, len(cross_tiles) + 1)[:, None] * pitch - TOKENS) + np.arange(TOKENS)
+        return in_sequence.ravel(), crossed.ravel()
 
 
 def collate(sequences: Sequence[PackedSequence]) -> Batch:
@@ -168,4 +221,16 @@ def collate(sequences: Sequence[PackedSequence]) -> Batch:
         torch.from_numpy(labels),
         torch.from_numpy(weights),
         torch.from_numpy(answers),
+        _batch_points([s.self_points for s in sequences]),
+        _batch_points([s.cross_points for s in sequences]),
     )
+
+
+def _batch_points(parts: Sequence[Points]) -> Tensor:
+    rows, offset = [], 0
+    for sequence, part in enumerate(parts):
+        row = np.column_stack([np.full(len(part), sequence), part])
+        row[:, 4] += offset
+        offset = max(offset, int(row[:, 4].max(initial=-1)) + 1)
+        rows.append(row)
+    return torch.from_numpy(np.concatenate(rows))

@@ -33,6 +33,9 @@ FONTS: dict[Split, tuple[str, ...]] = {
         "font_manrope:files/Manrope-Regular.ttf",
         "font_manrope:files/Manrope-SemiBold.ttf",
         "font_manrope:files/Manrope-Bold.ttf",
+        "font_source_serif_pro:files/SourceSerifPro-Regular.ttf",
+        "font_source_serif_pro:files/SourceSerifPro-Semibold.ttf",
+        "font_source_serif_pro:files/SourceSerifPro-Bold.ttf",
     ),
     "validation": (_PILLOW, f"{_MATPLOTLIB}/cmss10.ttf"),
     "test": (

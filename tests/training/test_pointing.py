@@ -1,0 +1,120 @@
+"""Where heads are taught to look: against the pages' own record of what stands where."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nvlm_trt.config import PRESETS
+from nvlm_trt.evaluation.tinydocs import FONTS, TASKS, draw
+from nvlm_trt.evaluation.tinydocs.page import TILE
+from nvlm_trt.tokenizer import Tokenizer
+from training.labels import GRID, PATCH, page_labels
+from training.language_stage import right_looks
+from training.pointing import LEFT, RIGHT, TOKENS, WHOLE, points
+from training.sequences import Packer, collate
+from training.tokens import write_tiny_tokenizer
+
+LETTERS = ("ocr", "form")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_tiny_tokenizer(folder, 512, 6)
+    return Tokenizer.from_directory(folder)
+
+
+def asked_pages(task, seed):
+    """-> pages, questions of the task, labels of all tiles, the number of each page's first tile"""
+    pages, questions = draw("train", task, np.random.default_rng(seed))
+    labels = [page_labels(page) for page in pages]
+    firsts = np.cumsum([0, *map(len, labels)])
+    return pages, [q for q in questions if q.task == task], np.concatenate(labels), firsts
+
+
+def place(page, first, mark, in_thumbnail):
+    """(token, column) of a mark, counted through all tiles."""
+    tiles = page.columns * page.rows
+    if in_thumbnail and tiles > 1:
+        tile, x, y = tiles, mark.x / page.columns, mark.y / page.rows
+    else:
+        tile = int(mark.y // TILE) * page.columns + int(mark.x // TILE)
+        x, y = mark.x % TILE, mark.y % TILE
+    row, column = min(int(y // PATCH), GRID - 1), min(int(x // PATCH), GRID - 1)
+    return (first + tile) * TOKENS + row // 2 * (GRID // 2) + column // 2, column % 2
+
+
+@pytest.mark.parametrize("task", LETTERS)
+@settings(max_examples=60)
+@given(st.integers(0, 2**32 - 1))
+def test_every_letter_is_looked_for_where_it_stands(task, seed):
+    (page,), questions, labels, _ = asked_pages(task, seed)
+    for question in questions:
+        strings = "".join(mark.character or " " for mark in page.marks)
+        assert question.answer in strings
+        marks = page.marks[strings.index(question.answer) :][: len(question.answer)]
+        where = {(p.answer_token, p.head): set(p.tokens.tolist()) for p in points(question, labels)}
+        for number, mark in enumerate(marks):
+            token, column = place(page, 0, mark, in_thumbnail=False)
+            assert where[number, (LEFT, RIGHT)[column]] == {token}
+
+
+@settings(max_examples=60)
+@given(st.sampled_from([task for task in TASKS if task not in LETTERS]), st.integers(0, 2**32 - 1))
+def test_things_are_looked_for_where_they_stand(task, seed):
+    pages, questions, labels, firsts = asked_pages(task, seed)
+    for question in questions:
+        (found, *_) = points(question, labels)
+        assert found.head == WHOLE
+        everything = {
+            place(page, first, mark, in_thumbnail=task not in ("line", "sum"))[0]
+            for page, first in zip(pages, firsts, strict=False)
+            for mark in page.marks
+        }
+        assert len(found.tokens)
+        assert set(found.tokens.tolist()) <= everything
+        if task in ("chart", "colour", "location"):
+            assert len(found.tokens) == 1, "one thing is meant, and it has one place"
+
+
+@pytest.mark.parametrize("architecture", ["d", "x", "h"])
+def test_places_in_the_packed_sequence_are_those_of_the_tokens(architecture, tokenizer):
+    config = replace(PRESETS[f"nvlm-{architecture}-tiny"], image_token_id=tokenizer.image_token_id)
+    packer = Packer(config, tokenizer)
+    sequences, expected = [], {}
+    for number, (task, seed) in enumerate([("ocr", 1), ("pair", 2), ("form", 3), ("colour", 4)]):
+        pages, questions, labels, firsts = asked_pages(task, seed)
+        pictures = [range(a, b) for a, b in zip(firsts, firsts[1:], strict=False)]
+        sequences.append(packer.pack(pictures, questions, labels))
+        expected[number] = {
+            (point.head, token) for question in questions for point in points(question, labels) for token in point.tokens
+        }
+    batch = collate(sequences)
+    tag_length = packer.encoder.tag_length if architecture == "h" else 0
+    seen = {number: set() for number in expected}
+    for number, sequence in enumerate(sequences):
+        image_places = np.flatnonzero(sequence.ids == config.image_token_id).tolist()
+        for _, head, query, key, _ in batch.self_points[batch.self_points[:, 0] == number].tolist():
+            tile, token = divmod(image_places.index(key), TOKENS)
+            seen[number].add((head, sequence.llm_tiles[tile] * TOKENS + token))
+            assert sequence.labels[query] >= 0, "only what is answered looks"
+        for _, head, _, key, _ in batch.cross_points[batch.cross_points[:, 0] == number].tolist():
+            tile, token = divmod(key, tag_length + TOKENS)
+            seen[number].add((head, sequence.cross_tiles[tile] * TOKENS + token - tag_length))
+    assert seen == expected
+
+
+def test_the_weight_on_the_right_keys_is_what_counts():
+    weights = torch.softmax(torch.randn(2, 3, 4, 5), -1)
+    rows = [[0, 2, 1, 0, 0], [0, 2, 1, 3, 0], [1, 0, 3, 4, 2]]  # two keys will do for the first query
+    expected = [weights[0, 2, 1, 0] + weights[0, 2, 1, 3], weights[1, 0, 3, 4]]
+    torch.testing.assert_close(right_looks(weights, torch.tensor(rows)), torch.stack(expected))
+
+
+def test_fonts_to_learn_from_are_not_those_of_the_test():
+    families = {split: {name.split(":")[0] for name in names} for split, names in FONTS.items()}
+    assert families["train"].isdisjoint(families["test"])

@@ -1,0 +1,104 @@
+"""Which image tokens each token of an answer is read from: what three attention heads are taught to look at.
+
+To read small print is to find the asked-for string and then, letter by letter, the token that holds the next. A loss
+on the answer alone rewards this only once all its steps work; a loss on where a head looks teaches each at once.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from nvlm_trt.evaluation.tinydocs.kinds import Question
+from nvlm_trt.evaluation.tinydocs.page import SHAPES
+from training.labels import GRID, PLANES, Labels, code
+
+LEFT, RIGHT, WHOLE = range(3)  # the heads: a letter in the left or the right column of a token, or all of a thing
+HEADS = 3
+TOKENS = (GRID // 2) ** 2  # of a tile
+
+_PLANE = {name: number for number, name in enumerate(PLANES)}
+_PROMPTS = [
+    re.compile(pattern)
+    for pattern in (
+        r"What does the (?P<colour>\w+) text say\?",
+        r"What does tile (?P<tile>\d+) say\?",
+        r"What is the (?P<sum>sum)\?",
+        r"What is the (?P<key>\w+)\?",
+        r"Which line says (?P<word>\w+)\?",
+        r"What colour is the (?P<kind>\w+)\?",
+        r"What shape is (?P<shape_colour>\w+)\?",
+        r"Where is the (?P<shape_colour>\w+) (?P<kind>\w+)\?",
+        r"How many (?P<kind>\w+)s\?",
+        r"How tall is the (?P<bar>\w+) bar\?",
+        r"Which picture has a (?P<kind>\w+)\?",
+    )
+]
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where one head looks to say one token."""
+
+    answer_token: int
+    head: int
+    tokens: npt.NDArray[np.intp]  # any of these, counted through the question's tiles: tile * TOKENS + place in it
+
+
+def points(question: Question, labels: Labels) -> list[Point]:
+    """labels [tiles, GRID, GRID, planes] of all tiles of the question's pictures, in order."""
+    asked = next(match for pattern in _PROMPTS if (match := pattern.fullmatch(question.prompt))).groupdict()
+    meant = _meant(asked, labels)
+    if not meant.any():
+        return []
+    tile, row, column = np.nonzero(meant)
+    token = tile * TOKENS + row // 2 * (GRID // 2) + column // 2
+    if question.task not in ("ocr", "form", "tile"):
+        whole = np.unique(token)
+        return [Point(number, WHOLE, whole) for number in range(len(question.answer) if question.task == "sum" else 1)]
+    index = labels[tile, row, column, _PLANE["index"]]
+    blank = _blank_tokens(labels)
+    found = []
+    for number in range(len(question.answer) + 1):  # and where the answer ends no letter is found
+        for head in (LEFT, RIGHT):
+            holds = np.unique(token[(index == number) & (column % 2 == head)])
+            found.append(Point(number, head, holds if len(holds) else blank))
+    return found
+
+
+def _meant(asked: dict[str, str | None], labels: Labels) -> npt.NDArray[np.bool_]:
+    """[tiles, GRID, GRID]: the patches that show what is asked for."""
+
+    def shows(plane: str, value: object) -> npt.NDArray[np.bool_]:
+        return labels[..., _PLANE[plane]] == code(plane, value)
+
+    glyph = shows("kind", "glyph")
+    if asked.get("colour"):
+        return glyph & shows("colour", asked["colour"])
+    if asked.get("tile"):
+        glyph[np.arange(len(glyph)) != int(asked["tile"] or 0) - 1] = False
+        return glyph
+    if asked.get("sum"):
+        plus = glyph & shows("character", "+")
+        return glyph & np.isin(labels[..., _PLANE["colour"]], labels[plus][:, _PLANE["colour"]])
+    if asked.get("key"):
+        return glyph & shows("word", asked["key"])
+    if asked.get("word"):
+        return shows("kind", "word") & shows("word", asked["word"])
+    if asked.get("bar"):
+        return shows("kind", "bar") & shows("colour", asked["bar"])
+    meant = np.isin(labels[..., _PLANE["kind"]], [code("kind", shape) for shape in SHAPES])
+    if asked.get("kind"):
+        meant &= shows("kind", asked["kind"])
+    if asked.get("shape_colour"):
+        meant &= shows("colour", asked["shape_colour"])
+    return meant
+
+
+def _blank_tokens(labels: Labels) -> npt.NDArray[np.intp]:
+    half = GRID // 2
+    shown = (labels[..., _PLANE["kind"]] > 0).reshape(len(labels), half, 2, half, 2).any((2, 4))
+    return np.flatnonzero(~shown)
