@@ -7,6 +7,7 @@ on the answer alone rewards this only once all its steps work; a loss on where a
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,8 +17,8 @@ from nvlm_trt.evaluation.tinydocs.kinds import Question
 from nvlm_trt.evaluation.tinydocs.page import SHAPES
 from training.labels import GRID, PLANES, Labels, code
 
-LEFT, RIGHT, WHOLE = range(3)  # the heads: a letter in the left or the right column of a token, or all of a thing
-HEADS = 3
+# the heads: a letter in the left or the right column of an image token, all of a thing, a letter among the text
+LEFT, RIGHT, WHOLE, TEXT = range(4)
 TOKENS = (GRID // 2) ** 2  # of a tile
 
 _PLANE = {name: number for number, name in enumerate(PLANES)}
@@ -45,7 +46,21 @@ class Point:
 
     answer_token: int
     head: int
-    tokens: npt.NDArray[np.intp]  # any of these, counted through the question's tiles: tile * TOKENS + place in it
+    # any of these: image tokens counted through the question's tiles, tile * TOKENS + place in it; or, of the head
+    # TEXT, places in the question's tokens
+    tokens: npt.NDArray[np.intp]
+
+
+def text_points(question: Question, tokens_before: Callable[[str], int]) -> list[Point]:
+    """Where the letters of a text-only answer stand in its question; `tokens_before` counts the tokens of a prefix."""
+    if question.task == "add":
+        digits = [tokens_before(question.prompt[: match.start()]) for match in re.finditer(r"\d", question.prompt)]
+        return [Point(number, TEXT, np.array([d])) for number in range(len(question.answer)) for d in digits]
+    written = question.answer[::-1] if question.task == "reverse" else question.answer
+    first = tokens_before(question.prompt[: question.prompt.index(f" {written}.") + 1])
+    places = range(first, first + len(written))
+    ordered = reversed(places) if question.task == "reverse" else places
+    return [Point(number, TEXT, np.array([place])) for number, place in enumerate(ordered)]
 
 
 def points(question: Question, labels: Labels) -> list[Point]:
@@ -56,10 +71,12 @@ def points(question: Question, labels: Labels) -> list[Point]:
         return []
     tile, row, column = np.nonzero(meant)
     token = tile * TOKENS + row // 2 * (GRID // 2) + column // 2
-    if question.task not in ("ocr", "form", "tile"):
-        whole = np.unique(token)
-        return [Point(number, WHOLE, whole) for number in range(len(question.answer) if question.task == "sum" else 1)]
     index = labels[tile, row, column, _PLANE["index"]]
+    if question.task == "sum":  # both digits at once, which stand before and after the plus
+        digits = [np.unique(token[index == place]) for place in (0, 2)]
+        return [Point(number, WHOLE, digit) for number in range(len(question.answer)) for digit in digits]
+    if question.task not in ("ocr", "form", "tile"):
+        return [Point(0, WHOLE, np.unique(token))]
     blank = _blank_tokens(labels)
     found = []
     for number in range(len(question.answer) + 1):  # and where the answer ends no letter is found

@@ -10,7 +10,7 @@ DENSE_TILES = 30_000  # of the vision encoder's training, and as many of ordinar
 SCENES = 24_000
 VALIDATION_SCENES = 600
 # of the pages; codes and forms take longest to learn, and a page of shapes has four kinds of question
-PAGE_SHARES = {"ocr": 5.0, "form": 4.0, "line": 3.0, "sum": 2.0, "colour": 5.0, "chart": 2.5, "pair": 1.5}
+PAGE_SHARES = {"ocr": 5.0, "form": 4.0, "line": 3.0, "sum": 4.0, "colour": 5.0, "chart": 2.5, "pair": 1.5}
 
 VISION = Stage(steps=7000, matrix_rate=3e-3, other_rate=3e-3, warmup=100, evaluate_every=400)
 LANGUAGE = Stage(steps=2500, matrix_rate=3e-3, other_rate=2e-3)

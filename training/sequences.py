@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from nvlm_trt.config import NvlmConfig
+from nvlm_trt.evaluation.tinydocs import TEXT_TASKS
 from nvlm_trt.evaluation.tinydocs.kinds import Question
 from nvlm_trt.prompt import Message, PromptEncoder, split_tiles
 from nvlm_trt.tokenizer import MESSAGE_END, THUMBNAIL_TAG, Tokenizer, tile_tag
 from training.labels import Labels
-from training.pointing import TOKENS, Point, points
+from training.pointing import TEXT, TOKENS, Point, points, text_points
 
 NOT_ANSWERED = -100
 # [n, 4]: head, query's place, key's place, and a number that is the same for all keys that will do for one query
@@ -110,7 +111,8 @@ class Packer:
     def pack(
         self, pictures: Sequence[range], questions: Sequence[Question], labels: Labels | None = None
     ) -> PackedSequence:
-        """With labels, of all tiles of the pool, comes where each token of an answer is read from."""
+        """With labels, of all tiles of the pool, comes where each token of an answer is read from; of a text-only
+        answer it does without."""
         pointed: list[tuple[int, Point]] = []  # a token's place in the sequence, and where it looks
         if self.thumbnail_only:
             pictures = [range(tiles.stop - 1, tiles.stop) for tiles in pictures]
@@ -129,10 +131,13 @@ class Packer:
             positions.append(np.arange(start, start + len(whole)))
             branch.append(np.full(len(whole), number))
             targets.append(label)
-            if labels is not None:
-                first = start_of_branch + len(asked) - 1
+            found = []
+            if question.task in TEXT_TASKS:
+                for point in text_points(question, lambda text: len(self.text_ids(text))):
+                    found.append(Point(point.answer_token, point.head, point.tokens + start_of_branch))
+            elif labels is not None:
                 found = points(question, np.concatenate([labels[tiles.start : tiles.stop] for tiles in pictures]))
-                pointed += [(first + point.answer_token, point) for point in found]
+            pointed += [(start_of_branch + len(asked) - 1 + point.answer_token, point) for point in found]
             start_of_branch += len(whole)
             # between a weight for each answer and one for each token
             weights.append(np.where(label != NOT_ANSWERED, len(answer) ** -0.5, 0.0).astype(np.float32))
@@ -160,8 +165,8 @@ class Packer:
         places = self._places(tuple(map(len, pictures)))
         parts: tuple[list[Points], list[Points]] = ([], [])
         for number, (query, point) in enumerate(pointed):
-            for part, place in zip(parts, places, strict=True):
-                keys = place[point.tokens]
+            found = [point.tokens] if point.head == TEXT else [place[point.tokens] for place in places]
+            for part, keys in zip(parts, found, strict=False):
                 keys = keys[keys >= 0]
                 part.append(np.stack(np.broadcast_arrays(point.head, query, keys, number), -1).astype(np.int64))
         empty = np.zeros((0, 4), np.int64)

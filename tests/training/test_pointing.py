@@ -1,5 +1,6 @@
 """Where heads are taught to look: against the pages' own record of what stands where."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -9,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nvlm_trt.config import PRESETS
-from nvlm_trt.evaluation.tinydocs import FONTS, TASKS, draw
+from nvlm_trt.evaluation.tinydocs import FONTS, TASKS, TEXT_TASKS, ask, draw
 from nvlm_trt.evaluation.tinydocs.page import TILE
 from nvlm_trt.tokenizer import Tokenizer
 from training.labels import GRID, PATCH, page_labels
 from training.language_stage import right_looks
-from training.pointing import LEFT, RIGHT, TOKENS, WHOLE, points
+from training.pointing import LEFT, RIGHT, TEXT, TOKENS, WHOLE, points
 from training.sequences import Packer, collate
 from training.tokens import write_tiny_tokenizer
 
@@ -79,6 +80,24 @@ def test_things_are_looked_for_where_they_stand(task, seed):
         assert set(found.tokens.tolist()) <= everything
         if task in ("chart", "colour", "location"):
             assert len(found.tokens) == 1, "one thing is meant, and it has one place"
+
+
+@settings(max_examples=60)
+@given(st.sampled_from(TEXT_TASKS), st.integers(0, 2**32 - 1))
+def test_letters_of_text_only_answers(tokenizer, task, seed):
+    question = ask(task, np.random.default_rng(seed))
+    packer = Packer(replace(PRESETS["nvlm-d-tiny"], image_token_id=tokenizer.image_token_id), tokenizer)
+    sequence = packer.pack((), [ask("copy", np.random.default_rng(1)), question])
+    (own,) = np.nonzero(sequence.branch == 2)
+    read = {}
+    for head, query, key, _ in sequence.self_points[np.isin(sequence.self_points[:, 1], own)].tolist():
+        assert head == TEXT
+        read.setdefault(query, []).append(tokenizer.decode([sequence.ids[key]]))
+    answered = [query for query in own if sequence.labels[query] >= 0][:-1]
+    if task == "add":
+        assert list(read.values()) == [re.findall(r"\d", question.prompt)] * len(question.answer)
+    else:
+        assert read == {q: [tokenizer.decode([sequence.labels[q]])] for q in answered}, "what is read is what is said"
 
 
 @pytest.mark.parametrize("architecture", ["d", "x", "h"])
