@@ -25,13 +25,14 @@ from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM, StaticCach
 
 from nvlm_trt.backends import open_backend
 from nvlm_trt.backends.base import Backend
-from nvlm_trt.builders.onnx_engine import PRECISIONS, build_engine
+from nvlm_trt.builders.onnx_engine import QuantizationOptions, build_engine
 from nvlm_trt.checkpoint import Checkpoint
 from nvlm_trt.config import LlmConfig
 from nvlm_trt.engine import Engine
 from nvlm_trt.random_checkpoint import init_checkpoint
 
 OURS = "nvlm-trt"
+PRECISIONS = ("fp32", "int8", "int8-weight-only", "int4-weight-only")
 
 Contender = Callable[[int], float]  # decode steps -> seconds
 
@@ -83,7 +84,9 @@ def prepare(arguments: argparse.Namespace) -> tuple[Path, dict[str, Engine]]:
     for precision in PRECISIONS:
         output = arguments.work / "engines" / f"{arguments.preset}-{precision}"
         if not output.exists():
-            build_engine(checkpoint, output, precision=precision)
+            # speed does not depend on the scales, so a few samples of random weights will do
+            quantization = QuantizationOptions(calibration_samples=14, gate=None)
+            build_engine(checkpoint, output, precision=precision, quantization=quantization)
         engines[precision] = Engine.open(output)
     return checkpoint, engines
 

@@ -13,6 +13,7 @@ import typer
 
 from nvlm_trt import terminal
 from nvlm_trt.commands.bench import bench
+from nvlm_trt.commands.build import build
 from nvlm_trt.commands.evaluate import evaluate
 from nvlm_trt.commands.tiles import tiles
 from nvlm_trt.commands.tinydocs import tinydocs
@@ -61,42 +62,7 @@ def init_checkpoint(
     terminal.note(f"wrote {directory} (random weights of {preset}, seed {seed})")
 
 
-@app.command()
-def build(
-    checkpoint: CheckpointOption,
-    output: Annotated[Path, typer.Option(help="Engine directory to publish.")],
-    backend: Annotated[str, typer.Option(help="Runs the engine: onnxruntime.")] = "onnxruntime",
-    precision: Annotated[
-        str, typer.Option(help="fp32, or int8-weight-only: 8-bit weights in the decoder, the rest fp32.")
-    ] = "fp32",
-    max_slots: Annotated[int | None, typer.Option(help="Requests decoded at once [8].")] = None,
-    max_seq_len: Annotated[int | None, typer.Option(help="Tokens of prompt and answer in the LLM [4096].")] = None,
-    max_image_tokens: Annotated[
-        int | None, typer.Option(help="Cross-attended tokens per request (X, H) [four images' worth].")
-    ] = None,
-    overwrite: OverwriteOption = False,
-) -> None:
-    """Build an engine from a checkpoint, try it once, and publish it.
-
-    Example: nvlm-trt build --checkpoint checkpoints/nvlm-h --output engines/nvlm-h
-    """
-    if backend != "onnxruntime":
-        raise NvlmError(f"backend {backend!r} is not one of: onnxruntime; choose with --backend")
-    from nvlm_trt.builders.onnx_engine import build_engine
-
-    chosen = {"max_slots": max_slots, "max_seq_len": max_seq_len, "max_image_tokens": max_image_tokens}
-    with terminal.progress() as progress:
-        engine = build_engine(
-            checkpoint,
-            output,
-            overrides={name: value for name, value in chosen.items() if value is not None},
-            overwrite=overwrite,
-            progress=progress,
-            precision=precision,
-        )
-    size = sum(record.size for record in engine.manifest.files.values())
-    limits = " ".join(f"{name}={value}" for name, value in engine.limits.model_dump().items())
-    terminal.note(f"published {output} (NVLM-{engine.config.architecture}, {size / 1e6:.1f} MB, {limits})")
+app.command()(build)
 
 
 @app.command()

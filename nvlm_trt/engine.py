@@ -27,6 +27,7 @@ from nvlm_trt.hf_config import read_config
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+CALIBRATION = "calibration.json"
 # Files up to this size are hashed whenever an engine is opened; larger ones when it is served or verified.
 _QUICK_HASH_BYTES = 16 << 20
 
@@ -61,6 +62,7 @@ class Manifest(_Record):
     files: dict[str, FileRecord] = Field(default_factory=dict)
     calibration: dict[str, Any] | None = None
     verification: dict[str, Any] | None = None
+    accuracy_gate: dict[str, Any] | None = None  # of a quantised engine that was measured before it was published
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,9 @@ class Engine:
     def digest(self) -> str:
         """Identifies the weights and their precision: part of every image cache key."""
         parts = [self.manifest.checkpoint_digest, json.dumps(self.manifest.precision, sort_keys=True)]
+        if self.manifest.calibration:  # static scales are part of the weights
+            scales = self.manifest.files.get(CALIBRATION)
+            parts += [json.dumps(self.manifest.calibration, sort_keys=True), scales.sha256 if scales else ""]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

@@ -29,6 +29,8 @@ CACHE_OPSET = 24
 _IR_VERSION = 11
 
 FLOAT = ir.DataType.FLOAT
+FLOAT8 = ir.DataType.FLOAT8E4M3FN
+INT8 = ir.DataType.INT8
 UINT8 = ir.DataType.UINT8
 INT32 = ir.DataType.INT32
 INT64 = ir.DataType.INT64
@@ -73,12 +75,7 @@ class Embedding:
 
 
 class WeightFormat(Protocol):
-    """How the linear layers of a component store and multiply their weight; a component uses one format."""
-
-    @property
-    def precision(self) -> str:
-        """The component's precision in the manifest."""
-        ...
+    """How linear layers store and multiply their weight."""
 
     def matmul(self, graph: StageGraph, x: ir.Value, weight: LinearWeight) -> ir.Value:
         """[..., inputs] -> [..., outputs]."""
@@ -91,8 +88,6 @@ class WeightFormat(Protocol):
 
 class Float32:
     """Weights as they are, transposed to MatMul's [inputs, outputs] on their way to disk."""
-
-    precision = "fp32"
 
     def matmul(self, graph: StageGraph, x: ir.Value, weight: LinearWeight) -> ir.Value:
         outputs, inputs = weight.shape
@@ -111,6 +106,7 @@ class StageGraph:
     ) -> None:
         """`weight_format` of the linear layers: Float32 by default."""
         self.opset = opset
+        self.in_branch = False  # of an If: ONNX Runtime does not fuse what has its weights there
         graph = ir.Graph([], [], nodes=[], opset_imports={"": opset, "com.microsoft": 1, "nvlm": 1}, name=name)
         self._builder = GraphBuilder(graph)
         self._weights = weights
@@ -160,6 +156,7 @@ class StageGraph:
         def trace(op: Any) -> ir.Value:
             branch = copy.copy(self)
             branch._builder = op.builder
+            branch.in_branch = True
             return then(branch)
 
         then_branch = self._builder.subgraph(trace, [], [ir.Value()], name="then")

@@ -41,10 +41,12 @@ def decoder_graph(
     limits: EngineLimits,
     weight_format: WeightFormat | None = None,
     attention: DecoderAttention = "standard",
+    skip_unused_blocks: bool = True,
 ) -> ir.Model:
     """Build the graph. `attention`: "standard" is portable; "gqa" is ONNX Runtime's GroupQueryAttention, whose cost
     follows the tokens in use instead of L. Several sequences of several new tokens each must then be of equal length
-    with nothing cached, or a single sequence."""
+    with nothing cached, or a single sequence. "gqa" also skips cross-attention blocks that no token of a batch needs,
+    if `skip_unused_blocks`."""
     opset = CACHE_OPSET if attention == "standard" else OPSET
     graph = StageGraph("decoder", weights, weight_format, opset)
     llm = config.llm
@@ -54,7 +56,8 @@ def decoder_graph(
     logit_index = graph.input("logit_index", INT64, ["batch"])
     form = _GroupQueryAttention if attention == "gqa" else _StandardAttention
     self_attention: _SelfAttention = form(graph, llm, input_ids, write_indices, limits.max_seq_len)
-    cross = _CrossAttention(graph, config, skip_when_unused=attention == "gqa") if config.cross_layers else None
+    skip_when_unused = skip_unused_blocks and attention == "gqa"
+    cross = _CrossAttention(graph, config, skip_when_unused) if config.cross_layers else None
 
     embedding = graph.embedding(EMBEDDING)
     x = _embed(graph, config, embedding.table, input_ids, image_tokens)  # [B, S, hidden]

@@ -36,7 +36,6 @@ _TEXTS: dict[str, Callable[[np.random.Generator], Question]] = {
     "copy": texts.ask_copy,
     "reverse": texts.ask_reverse,
     "add": texts.ask_add,
-    "lookup": texts.ask_lookup,
 }
 TASKS: tuple[str, ...] = tuple(task for task in _PAGES if task not in _PROBES)
 TEXT_TASKS: tuple[str, ...] = tuple(_TEXTS)

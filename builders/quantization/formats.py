@@ -1,0 +1,80 @@
+"""The weight format of every linear layer of an ONNX Runtime engine, by the precision of its component."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import onnx_ir as ir
+
+from nvlm_trt.builders.graphs.common import Embedding, Float32, LinearWeight, StageGraph, WeightFormat
+from nvlm_trt.builders.quantization.calibration import Calibration
+from nvlm_trt.builders.quantization.fp8 import Fp8
+from nvlm_trt.builders.quantization.int8 import Int8
+from nvlm_trt.builders.quantization.observer import Observer
+from nvlm_trt.builders.quantization.precisions import COMPONENTS, STATIC, component_of, needs_calibration
+from nvlm_trt.builders.quantization.smoothquant import Factors, migrate
+from nvlm_trt.builders.quantization.weight_only import WeightOnly
+from nvlm_trt.checkpoint import Checkpoint
+
+_WITHOUT_CALIBRATION: dict[str, Callable[[], WeightFormat]] = {
+    "fp32": Float32,
+    "int8-weight-only": lambda: WeightOnly(8),
+    "int4-weight-only": lambda: WeightOnly(4),
+}
+_WITH_CALIBRATION: dict[str, Callable[[Calibration], WeightFormat]] = {
+    "int8": Int8,
+    "fp8": functools.partial(Fp8, fold_weights=True),
+}
+assert set(_WITH_CALIBRATION) == set(STATIC), "precisions.STATIC says which formats need a calibration"
+
+
+class ByComponent:
+    """Every linear layer in the format of its component."""
+
+    def __init__(self, formats: Mapping[str, WeightFormat]) -> None:
+        self._formats = formats
+
+    def matmul(self, graph: StageGraph, x: ir.Value, weight: LinearWeight) -> ir.Value:
+        return self._formats[component_of(weight.name)].matmul(graph, x, weight)
+
+    def tied_matmul(self, graph: StageGraph, x: ir.Value, embedding: Embedding) -> ir.Value:
+        return self._formats["lm_head"].tied_matmul(graph, x, embedding)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the linear layers of an engine are written."""
+
+    precisions: Mapping[str, str]  # by component
+    weight_format: WeightFormat
+    factors: Mapping[str, Factors] = field(default_factory=dict)  # of SmoothQuant, by tensor
+    calibration: dict[str, Any] | None = None  # for the manifest
+    skip_unused_blocks: bool = True
+
+
+# a branch cannot have outputs of the graph
+OBSERVING = Recipe(dict.fromkeys(COMPONENTS, "fp32"), Observer(), skip_unused_blocks=False)
+
+
+def quantised(
+    checkpoint: Checkpoint, precisions: Mapping[str, str], calibration: Calibration | None, alpha: float
+) -> Recipe:
+    """`calibration` is for the precisions that need one. `checkpoint` is read from: not the handle that is built from.
+
+    Raises EngineError for a calibration that lacks a layer."""
+    formats = {name: _WITHOUT_CALIBRATION[name]() for name in precisions.values() if name in _WITHOUT_CALIBRATION}
+    factors: dict[str, Factors] = {}
+    record: dict[str, Any] | None = None
+    if needs_calibration(precisions):
+        assert calibration is not None, "static scales come from a calibration"
+        record = {"samples": calibration.samples}
+        if "int8" in precisions.values():
+            record["smoothquant_alpha"] = alpha
+            if alpha > 0:
+                factors, calibration = migrate(checkpoint.config, checkpoint, calibration, precisions, alpha)
+        formats |= {name: make(calibration) for name, make in _WITH_CALIBRATION.items() if name in precisions.values()}
+    by_component = ByComponent({component: formats[name] for component, name in precisions.items()})
+    return Recipe(precisions, by_component, factors, record)

@@ -1,0 +1,70 @@
+"""fp8: W8A8 in E4M3 numbers. One scale per tensor of activations, one per output channel of weights.
+
+    x ~ scale_x * e4m3(x / scale_x),  scale_x = largest |x| / 448        w ~ scale_w * e4m3(w / scale_w), by row
+
+448 is the largest E4M3 number. A floating-point format keeps its relative precision over 14 octaves, so nothing is
+gained by clipping, and nothing by evening out the channels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from nvlm_trt.backends.base import FloatArray
+from nvlm_trt.builders.graphs.common import FLOAT, FLOAT8, Embedding, LinearWeight, StageGraph
+from nvlm_trt.builders.quantization.calibration import Calibration
+from nvlm_trt.builders.quantization.rows import nonzero, row_chunks
+
+LARGEST = 448
+
+
+class Fp8:
+    """QuantizeLinear and DequantizeLinear around a float32 MatMul.
+
+    With `fold_weights` the weight's DequantizeLinear is written as Cast and Mul, the same numbers. TensorRT fuses the
+    first form. ONNX Runtime folds the second into a constant when the model is loaded; the first it would compute anew
+    in every run, at 20 times the cost, and multiply one row by it in another order than several, so that a request's
+    last bits would depend on its neighbours."""
+
+    def __init__(self, calibration: Calibration, fold_weights: bool) -> None:
+        self._calibration = calibration
+        self._fold_weights = fold_weights
+
+    def matmul(self, graph: StageGraph, x: ir.Value, weight: LinearWeight) -> ir.Value:
+        outputs, inputs = weight.shape
+        values = graph.stored(f"{weight.name}.fp8", (inputs, outputs), lambda: _values(weight.load()).T, FLOAT8)
+        scales = graph.stored(f"{weight.name}.scale", (outputs,), lambda: row_scales(weight.load()))
+        largest = self._calibration.of(weight.name, inputs).abs_max
+        x_scale = graph.constant(f"{weight.name}.input_scale", np.array(largest / LARGEST, np.float32))
+        zero = graph.constant(f"{weight.name}.input_zero_point", np.array(0, FLOAT8.numpy()))
+        op = graph.op
+        x = op.DequantizeLinear(op.QuantizeLinear(x, x_scale, zero), x_scale, zero)
+        if self._fold_weights:
+            return op.MatMul(x, op.Mul(op.Cast(values, to=FLOAT), scales))
+        zeros = graph.constant(f"{weight.name}.zero_point", np.zeros(outputs, FLOAT8.numpy()))
+        return op.MatMul(x, op.DequantizeLinear(values, scales, zeros, axis=1))
+
+    def tied_matmul(self, graph: StageGraph, x: ir.Value, embedding: Embedding) -> ir.Value:
+        return self.matmul(graph, x, embedding.weight)
+
+
+def row_scales(weight: FloatArray) -> FloatArray:
+    """[outputs, inputs] -> [outputs]."""
+    return nonzero(np.abs(weight).max(1) / np.float32(LARGEST))
+
+
+def quantize(weight: FloatArray, scales: FloatArray) -> npt.NDArray[Any]:
+    """[outputs, inputs] by [outputs] -> E4M3 [outputs, inputs]."""
+    values = np.empty(weight.shape, FLOAT8.numpy())
+    for rows in row_chunks(weight):
+        # a quotient may round to just above the largest number, which would become NaN
+        values[rows] = np.clip(weight[rows] / scales[rows, None], -LARGEST, LARGEST)
+    return values
+
+
+def _values(weight: FloatArray) -> npt.NDArray[Any]:
+    return quantize(weight, row_scales(weight))

@@ -1,0 +1,46 @@
+"""A weight format that multiplies in fp32 and reports, as small extra outputs, what the linear layers' inputs hold."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from nvlm_trt.builders.graphs.common import INT64, Embedding, Float32, LinearWeight, StageGraph
+from nvlm_trt.builders.quantization.magnitudes import BIN_SCALE, BINS, FIRST_BIN, LOWEST_OCTAVE
+
+CHANNELS = "observed.channels."  # + layer: [inputs], the largest magnitude of each channel
+COUNTS = "observed.counts."  # + layer: [BINS], how many elements have such a magnitude
+
+
+class Observer(Float32):
+    """Its graphs have no If branches: a branch cannot have outputs of the graph."""
+
+    def matmul(self, graph: StageGraph, x: ir.Value, weight: LinearWeight) -> ir.Value:
+        _observe(graph, x, weight)
+        return super().matmul(graph, x, weight)
+
+    def tied_matmul(self, graph: StageGraph, x: ir.Value, embedding: Embedding) -> ir.Value:
+        _observe(graph, x, embedding.weight)
+        return super().tied_matmul(graph, x, embedding)
+
+
+def _observe(graph: StageGraph, x: ir.Value, weight: LinearWeight) -> None:
+    op = graph.op
+    name = weight.name.removesuffix(".weight")
+    inputs = weight.shape[1]
+    magnitudes = op.Abs(op.Reshape(x, [-1, inputs]))
+    largest = op.ReduceMax(magnitudes, [0], keepdims=0)
+    # NaN hides from a maximum, not from a sum; and 0 * inf is NaN as well
+    poison = op.Mul(op.ReduceSum(magnitudes, [0], keepdims=0), op.Constant(value_float=0.0))
+    graph.output(op.Add(largest, poison), CHANNELS + name, [inputs])
+    floor = op.Constant(value_float=2.0**LOWEST_OCTAVE)
+    flat = op.Reshape(magnitudes, [-1])
+    counted = op.Max(op.Where(op.IsNaN(flat), floor, flat), floor)
+    octaves = op.Mul(op.Log(counted), op.Constant(value_float=BIN_SCALE))
+    first = op.Constant(value_float=float(FIRST_BIN))
+    last = op.Constant(value_float=float(BINS - 1))
+    zero = op.Constant(value_float=0.0)
+    bins = op.Cast(op.Clip(op.Sub(op.Floor(octaves), first), zero, last), to=INT64)
+    ones = op.Expand(op.Constant(value_float=1.0), op.Shape(bins))
+    empty = op.Constant(value=ir.tensor(np.zeros(BINS, np.float32)))
+    graph.output(op.ScatterElements(empty, bins, ones, axis=0, reduction="add"), COUNTS + name, [BINS])

@@ -1,0 +1,89 @@
+"""Which component is multiplied in which precision: the names, the safe defaults, and the option `--precision`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from nvlm_trt.config import NvlmConfig
+from nvlm_trt.errors import EngineError
+
+# The linear layers of a model by what quantising them puts at risk, and how their tensors' names begin. `lm_head` is
+# the embedding table where the two are tied; `cross_attention` is the gated blocks with their keys and values.
+_PREFIXES = {
+    "vision_encoder": ("vision_model.",),
+    "projector": ("mlp1.",),
+    "decoder": ("language_model.model.layers.",),
+    "lm_head": ("language_model.lm_head", "language_model.model.embed_tokens"),
+    "cross_attention": ("language_model.cross_layers.",),
+}
+COMPONENTS = tuple(_PREFIXES)
+
+# What a name means for each of COMPONENTS, in their order. Quantised vision encoders and projectors misread small
+# print, and the last layer's errors reach the answer directly: they stay in fp32 unless asked for, or in 8-bit weights.
+# fmt: off
+PRECISIONS: dict[str, tuple[str, ...]] = {
+    # name               vision_encoder projector decoder           lm_head             cross_attention
+    "fp32":             ("fp32",        "fp32",  "fp32",             "fp32",             "fp32"),
+    "int8":             ("fp32",        "fp32",  "int8",             "fp32",             "int8"),
+    "int8-weight-only": ("fp32",        "fp32",  "int8-weight-only", "int8-weight-only", "int8-weight-only"),
+    "int4-weight-only": ("fp32",        "fp32",  "int4-weight-only", "int8-weight-only", "int4-weight-only"),
+    "fp8":              ("fp32",        "fp32",  "fp8",              "fp32",             "fp8"),
+}
+# fmt: on
+STATIC = ("int8", "fp8")  # multiply activations by scales that a calibration measures
+_GPU_ONLY = ("fp16", "bf16")
+
+
+def parse_precision(text: str) -> dict[str, str]:
+    """`NAME`, `component=NAME,...`, or a NAME with components that differ from it -> a precision for each component.
+
+    Components that are not mentioned have the bare name's default, or fp32 without one. A model may lack some of them.
+    Raises EngineError for an unknown or repeated component, and for a precision that ONNX Runtime does not compute."""
+    bare: list[str] = []
+    chosen: dict[str, str] = {}
+    for part in text.split(","):
+        component, equals, name = (word.strip() for word in part.rpartition("="))
+        _check_name(name)
+        if not equals:
+            bare.append(name)
+            continue
+        if component not in COMPONENTS:
+            raise EngineError(f"--precision: {component!r} is not a component; choose from {', '.join(COMPONENTS)}")
+        if component in chosen:
+            raise EngineError(f"--precision names {component} twice; give it one precision")
+        chosen[component] = name
+    if len(bare) > 1:
+        raise EngineError(f"--precision names {' and '.join(bare)} for all components; give one, or component=NAME")
+    defaults = dict(zip(COMPONENTS, PRECISIONS[bare[0] if bare else "fp32"], strict=True))
+    return defaults | chosen
+
+
+def components_of(config: NvlmConfig) -> tuple[str, ...]:
+    """Those of COMPONENTS that a model has: NVLM-D lacks cross_attention."""
+    return COMPONENTS if config.cross_layers else COMPONENTS[:-1]
+
+
+def component_of(tensor: str) -> str:
+    """The component of a linear layer, by its name or its weight's."""
+    for component, prefixes in _PREFIXES.items():
+        if tensor.startswith(prefixes):
+            return component
+    raise AssertionError(f"{tensor} is not of a linear layer")
+
+
+def quantised_components(precisions: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(component for component, precision in precisions.items() if precision != "fp32")
+
+
+def needs_calibration(precisions: Mapping[str, str]) -> bool:
+    return any(precision in STATIC for precision in precisions.values())
+
+
+def _check_name(name: str) -> None:
+    if name in _GPU_ONLY:
+        raise EngineError(
+            f"precision {name!r} is for GPU backends, onnxruntime would compute it in fp32; choose one of "
+            f"{', '.join(PRECISIONS)} with --precision"
+        )
+    if name not in PRECISIONS:
+        raise EngineError(f"precision {name!r} is not one of {', '.join(PRECISIONS)}; choose with --precision")

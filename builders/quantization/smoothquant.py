@@ -1,0 +1,167 @@
+"""SmoothQuant (Xiao et al. 2022, arXiv 2211.10438): outliers move from activations, which share one scale, to weights.
+
+Input channel c of a linear layer is divided by s_c, and column c of its weight multiplied by it. What makes the input
+takes the division in, so that no operation is added and the model computes what it did:
+
+    s_c = max|x_c| ** alpha / max|w_c| ** (1 - alpha)
+
+A norm's weight takes it in exactly; so do the rows of v_proj (attention is linear in its values, and query heads that
+share a key/value head share its factors) and of up_proj, which silu(gate) multiplies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from nvlm_trt.backends.base import FloatArray
+from nvlm_trt.builders.graphs.common import StoredTensor, WeightSource
+from nvlm_trt.builders.quantization.calibration import Calibration, LinearInput
+from nvlm_trt.builders.quantization.precisions import component_of
+from nvlm_trt.config import NvlmConfig
+
+
+@dataclass(frozen=True)
+class Migration:
+    """`producers` make the input of `linears` channel by channel."""
+
+    producers: tuple[str, ...]  # tensors [channels] or [channels, inputs]
+    consumers: tuple[str, ...]  # weights [outputs, channels]
+    linears: tuple[str, ...]  # the consumers as the graphs name them: several may be one product
+    # consumers' channels are [heads, shared, width] where producers' are [heads, width]
+    heads: int = 1
+    shared: int = 1
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What a tensor's rows are divided and its columns multiplied by; None: nothing."""
+
+    rows: FloatArray | None = None
+    columns: FloatArray | None = None
+
+    def apply(self, values: FloatArray) -> FloatArray:
+        if self.rows is not None:
+            values = values / self.rows.reshape(-1, *[1] * (values.ndim - 1))
+        if self.columns is not None:
+            values = values * self.columns
+        return values
+
+
+@dataclass(frozen=True)
+class MigratedTensor:
+    """A tensor that is divided and multiplied whenever it is loaded."""
+
+    tensor: StoredTensor
+    factors: Factors
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.tensor.shape
+
+    def load(self) -> FloatArray:
+        return self.factors.apply(self.tensor.load())
+
+
+@dataclass(frozen=True)
+class MigratedWeights:
+    """A checkpoint as SmoothQuant leaves it: a model that computes the same."""
+
+    weights: WeightSource
+    factors: Mapping[str, Factors]
+
+    def take(self, name: str) -> StoredTensor:
+        tensor = self.weights.take(name)
+        return MigratedTensor(tensor, self.factors[name]) if name in self.factors else tensor
+
+
+def migrate(
+    config: NvlmConfig,
+    weights: WeightSource,
+    calibration: Calibration,
+    precisions: Mapping[str, str],
+    alpha: float,
+) -> tuple[dict[str, Factors], Calibration]:
+    """The factors of every tensor that a migration touches, and the calibration of the migrated model.
+
+    Only components in int8 are migrated: fp8's precision does not depend on a channel's size. `weights` is read here,
+    a tensor at a time, so it is another handle than the graphs take from."""
+    rows: dict[str, FloatArray] = {}
+    columns: dict[str, FloatArray] = {}
+    linears = dict(calibration.linears)
+    for migration in migrations(config):
+        if precisions[component_of(migration.consumers[0])] != "int8":
+            continue
+        column_max = np.max([np.abs(weights.take(name).load()).max(0) for name in migration.consumers], axis=0)
+        observed = [np.array(calibration.of(name, len(column_max)).channels) for name in migration.linears]
+        inputs = np.max(observed, axis=0)
+        factors = _factors(_of_producers(inputs, migration), _of_producers(column_max, migration), alpha)
+        of_channels = _of_consumers(factors, migration)
+        rows |= dict.fromkeys(migration.producers, factors)
+        columns |= dict.fromkeys(migration.consumers, of_channels)
+        for linear, before in zip(migration.linears, observed, strict=True):
+            channels = before / of_channels
+            # clipping was chosen for the outliers that are gone
+            largest = float(channels.max())
+            linears[linear] = LinearInput(abs_max=largest, clip=largest, channels=channels.tolist())
+    factors_of = {name: Factors(rows.get(name), columns.get(name)) for name in rows | columns}
+    return factors_of, calibration.model_copy(update={"linears": linears})
+
+
+def migrations(config: NvlmConfig) -> Iterator[Migration]:
+    """Every place of a model where a division can be taken in exactly."""
+    llm, vision = config.llm, config.vision
+    for i in range(vision.num_layers):
+        layer = f"vision_model.encoder.layers.{i}"
+        for norm, linear in (("norm1", "attn.qkv"), ("norm2", "mlp.fc1")):
+            parameters = ("weight", "bias") if vision.norm_type == "layer_norm" else ("weight",)
+            producers = tuple(f"{layer}.{norm}.{parameter}" for parameter in parameters)
+            yield Migration(producers, (f"{layer}.{linear}.weight",), (f"{layer}.{linear}",))
+    yield Migration(("mlp1.0.weight", "mlp1.0.bias"), ("mlp1.1.weight",), ("mlp1.1",))
+    group = {"heads": llm.num_kv_heads, "shared": llm.num_heads // llm.num_kv_heads}
+    for i in range(llm.num_layers):
+        layer = f"language_model.model.layers.{i}"
+        attention = f"{layer}.self_attn"
+        parts = tuple(f"{attention}.{part}_proj.weight" for part in "qkv")
+        yield Migration((f"{layer}.input_layernorm.weight",), parts, (f"{attention}.qkv_proj",))
+        values = (f"{attention}.v_proj.weight", *([f"{attention}.v_proj.bias"] if llm.qkv_bias else []))
+        yield Migration(values, (f"{attention}.o_proj.weight",), (f"{attention}.o_proj",), **group)
+        yield from _swiglu(layer)
+    for j in range(len(config.cross_layers)):
+        block = f"language_model.cross_layers.{j}"
+        attention = f"{block}.attn"
+        yield Migration((f"{block}.input_layernorm.weight",), (f"{attention}.q_proj.weight",), (f"{attention}.q_proj",))
+        output = f"{attention}.o_proj"
+        yield Migration((f"{attention}.v_proj.weight",), (f"{output}.weight",), (output,), **group)
+        if config.cross_attention is not None and config.cross_attention.ffn:
+            yield from _swiglu(block)
+    if not llm.tie_word_embeddings:  # a tied table is read as it is, to embed
+        head = "language_model.lm_head"
+        yield Migration(("language_model.model.norm.weight",), (f"{head}.weight",), (head,))
+
+
+def _swiglu(layer: str) -> Iterator[Migration]:
+    mlp = f"{layer}.mlp"
+    gate_and_up = (f"{mlp}.gate_proj", f"{mlp}.up_proj")
+    norm = f"{layer}.post_attention_layernorm.weight"
+    yield Migration((norm,), tuple(f"{linear}.weight" for linear in gate_and_up), gate_and_up)
+    yield Migration((f"{mlp}.up_proj.weight",), (f"{mlp}.down_proj.weight",), (f"{mlp}.down_proj",))
+
+
+def _factors(inputs: FloatArray, columns: FloatArray, alpha: float) -> FloatArray:
+    """[channels], 1 where a channel is never used: there is nothing to even out."""
+    unused = (inputs == 0) | (columns == 0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        factors = inputs**alpha / columns ** (1 - alpha)
+    return np.where(unused, 1, factors).astype(np.float32)
+
+
+def _of_producers(channels: FloatArray, migration: Migration) -> FloatArray:
+    """Consumers' channels -> the largest of those that share a producer's."""
+    return channels.reshape(migration.heads, migration.shared, -1).max(1).reshape(-1)
+
+
+def _of_consumers(factors: FloatArray, migration: Migration) -> FloatArray:
+    return np.repeat(factors.reshape(migration.heads, 1, -1), migration.shared, axis=1).reshape(-1)

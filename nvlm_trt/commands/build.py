@@ -1,0 +1,136 @@
+"""`nvlm-trt build`: a checkpoint becomes an engine, quantised if asked for, measured before it is published."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nvlm_trt import terminal
+from nvlm_trt.errors import NvlmError
+
+if TYPE_CHECKING:
+    from nvlm_trt.builders.onnx_engine import QuantizationOptions
+
+
+def build(
+    checkpoint: Annotated[Path, typer.Option(help="Checkpoint directory in HF layout.")],
+    output: Annotated[Path, typer.Option(help="Engine directory to publish.")],
+    backend: Annotated[str, typer.Option(help="Runs the engine: onnxruntime.")] = "onnxruntime",
+    precision: Annotated[
+        str,
+        typer.Option(
+            help="fp32, int8, int8-weight-only, int4-weight-only or fp8; components apart with component=NAME,...: "
+            "vision_encoder, projector, decoder, lm_head, cross_attention (docs/quantization.md)."
+        ),
+    ] = "fp32",
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="For int8 and fp8: JSONL of {image, prompt, answer}, or the calibration.json of an earlier build "
+            "[the document tasks, drawn here]."
+        ),
+    ] = None,
+    calibration_samples: Annotated[
+        int | None, typer.Option(min=1, help="Samples to calibrate on [all of a file, 128 of the document tasks].")
+    ] = None,
+    smoothquant_alpha: Annotated[
+        float | None, typer.Option(help="For int8: how far outliers move into the weights, 0 (off) to 1 [0.5].")
+    ] = None,
+    gate: Annotated[
+        Path | None,
+        typer.Option(help="JSONL that judges a quantised engine [the document tasks' validation split]."),
+    ] = None,
+    gate_samples: Annotated[
+        int | None, typer.Option(min=1, help="Samples to judge by [all of a file, 500 of the document tasks].")
+    ] = None,
+    max_accuracy_drop: Annotated[
+        float | None, typer.Option(help="Points that a quantised engine may score below the fp32 one [1].")
+    ] = None,
+    no_gate: Annotated[bool, typer.Option("--no-gate", help="Publish a quantised engine unmeasured.")] = False,
+    max_slots: Annotated[int | None, typer.Option(help="Requests decoded at once [8].")] = None,
+    max_seq_len: Annotated[int | None, typer.Option(help="Tokens of prompt and answer in the LLM [4096].")] = None,
+    max_image_tokens: Annotated[
+        int | None, typer.Option(help="Cross-attended tokens per request (X, H) [four images' worth].")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing directory of that name.")] = False,
+) -> None:
+    """Build an engine from a checkpoint, try it once, and publish it.
+
+    A quantised engine (--precision) is published only if it answers as well as the unquantised one.
+
+    Example: nvlm-trt build --checkpoint checkpoints/nvlm-h --output engines/nvlm-h --precision int8
+    """
+    if backend != "onnxruntime":
+        raise NvlmError(f"backend {backend!r} is not one of: onnxruntime; choose with --backend")
+    from nvlm_trt.builders.onnx_engine import build_engine
+    from nvlm_trt.builders.quantization.gate import AccuracyError
+    from nvlm_trt.builders.quantization.precisions import needs_calibration, parse_precision, quantised_components
+
+    precisions = parse_precision(precision)
+    judging = {"samples": gate, "count": gate_samples, "max_drop": max_accuracy_drop}
+    calibrating = {
+        "calibration": calibration,
+        "calibration_samples": calibration_samples,
+        "smoothquant_alpha": smoothquant_alpha,
+    }
+    if no_gate and _given(judging):
+        raise NvlmError("--no-gate measures nothing; leave out --gate, --gate-samples and --max-accuracy-drop")
+    if _given(judging) and not quantised_components(precisions):
+        raise NvlmError(f"an fp32 engine passes no gate, but --{_option(judging)} was given; choose a --precision")
+    if _given(calibrating) and not needs_calibration(precisions):
+        raise NvlmError(f"only int8 and fp8 are calibrated, but --{_option(calibrating)} was given; choose one of them")
+    limits = {"max_slots": max_slots, "max_seq_len": max_seq_len, "max_image_tokens": max_image_tokens}
+    try:
+        with terminal.progress() as progress:
+            engine = build_engine(
+                checkpoint,
+                output,
+                overrides=_given(limits),
+                overwrite=overwrite,
+                progress=progress,
+                precision=precision,
+                quantization=_options(calibrating, judging, no_gate),
+            )
+    except AccuracyError as error:
+        for cost in error.costs:
+            terminal.note(str(cost))
+        raise
+    _note_gate(engine.manifest.accuracy_gate)
+    size = sum(record.size for record in engine.manifest.files.values())
+    shown = " ".join(f"{name}={value}" for name, value in engine.limits.model_dump().items())
+    terminal.note(f"published {output} (NVLM-{engine.config.architecture}, {size / 1e6:.1f} MB, {shown})")
+
+
+def _options(calibrating: dict[str, Any], judging: dict[str, Any], no_gate: bool) -> QuantizationOptions:
+    from nvlm_trt.builders.onnx_engine import QuantizationOptions
+    from nvlm_trt.builders.quantization.gate import GateOptions
+
+    return QuantizationOptions(**_given(calibrating), gate=None if no_gate else GateOptions(**_given(judging)))
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """Those that were typed; the others keep the defaults of whoever takes them."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _option(options: dict[str, Any]) -> str:
+    """The first that was typed, as it was."""
+    typed = {"samples": "gate", "count": "gate-samples", "max_drop": "max-accuracy-drop"}
+    name = next(iter(_given(options)))
+    return typed.get(name, name.replace("_", "-"))
+
+
+def _note_gate(record: dict[str, Any] | None) -> None:
+    if record is None:
+        return
+    if record["result"] == "not measured":
+        terminal.note("accuracy gate: not measured (--no-gate)")
+        return
+    scores = f"{100 * record['score']:.2f} points against {100 * record['fp32_score']:.2f} in fp32"
+    equal = f"{100 * record['equal_answers']:.1f} % of the answers are the same"
+    if record["result"] == "meaningless":
+        terminal.note(f"warning: the accuracy gate says nothing, the fp32 engine knows too little ({scores}; {equal})")
+    else:
+        terminal.note(f"accuracy gate: passed ({scores}; {equal})")

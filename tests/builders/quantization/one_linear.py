@@ -1,0 +1,87 @@
+"""A graph of one linear layer in some weight format, and the ways to run it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+from onnx.reference import ReferenceEvaluator
+
+from nvlm_trt.builders.graphs.common import FLOAT, StageGraph, WeightFormat
+from nvlm_trt.builders.quantization.calibration import Calibration, LinearInput
+
+NAME = "language_model.model.layers.0.mlp.up_proj"
+
+
+class OneWeight:
+    """`WeightSource` of a single weight [outputs, inputs], and that weight as it is stored."""
+
+    def __init__(self, weight: np.ndarray) -> None:
+        self.shape = weight.shape
+        self._weight = weight
+
+    def take(self, name: str) -> OneWeight:
+        assert name == f"{NAME}.weight"
+        return self
+
+    def load(self) -> np.ndarray:
+        return self._weight
+
+
+def calibration_of(x: np.ndarray, clip: float | None = None) -> Calibration:
+    """That of NAME, whose inputs are x [n, inputs]."""
+    channels = np.abs(x).max(0)
+    largest = float(channels.max())
+    linear = LinearInput(abs_max=largest, clip=clip or largest, channels=channels.tolist())
+    return Calibration(checkpoint_digest="0" * 64, samples={"count": 1, "digest": ""}, linears={NAME: linear})
+
+
+def linear_model(weight: np.ndarray, weight_format: WeightFormat, in_branch: bool = False) -> ir.Model:
+    """x [n, inputs] -> y [n, outputs]; `in_branch`: by way of an If whose condition holds for n > 0."""
+    graph = StageGraph("linear", OneWeight(weight), weight_format)
+    x = graph.input("x", FLOAT, ["n", weight.shape[1]])
+    if in_branch:
+        rows = graph.op.Squeeze(graph.op.Shape(x, start=0, end=1))
+        y = graph.when(graph.op.Greater(rows, 0), lambda branch: branch.linear(x, NAME), otherwise=x)
+    else:
+        y = graph.linear(x, NAME)
+    graph.output(y, "y", ["n", weight.shape[0]])
+    return graph.model()
+
+
+def run(model: ir.Model, x: np.ndarray) -> np.ndarray:
+    return session(model).run(["y"], {"x": x})[0]
+
+
+def run_reference(model: ir.Model, x: np.ndarray) -> np.ndarray:
+    """By onnx's own evaluator: what the standard says."""
+    return ReferenceEvaluator(ir.to_proto(model)).run(None, {"x": x})[0]
+
+
+def optimised_operators(model: ir.Model, folder: Path) -> list[str]:
+    """The operators that ONNX Runtime runs, those in branches included."""
+    path = folder / "optimised.onnx"
+    session(model, path)
+    return list(_operators(onnx.load(path).graph))
+
+
+def _operators(graph: onnx.GraphProto):
+    for node in graph.node:
+        yield node.op_type
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _operators(attribute.g)
+
+
+def session(model: ir.Model, optimised: Path | None = None) -> onnxruntime.InferenceSession:
+    proto = ir.to_proto(model)
+    onnx.checker.check_model(proto)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    if optimised:
+        options.optimized_model_filepath = str(optimised)
+    return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])

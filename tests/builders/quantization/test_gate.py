@@ -1,0 +1,130 @@
+"""The accuracy gate, on answers that a random fp32 engine gives: it knows them all, a destroyed engine none."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nvlm_trt.builders.onnx_engine import QuantizationOptions, build_engine
+from nvlm_trt.builders.quantization.calibration import read_calibration
+from nvlm_trt.builders.quantization.gate import AccuracyError, GateOptions
+from nvlm_trt.engine import Engine
+from nvlm_trt.errors import EngineError, RequestError
+from nvlm_trt.evaluation.answerers import EngineAnswerer
+from nvlm_trt.evaluation.samples import Sample
+
+Directory = Callable[[str], Path]
+NAME = "nvlm-x-tiny"
+
+
+@pytest.fixture(scope="module")
+def known_answers(tmp_path_factory: pytest.TempPathFactory, engine: Directory) -> Path:
+    """Questions without pictures, which leave the projector out of it, and the fp32 engine's answers."""
+    path = tmp_path_factory.mktemp("known") / "known.jsonl"
+    questions = [Sample(str(i), f"task {i}", f"What is {i} + {i}?", "unknown") for i in range(3)]
+    with EngineAnswerer(engine(NAME), max_tokens=32) as answerer:
+        answers = {sample.name: text for sample, text in answerer.answers(questions)}
+    lines = [{"prompt": each.prompt, "answer": answers[each.name], "task": each.task} for each in questions]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def absurd_calibration(tmp_path_factory: pytest.TempPathFactory, calibration_file: Directory) -> Path:
+    """The decoder's inputs saturate at a thousandth of what they are."""
+    calibration = read_calibration(calibration_file(NAME))
+    for name, linear in calibration.linears.items():
+        if name.startswith("language_model.model"):
+            calibration.linears[name] = linear.model_copy(
+                update={"clip": linear.clip / 1000, "abs_max": linear.abs_max / 1000}
+            )
+    path = tmp_path_factory.mktemp("absurd") / "calibration.json"
+    calibration.save(path)
+    return path
+
+
+def build(checkpoint: Directory, output: Path, calibration: Path, gate: GateOptions | None, precision: str) -> Engine:
+    options = QuantizationOptions(calibration=calibration, smoothquant_alpha=0, gate=gate)
+    return build_engine(checkpoint(NAME), output, precision=precision, quantization=options)
+
+
+def test_refuses_a_destroyed_engine_and_names_the_component(
+    checkpoint: Directory, tmp_path: Path, absurd_calibration: Path, known_answers: Path
+) -> None:
+    with pytest.raises(AccuracyError, match=r"decoder costs most \(.* in int8\): .*decoder=fp32") as caught:
+        gate = GateOptions(known_answers)
+        build(checkpoint, tmp_path / "engine", absurd_calibration, gate, "decoder=int8,projector=fp8")
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+    costs = {cost.component: cost for cost in caught.value.costs}
+    assert set(costs) == {"projector", "decoder"}
+    assert costs["decoder"].precision == "int8"
+    assert costs["decoder"].drop == 100
+    assert costs["projector"].drop == 0
+
+
+def test_publishes_what_keeps_its_accuracy(
+    checkpoint: Directory, tmp_path: Path, calibration_file: Directory, known_answers: Path
+) -> None:
+    gate = GateOptions(known_answers, max_drop=100)
+    record = build(checkpoint, tmp_path / "engine", calibration_file(NAME), gate, "int8").manifest.accuracy_gate
+    assert record is not None
+    assert record["result"] == "passed"
+    assert record["fp32_score"] == 1
+    assert 0 <= record["score"] <= 1
+    assert record["samples"]["count"] == 3
+    assert set(record["tasks"]) == {"task 0", "task 1", "task 2"}
+    assert record["max_drop_points"] == 100
+
+
+def test_publishes_unmeasured_if_told(checkpoint: Directory, tmp_path: Path, absurd_calibration: Path) -> None:
+    engine = build(checkpoint, tmp_path / "engine", absurd_calibration, None, "decoder=int8")
+    assert engine.manifest.accuracy_gate == {"result": "not measured"}
+    assert [path.name for path in tmp_path.iterdir()] == ["engine"]
+
+
+def test_says_so_when_fp32_knows_nothing(
+    checkpoint: Directory, tmp_path: Path, absurd_calibration: Path, samples: Path
+) -> None:
+    engine = build(checkpoint, tmp_path / "engine", absurd_calibration, GateOptions(samples, count=1), "decoder=int8")
+    record = engine.manifest.accuracy_gate
+    assert record is not None
+    assert record["result"] == "meaningless"
+    assert record["fp32_score"] == 0
+    assert record["equal_answers"] == 0
+    assert record["samples"]["count"] == 1
+
+
+def test_bad_samples_end_a_build_before_it_begins(checkpoint: Directory, tmp_path: Path) -> None:
+    path = tmp_path / "gate.jsonl"
+    path.write_text('{"prompt": "a"}\n')
+    begun = []
+
+    def progress(description: str, done: float, total: float) -> None:
+        begun.append(description)
+
+    with pytest.raises(RequestError, match="gate.jsonl line 1: no 'answer'"):
+        build_engine(
+            checkpoint(NAME),
+            tmp_path / "engine",
+            precision="int8",
+            progress=progress,
+            quantization=QuantizationOptions(gate=GateOptions(path)),
+        )
+    assert begun == []
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("drop", [-1.0, 101.0, float("nan")])
+def test_a_drop_that_cannot_be(drop: float) -> None:
+    with pytest.raises(EngineError, match="--max-accuracy-drop"):
+        GateOptions(max_drop=drop)
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan")])
+def test_an_alpha_that_cannot_be(alpha: float) -> None:
+    with pytest.raises(EngineError, match="--smoothquant-alpha"):
+        QuantizationOptions(smoothquant_alpha=alpha)

@@ -1,0 +1,164 @@
+"""Whole engines in every precision: near the fp32 engine, smaller, and blind to a request's neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nvlm_trt.backends import open_backend
+from nvlm_trt.backends.base import Backend
+from nvlm_trt.builders.onnx_engine import QuantizationOptions, build_engine
+from nvlm_trt.checkpoint import Checkpoint
+from nvlm_trt.config import PRESETS
+from nvlm_trt.engine import Engine
+from nvlm_trt.prompt import Message, PromptEncoder, split_tiles
+from nvlm_trt.random_checkpoint import write_random_checkpoint
+from nvlm_trt.tokenizer import Tokenizer
+
+QuantisedEngine = Callable[[str, str], Path]
+# every linear layer quantised, and the least cosine between its logits and fp32's of a picture of noise, which
+# nothing was calibrated on
+PRECISIONS = {
+    "int8,vision_encoder=int8,projector=int8,lm_head=int8": 0.95,
+    "int8-weight-only,vision_encoder=int8-weight-only,projector=int8-weight-only": 0.998,
+    "int4-weight-only": 0.9,
+    "fp8,vision_encoder=fp8,projector=fp8,lm_head=fp8": 0.98,
+}
+
+
+class Request:
+    """A prompt with pictures of noise, run through one backend."""
+
+    def __init__(self, backend: Backend, engine_dir: Path, text: str, tiles: list[int], seed: int) -> None:
+        edge = backend.config.vision.image_size
+        rng = np.random.default_rng(seed)
+        self._backend = backend
+        self.prompt = PromptEncoder(backend.config, Tokenizer.from_directory(engine_dir)).encode(
+            [Message("user", text)], tiles
+        )
+        self.images = [backend.encode(rng.standard_normal((n, 3, edge, edge), dtype=np.float32)) for n in tiles]
+
+    def prefill(self, slot: int) -> np.ndarray:
+        hidden = self._backend.config.llm.hidden_size
+        llm_tokens, start = [np.zeros((0, hidden), np.float32)], 0
+        for tokens in self.images:
+            in_llm, in_cross = split_tiles(self._backend.config.architecture, len(tokens))
+            llm_tokens.append(tokens[in_llm].reshape(-1, hidden))
+            if len(tokens[in_cross]):
+                cross_kv = self._backend.cross_kv(tokens[in_cross])
+                self._backend.write_cross_kv(slot, start, cross_kv)
+                start += cross_kv.shape[3]
+        return self._backend.prefill(
+            slot, 0, self.prompt.input_ids, np.concatenate(llm_tokens), self.prompt.cross_ranges
+        )
+
+
+def decode(backend: Backend, requests: list[Request], tokens: np.ndarray, step: int) -> np.ndarray:
+    positions = np.array([len(request.prompt.input_ids) + step for request in requests])
+    ranges = np.array([PromptEncoder.decode_range(request.prompt) for request in requests], np.int32)
+    return backend.decode(tokens, positions, ranges).copy()
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", ["nvlm-d-tiny", "nvlm-h-tiny"])
+def test_neighbours_do_not_change_a_bit(quantised_engine: QuantisedEngine, name: str, precision: str) -> None:
+    """Prefill through a slot's view and decode in a batch of three: the logits are those of a request alone."""
+    path = quantised_engine(name, precision)
+    with open_backend(Engine.open(path), threads=2) as backend:
+        prompts = [("Hello", []), ("What is <image>?", [3]), ("Compare <image> with <image>.", [1, 5])]
+        requests = [Request(backend, path, text, tiles, seed) for seed, (text, tiles) in enumerate(prompts)]
+        tokens = np.random.default_rng(0).integers(0, 256, (2, 3))
+        alone = []
+        for row, request in enumerate(requests):
+            logits = [request.prefill(0)]
+            logits += [decode(backend, [request], step[row : row + 1], i)[0] for i, step in enumerate(tokens)]
+            alone.append(logits)
+        together = [[request.prefill(slot)] for slot, request in enumerate(requests)]
+        for i, step in enumerate(tokens):
+            for logits, row in zip(together, decode(backend, requests, step, i), strict=True):
+                logits.append(row)
+        assert np.isfinite(np.array(alone)).all()
+        np.testing.assert_array_equal(np.array(alone), np.array(together))
+        # tiles are encoded two at a time
+        pixels = np.random.default_rng(0).standard_normal((3, 3, 56, 56), dtype=np.float32)
+        one_by_one = np.concatenate([backend.encode(tile[None]) for tile in pixels])
+        np.testing.assert_array_equal(backend.encode(pixels), one_by_one)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", ["nvlm-d-tiny", "nvlm-x-tiny"])
+def test_stays_near_fp32(
+    quantised_engine: QuantisedEngine, engine: Callable[[str], Path], name: str, precision: str
+) -> None:
+    logits = []
+    for path in (engine(name), quantised_engine(name, precision)):
+        with open_backend(Engine.open(path), threads=1) as backend:
+            logits.append(Request(backend, path, "What is <image>?", [3], seed=0).prefill(0).astype(np.float64))
+    full, quantised = logits
+    cosine = full @ quantised / np.linalg.norm(full) / np.linalg.norm(quantised)
+    assert PRECISIONS[precision] < cosine < 0.9999999
+
+
+def test_text_only_x_is_the_same_llm_as_d(quantised_engine: QuantisedEngine) -> None:
+    ids = np.arange(50)
+    logits = []
+    for name in ("nvlm-d-tiny", "nvlm-x-tiny"):
+        with open_backend(Engine.open(quantised_engine(name, "int8-weight-only")), ("decoder",), threads=2) as backend:
+            no_image = np.zeros((0, backend.config.llm.hidden_size), np.float32)
+            logits.append(backend.prefill(0, 0, ids, no_image, np.zeros((50, 2), np.int32)))
+    np.testing.assert_array_equal(*logits)
+
+
+def test_the_manifest_says_what_was_done(quantised_engine: QuantisedEngine, engine: Callable[[str], Path]) -> None:
+    full = Engine.open(engine("nvlm-x-tiny")).manifest
+    int8, int4 = (
+        Engine.open(quantised_engine("nvlm-x-tiny", precision), full_check=True).manifest
+        for precision in ("int8", "int4-weight-only")
+    )
+    assert int8.precision == {
+        "vision_encoder": "fp32",
+        "projector": "fp32",
+        "decoder": "int8",
+        "lm_head": "fp32",
+        "cross_attention": "int8",
+    }
+    assert int8.calibration is not None
+    assert int8.calibration["smoothquant_alpha"] == 0.5
+    assert int8.calibration["samples"]["count"] == 3
+    assert "calibration.json" in int8.files
+    assert int4.precision["decoder"] == "int4-weight-only"
+    assert int4.calibration is None
+    assert "calibration.json" not in int4.files
+    sizes = [manifest.files["decoder.onnx.data"].size for manifest in (full, int8, int4)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[2] < 0.35 * sizes[0]
+
+
+def test_a_quantised_tied_head_is_stored_beside_the_table(tmp_path: Path, samples: Path) -> None:
+    llm = replace(PRESETS["nvlm-d-tiny"].llm, tie_word_embeddings=True)
+    write_random_checkpoint(tmp_path / "checkpoint", replace(PRESETS["nvlm-d-tiny"], llm=llm), seed=0)
+    calibration = samples
+    for precision in ("int8", "fp8", "int4-weight-only"):
+        options = QuantizationOptions(calibration=calibration, gate=None)
+        engine = build_engine(
+            tmp_path / "checkpoint", tmp_path / precision, precision=f"lm_head={precision}", quantization=options
+        )
+        assert engine.manifest.precision["lm_head"] == precision
+        calibration = tmp_path / "int8" / "calibration.json"
+
+
+def test_calibration_is_part_of_an_engines_digest(
+    quantised_engine: QuantisedEngine, checkpoint, tmp_path: Path
+) -> None:
+    """Image tokens of another calibration must not come from a cache."""
+    first = Engine.open(quantised_engine("nvlm-d-tiny", "int8"))
+    options = QuantizationOptions(calibration=first.path / "calibration.json", smoothquant_alpha=0.8, gate=None)
+    second = build_engine(checkpoint("nvlm-d-tiny"), tmp_path / "engine", precision="int8", quantization=options)
+    assert first.manifest.precision == second.manifest.precision
+    assert first.digest != second.digest
+    with Checkpoint.open(checkpoint("nvlm-d-tiny")) as source:
+        assert second.manifest.checkpoint_digest == source.digest
