@@ -21,7 +21,7 @@ TinyDocs and nothing else.
 | vision encoder | {encoder} |
 | language model | {language} |
 | format | Hugging Face layout, bfloat16; a tokenizer of words and single letters |
-| data | TinyDocs (`nvlm-trt tinydocs`): drawn pages in 15 fonts, and text-only tasks; no data of others |
+| data | TinyDocs (`nvlm-trt tinydocs`): drawn pages in 18 fonts, and text-only tasks; no data of others |
 | recipe | `training/`, described in docs/training.md |
 
 ## Scores

@@ -13,7 +13,7 @@ VALIDATION_SCENES = 600
 PAGE_SHARES = {"ocr": 5.0, "form": 4.0, "line": 3.0, "sum": 4.0, "colour": 5.0, "chart": 2.5, "pair": 1.5}
 
 VISION = Stage(steps=7000, matrix_rate=3e-3, other_rate=3e-3, warmup=100, evaluate_every=400)
-LANGUAGE = Stage(steps=2500, matrix_rate=3e-3, other_rate=2e-3)
+LANGUAGE = Stage(steps=2000, matrix_rate=3e-3, other_rate=2e-3)
 ALIGNMENT = Stage(steps=400, matrix_rate=3e-3, other_rate=3e-3, warmup=20, evaluate_every=400)
 
 
@@ -22,7 +22,7 @@ START = {"h": "tune-d"}
 TUNING = {
     "d": Stage(steps=3000, matrix_rate=3e-3, other_rate=2e-3, evaluate_every=500, projector_rate=0.03),
     "x": Stage(steps=3000, matrix_rate=3e-3, other_rate=2e-3, evaluate_every=500),
-    "h": Stage(steps=4000, matrix_rate=3e-3, other_rate=2e-3, evaluate_every=500, projector_rate=0.03),
+    "h": Stage(steps=2000, matrix_rate=3e-3, other_rate=2e-3, evaluate_every=500, projector_rate=0.03),
 }
 MIX = Mix(texts=3)
 LANGUAGE_MIX = Mix(texts=4)
