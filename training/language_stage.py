@@ -34,6 +34,7 @@ class Mix:
     texts: int = 6  # sequences of text-only questions
     text_questions: int = 5  # in each; few, as attention within a sequence grows with its square
     looking: float = 0.3  # weight of where attention heads look, beside what is answered
+    sum_pages: float = 3.0  # how much likelier a page with a sum is than another: sums take longest to learn
 
     def most_objects(self, done: float) -> int:
         """Texts, shapes or bars on a page; `done` is the share of the run."""
@@ -104,6 +105,8 @@ class _SceneBatches:
         self._scenes, self._labels, self._packer = training.scenes, training.labels, packer
         self._mix, self._steps, self._seed = mix, steps, seed
         self._objects = np.array([object_count(scene) for scene in training.scenes])
+        has_sum = np.array([any(question.task == "sum" for question in scene.questions) for scene in training.scenes])
+        self._likelihood = np.where(has_sum, mix.sum_pages, 1.0)
         self._pool: tuple[int, list[Batch]] = (-1, [])
 
     def at(self, step: int) -> Batch:
@@ -116,7 +119,8 @@ class _SceneBatches:
         random = np.random.default_rng([self._seed, 3, number])
         allowed = np.flatnonzero(self._objects <= self._mix.most_objects(number * _POOL / self._steps))
         wanted = _POOL * self._mix.scenes
-        chosen = random.choice(allowed, wanted, replace=wanted > len(allowed))
+        likelihood = self._likelihood[allowed] / self._likelihood[allowed].sum()
+        chosen = random.choice(allowed, wanted, replace=wanted > len(allowed), p=likelihood)
         sequences = []
         for index in chosen:
             scene = self._scenes[index]
