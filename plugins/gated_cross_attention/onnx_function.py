@@ -15,8 +15,9 @@ from nvlm_trt.plugins.gated_cross_attention import KEY_BLOCK
 DOMAIN = "nvlm"
 NAME = "GatedCrossAttention"
 
-# What TensorRT's parser looks for on a node before it looks at functions.
-PLUGIN_ATTRIBUTES: dict[str, str | int] = {"plugin_namespace": "nvlm", "plugin_version": "1", "aot": 1}
+# What TensorRT's parser looks for on a node before it looks at functions. The namespace counts the kernel's versions:
+# a timing cache knows a plugin by its name alone, and tensorrt.plugin registers every plugin as version "1".
+PLUGIN_ATTRIBUTES: dict[str, str | int] = {"plugin_namespace": "nvlm_v1", "plugin_version": "1", "aot": 1}
 
 
 def gated_cross_attention(opset: int) -> ir.Function:

@@ -115,7 +115,7 @@ def test_checker_and_plugin_attributes(model: onnx.ModelProto) -> None:
     onnx.checker.check_model(model, full_check=True)
     (node,) = [node for node in model.graph.node if node.op_type == "GatedCrossAttention"]
     attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
-    assert attributes == {"plugin_namespace": b"nvlm", "plugin_version": b"1", "aot": 1}
+    assert attributes == {"plugin_namespace": b"nvlm_v1", "plugin_version": b"1", "aot": 1}
     (function,) = model.functions
     assert (function.domain, function.name) == (node.domain, node.op_type) == ("nvlm", "GatedCrossAttention")
     assert set(function.attribute) == set(attributes)

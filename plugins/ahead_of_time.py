@@ -1,0 +1,67 @@
+"""A Triton kernel as PTX that a C++ program can launch, made on any machine: no GPU is needed.
+
+TensorRT stores such PTX in the engine and launches it with the kernel's declared arguments. Triton 3.3 and later append
+two pointers of their own (global scratch and profile scratch), which TensorRT would not pass: they are taken off the
+entry after checking that nothing reads them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+# PTX of CUDA 12.8: the oldest that knows sm_100a, so that the oldest possible driver takes it.
+PTX_VERSION = 87
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledKernel:
+    """`ptx` with its entry `name`, to be launched with `threads` per block and `shared_bytes` of dynamic memory."""
+
+    name: str
+    ptx: str
+    threads: int
+    shared_bytes: int
+
+
+def compile_kernel(
+    kernel: Any, arguments: dict[str, str], constants: dict[str, Any], capability: int, warps: int, stages: int
+) -> CompiledKernel:
+    """Compile a @triton.jit function for one compute capability (80, 90, 100, ...; from 90 on for the "a" targets).
+
+    `arguments`: run-time argument -> Triton's type ("*fp16", "i32", ...) in the order of the kernel's signature;
+    pointers are taken to be 16-byte aligned. `constants`: the values of its tl.constexpr parameters.
+    Raises ValueError for a kernel that needs scratch memory."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    aligned = {
+        (index,): [["tt.divisibility", 16]] for index, kind in enumerate(arguments.values()) if kind.startswith("*")
+    }
+    signature = {**arguments, **dict.fromkeys(constants, "constexpr")}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    options = {"num_warps": warps, "num_stages": stages, "ptx_version": PTX_VERSION}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    metadata = compiled.metadata
+    ptx = strip_hidden_parameters(compiled.asm["ptx"], len(arguments))
+    return CompiledKernel(metadata.name, ptx, metadata.num_warps * metadata.warp_size, metadata.shared)
+
+
+def strip_hidden_parameters(ptx: str, declared: int) -> str:
+    """PTX of one entry without the parameters after the first `declared`.
+
+    Raises ValueError if there are fewer, or if one to be removed is not a pointer or is read by the kernel."""
+    entry = re.search(r"\.visible \.entry \w+\(\s*(.*?)\s*\)", ptx, re.DOTALL)
+    parameters = [parameter.strip() for parameter in entry.group(1).split(",")] if entry else []
+    if entry is None or len(parameters) < declared:
+        raise ValueError(f"PTX has an entry with {len(parameters)} parameters; {declared} are declared")
+    for parameter in parameters[declared:]:
+        name = parameter.split()[-1]
+        if ".u64" not in parameter or ".ptr" not in parameter:
+            raise ValueError(f"hidden parameter {parameter!r} is not a pointer; this Triton version is not supported")
+        if len(re.findall(rf"\b{re.escape(name)}\b", ptx)) != 1:
+            raise ValueError(f"hidden parameter {name} is read by the kernel, which TensorRT cannot supply")
+    kept = ",\n\t".join(parameters[:declared])
+    return f"{ptx[: entry.start(1)]}{kept}{ptx[entry.end(1) :]}"

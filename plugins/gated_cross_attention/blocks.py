@@ -1,0 +1,56 @@
+"""Block sizes of the kernel, in one table: no autotuner, so the same inputs take the same path on every run.
+
+A block of keys is given in bytes, so that shared memory (the query block and `stages` blocks of keys and of values) is
+about the same for every dtype and head size. No entry has been timed on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+HEAD_DIMS = (64, 80, 96, 128)
+
+
+class Blocks(NamedTuple):
+    """How one program works: `rows` of queries at a time against `keys(...)` keys at a time."""
+
+    rows: int
+    key_bytes: int
+    warps: int
+    stages: int
+
+    def keys(self, head_dim: int, item_bytes: int) -> int:
+        """Keys per block."""
+        return self.key_bytes // (padded_dim(head_dim) * item_bytes)
+
+
+# Numbered as TensorRT numbers tactics, from 1. The rows are (token, head of the group) pairs: 16, the least that a
+# tensor core multiplies, serve a decoding step. Decoding waits for memory, and few programs run: 8 sequences of 8 key
+# heads are 64, for 132 multiprocessors. To move 4.8 TB/s at about 0.8 us of latency 3.8 MB must be in flight, 60 KB in
+# each: two blocks of 32 KB ahead. TensorRT is not known to launch kernels of more than 48 KB: what fits is less deep.
+BLOCKS: dict[int, Blocks] = {
+    1: Blocks(rows=16, key_bytes=8 << 10, warps=4, stages=3),  # decoding in 48 KB; any step in fp32
+    2: Blocks(rows=16, key_bytes=16 << 10, warps=4, stages=3),  # decoding
+    3: Blocks(rows=64, key_bytes=8 << 10, warps=4, stages=1),  # prefill in 48 KB
+    4: Blocks(rows=64, key_bytes=16 << 10, warps=4, stages=1),  # prefill in 48 KB
+    5: Blocks(rows=128, key_bytes=16 << 10, warps=8, stages=2),  # prefill
+}
+FP32_BLOCKS = (1,)  # fp32 is multiplied outside the tensor cores, where larger blocks spill registers
+
+
+def padded_dim(head_dim: int) -> int:
+    """The power of two that holds a head: what the kernel computes with."""
+    assert head_dim in HEAD_DIMS, head_dim
+    return 1 << (head_dim - 1).bit_length()
+
+
+def candidates(item_bytes: int) -> tuple[int, ...]:
+    """The table's entries for elements of this size."""
+    return FP32_BLOCKS if item_bytes == 4 else tuple(BLOCKS)
+
+
+def choose_blocks(rows: int, item_bytes: int) -> Blocks:
+    """For `rows` (tokens * heads per key head) on a device without the 48 KB limit."""
+    if item_bytes == 4:
+        return BLOCKS[1]
+    return BLOCKS[2] if rows <= BLOCKS[2].rows else BLOCKS[5]

@@ -1,0 +1,155 @@
+"""The GPU kernel of nvlm::GatedCrossAttention: flash attention over each token's own range of keys.
+
+One program owns ROWS rows of one key head. The rows are (token, query head of the group) pairs, heads fastest, so the
+heads that share a key head stand in one block and read it once: a decoding step of 8 heads per key head is half of the
+16 rows that a tensor core wants anyway. Keys are walked in aligned blocks of KEYS from the lowest start to the highest
+end of the program's rows; keys outside are not loaded. What a row adds up does not depend on the rows beside it: a
+block that holds none of its keys leaves its sums as they are, bit for bit.
+
+After T. Dao, FlashAttention-2 (arXiv 2307.08691). The arguments are ordered as TensorRT's ahead-of-time plugins want
+them: inputs, scalars, outputs.
+"""
+
+# ruff: noqa: N803, compile-time arguments are in capitals, as in all Triton code
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def gated_cross_attention_kernel(
+    query,  # [B, HEADS, S, HEAD_DIM]
+    key,  # [B, KV_HEADS, N, HEAD_DIM]
+    value,  # [B, KV_HEADS, N, HEAD_DIM]
+    cross_ranges,  # [B, S, 2] int32
+    gate,  # [1]
+    tokens,  # S
+    cross_tokens,  # N
+    output,  # [B, HEADS, S, HEAD_DIM]
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,  # the power of two that holds HEAD_DIM
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """Grid: (ceil(S * HEADS / KV_HEADS / ROWS), B * KV_HEADS). All tensors contiguous."""
+    group: tl.constexpr = HEADS // KV_HEADS
+    batch = tl.program_id(1) // KV_HEADS
+    kv_head = tl.program_id(1) % KV_HEADS
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    token = row // group
+    head = kv_head * group + row % group
+    in_batch = token < tokens
+    dims = tl.arange(0, PADDED_DIM)
+
+    range_at = cross_ranges + (batch * tokens + token) * 2
+    start = tl.maximum(tl.load(range_at, mask=in_batch, other=0), 0)  # [ROWS]
+    end = tl.minimum(tl.load(range_at + 1, mask=in_batch, other=0), cross_tokens)
+    empty = start >= end
+    lowest = tl.min(tl.where(empty, cross_tokens, start))
+    highest = tl.max(tl.where(empty, 0, end))
+    # Keys that every row reads need no mask. Empty rows do not count: their sums are thrown away.
+    common_start = tl.max(tl.where(empty, 0, start))
+    common_end = tl.min(tl.where(empty, cross_tokens, end))
+    first = lowest // KEYS * KEYS
+    common_first = tl.maximum(tl.cdiv(common_start, KEYS) * KEYS, first)
+    common_last = tl.maximum(common_end // KEYS * KEYS, common_first)
+
+    query_at = ((batch * HEADS + head).to(tl.int64) * tokens + token) * HEAD_DIM  # [ROWS]
+    query_at = query_at[:, None] + dims[None, :]
+    in_query = in_batch[:, None] & (dims < HEAD_DIM)[None, :]
+    q = tl.load(query + query_at, mask=in_query, other=0.0)  # [ROWS, PADDED_DIM]
+    kv_base = (batch * KV_HEADS + kv_head).to(tl.int64) * cross_tokens * HEAD_DIM
+
+    row_max = tl.full([ROWS], -float("inf"), tl.float32)
+    row_sum = tl.zeros([ROWS], tl.float32)
+    total = tl.zeros([ROWS, PADDED_DIM], tl.float32)
+    keys, values = key + kv_base, value + kv_base
+    row_max, row_sum, total = _attend(
+        *(q, keys, values, start, end, lowest, highest, row_max, row_sum, total),
+        *(first, common_first, HEAD_DIM, PADDED_DIM, KEYS, True),
+    )
+    row_max, row_sum, total = _attend(
+        *(q, keys, values, start, end, lowest, highest, row_max, row_sum, total),
+        *(common_first, common_last, HEAD_DIM, PADDED_DIM, KEYS, False),
+    )
+    row_max, row_sum, total = _attend(
+        *(q, keys, values, start, end, lowest, highest, row_max, row_sum, total),
+        *(common_last, highest, HEAD_DIM, PADDED_DIM, KEYS, True),
+    )
+
+    result = total * (_tanh(tl.load(gate).to(tl.float32)) / row_sum)[:, None]
+    result = tl.where(empty[:, None], 0.0, result)
+    tl.store(output + query_at, result.to(output.dtype.element_ty), mask=in_query)
+
+
+@triton.jit
+def _attend(
+    query,  # [ROWS, PADDED_DIM]
+    keys,
+    values,
+    start,
+    end,
+    lowest,
+    highest,
+    row_max,
+    row_sum,
+    total,
+    first,
+    last,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    KEYS: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Add the keys of the blocks first, first + KEYS, ... < last to the running maximum, sum and weighted values."""
+    dims = tl.arange(0, PADDED_DIM)
+    for block in range(first, last, KEYS):
+        at = block + tl.arange(0, KEYS)
+        k = _load_rows(keys, at, dims, lowest, highest, HEAD_DIM, PADDED_DIM, MASKED)
+        # exp(x) = exp2(x * log2(e)), which the hardware has. "ieee": fp32 is for checking, not for speed.
+        scores = tl.dot(query, tl.trans(k), input_precision="ieee") * (HEAD_DIM**-0.5 * 1.4426950408889634)
+        if MASKED:
+            visible = (at[None, :] >= start[:, None]) & (at[None, :] < end[:, None])
+            scores = tl.where(visible, scores, -float("inf"))
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        shift = tl.where(new_max == -float("inf"), 0.0, new_max)  # no key so far: -inf - -inf is NaN
+        weights = tl.exp2(scores - shift[:, None])
+        decay = tl.exp2(row_max - shift)
+        row_sum = row_sum * decay + tl.sum(weights, 1)
+        v = _load_rows(values, at, dims, lowest, highest, HEAD_DIM, PADDED_DIM, MASKED)
+        total = total * decay[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        row_max = new_max
+    return row_max, row_sum, total
+
+
+@triton.jit
+def _load_rows(
+    base,
+    at,  # [KEYS], rows of HEAD_DIM
+    dims,
+    lowest,
+    highest,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Rows `at` of keys or values, zero where not lowest <= at < highest if MASKED and in padded dims: [KEYS, dims]."""
+    pointers = base + at[:, None] * HEAD_DIM + dims[None, :]
+    if MASKED:
+        in_range = (at >= lowest) & (at < highest)
+        return tl.load(pointers, mask=in_range[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
+    if PADDED_DIM != HEAD_DIM:
+        return tl.load(pointers, mask=(dims < HEAD_DIM)[None, :], other=0.0)
+    return tl.load(pointers)
+
+
+@triton.jit
+def _tanh(x):
+    """Without libdevice, which the interpreter lacks. Relative error 1e-6: near 0, where gates start, by its series."""
+    decay = tl.exp(-2.0 * tl.abs(x))
+    magnitude = (1.0 - decay) / (1.0 + decay)
+    series = x * (1.0 - x * x * (1.0 / 3.0 - x * x * (2.0 / 15.0)))
+    return tl.where(tl.abs(x) < 0.1, series, tl.where(x < 0, -magnitude, magnitude))

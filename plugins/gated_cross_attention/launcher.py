@@ -1,0 +1,78 @@
+"""nvlm::GatedCrossAttention on torch tensors."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from nvlm_trt.plugins.gated_cross_attention.blocks import HEAD_DIMS, Blocks, choose_blocks, padded_dim
+from nvlm_trt.plugins.gated_cross_attention.kernel import gated_cross_attention_kernel
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def gated_cross_attention(
+    query: Tensor, key: Tensor, value: Tensor, cross_ranges: Tensor, gate: Tensor, blocks: Blocks | None = None
+) -> Tensor:
+    """tanh(gate) * attention of each token over its own range of keys, as onnx_function.py defines it.
+
+    query [B, H, S, D]; key, value [B, KV, N, D]; fp16, bf16 or fp32, contiguous; cross_ranges [B, S, 2] int32; gate [1]
+    of any float type -> [B, H, S, D]. D is 64, 80, 96 or 128 and H a multiple of KV. Ranges are clipped to 0..N; an
+    empty range gives exactly zero. Values between the lowest start and the highest end of neighbouring tokens must be
+    finite; keys and values elsewhere are not read. Everything lies on one GPU (or on the CPU with TRITON_INTERPRET=1).
+
+    `blocks` overrides the table's choice. Raises ValueError for tensors that do not fit this."""
+    _check(query, key, value, cross_ranges, gate)
+    batch, heads, tokens, head_dim = query.shape
+    kv_heads, cross_tokens = key.shape[1:3]
+    output = torch.empty_like(query)
+    rows = tokens * (heads // kv_heads)
+    blocks = blocks or choose_blocks(rows, query.element_size())
+    grid = (triton.cdiv(rows, blocks.rows), batch * kv_heads)
+    if rows * batch:  # CUDA refuses an empty grid
+        gated_cross_attention_kernel[grid](
+            *(query, key, value, cross_ranges, gate, tokens, cross_tokens, output),
+            HEADS=heads,
+            KV_HEADS=kv_heads,
+            HEAD_DIM=head_dim,
+            PADDED_DIM=padded_dim(head_dim),
+            ROWS=blocks.rows,
+            KEYS=blocks.keys(head_dim, query.element_size()),
+            num_warps=blocks.warps,
+            num_stages=blocks.stages,
+        )
+    return output
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, cross_ranges: Tensor, gate: Tensor) -> None:
+    def require(condition: bool, remedy: str) -> None:
+        if not condition:
+            found = ", ".join(
+                f"{name} {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+                for name, tensor in zip(
+                    ("query", "key", "value", "cross_ranges", "gate"),
+                    (query, key, value, cross_ranges, gate),
+                    strict=True,
+                )
+            )
+            raise ValueError(f"gated_cross_attention: {remedy}; got {found}")
+
+    require(query.dim() == 4 and key.dim() == 4, "query must be [B, H, S, D], key [B, KV, N, D]")
+    batch, heads, tokens, head_dim = query.shape
+    kv_heads = key.shape[1]
+    require(key.shape[0] == batch and key.shape[3] == head_dim, "key must have the query's batch and head size")
+    require(value.shape == key.shape, "value must have the key's shape")
+    require(kv_heads > 0 and heads % kv_heads == 0, "the query's heads must be a multiple of the key's")
+    require(head_dim in HEAD_DIMS, f"the head size must be one of {HEAD_DIMS}")
+    require(query.dtype in _DTYPES, "the query must be float16, bfloat16 or float32")
+    require(key.dtype == value.dtype == query.dtype, "key and value must have the query's type")
+    require(
+        tuple(cross_ranges.shape) == (batch, tokens, 2) and cross_ranges.dtype == torch.int32,
+        "cross_ranges must be [B, S, 2] int32",
+    )
+    require(gate.numel() == 1 and gate.is_floating_point(), "gate must be one floating-point number")
+    contiguous = all(tensor.is_contiguous() for tensor in (query, key, value, cross_ranges))
+    require(contiguous, "query, key, value and cross_ranges must be contiguous")
+    one_device = {tensor.device for tensor in (query, key, value, cross_ranges, gate)} == {query.device}
+    require(one_device, "all tensors must be on one device")

@@ -1,0 +1,81 @@
+"""tile_resample on torch tensors."""
+
+from __future__ import annotations
+
+import functools
+import typing
+
+import torch
+import triton
+from torch import Tensor
+
+from nvlm_trt.plugins.tile_resample.coefficients import resize_plan
+from nvlm_trt.plugins.tile_resample.kernel import tile_resample_kernel
+
+# ImageNet statistics of RGB in 0..1, as nvlm_trt.tiling has them
+_MEAN = (0.485, 0.456, 0.406)
+_STD = (0.229, 0.224, 0.225)
+
+BLOCK = 32  # output pixels per side of a program
+SOURCE = 64  # source pixels per side of a step
+WARPS = 8  # with 4, registers spill
+
+
+def tile_resample(
+    image: Tensor, columns: int, rows: int, tile_size: int, dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
+    """RGB image [height, width, 3] uint8 -> normalised tiles [n, 3, tile_size, tile_size], row by row.
+
+    The image is stretched over columns * rows tiles with Pillow's antialiased bicubic; if they are several, the whole
+    image as one more tile, the thumbnail, comes last. The grid is the caller's to choose (nvlm_trt.tiling.choose_grid).
+    `dtype` is float16, bfloat16 or float32. The result lies where the image does: on a GPU (or on the CPU with
+    TRITON_INTERPRET=1). Raises ValueError for an image, a grid or a dtype that does not fit this."""
+    if image.dim() != 3 or image.shape[2] != 3 or image.dtype != torch.uint8 or not image.is_contiguous():
+        raise ValueError(
+            "tile_resample: image must be [height, width, 3] uint8 and contiguous; got "
+            f"{list(image.shape)} {str(image.dtype).removeprefix('torch.')}"
+        )
+    height, width = image.shape[:2]
+    if min(height, width, columns, rows, tile_size) < 1:
+        raise ValueError(
+            f"tile_resample: {width}x{height} pixels to {columns}x{rows} tiles of {tile_size}: all must be > 0"
+        )
+    if image.numel() >= 1 << 31:
+        raise ValueError(f"tile_resample: {width}x{height} pixels are more than 31-bit offsets reach; shrink the image")
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(f"tile_resample: dtype must be float16, bfloat16 or float32, not {dtype}")
+    count = columns * rows + (columns * rows > 1)
+    tiles = torch.empty((count, 3, tile_size, tile_size), dtype=dtype, device=image.device)
+    plan = _plan_on(image.device, width, height, columns, rows, tile_size)
+    tile_resample_kernel[(3, triton.cdiv(tile_size, BLOCK) ** 2, count)](
+        *(image, *plan.first_pass, *plan.second_pass, width, columns, rows),
+        *(plan.tiles_vertical_first, plan.thumbnail_vertical_first),
+        *(plan.first_pass[1].shape[1], plan.second_pass[1].shape[1], tiles),
+        *_MEAN,
+        *_STD,
+        TILE=tile_size,
+        BLOCK=BLOCK,
+        SOURCE=SOURCE,
+        num_warps=WARPS,
+        num_stages=1,
+    )
+    return tiles
+
+
+class _DevicePlan(typing.NamedTuple):
+    """ResizePlan with tensors on the device."""
+
+    first_pass: tuple[Tensor, Tensor]
+    second_pass: tuple[Tensor, Tensor]
+    tiles_vertical_first: int
+    thumbnail_vertical_first: int
+
+
+@functools.lru_cache(maxsize=64)
+def _plan_on(device: torch.device, width: int, height: int, columns: int, rows: int, tile_size: int) -> _DevicePlan:
+    plan = resize_plan(width, height, columns, rows, tile_size)
+    first, second = (
+        (torch.tensor(tables.bounds, device=device), torch.tensor(tables.weights, device=device))
+        for tables in (plan.first_pass, plan.second_pass)
+    )
+    return _DevicePlan(first, second, plan.tiles_vertical_first, plan.thumbnail_vertical_first)

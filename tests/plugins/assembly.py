@@ -1,0 +1,38 @@
+"""Reading and assembling PTX."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+TARGETS = {80: "sm_80", 90: "sm_90a", 100: "sm_100a"}
+
+
+def entry_parameters(ptx: str) -> str:
+    """One letter for each parameter of the kernel: p for a pointer, i for a 32-bit integer, ? for others."""
+    entry = re.search(r"\.visible \.entry \w+\((.*?)\)", ptx, re.DOTALL)
+    assert entry is not None, ptx[:500]
+    return "".join(
+        "p" if ".u64 .ptr" in parameter else "i" if ".u32" in parameter else "?"
+        for parameter in entry.group(1).split(",")
+    )
+
+
+def assemble(ptx: str, target: str, directory: Path) -> int:
+    """Bytes of registers that spill to memory. By CUDA's ptxas, or the one in Triton's wheel that knows new GPUs."""
+    from triton import knobs
+
+    assembler = shutil.which("ptxas") or knobs.nvidia.ptxas_blackwell.path
+    if not Path(assembler).exists():
+        pytest.skip("no ptxas on PATH and none in triton's wheel")
+    (directory / "kernel.ptx").write_text(ptx)
+    command = [assembler, "-v", f"-arch={target}", "kernel.ptx", "-o", "kernel.cubin"]
+    done = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    spilled = re.search(r"(\d+) bytes spill stores", done.stderr)
+    assert spilled is not None, done.stderr
+    return int(spilled.group(1))

@@ -1,0 +1,58 @@
+"""Kernels on numpy arrays, for the process where Triton interprets them."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.generic]
+
+
+def attention(
+    query: Array, key: Array, value: Array, cross_ranges: Array, gate: Array, blocks: int | None = None
+) -> Array:
+    """gated_cross_attention with the table's blocks of that number, or those it chooses."""
+    import torch
+
+    from nvlm_trt.plugins.gated_cross_attention.blocks import BLOCKS
+    from nvlm_trt.plugins.gated_cross_attention.launcher import gated_cross_attention
+
+    tensors = (torch.from_numpy(array) for array in (query, key, value, cross_ranges, gate))
+    return gated_cross_attention(*tensors, blocks=BLOCKS[blocks] if blocks else None).numpy()
+
+
+def tiles(image: Array, columns: int, rows: int, tile_size: int, dtype: str) -> Array:
+    """tile_resample; `dtype` is torch's name."""
+    import torch
+
+    from nvlm_trt.plugins.tile_resample.launcher import tile_resample
+
+    return tile_resample(torch.from_numpy(image), columns, rows, tile_size, getattr(torch, dtype)).numpy()
+
+
+def key_rows_loaded(query: Array, key: Array, value: Array, cross_ranges: Array, gate: Array, blocks: int) -> set[int]:
+    """Which rows of `key` [1, 1, N, D] the kernel reads, by the addresses that reach the interpreter's loads."""
+    import types
+
+    import torch
+    from triton.runtime import interpreter
+
+    from nvlm_trt.plugins.gated_cross_attention.blocks import BLOCKS
+    from nvlm_trt.plugins.gated_cross_attention.launcher import gated_cross_attention
+
+    tensors = [torch.from_numpy(array) for array in (query, key, value, cross_ranges, gate)]
+    memory = range(tensors[1].data_ptr(), tensors[1].data_ptr() + tensors[1].nbytes)
+    row_bytes = tensors[1].stride(2) * tensors[1].element_size()
+    rows: set[int] = set()
+    real = interpreter._interpreter
+
+    def load(addresses: Array, mask: Array, *others: object) -> Array:
+        rows.update((int(at) - memory.start) // row_bytes for at in addresses[mask].ravel() if int(at) in memory)
+        return real.load(addresses, mask, *others)
+
+    interpreter._interpreter = types.SimpleNamespace(load=load, store=real.store)
+    try:
+        gated_cross_attention(*tensors, blocks=BLOCKS[blocks])
+    finally:
+        interpreter._interpreter = real
+    return rows

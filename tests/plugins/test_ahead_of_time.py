@@ -1,0 +1,100 @@
+"""Kernels compiled for GPUs that this machine need not have, and assembled by NVIDIA's assembler."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from assembly import TARGETS, assemble, entry_parameters
+
+from nvlm_trt.plugins.ahead_of_time import compile_kernel, strip_hidden_parameters
+from nvlm_trt.plugins.gated_cross_attention.blocks import BLOCKS, candidates
+from nvlm_trt.plugins.gated_cross_attention.tensorrt_plugin import SHARED_LIMIT, compile_tactic
+
+TENSOR_CORE = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
+# What every GPU from compute capability 8.0 on lets a program have when asked (99 KB on 8.6 and 8.9).
+SHARED_LIMIT_ASKED = 99 << 10
+
+
+@pytest.fixture(autouse=True)
+def fresh_triton_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="needs triton: pip install 'nvlm-trt[test]'")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "head_dim", "tactic"),
+    [
+        *((90, "bf16", 128, tactic) for tactic in candidates(2)),
+        *((80, "bf16", 128, tactic) for tactic in (1, 4, 5)),
+        *((100, "bf16", 128, tactic) for tactic in (1, 4)),
+        *((capability, "fp32", 128, 1) for capability in TARGETS),
+        (80, "fp16", 64, 4),
+        (90, "fp16", 64, 1),
+        (90, "fp16", 80, 3),
+        (90, "bf16", 96, 4),
+        (100, "fp16", 64, 3),
+    ],
+)
+def test_attention_assembles(capability: int, dtype: str, head_dim: int, tactic: int, tmp_path: Path) -> None:
+    kernel = compile_tactic.__wrapped__(dtype, 64, 8, head_dim, tactic, capability)
+    assert f".target {TARGETS[capability]}" in kernel.ptx
+    assert entry_parameters(kernel.ptx) == "pppppiip"
+    assert kernel.threads == 32 * BLOCKS[tactic].warps
+    if dtype != "fp32":
+        # 16 rows are fewer than the newer instructions take
+        assert (TENSOR_CORE[capability] if BLOCKS[tactic].rows > 16 else "mma.sync") in kernel.ptx
+    assert kernel.shared_bytes <= (SHARED_LIMIT_ASKED if tactic in (2, 5) else SHARED_LIMIT)
+    assert assemble(kernel.ptx, TARGETS[capability], tmp_path) <= 64
+
+
+@pytest.mark.parametrize("capability", TARGETS)
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_tile_resample_assembles(capability: int, dtype: str, tmp_path: Path) -> None:
+    from nvlm_trt.plugins.tile_resample.kernel import tile_resample_kernel
+    from nvlm_trt.plugins.tile_resample.launcher import BLOCK, SOURCE, WARPS
+
+    tables = {
+        "first_bounds": "*i32",
+        "first_weights": "*fp16",
+        "second_bounds": "*i32",
+        "second_weights": "*fp16",
+    }
+    scalars = ("width", "columns", "rows", "tiles_vertical_first", "thumbnail_vertical_first")
+    arguments = {"image": "*u8", **tables, **dict.fromkeys((*scalars, "first_taps", "second_taps"), "i32")}
+    statistics = {f"{name}_{channel}": 0.5 for name in ("MEAN", "STD") for channel in "RGB"}
+    constants = {**statistics, "TILE": 448, "BLOCK": BLOCK, "SOURCE": SOURCE}
+    kernel = compile_kernel(
+        tile_resample_kernel, {**arguments, "tiles": f"*{dtype}"}, constants, capability, WARPS, stages=1
+    )
+    assert entry_parameters(kernel.ptx) == "pppppiiiiiiip"
+    assert kernel.shared_bytes <= SHARED_LIMIT
+    assert assemble(kernel.ptx, TARGETS[capability], tmp_path) <= 64
+
+
+def entry(*parameters: str, body: str = "ret;") -> str:
+    return f".version 8.7\n.visible .entry kernel(\n\t{', '.join(parameters)}\n)\n{{\n{body}\n}}\n"
+
+
+POINTERS = [f".param .u64 .ptr .global .align 1 kernel_param_{index}" for index in range(4)]
+
+
+def test_strips_pointers_that_are_not_read() -> None:
+    body = "ld.param.b64 %rd1, [kernel_param_0];\nld.param.b64 %rd2, [kernel_param_1];"
+    stripped = strip_hidden_parameters(entry(*POINTERS, body=body), declared=2)
+    assert [line.strip(" \t,") for line in stripped.splitlines() if ".param .u64" in line] == POINTERS[:2]
+    assert stripped.endswith(f"\n)\n{{\n{body}\n}}\n")
+
+
+@pytest.mark.parametrize(
+    ("ptx", "message"),
+    [
+        (entry(*POINTERS, body="ld.param.b64 %rd1, [kernel_param_3];"), "kernel_param_3 is read"),
+        (entry(*POINTERS[:2], ".param .u32 kernel_param_2"), "is not a pointer"),
+        (entry(*POINTERS[:1]), "1 parameters; 2 are declared"),
+        ("// nothing", "0 parameters; 2 are declared"),
+    ],
+)
+def test_refuses_to_strip(ptx: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        strip_hidden_parameters(ptx, declared=2)
