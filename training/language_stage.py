@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,7 @@ class Mix:
     texts: int = 6  # sequences of text-only questions
     text_questions: int = 5  # in each; few, as attention within a sequence grows with its square
     looking: float = 0.3  # weight of where attention heads look, beside what is answered
-    sum_pages: float = 3.0  # how much likelier a page with a sum is than another: sums take longest to learn
+    likelier: Mapping[str, float] = field(default_factory=dict)  # how many times, a page with a question of a task
 
     def most_objects(self, done: float) -> int:
         """Texts, shapes or bars on a page; `done` is the share of the run."""
@@ -105,8 +105,9 @@ class _SceneBatches:
         self._scenes, self._labels, self._packer = training.scenes, training.labels, packer
         self._mix, self._steps, self._seed = mix, steps, seed
         self._objects = np.array([object_count(scene) for scene in training.scenes])
-        has_sum = np.array([any(question.task == "sum" for question in scene.questions) for scene in training.scenes])
-        self._likelihood = np.where(has_sum, mix.sum_pages, 1.0)
+        self._likelihood = np.array(
+            [max(mix.likelier.get(question.task, 1.0) for question in scene.questions) for scene in training.scenes]
+        )
         self._pool: tuple[int, list[Batch]] = (-1, [])
 
     def at(self, step: int) -> Batch:
