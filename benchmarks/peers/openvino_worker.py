@@ -1,0 +1,74 @@
+"""OpenVINO, 8-bit weights: run by decode_peers.py as `python openvino_worker.py HF_DIRECTORY DIRECTORY THREADS`.
+
+The model is what optimum-intel makes of it, as OpenVINO's own documentation has it: stateful, with the KV cache inside,
+weights compressed by NNCF.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino
+from worker import Decode, serve
+
+
+def main() -> None:
+    source, target, threads = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+    serve(lambda: load(source, target, threads))
+
+
+def load(source: Path, target: Path, threads: int) -> tuple[str, Decode]:
+    if not target.exists():
+        convert(source, target)
+    options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+    compiled = openvino.Core().compile_model(target / "openvino_model.xml", "CPU", options)
+    request = compiled.create_infer_request()
+    inputs = {name for port in compiled.inputs for name in port.names}
+
+    def decode(prompt: list[list[int]], steps: int, banned: int) -> dict[str, Any]:
+        request.reset_state()
+        sequences, tokens = len(prompt), len(prompt[0])
+
+        def step(ids: np.ndarray, position: int) -> np.ndarray:
+            """ids [sequences, new tokens] from `position` on -> the likeliest next token of each."""
+            new = ids.shape[1]
+            given = {
+                "input_ids": ids,
+                "attention_mask": np.ones((sequences, position + new), np.int64),
+                "position_ids": np.tile(np.arange(position, position + new, dtype=np.int64), (sequences, 1)),
+                "beam_idx": np.arange(sequences, dtype=np.int32),
+            }
+            request.infer({name: value for name, value in given.items() if name in inputs}, share_inputs=True)
+            logits = request.get_tensor("logits").data[:, -1]  # [sequences, vocabulary]
+            logits[:, banned] = -np.inf
+            return logits.argmax(-1)
+
+        answers = [step(np.array(prompt, np.int64), 0)]
+        started = time.perf_counter()
+        for done in range(steps):
+            answers.append(step(answers[-1][:, None], tokens + done))
+        seconds = time.perf_counter() - started
+        return {"seconds": seconds, "tokens": np.stack(answers, axis=1).tolist()}
+
+    return f"openvino {openvino.__version__}", decode
+
+
+def convert(source: Path, target: Path) -> None:
+    from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig
+
+    model = OVModelForCausalLM.from_pretrained(
+        source, export=True, compile=False, quantization_config=OVWeightQuantizationConfig(bits=8)
+    )
+    temporary = target.with_name(f"{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    temporary.rename(target)
+
+
+if __name__ == "__main__":
+    main()
