@@ -50,6 +50,22 @@ class FileRecord(_Record):
     sha256: str
 
 
+class TensorRtRecord(_Record):
+    """What an engine of the backend "tensorrt" can run on, and how its plans are to be fed."""
+
+    version: str  # of TensorRT, which reads its own plans only
+    capability: int  # compute capability of the GPU: 90 for 9.0
+    gpu: str
+    container: str  # that has this version
+    dtype: str  # "fp32", "fp16" or "bf16", of everything that is not quantised
+    plugin: str  # name and version of the plugin that cross-attends
+    aliased: dict[str, str]  # output of the decoder -> the input whose memory it is
+    # component -> for each optimisation profile, input -> smallest, usual and largest shape
+    profiles: dict[str, list[dict[str, list[list[int]]]]]
+    stripped: bool = False  # weights are in the ONNX files beside the plans
+    weight_streaming: bool = False
+
+
 class Manifest(_Record):
     schema_version: int = SCHEMA_VERSION
     model_name: str
@@ -62,6 +78,7 @@ class Manifest(_Record):
     files: dict[str, FileRecord] = Field(default_factory=dict)
     calibration: dict[str, Any] | None = None
     verification: dict[str, Any] | None = None
+    tensorrt: TensorRtRecord | None = None
     accuracy_gate: dict[str, Any] | None = None  # of a quantised engine that was measured before it was published
 
 

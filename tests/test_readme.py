@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+ANSWER = "48.20"  # the total on docs/images/receipt.png
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -27,7 +28,8 @@ def commands() -> list[list[str]]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    for name in ("docs", "checkpoints"):
+        (tmp_path / name).symlink_to(ROOT / name)
     return tmp_path
 
 
@@ -41,7 +43,7 @@ def run(arguments: list[str], folder: Path) -> str:
 def test_the_commands_of_the_readme(folder: Path) -> None:
     lines = commands()
     assert {line[1] for line in lines} == {
-        "init-checkpoint", "build", "verify", "eval", "ask", "tiles", "serve", "bench",
+        "build", "verify", "eval", "ask", "tiles", "serve", "bench", "init-checkpoint",
     }  # fmt: skip
     server = None
     try:
@@ -56,14 +58,16 @@ def test_the_commands_of_the_readme(folder: Path) -> None:
             elif "--url" in line:
                 assert server is not None
                 line[line.index("--url") + 1] = url[0]
-                assert run(line, folder)
+                output = run(line, folder)
                 if line[1] == "bench":
                     continue
+                assert output.strip() == ANSWER
                 snippet = code_block("python", "Client(").replace("grpc://127.0.0.1:8001", url[0])
                 answer = subprocess.run([sys.executable, "-c", snippet], cwd=folder, capture_output=True, check=True)
-                assert answer.stdout
+                assert answer.stdout.decode() == ANSWER
             else:
-                run(line, folder)
+                output = run(line, folder)
+                assert line[1] != "ask" or output.strip() == ANSWER
     finally:
         if server is not None:
             server.terminate()

@@ -20,7 +20,7 @@ from training.run import Run
 from training.sequences import Packer
 
 SHARES = {"ocr": 1.0, "form": 1.0, "tile": 1.0}
-TRAIN_SCENES = 9000
+TRAIN_SCENES = 6000
 TEST_SCENES = 600  # 200 pages of each kind, every question of each asked
 STAGE = Stage(steps=350, matrix_rate=3e-3, other_rate=2e-3, evaluate_every=350)
 MIX = Mix(texts=2)

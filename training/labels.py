@@ -59,8 +59,7 @@ def page_labels(page: Page) -> Labels:
     for mark in page.marks:
         is_text = mark.kind in ("glyph", "word")
         if is_text or tiles == 1:
-            column, row = int(mark.x // TILE), int(mark.y // TILE)
-            _put(labels[row * page.columns + column], mark.x % TILE, mark.y % TILE, mark.kind, mark)
+            _put(labels[page.tile_of(mark)], mark.x % TILE, mark.y % TILE, mark.kind, mark)
         if tiles > 1:
             kind = "blur" if is_text else mark.kind
             _put(labels[-1], mark.x / page.columns, mark.y / page.rows, kind, mark)

@@ -26,7 +26,7 @@ _PROMPTS = [
     re.compile(pattern)
     for pattern in (
         r"What does the (?P<colour>\w+) text say\?",
-        r"What does tile (?P<tile>\d+) say\?",
+        r"Which tile has the (?P<colour>\w+) text\?",
         r"What is the (?P<sum>sum)\?",
         r"What is the (?P<key>\w+)\?",
         r"Which line says (?P<word>\w+)\?",
@@ -75,7 +75,7 @@ def points(question: Question, labels: Labels) -> list[Point]:
     if question.task == "sum":  # both digits at once, which stand before and after the plus
         digits = [np.unique(token[index == place]) for place in (0, 2)]
         return [Point(number, WHOLE, digit) for number in range(len(question.answer)) for digit in digits]
-    if question.task not in ("ocr", "form", "tile"):
+    if question.task not in ("ocr", "form"):
         return [Point(0, WHOLE, np.unique(token))]
     blank = _blank_tokens(labels)
     found = []
@@ -95,9 +95,6 @@ def _meant(asked: dict[str, str | None], labels: Labels) -> npt.NDArray[np.bool_
     glyph = shows("kind", "glyph")
     if asked.get("colour"):
         return glyph & shows("colour", asked["colour"])
-    if asked.get("tile"):
-        glyph[np.arange(len(glyph)) != int(asked["tile"] or 0) - 1] = False
-        return glyph
     if asked.get("sum"):
         plus = glyph & shows("character", "+")
         return glyph & np.isin(labels[..., _PLANE["colour"]], labels[plus][:, _PLANE["colour"]])

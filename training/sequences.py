@@ -137,8 +137,8 @@ class Packer:
                     found.append(Point(point.answer_token, point.head, point.tokens + start_of_branch))
             elif labels is not None:
                 found = points(question, np.concatenate([labels[tiles.start : tiles.stop] for tiles in pictures]))
-                if question.task == "pair" and self.config.architecture == "X":
-                    found = [self._picture_tag(point, prefix) for point in found]
+                if question.task in ("pair", "tile") and self.config.architecture == "X":
+                    found = [self._tag(point, prefix) for point in found]
             pointed += [(start_of_branch + len(asked) - 1 + point.answer_token, point) for point in found]
             start_of_branch += len(whole)
             # between a weight for each answer and one for each token
@@ -160,8 +160,8 @@ class Packer:
             np.concatenate(weights), tuple(llm_tiles), tuple(cross_tiles), tuple(cross_tags), self_points, cross_points,
         )  # fmt: skip
 
-    def _picture_tag(self, point: Point, prefix: Prefix) -> Point:
-        """Cross-attended tokens do not say of which picture they are; the tag that reads them does."""
+    def _tag(self, point: Point, prefix: Prefix) -> Point:
+        """Cross-attended tokens do not say of which picture or tile they are; the tag that reads them does."""
         start = point.tokens[0] // TOKENS * TOKENS
         tag = np.flatnonzero((prefix.ranges == (start, start + TOKENS)).all(-1))[:1]
         return Point(point.answer_token, TEXT, tag)

@@ -23,7 +23,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-@pytest.mark.parametrize("attention", ["standard", "mha"])
+@pytest.mark.parametrize("attention", ["standard", "mha", "tensorrt"])
 def test_equals_reference(config: NvlmConfig, attention: str) -> None:
     model = random_reference(config)
     weights = ReferenceWeights(model)

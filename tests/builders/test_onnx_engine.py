@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from nvlm_trt.builders.engine_writer import default_limits, save_model
-from nvlm_trt.builders.graphs.common import Float32, WeightFormat
+from nvlm_trt.builders.graphs.common import Unquantised, WeightFormat
 from nvlm_trt.builders.graphs.decoder import decoder_graph
 from nvlm_trt.builders.onnx_engine import build_engine
 from nvlm_trt.builders.quantization.calibration import LinearInput
@@ -222,12 +222,12 @@ class OneForAll:
 
 
 @pytest.mark.parametrize(
-    "weight_format", [Float32(), Int8(OneForAll()), WeightOnly(4)], ids=["fp32", "int8", "int4-weight-only"]
+    "weight_format", [Unquantised(), Int8(OneForAll()), WeightOnly(4)], ids=["fp32", "int8", "int4-weight-only"]
 )
 def test_memory_does_not_grow_with_the_model(tmp_path: Path, weight_format: WeightFormat) -> None:
     """What saving holds at a time is a few tensors, of a file of more than a hundred in fp32."""
     tiny = PRESETS["nvlm-d-tiny"]
-    layers = 40 if isinstance(weight_format, Float32) else 12  # of 9 tensors; searching scales takes its time
+    layers = 40 if isinstance(weight_format, Unquantised) else 12  # of 9 tensors; searching scales takes its time
     config = replace(tiny, image_token_id=259, llm=replace(tiny.llm, num_layers=layers))
     weights = WeightsOnDemand(config)
     largest = 4 * max(
@@ -238,10 +238,10 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path, weight_format: Weig
     save_model(model, tmp_path / "decoder.onnx", lambda *_: None)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    if isinstance(weight_format, Float32):
+    if isinstance(weight_format, Unquantised):
         assert (tmp_path / "decoder.onnx.data").stat().st_size > 100 * largest
     # rounding takes a few more than reading, on the rows that it looks at
-    assert peak < (8 if isinstance(weight_format, Float32) else 16) * largest
+    assert peak < (8 if isinstance(weight_format, Unquantised) else 16) * largest
 
 
 def copy_checkpoint(

@@ -106,7 +106,7 @@ def test_places_in_the_packed_sequence_are_those_of_the_tokens(architecture, tok
     config = replace(PRESETS[f"nvlm-{architecture}-tiny"], image_token_id=tokenizer.image_token_id)
     packer = Packer(config, tokenizer)
     sequences, expected = [], {}
-    two_pictures = "ocr" if architecture == "x" else "pair"  # of which NVLM-X has its own way, see below
+    two_pictures = "line" if architecture == "x" else "pair"  # of which NVLM-X has its own way, see below
     for number, (task, seed) in enumerate([("ocr", 1), (two_pictures, 2), ("form", 3), ("colour", 4)]):
         _, questions, labels, firsts = asked_pages(task, seed)
         pictures = [range(*bounds) for bounds in itertools.pairwise(firsts)]

@@ -28,7 +28,7 @@ _PAGES: dict[str, Callable[[np.random.Generator, str], Drawing]] = {
     "location": kinds.draw_shapes,
     "chart": kinds.draw_chart,
     "pair": kinds.draw_pair,
-    "tile": kinds.draw_panels,
+    "tile": kinds.draw_places,
 }
 # asked of no model that is scored: what "tile 3" means is what the tags tell, and NVLM-H cannot know it of small print
 _PROBES = ("tile",)

@@ -69,18 +69,12 @@ def _write_codes(
     return questions
 
 
-def draw_panels(random: np.random.Generator, font: str) -> Drawing:
-    """A code in every tile, all of one colour: only their places tell them apart."""
-    columns, rows = choose(random, _TEXT_GRIDS)
-    page = Page(columns, rows, font, random)
-    colour = str(random.choice(list(COLOURS)))
-    questions = []
-    for tile in range(columns * rows):
-        code = random_code(random)
-        y = tile // columns * TILE + random.uniform(8, 47)
-        write(random, page, code, tile % columns * TILE, y, colour)
-        questions.append(Question("tile", f"What does tile {tile + 1} say?", code))
-    return [page], questions
+def draw_places(random: np.random.Generator, font: str) -> Drawing:
+    """Codes as in `draw_codes`, asked for the tile that holds them, counted as the tags are: only a tag tells."""
+    (page,), codes = draw_codes(random, font)
+    tiles = {mark.colour: page.tile_of(mark) for mark in page.marks}
+    asked = [question.prompt.split()[3] for question in codes]
+    return [page], [Question("tile", f"Which tile has the {colour} text?", str(tiles[colour] + 1)) for colour in asked]
 
 
 def draw_sum(random: np.random.Generator, font: str) -> Drawing:

@@ -57,6 +57,10 @@ class Page:
     generator: np.random.Generator
     marks: list[Mark] = field(default_factory=list)
 
+    def tile_of(self, mark: Mark) -> int:
+        """The number, from 0, of the tile that holds a mark's centre."""
+        return int(mark.y // TILE) * self.columns + int(mark.x // TILE)
+
     def __post_init__(self) -> None:
         self.width, self.height = self.columns * TILE, self.rows * TILE
         pixels = self.choose_size()

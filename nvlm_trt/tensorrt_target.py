@@ -1,0 +1,98 @@
+"""Which TensorRT and which GPU this machine has, and what to say where one of them is missing or another one is needed.
+
+A plan runs on the TensorRT version and the compute capability that it was built with, so both are in the manifest.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from nvlm_trt.engine import Engine
+from nvlm_trt.errors import EngineError
+
+OLDEST = (11, 0)  # brought TRT_Attention and TRT_KVCacheUpdate
+# TensorRT in NVIDIA's tritonserver containers, by major and minor version.
+_CONTAINERS = {"10.16": "26.05", "11.0": "26.06", "11.1": "26.07", "11.2": "26.08"}
+_MEANWHILE = "`--backend onnxruntime` serves on the CPU meanwhile"
+
+
+@dataclass(frozen=True)
+class Target:
+    """What plans are built for."""
+
+    tensorrt: str
+    capability: int  # 90 for 9.0
+    gpu: str
+
+    @property
+    def container(self) -> str:
+        """The container that holds this TensorRT."""
+        return container_with(self.tensorrt)
+
+
+def import_tensorrt() -> Any:
+    """The module. Raises EngineError, saying how to get it, where it is missing or too old."""
+    install = (
+        f"run in {container_with('11.1')}, or `pip install tensorrt-cu13 polygraphy triton torch` on a GPU machine"
+    )
+    try:
+        import tensorrt
+    except ImportError as error:
+        raise EngineError(f"TensorRT cannot be imported ({error}); {install}; {_MEANWHILE}") from None
+    if tuple(map(int, tensorrt.__version__.split(".")[:2])) < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        raise EngineError(f"TensorRT {tensorrt.__version__} is older than {oldest}; {install}; {_MEANWHILE}")
+    return tensorrt
+
+
+def import_torch() -> Any:
+    """torch with a GPU. Raises EngineError without."""
+    try:
+        import torch
+    except ImportError:
+        raise EngineError(
+            f"buffers on the GPU are torch's, which is not installed; `pip install torch`; {_MEANWHILE}"
+        ) from None
+    if not torch.cuda.is_available():
+        raise EngineError(f"TensorRT needs an NVIDIA GPU, and none can be used here (see nvidia-smi); {_MEANWHILE}")
+    return torch
+
+
+def find_target(device: str = "cuda") -> Target:
+    """The TensorRT and the GPU of this machine. Raises EngineError if there is none."""
+    tensorrt, torch = import_tensorrt(), import_torch()
+    major, minor = torch.cuda.get_device_capability(device)
+    return Target(tensorrt.__version__, 10 * major + minor, torch.cuda.get_device_name(device))
+
+
+def container_with(version: str) -> str:
+    """NVIDIA's container with TensorRT `version`, as far as known; the one that this process runs in, if it says so."""
+    short = ".".join(version.split(".")[:2])
+    release = os.environ.get("NVIDIA_TRITON_SERVER_VERSION") if short not in _CONTAINERS else None
+    release = release or _CONTAINERS.get(short)
+    return (
+        f"nvcr.io/nvidia/tritonserver:{release}-py3" if release else f"a tritonserver container with TensorRT {short}"
+    )
+
+
+def check_target(engine: Engine, target: Target) -> None:
+    """Raises EngineError if the engine was built with another TensorRT or for another GPU, naming both."""
+    record = engine.manifest.tensorrt
+    if record is None:
+        raise EngineError(f"engine {engine.path} does not say what it was built for; rebuild it with `nvlm-trt build`")
+    if record.version != target.tensorrt:
+        raise EngineError(
+            f"engine {engine.path} was built with TensorRT {record.version}, this is TensorRT {target.tensorrt}; run it in "
+            f"{record.container}, or rebuild it here"
+        )
+    if record.capability != target.capability:
+        raise EngineError(
+            f"engine {engine.path} was built for compute capability {_dotted(record.capability)} ({record.gpu}), this GPU "
+            f"has {_dotted(target.capability)} ({target.gpu}); rebuild it on this machine, in {record.container}"
+        )
+
+
+def _dotted(capability: int) -> str:
+    return f"{capability // 10}.{capability % 10}"
