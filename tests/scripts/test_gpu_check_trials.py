@@ -1,4 +1,4 @@
-"""gpu_check's trials: the arithmetic by hand, that a wrong kernel is found, and every timed call made once on the CPU."""
+"""gpu_check's trials: the arithmetic by hand, a wrong kernel is found, and every timed call is made on the CPU."""
 
 from __future__ import annotations
 
@@ -95,6 +95,7 @@ def test_best_of_a_sweep(tmp_path: Path) -> None:
 
 def test_choices_in_place_are_among_the_sweep() -> None:
     from gpu_check.tune import cases
+
     from nvlm_trt.plugins.gated_cross_attention.blocks import BLOCKS
 
     all_cases = cases()

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# On a machine with a GPU: kernels against the reference and against torch, tile_resample against Pillow, TensorRT where
+# it is installed. Writes docs/gpu_report.md and .json in at most 9 minutes; --help lists what else it does.
+#   scripts/gpu_check.sh [OPTION ...]
+# Needs torch, triton and numpy; the package need not be installed. PYTHON names the interpreter: .venv's by default, or
+# python3.
+set -euo pipefail
+root=$(realpath "$(dirname "${BASH_SOURCE[0]}")/..")
+[ -z "${PYTHON:-}" ] && [ -x "$root/.venv/bin/python" ] && PYTHON=$root/.venv/bin/python
+python=${PYTHON:-python3}
+command -v "$python" >/dev/null || { echo "error: there is no $python; set PYTHON to the Python that has torch" >&2; exit 2; }
+
+# The package as it is once installed: nvlm_trt with builders and plugins inside.
+packages=$(mktemp -d)
+trap 'rm -rf "$packages"' EXIT
+mkdir "$packages/nvlm_trt"
+ln -s "$root"/nvlm_trt/* "$root"/builders "$root"/plugins "$root"/triton_repo "$packages/nvlm_trt/"
+export PYTHONPATH=$packages:$root/scripts${PYTHONPATH:+:$PYTHONPATH} PYTHONDONTWRITEBYTECODE=1
+"$python" -m gpu_check "$@"

@@ -1,0 +1,188 @@
+"""Gated cross-attention: its time with a cold L2 cache, beside torch's attention and what the GPU can do at most."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from gpu_check.attention import (
+    DECODE,
+    PREFILL,
+    Inputs,
+    Shape,
+    boolean_mask,
+    full_ranges,
+    launch,
+    make_inputs,
+    prompt_ranges,
+)
+from gpu_check.measure import COPY, MATMUL, ceiling, cold_copies, gpu_seconds
+from gpu_check.record import MEASURED, PASSED, SLOW, NotAvailableError, Record, Result, Trial, Value
+from nvlm_trt.plugins.gated_cross_attention.blocks import BLOCKS, Blocks
+
+SECTION = "attention-speed"
+DTYPE = torch.bfloat16
+
+# On an H200
+DECODE_SHARE = 0.70  # of the copy bandwidth
+PREFILL_UNMASKED = 1.0  # times as fast as torch without a mask
+PREFILL_MASKED = 1.5  # times as fast as torch with a boolean mask
+
+_OWN_CHOICE = "its own choice"
+_BACKENDS = {
+    _OWN_CHOICE: None,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+}
+
+
+def input_sets(shape: Shape, ranges: Tensor) -> list[Inputs]:
+    """As many as keep the L2 cache cold."""
+    first = make_inputs(shape, ranges, DTYPE, "cuda")
+    return [
+        first._replace(query=first.query.clone(), key=first.key.clone(), value=first.value.clone())
+        for _ in range(cold_copies(first[:3]))
+    ]
+
+
+def kernel_seconds(sets: list[Inputs], blocks: Blocks | None = None) -> float:
+    """Raises NotAvailableError where the blocks do not fit."""
+    launch(sets[0], blocks)  # a capture that fails leaves the stream in a bad state
+    return gpu_seconds([partial(launch, inputs, blocks) for inputs in sets])
+
+
+def moved_bytes(inputs: Inputs) -> int:
+    """Read and written once; what the ranges leave out is not counted."""
+    longest = int((inputs.cross_ranges[..., 1] - inputs.cross_ranges[..., 0]).max())
+    keys_and_values = 2 * inputs.key.nbytes * longest // inputs.key.shape[2]
+    return keys_and_values + 2 * inputs.query.nbytes + inputs.cross_ranges.nbytes
+
+
+def floating_point_operations(inputs: Inputs) -> int:
+    """Of the two products, within the ranges."""
+    pairs = int((inputs.cross_ranges[..., 1] - inputs.cross_ranges[..., 0]).clamp_min(0).sum())
+    return 4 * pairs * inputs.query.shape[1] * inputs.query.shape[3]
+
+
+class TorchInputs(NamedTuple):
+    """What torch's attention is called with."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    grouped: bool
+
+    def attend(self, backend: SDPBackend | None) -> Tensor:
+        """`backend`: None for torch's own choice."""
+        with contextlib.nullcontext() if backend is None else sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(
+                self.query, self.key, self.value, attn_mask=self.mask, enable_gqa=self.grouped
+            )
+
+
+def _grouped(inputs: Inputs, mask: Tensor | None) -> TorchInputs:
+    return TorchInputs(inputs.query, inputs.key, inputs.value, mask, grouped=True)
+
+
+def _packed(inputs: Inputs, mask: Tensor | None) -> TorchInputs:
+    """[B, KV, group * S, D]: without causality, heads that share keys may stand side by side."""
+    batch, heads, tokens, head_dim = inputs.query.shape
+    kv_heads = inputs.key.shape[1]
+    rows = inputs.query.view(batch, kv_heads, heads // kv_heads * tokens, head_dim)
+    mask = None if mask is None else mask.repeat(1, 1, heads // kv_heads, 1)
+    return TorchInputs(rows, inputs.key, inputs.value, mask, grouped=False)
+
+
+def _repeated(inputs: Inputs, mask: Tensor | None) -> TorchInputs:
+    group = inputs.query.shape[1] // inputs.key.shape[1]
+    key, value = (tensor.repeat_interleave(group, 1) for tensor in (inputs.key, inputs.value))
+    return TorchInputs(inputs.query, key, value, mask, grouped=False)
+
+
+_AS_WRITTEN = "grouped heads"
+_ARRANGEMENTS = {_AS_WRITTEN: _grouped, "a group's heads as rows": _packed, "keys repeated for each head": _repeated}
+
+
+def torch_seconds(sets: list[Inputs], masked: bool) -> dict[str, float]:
+    """Of torch's attention in every arrangement and by every implementation that takes it. Neither the gate, nor empty
+    ranges, nor making the mask or the copies is counted."""
+    seconds = {}
+    for arrangement, arrange in _ARRANGEMENTS.items():
+        arranged = [arrange(inputs, boolean_mask(inputs) if masked else None) for inputs in sets]
+        for name, backend in _BACKENDS.items():
+            with warnings.catch_warnings():  # about what the implementations do not take
+                warnings.simplefilter("ignore")
+                try:
+                    seconds[f"{arrangement}, {name}"] = gpu_seconds([partial(a.attend, backend) for a in arranged])
+                except RuntimeError:  # no such implementation for these inputs, or too little memory
+                    torch.cuda.synchronize()
+    return seconds
+
+
+def decoding(shape: Shape, record: Record, target: float | None) -> Result:
+    """Bound by bytes: the share of the copy's bandwidth."""
+    sets = input_sets(shape, full_ranges(shape))
+    seconds, size = kernel_seconds(sets), moved_bytes(sets[0])
+    share = size / seconds / 1e9 / ceiling(record, COPY)
+    values: dict[str, Value] = {
+        "us": seconds * 1e6,
+        "MB": size / 1e6,
+        "GB/s": size / seconds / 1e9,
+        "of the copy's": share,
+    }
+    status = MEASURED if target is None else PASSED if share >= target else SLOW
+    return Result(status, values, "" if target is None else f"target {target:g} on an H200")
+
+
+def prefill(record: Record) -> Result:
+    """Bound by products: the share of a large one's rate."""
+    sets = input_sets(PREFILL, prompt_ranges(PREFILL))
+    seconds, operations = kernel_seconds(sets), floating_point_operations(sets[0])
+    rate = operations / seconds / 1e12
+    return Result(MEASURED, {"us": seconds * 1e6, "TFLOP/s": rate, "of the product's": rate / ceiling(record, MATMUL)})
+
+
+def against_torch(shape: Shape, ranges: Tensor, masked: bool, target: float | None) -> Result:
+    """How many times as fast as torch's fastest way, both measured here, one after the other."""
+    sets = input_sets(shape, ranges)
+    ours, theirs = kernel_seconds(sets), torch_seconds(sets, masked)
+    if not theirs:
+        raise NotAvailableError("torch has no attention for this on this GPU")
+    best = min(theirs, key=lambda name: theirs[name])
+    as_written = theirs.get(f"{_AS_WRITTEN}, {_OWN_CHOICE}")
+    times = theirs[best] / ours
+    values: dict[str, Value] = {"us": ours * 1e6, "torch's best us": theirs[best] * 1e6, "times as fast": times}
+    values["grouped heads, torch's own choice us"] = as_written and as_written * 1e6
+    status = MEASURED if target is None else PASSED if times >= target else SLOW
+    note = f"best: {best}" + ("" if target is None else f"; target {target:g} times on an H200")
+    return Result(status, values, note)
+
+
+def table_entry(shape: Shape, ranges: Tensor, number: int) -> Result:
+    """One of the block table's entries."""
+    seconds = kernel_seconds(input_sets(shape, ranges), BLOCKS[number])
+    return Result(MEASURED, {"us": seconds * 1e6}, str(BLOCKS[number]))
+
+
+def trials(record: Record) -> Iterator[Trial]:
+    """On a GPU."""
+    shapes = {"decoding": (DECODE, full_ranges(DECODE)), "prefill": (PREFILL, prompt_ranges(PREFILL))}
+    yield f"decoding: {DECODE}", partial(decoding, DECODE, record, DECODE_SHARE)
+    yield "decoding one request", partial(decoding, DECODE._replace(batch=1), record, None)
+    yield f"prefill: {PREFILL}", partial(prefill, record)
+    yield "prefill against torch without a mask", partial(against_torch, *shapes["prefill"], False, PREFILL_UNMASKED)
+    yield "prefill against torch with a mask", partial(against_torch, *shapes["prefill"], True, PREFILL_MASKED)
+    yield "decoding against torch without a mask", partial(against_torch, *shapes["decoding"], False, None)
+    for name, (shape, ranges) in shapes.items():
+        for number in BLOCKS:
+            yield f"{name}, block table's entry {number}", partial(table_entry, shape, ranges, number)

@@ -1,0 +1,119 @@
+"""The machine, its measured ceilings, and the time of what runs on it."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
+
+import torch
+from torch import Tensor
+
+from gpu_check.record import MEASURED, NotAvailableError, Record, Result, Trial, Value
+
+CEILINGS = "ceilings"
+COPY = "copy GB/s"
+MATMUL = "matmul TFLOP/s"
+
+_LAUNCHES = 40  # in one graph: its own start, a few microseconds, is shared by them
+_REPLAYS = 20
+_PACKAGES = ("torch", "triton", "numpy", "pillow", "torchvision", "onnx", "tensorrt", "polygraphy")
+
+
+def machine(interpreted: bool) -> dict[str, Value]:
+    """What the numbers depend on."""
+    if interpreted:
+        facts: dict[str, Value] = {"GPU": "none: Triton's interpreter on the CPU, small shapes, nothing timed"}
+    else:
+        properties = torch.cuda.get_device_properties(0)
+        facts = {
+            "GPU": properties.name,
+            "compute capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory GB": properties.total_memory / 1e9,
+            "L2 MB": properties.L2_cache_size / 1e6,
+            "driver": _driver(),
+            "CUDA of torch": torch.version.cuda,
+        }
+    facts |= {"system": platform.platform(), "cores": len(os.sched_getaffinity(0)), "python": sys.version.split()[0]}
+    for package in _PACKAGES:
+        try:
+            facts[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            facts[package] = "not installed"
+    facts["torch"] = torch.__version__
+    return facts
+
+
+def ceilings() -> Iterator[Trial]:
+    """Timed like everything else: the medians of many runs."""
+
+    def copy() -> Result:
+        source = torch.empty(min(2 << 30, torch.cuda.mem_get_info()[0] // 4), dtype=torch.uint8, device="cuda").fill_(1)
+        target = torch.empty_like(source)
+        seconds = gpu_seconds([lambda: target.copy_(source)], launches=4)
+        return Result(MEASURED, {COPY: 2 * source.nbytes / seconds / 1e9})
+
+    def matmul() -> Result:
+        size = 8192
+        a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        product = torch.empty_like(a)
+        seconds = gpu_seconds([lambda: torch.matmul(a, b, out=product)], launches=4)
+        return Result(MEASURED, {MATMUL: 2 * size**3 / seconds / 1e12})
+
+    yield "copy of 2 GiB", copy
+    yield "bf16 product of 8192 x 8192 matrices", matmul
+
+
+def ceiling(record: Record, name: str) -> float:
+    """A ceiling that this run has measured."""
+    for check in record.read():
+        if check.section == CEILINGS and name in check.values:
+            return float(check.values[name])  # type: ignore[arg-type]
+    raise NotAvailableError(f"{name} was not measured in this run")
+
+
+def cold_copies(tensors: Sequence[Tensor]) -> int:
+    """How many sets of inputs, used in turn, push each other out of the L2 cache: four times its size."""
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    return max(2, math.ceil(4 * cache / sum(tensor.nbytes for tensor in tensors)))
+
+
+def gpu_seconds(calls: Sequence[Callable[[], object]], launches: int = _LAUNCHES) -> float:
+    """The median time of one call, of a CUDA graph that makes them all in turn: no time of the host is in it.
+
+    Give each call inputs of its own (`cold_copies`), or it finds them in the cache. The results are all kept, so that
+    writing them is not spared either."""
+    rounds = math.ceil(launches / len(calls))
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for call in calls:
+            call()  # compiles, and fills caches that a capture may not
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = [call() for _ in range(rounds) for call in calls]
+    graph.replay()
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(_REPLAYS)]
+    for begin, end in events:
+        begin.record()
+        graph.replay()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(begin.elapsed_time(end) for begin, end in events) / 1e3 / len(kept)
+
+
+def _driver() -> str:
+    if shutil.which("nvidia-smi") is None:
+        return "unknown: there is no nvidia-smi"
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    answer = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
+    return answer[0] if answer else "unknown: nvidia-smi does not say"

@@ -1,0 +1,172 @@
+"""Alternatives to the kernels' block sizes, each checked against the choice in place and timed."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import cache, partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gpu_check.attention import DECODE, PREFILL, Error, Inputs, Shape, full_ranges, launch, oracle, prompt_ranges
+from gpu_check.attention_speed import DTYPE, input_sets
+from gpu_check.measure import gpu_seconds
+from gpu_check.record import MEASURED, WRONG, NotAvailableError, Record, Result, Trial
+from gpu_check.resample import LARGE, pictures
+from nvlm_trt.plugins.gated_cross_attention.blocks import BLOCKS, Blocks, choose_blocks
+from nvlm_trt.plugins.tile_resample import launcher as resample_launcher
+
+SECTION = "tune"
+
+KIB = 1 << 10
+DECODE_BLOCKS = [
+    Blocks(16, key_bytes, warps, stages)
+    for key_bytes, warps, stages in itertools.product((8 * KIB, 16 * KIB, 32 * KIB), (2, 4, 8), (2, 3, 4))
+]
+PREFILL_BLOCKS = [
+    Blocks(rows, key_bytes, warps, stages)
+    for rows, key_bytes, warps, stages in itertools.product(
+        (64, 128), (8 * KIB, 16 * KIB, 32 * KIB), (4, 8), (1, 2, 3, 4)
+    )
+]
+
+
+class Squares(NamedTuple):
+    """tile_resample's block sizes and warps."""
+
+    block: int
+    source: int
+    warps: int
+
+
+SQUARES = [Squares(*sizes) for sizes in itertools.product((32, 64), (32, 64, 128), (4, 8, 16))]
+
+Case = tuple[str, object]  # what is tuned, and an alternative
+
+
+def cases() -> list[Case]:
+    """The choices in place first: what does not get its turn in time is not them."""
+    decode = list(dict.fromkeys([*BLOCKS.values(), *DECODE_BLOCKS]))
+    prefill = list(dict.fromkeys([*BLOCKS.values(), *PREFILL_BLOCKS]))
+    in_place = Squares(resample_launcher.BLOCK, resample_launcher.SOURCE, resample_launcher.WARPS)
+    squares = dict.fromkeys([in_place, *SQUARES])
+    of_each = [("decoding", decode), ("prefill", prefill), ("tile_resample", list(squares))]
+    return [(what, alternative) for what, alternatives in of_each for alternative in alternatives]
+
+
+def compile_ahead(all_cases: Sequence[Case], deadline: float) -> None:
+    """Launch each once in as many processes as there are cores: Triton keeps what they compile in its cache on disk."""
+    workers = max(1, min(12, len(os.sched_getaffinity(0)) - 1))
+    started = time.time()
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context) as pool:
+        try:
+            compiled = sum(pool.map(_launch_once, all_cases, itertools.repeat(deadline)))
+        except BrokenProcessPool:
+            print("tune: a compiling process died; what it left is compiled when it is timed", flush=True)
+            return
+    print(f"tune: {compiled} of {len(all_cases)} compiled and launched in {time.time() - started:.0f} s", flush=True)
+
+
+def _launch_once(case: Case, deadline: float) -> bool:
+    """In a process of the pool. What fails here fails again, and is told, when it is timed."""
+    if time.time() >= deadline:
+        return False
+    try:
+        _one_call(*case)()
+        torch.cuda.synchronize()
+    except Exception:
+        return False
+    return True
+
+
+@cache
+def _sets(what: str) -> list[Inputs]:
+    shape, ranges = _shape(what)
+    return input_sets(shape, ranges)
+
+
+def _shape(what: str) -> tuple[Shape, Tensor]:
+    return (DECODE, full_ranges(DECODE)) if what == "decoding" else (PREFILL, prompt_ranges(PREFILL))
+
+
+@cache
+def _pictures() -> list[Tensor]:
+    return pictures(LARGE)
+
+
+@cache
+def _expected(what: str) -> Tensor:
+    if what == "tile_resample":
+        return resample_launcher.tile_resample(_pictures()[0], *LARGE[2:])
+    return oracle(_sets(what)[0])
+
+
+def _resample(image: Tensor, squares: Squares) -> Tensor:
+    with_sizes = {"BLOCK": squares.block, "SOURCE": squares.source, "WARPS": squares.warps}
+    before = {name: getattr(resample_launcher, name) for name in with_sizes}
+    try:
+        for name, value in with_sizes.items():
+            setattr(resample_launcher, name, value)
+        return resample_launcher.tile_resample(image, *LARGE[2:])
+    finally:
+        for name, value in before.items():
+            setattr(resample_launcher, name, value)
+
+
+def _calls(what: str, alternative: object) -> list[Callable[[], Tensor]]:
+    if isinstance(alternative, Squares):
+        return [partial(_resample, image, alternative) for image in _pictures()]
+    assert isinstance(alternative, Blocks), alternative
+    return [partial(launch, inputs, alternative) for inputs in _sets(what)]
+
+
+def _one_call(what: str, alternative: object) -> Callable[[], Tensor]:
+    return _calls(what, alternative)[0]
+
+
+def measure(what: str, alternative: object) -> Result:
+    """Its time, if its result is right."""
+    from triton.runtime.errors import OutOfResources
+
+    calls = _calls(what, alternative)
+    try:
+        output = calls[0]()
+    except OutOfResources as error:
+        raise NotAvailableError(str(error)) from None
+    expected = _expected(what)
+    good = output.equal(expected) if what == "tile_resample" else Error.of(output, expected).is_within(DTYPE)
+    if not good:
+        return Result(WRONG, {}, "its result is wrong")
+    in_place = {
+        "decoding": choose_blocks(DECODE.tokens * DECODE.heads // DECODE.kv_heads, DTYPE.itemsize),
+        "prefill": choose_blocks(PREFILL.tokens * PREFILL.heads // PREFILL.kv_heads, DTYPE.itemsize),
+        "tile_resample": Squares(resample_launcher.BLOCK, resample_launcher.SOURCE, resample_launcher.WARPS),
+    }
+    note = "in place" if alternative == in_place[what] else ""
+    return Result(MEASURED, {"us": gpu_seconds(calls) * 1e6}, note)
+
+
+def trials(deadline: float) -> Iterator[Trial]:
+    """On a GPU. Half of the time at most goes to compiling ahead."""
+    all_cases = cases()
+    compile_ahead(all_cases, (time.time() + deadline) / 2)
+    for what, alternative in all_cases:
+        yield f"{what}: {alternative}", partial(measure, what, alternative)
+
+
+def best(record: Record) -> Iterator[str]:
+    """For each thing that was tuned: its fastest alternative, and what is in place."""
+    timed = [check for check in record.read() if check.section == SECTION and "us" in check.values]
+    for what, of_one in itertools.groupby(timed, key=lambda check: check.name.split(":")[0]):
+        ranked = sorted(of_one, key=lambda check: float(check.values["us"]))  # type: ignore[arg-type]
+        yield f"{what}: of {len(ranked)} the fastest:"
+        for check in ranked[:5] + [check for check in ranked[5:] if check.note]:
+            yield f"  {check.values['us']:8.1f} us  {check.name.split(': ', 1)[1]}  {check.note}"
