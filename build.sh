@@ -84,7 +84,7 @@ ask_served() {
     sleep 0.1
   done
   echo "serving at $address" >&2
-  run ask "$question" --image "$image" --url "$address" --max-tokens 48 --stats
+  run ask "$question" --image "$image" --url "$address" --stats
   kill -TERM "$server"
   wait "$server"
   server=
@@ -97,8 +97,8 @@ demo() {
   trap '[ -n "$server" ] && kill -TERM "$server" 2>/dev/null && wait "$server"' EXIT
   for architecture in d x h; do
     name=nvlm-$architecture-tiny
-    [ -d "engines/checkpoints/$name" ] || run init-checkpoint --preset "$name" --seed 0 "engines/checkpoints/$name"
-    [ -d "engines/$name" ] || run build --checkpoint "engines/checkpoints/$name" --output "engines/$name"
+    [ "engines/$name/manifest.json" -nt "checkpoints/$name/model.safetensors" ] ||
+      run build --checkpoint "checkpoints/$name" --output "engines/$name" --overwrite
   done
   for architecture in d x h; do
     ask_served "engines/nvlm-$architecture-tiny" docs/images/receipt.png "What is the total?"
