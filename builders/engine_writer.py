@@ -50,11 +50,7 @@ class EngineWriter:
         """Fill an empty directory. Memory does not grow with the model. Raises EngineError for a full disk."""
         with Checkpoint.open(self.checkpoint_dir) as checkpoint:
             graphs = self._build_graphs(checkpoint, recipe)
-            config_json = json.dumps(config_to_hf(self.config), indent=2) + "\n"
-            (directory / "config.json").write_text(config_json, encoding="utf-8")
-            for name in TOKENIZER_FILES:
-                if (self.checkpoint_dir / name).exists():
-                    shutil.copyfile(self.checkpoint_dir / name, directory / name)
+            self.write_model_files(directory)
             for component, model in graphs.items():
                 save_model(model, directory / f"{component}.onnx", progress)
         manifest = Manifest(
@@ -70,13 +66,21 @@ class EngineWriter:
         write_manifest(directory, manifest)
         return manifest
 
+    def write_model_files(self, directory: Path) -> None:
+        """config.json and the tokenizer's files."""
+        config_json = json.dumps(config_to_hf(self.config), indent=2) + "\n"
+        (directory / "config.json").write_text(config_json, encoding="utf-8")
+        for name in TOKENIZER_FILES:
+            if (self.checkpoint_dir / name).exists():
+                shutil.copyfile(self.checkpoint_dir / name, directory / name)
+
     def _build_graphs(self, checkpoint: Checkpoint, recipe: Recipe) -> dict[str, ir.Model]:
         """The graphs by file, in the forms that ONNX Runtime runs fastest; every tensor of the checkpoint in one."""
         config, linear = self.config, recipe.weight_format
         weights = MigratedWeights(checkpoint, recipe.factors)
         graphs = {"vision_encoder": vision_encoder_graph(config, weights, linear, attention="mha")}
         if config.cross_layers:
-            tags = self._tag_embeddings(checkpoint)
+            tags = self.tag_embeddings(checkpoint)
             graphs["cross_kv"] = cross_kv_graph(config, weights, tags, linear)
         graphs["decoder"] = decoder_graph(
             config,
@@ -89,7 +93,7 @@ class EngineWriter:
         checkpoint.finish()
         return graphs
 
-    def _tag_embeddings(self, checkpoint: Checkpoint) -> FloatArray | None:
+    def tag_embeddings(self, checkpoint: Checkpoint) -> FloatArray | None:
         """[max_tiles, tag_length, hidden] of NVLM-H's tile tags."""
         if self.config.architecture != "H":
             return None

@@ -104,15 +104,24 @@ class _Builder:
 
     @functools.cached_property
     def calibration(self) -> Calibration:
-        source, count = self.options.calibration, self.options.calibration_samples
-        if source and is_calibration(source):
-            calibration = read_calibration(source)
-            calibration.check_checkpoint(self.writer.digest, source)
-            return calibration
-        if source:
-            samples = read_first_samples(source, count)
-        else:
-            samples = document_samples("train", count or CALIBRATION_SAMPLES, self.progress)
-        with temporary_sibling(self.beside) as directory:
-            self.writer.write(directory, OBSERVING, self.progress)
-            return calibrate(directory, samples, self.progress)
+        return make_calibration(self.writer, self.options, self.beside, self.progress)
+
+
+def make_calibration(
+    writer: EngineWriter, options: QuantizationOptions, beside: Path, progress: Progress
+) -> Calibration:
+    """Read the calibration that `options` names, or measure one with an engine that is a temporary sibling of `beside`.
+
+    Raises EngineError for one that does not fit; RequestError, ImageError for samples."""
+    source, count = options.calibration, options.calibration_samples
+    if source and is_calibration(source):
+        calibration = read_calibration(source)
+        calibration.check_checkpoint(writer.digest, source)
+        return calibration
+    if source:
+        samples = read_first_samples(source, count)
+    else:
+        samples = document_samples("train", count or CALIBRATION_SAMPLES, progress)
+    with temporary_sibling(beside) as directory:
+        writer.write(directory, OBSERVING, progress)
+        return calibrate(directory, samples, progress)

@@ -35,7 +35,8 @@ class Target:
 def import_tensorrt() -> Any:
     """The module. Raises EngineError, saying how to get it, where it is missing or too old."""
     install = (
-        f"run in {container_with('11.1')}, or `pip install tensorrt-cu13 polygraphy triton torch` on a GPU machine"
+        f"run in {container_with('11.1')}, or on a GPU machine "
+        "`pip install --extra-index-url https://pypi.nvidia.com tensorrt-cu13 polygraphy triton torch`"
     )
     try:
         import tensorrt
@@ -84,13 +85,13 @@ def check_target(engine: Engine, target: Target) -> None:
         raise EngineError(f"engine {engine.path} does not say what it was built for; rebuild it with `nvlm-trt build`")
     if record.version != target.tensorrt:
         raise EngineError(
-            f"engine {engine.path} was built with TensorRT {record.version}, this is TensorRT {target.tensorrt}; run it in "
+            f"engine {engine.path} was built with TensorRT {record.version}, this is {target.tensorrt}; run it in "
             f"{record.container}, or rebuild it here"
         )
     if record.capability != target.capability:
         raise EngineError(
-            f"engine {engine.path} was built for compute capability {_dotted(record.capability)} ({record.gpu}), this GPU "
-            f"has {_dotted(target.capability)} ({target.gpu}); rebuild it on this machine, in {record.container}"
+            f"engine {engine.path} was built for compute capability {_dotted(record.capability)} ({record.gpu}), this "
+            f"GPU has {_dotted(target.capability)} ({target.gpu}); rebuild it on this machine, in {record.container}"
         )
 
 

@@ -86,7 +86,7 @@ class WeightFormat(Protocol):
         ...
 
 
-class Float32:
+class Unquantised:
     """Weights as they are, transposed to MatMul's [inputs, outputs] on their way to disk."""
 
     def matmul(self, graph: StageGraph, x: ir.Value, weight: LinearWeight) -> ir.Value:
@@ -102,15 +102,22 @@ class StageGraph:
     """One stage. `op` builds standard nodes and `microsoft` those of ONNX Runtime, into the graph or a branch of it."""
 
     def __init__(
-        self, name: str, weights: WeightSource, weight_format: WeightFormat | None = None, opset: int = OPSET
+        self,
+        name: str,
+        weights: WeightSource,
+        weight_format: WeightFormat | None = None,
+        opset: int = OPSET,
+        dtype: ir.DataType = FLOAT,
     ) -> None:
-        """`weight_format` of the linear layers: Float32 by default."""
+        """`weight_format` of the linear layers: Unquantised by default. `dtype` of weights, inputs and all that is
+        computed."""
         self.opset = opset
+        self.dtype = dtype
         self.in_branch = False  # of an If: ONNX Runtime does not fuse what has its weights there
         graph = ir.Graph([], [], nodes=[], opset_imports={"": opset, "com.microsoft": 1, "nvlm": 1}, name=name)
         self._builder = GraphBuilder(graph)
         self._weights = weights
-        self._format = weight_format or Float32()
+        self._format = weight_format or Unquantised()
 
     @property
     def op(self) -> Any:
@@ -124,8 +131,8 @@ class StageGraph:
         return self._builder.input(name, dtype, list(shape))
 
     def output(self, value: ir.Value, name: str, shape: Shape) -> None:
-        """Declare a float32 output."""
-        value.dtype = FLOAT
+        """Declare an output of the graph's dtype."""
+        value.dtype = value.dtype or self.dtype
         value.shape = ir.Shape(shape)
         self._builder.add_output(value, name)
 
@@ -146,7 +153,7 @@ class StageGraph:
         finally:
             self._builder.pop_module()
 
-    def call(self, function: ir.Function, *inputs: ir.Value, **attributes: Any) -> ir.Value:
+    def call(self, function: ir.Function, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
         """One node that calls a model-local function."""
         return self._builder.call(function, *inputs, **attributes)
 
@@ -166,11 +173,14 @@ class StageGraph:
     # --- weights -----------------------------------------------------------------------------------------------------
 
     def stored(
-        self, name: str, shape: Sequence[int], load: Callable[[], npt.NDArray[Any]], dtype: ir.DataType = FLOAT
+        self, name: str, shape: Sequence[int], load: Callable[[], npt.NDArray[Any]], dtype: ir.DataType | None = None
     ) -> ir.Value:
-        """An initializer whose data is made by `load` when the model is saved, and dropped again."""
+        """An initializer whose data is made by `load` when the model is saved, and dropped again.
+
+        `dtype`: None is the graph's."""
+        dtype = dtype or self.dtype
         tensor = ir.LazyTensor(
-            lambda: ir.Tensor(np.ascontiguousarray(load(), dtype.numpy()), name=name),
+            lambda: ir.Tensor(np.ascontiguousarray(load(), dtype.numpy()), dtype=dtype, name=name),
             dtype=dtype,
             shape=ir.Shape(shape),
             name=name,
@@ -179,6 +189,10 @@ class StageGraph:
 
     def constant(self, name: str, value: npt.NDArray[Any]) -> ir.Value:
         return self._builder.initializer(ir.Tensor(value, name=name), name, qualify=False)
+
+    def float_constant(self, name: str, value: npt.ArrayLike) -> ir.Value:
+        """A constant in the graph's dtype."""
+        return self.constant(name, np.asarray(value).astype(self.dtype.numpy()))
 
     def weight(self, name: str, shape: Sequence[int] | None = None) -> ir.Value:
         """A tensor of the checkpoint as an initializer, reshaped when `shape` is given."""

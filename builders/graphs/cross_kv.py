@@ -23,15 +23,16 @@ def cross_kv_graph(
     weights: WeightSource,
     tag_embeddings: FloatArray | None,
     weight_format: WeightFormat | None = None,
+    dtype: ir.DataType = FLOAT,
 ) -> ir.Model:
     """Build the graph. `tag_embeddings` [max_tiles, tag_length, hidden] of <tile_1> .. for H, None for X."""
     assert config.cross_attention is not None, "NVLM-D has no cross-attention"
     assert (tag_embeddings is not None) == (config.architecture == "H"), "tags stand beside the tiles of NVLM-H only"
-    graph = StageGraph("cross_kv", weights, weight_format)
+    graph = StageGraph("cross_kv", weights, weight_format, dtype=dtype)
     llm = config.llm
-    x = graph.input("image_tokens", FLOAT, ["tiles", config.tokens_per_tile, llm.hidden_size])
+    x = graph.input("image_tokens", dtype, ["tiles", config.tokens_per_tile, llm.hidden_size])
     if tag_embeddings is not None:
-        tags = graph.constant("tag_embeddings", tag_embeddings)
+        tags = graph.float_constant("tag_embeddings", tag_embeddings)
         tiles = graph.op.Shape(x, start=0, end=1)
         x = graph.op.Concat(graph.op.Slice(tags, [0], tiles, [0]), x, axis=1)  # [n, tag_length + T, hidden]
     x = graph.op.Reshape(x, [-1, llm.hidden_size])  # [C, hidden]

@@ -1,34 +1,32 @@
-"""The weight format of every linear layer of an ONNX Runtime engine, by the precision of its component."""
+"""The weight format of every linear layer of an engine, by the precision of its component."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import onnx_ir as ir
 
-from nvlm_trt.builders.graphs.common import Embedding, Float32, LinearWeight, StageGraph, WeightFormat
+from nvlm_trt.builders.graphs.common import Embedding, LinearWeight, StageGraph, Unquantised, WeightFormat
 from nvlm_trt.builders.quantization.calibration import Calibration
 from nvlm_trt.builders.quantization.fp8 import Fp8
 from nvlm_trt.builders.quantization.int8 import Int8
 from nvlm_trt.builders.quantization.observer import Observer
-from nvlm_trt.builders.quantization.precisions import COMPONENTS, STATIC, component_of, needs_calibration
+from nvlm_trt.builders.quantization.precisions import COMPONENTS, FLOATING, component_of, needs_calibration
 from nvlm_trt.builders.quantization.smoothquant import Factors, migrate
 from nvlm_trt.builders.quantization.weight_only import WeightOnly
 from nvlm_trt.checkpoint import Checkpoint
 
 _WITHOUT_CALIBRATION: dict[str, Callable[[], WeightFormat]] = {
-    "fp32": Float32,
+    **dict.fromkeys(FLOATING, Unquantised),
     "int8-weight-only": lambda: WeightOnly(8),
     "int4-weight-only": lambda: WeightOnly(4),
 }
-_WITH_CALIBRATION: dict[str, Callable[[Calibration], WeightFormat]] = {
-    "int8": Int8,
-    "fp8": functools.partial(Fp8, fold_weights=True),
-}
-assert set(_WITH_CALIBRATION) == set(STATIC), "precisions.STATIC says which formats need a calibration"
+
+
+def _with_calibration(calibration: Calibration, fold_fp8: bool) -> dict[str, WeightFormat]:
+    return {"int8": Int8(calibration), "fp8": Fp8(calibration, fold_fp8)}
 
 
 class ByComponent:
@@ -60,9 +58,14 @@ OBSERVING = Recipe(dict.fromkeys(COMPONENTS, "fp32"), Observer(), skip_unused_bl
 
 
 def quantised(
-    checkpoint: Checkpoint, precisions: Mapping[str, str], calibration: Calibration | None, alpha: float
+    checkpoint: Checkpoint,
+    precisions: Mapping[str, str],
+    calibration: Calibration | None,
+    alpha: float,
+    fold_fp8: bool = True,
 ) -> Recipe:
-    """`calibration` is for the precisions that need one. `checkpoint` is read from: not the handle that is built from.
+    """`calibration` is for the precisions that need one; `fold_fp8` is the form of fp8 weights that ONNX Runtime folds.
+    `checkpoint` is read from: not the handle that is built from.
 
     Raises EngineError for a calibration that lacks a layer."""
     formats = {name: _WITHOUT_CALIBRATION[name]() for name in precisions.values() if name in _WITHOUT_CALIBRATION}
@@ -75,6 +78,6 @@ def quantised(
             record["smoothquant_alpha"] = alpha
             if alpha > 0:
                 factors, calibration = migrate(checkpoint.config, checkpoint, calibration, precisions, alpha)
-        formats |= {name: make(calibration) for name, make in _WITH_CALIBRATION.items() if name in precisions.values()}
+        formats |= _with_calibration(calibration, fold_fp8)
     by_component = ByComponent({component: formats[name] for component, name in precisions.items()})
     return Recipe(precisions, by_component, factors, record)

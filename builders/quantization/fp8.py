@@ -17,7 +17,7 @@ import onnx_ir as ir
 from nvlm_trt.backends.base import FloatArray
 from nvlm_trt.builders.graphs.common import FLOAT, FLOAT8, Embedding, LinearWeight, StageGraph
 from nvlm_trt.builders.quantization.calibration import Calibration
-from nvlm_trt.builders.quantization.rows import nonzero, row_chunks
+from nvlm_trt.builders.quantization.rows import nonzero, rounded, row_chunks
 
 LARGEST = 448
 
@@ -36,10 +36,11 @@ class Fp8:
 
     def matmul(self, graph: StageGraph, x: ir.Value, weight: LinearWeight) -> ir.Value:
         outputs, inputs = weight.shape
-        values = graph.stored(f"{weight.name}.fp8", (inputs, outputs), lambda: _values(weight.load()).T, FLOAT8)
-        scales = graph.stored(f"{weight.name}.scale", (outputs,), lambda: row_scales(weight.load()))
+        dtype = graph.dtype
+        values = graph.stored(f"{weight.name}.fp8", (inputs, outputs), lambda: _values(weight.load(), dtype).T, FLOAT8)
+        scales = graph.stored(f"{weight.name}.scale", (outputs,), lambda: rounded(row_scales(weight.load()), dtype))
         largest = self._calibration.of(weight.name, inputs).abs_max
-        x_scale = graph.constant(f"{weight.name}.input_scale", np.array(largest / LARGEST, np.float32))
+        x_scale = graph.float_constant(f"{weight.name}.input_scale", largest / LARGEST)
         zero = graph.constant(f"{weight.name}.input_zero_point", np.array(0, FLOAT8.numpy()))
         op = graph.op
         x = op.DequantizeLinear(op.QuantizeLinear(x, x_scale, zero), x_scale, zero)
@@ -66,5 +67,5 @@ def quantize(weight: FloatArray, scales: FloatArray) -> npt.NDArray[Any]:
     return values
 
 
-def _values(weight: FloatArray) -> npt.NDArray[Any]:
-    return quantize(weight, row_scales(weight))
+def _values(weight: FloatArray, dtype: ir.DataType) -> npt.NDArray[Any]:
+    return quantize(weight, rounded(row_scales(weight), dtype))

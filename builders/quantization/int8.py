@@ -14,7 +14,7 @@ import onnx_ir as ir
 from nvlm_trt.backends.base import FloatArray
 from nvlm_trt.builders.graphs.common import INT8, UINT8, Embedding, LinearWeight, StageGraph
 from nvlm_trt.builders.quantization.calibration import Calibration
-from nvlm_trt.builders.quantization.rows import nonzero, row_chunks
+from nvlm_trt.builders.quantization.rows import nonzero, rounded, row_chunks
 
 LARGEST = 127
 # Fractions of a row's largest magnitude tried as its clipping point. A row without outliers keeps 1; below a half the
@@ -34,11 +34,11 @@ class Int8:
 
     def matmul(self, graph: StageGraph, x: ir.Value, weight: LinearWeight) -> ir.Value:
         outputs, inputs = weight.shape
-        quantised = _Quantised(weight)
+        quantised = _Quantised(weight, graph.dtype)
         values = graph.stored(f"{weight.name}.int8", (inputs, outputs), quantised.values, INT8)
         scales = graph.stored(f"{weight.name}.scale", (outputs,), quantised.scales)
         clip = self._calibration.of(weight.name, inputs).clip
-        x_scale = graph.constant(f"{weight.name}.input_scale", np.array(clip / LARGEST, np.float32))
+        x_scale = graph.float_constant(f"{weight.name}.input_scale", clip / LARGEST)
         op = graph.op
         if graph.in_branch:
             zero = graph.constant(f"{weight.name}.input_zero_point", np.array(128, UINT8.numpy()))
@@ -56,14 +56,14 @@ class Int8:
 class _Quantised:
     """A weight as two stored tensors: the scales, which are small, are searched once for both."""
 
-    def __init__(self, weight: LinearWeight) -> None:
-        self._weight = weight
+    def __init__(self, weight: LinearWeight, dtype: ir.DataType) -> None:
+        self._weight, self._dtype = weight, dtype
         self._scales: FloatArray | None = None
 
     def scales(self) -> FloatArray:
         """[outputs]"""
         if self._scales is None:
-            self._scales = search_scales(self._weight.load())
+            self._scales = rounded(search_scales(self._weight.load()), self._dtype)
         return self._scales
 
     def values(self) -> npt.NDArray[np.int8]:

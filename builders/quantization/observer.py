@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from nvlm_trt.builders.graphs.common import INT64, Embedding, Float32, LinearWeight, StageGraph
+from nvlm_trt.builders.graphs.common import INT64, Embedding, LinearWeight, StageGraph, Unquantised
 from nvlm_trt.builders.quantization.magnitudes import BIN_SCALE, BINS, FIRST_BIN, LOWEST_OCTAVE
 
 CHANNELS = "observed.channels."  # + layer: [inputs], the largest magnitude of each channel
 COUNTS = "observed.counts."  # + layer: [BINS], how many elements have such a magnitude
 
 
-class Observer(Float32):
+class Observer(Unquantised):
     """Its graphs have no If branches: a branch cannot have outputs of the graph."""
 
     def matmul(self, graph: StageGraph, x: ir.Value, weight: LinearWeight) -> ir.Value:

@@ -30,20 +30,35 @@ PRECISIONS: dict[str, tuple[str, ...]] = {
     "fp8":              ("fp32",        "fp32",  "fp8",              "fp32",             "fp8"),
 }
 # fmt: on
+# TensorRT's engines have one floating-point type. fp16 overflows where bf16 does not, so bf16 is what goes unsaid.
+# fmt: off
+TENSORRT_PRECISIONS: dict[str, tuple[str, ...]] = {
+    # name vision_encoder projector decoder lm_head cross_attention
+    "fp32": ("fp32",      "fp32",   "fp32", "fp32", "fp32"),
+    "fp16": ("fp16",      "fp16",   "fp16", "fp16", "fp16"),
+    "bf16": ("bf16",      "bf16",   "bf16", "bf16", "bf16"),
+    "int8": ("bf16",      "bf16",   "int8", "bf16", "int8"),
+    "fp8":  ("bf16",      "bf16",   "fp8",  "bf16", "fp8"),
+}
+# fmt: on
+FLOATING = ("fp32", "fp16", "bf16")
 STATIC = ("int8", "fp8")  # multiply activations by scales that a calibration measures
 _GPU_ONLY = ("fp16", "bf16")
 
 
-def parse_precision(text: str) -> dict[str, str]:
+def parse_precision(text: str, backend: str = "onnxruntime") -> dict[str, str]:
     """`NAME`, `component=NAME,...`, or a NAME with components that differ from it -> a precision for each component.
 
-    Components that are not mentioned have the bare name's default, or fp32 without one. A model may lack some of them.
-    Raises EngineError for an unknown or repeated component, and for a precision that ONNX Runtime does not compute."""
+    Components that are not mentioned have the bare name's default, without one fp32, or bf16 for TensorRT. A model may
+    lack some of them. Raises EngineError for an unknown or repeated component, for a precision that the backend does
+    not compute, and for two floating-point types in an engine for TensorRT."""
+    table = TENSORRT_PRECISIONS if backend == "tensorrt" else PRECISIONS
+    unsaid = "bf16" if backend == "tensorrt" else "fp32"
     bare: list[str] = []
     chosen: dict[str, str] = {}
     for part in text.split(","):
         component, equals, name = (word.strip() for word in part.rpartition("="))
-        _check_name(name)
+        _check_name(name, table)
         if not equals:
             bare.append(name)
             continue
@@ -54,8 +69,20 @@ def parse_precision(text: str) -> dict[str, str]:
         chosen[component] = name
     if len(bare) > 1:
         raise EngineError(f"--precision names {' and '.join(bare)} for all components; give one, or component=NAME")
-    defaults = dict(zip(COMPONENTS, PRECISIONS[bare[0] if bare else "fp32"], strict=True))
-    return defaults | chosen
+    defaults = dict(zip(COMPONENTS, table[bare[0] if bare else unsaid], strict=True))
+    precisions = defaults | chosen
+    floating = sorted(set(precisions.values()) & set(FLOATING))
+    if len(floating) > 1:
+        raise EngineError(
+            f"--precision mixes {' and '.join(floating)}, an engine for TensorRT has one floating-point type; name it "
+            "first, as in fp16,decoder=int8"
+        )
+    return precisions
+
+
+def floating_type(precisions: Mapping[str, str]) -> str:
+    """The floating-point type of an engine: what is not quantised is computed in it."""
+    return next((name for name in precisions.values() if name in FLOATING), "bf16")
 
 
 def components_of(config: NvlmConfig) -> tuple[str, ...]:
@@ -72,18 +99,19 @@ def component_of(tensor: str) -> str:
 
 
 def quantised_components(precisions: Mapping[str, str]) -> tuple[str, ...]:
-    return tuple(component for component, precision in precisions.items() if precision != "fp32")
+    return tuple(component for component, precision in precisions.items() if precision not in FLOATING)
 
 
 def needs_calibration(precisions: Mapping[str, str]) -> bool:
     return any(precision in STATIC for precision in precisions.values())
 
 
-def _check_name(name: str) -> None:
+def _check_name(name: str, table: Mapping[str, tuple[str, ...]]) -> None:
+    if name in table:
+        return
     if name in _GPU_ONLY:
         raise EngineError(
             f"precision {name!r} is for GPU backends, onnxruntime would compute it in fp32; choose one of "
-            f"{', '.join(PRECISIONS)} with --precision"
+            f"{', '.join(table)} with --precision"
         )
-    if name not in PRECISIONS:
-        raise EngineError(f"precision {name!r} is not one of {', '.join(PRECISIONS)}; choose with --precision")
+    raise EngineError(f"precision {name!r} is not one of {', '.join(table)}; choose with --precision")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+import onnx_ir as ir
 
 from nvlm_trt.backends.base import FloatArray
 
@@ -21,3 +22,8 @@ def row_chunks(weight: FloatArray) -> Iterator[slice]:
 def nonzero(scales: FloatArray) -> FloatArray:
     """Scales with 1 in place of 0: what is all zeros stays zeros whatever its scale."""
     return np.where(scales == 0, np.float32(1), scales).astype(np.float32)
+
+
+def rounded(scales: FloatArray, dtype: ir.DataType) -> FloatArray:
+    """Scales as a graph of `dtype` stores them: what is quantised by the stored scale is restored by it."""
+    return scales.astype(dtype.numpy()).astype(np.float32)

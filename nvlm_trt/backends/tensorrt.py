@@ -6,7 +6,8 @@ decoding are two optimisation profiles; a decoding step of n slots is one CUDA g
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import contextlib
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -87,13 +88,12 @@ class TensorRtBackend:
             raise RequestError(
                 f"an image of {tiles} tiles, the model takes {self.config.tiles_per_image}; lower max_tiles"
             )
-        stage, torch, llm = self._stage("cross_kv"), self._torch, self.config.llm
+        stage, torch = self._stage("cross_kv"), self._torch
         layers = len(self.config.cross_layers)
         with torch.cuda.stream(stage.stream):
-            tokens = self._upload(image_tokens)
-            shape = (layers, 2, llm.num_kv_heads, self._cross_tokens(tiles), llm.head_dim)
-            outputs = torch.empty(shape, dtype=self._dtype, device=self._device)
-            tensors = {"image_tokens": tokens}
+            tensors = {"image_tokens": self._upload(image_tokens)}
+            shape = stage.output_shape(0, tensors, "cross_key.0")  # [kv_heads, C, head_dim]
+            outputs = torch.empty((layers, 2, *shape), dtype=self._dtype, device=self._device)
             for j in range(layers):
                 tensors |= {f"cross_key.{j}": outputs[j, 0], f"cross_value.{j}": outputs[j, 1]}
             stage.run(0, tensors)
@@ -129,7 +129,7 @@ class TensorRtBackend:
                 images = image_tokens[used : used + int(is_image[here].sum())]
                 used += len(images)
                 tensors = self._step_tensors(1, len(input_ids[here]), max(len(images), 1))
-                step = {
+                step: dict[str, npt.NDArray[Any]] = {
                     "input_ids": input_ids[None, here],
                     "write_indices": np.array([position + start]),
                     "logit_index": np.array([len(input_ids[here]) - 1]),
@@ -140,14 +140,19 @@ class TensorRtBackend:
                     tensors["image_tokens"].copy_(self._upload(images))
                 stage.run(_PREFILL, tensors | self._rows(slot, slot + 1))
                 stage.stream.synchronize()  # before the step's memory is used again
-            return _numpy(tensors["logits"])[0]
+            logits: FloatArray = _numpy(tensors["logits"])[0]
+            return logits
 
     def decode(self, input_ids: IntArray, positions: IntArray, cross_ranges: RangeArray) -> FloatArray:
         """One token of each of the slots 0 .. n-1 -> logits [n, vocab], valid until the next call."""
         slots = len(input_ids)
         self._check(int((input_ids == self.config.image_token_id).sum()), 0, int(positions.max()) + 1)
         stage = self._stage("decoder")
-        step = {"input_ids": input_ids[:, None], "write_indices": positions, "cross_ranges": cross_ranges[:, None]}
+        step: dict[str, npt.NDArray[Any]] = {
+            "input_ids": input_ids[:, None],
+            "write_indices": positions,
+            "cross_ranges": cross_ranges[:, None],
+        }
         with self._torch.cuda.stream(stage.stream):
             recorded = self._graphs.get(slots)
             tensors = recorded[1] if recorded else self._step_tensors(slots, 1, 1)
@@ -183,7 +188,7 @@ class TensorRtBackend:
     def _open(self, directory: Path, component: str) -> Stage:
         weights = directory / f"{component}.onnx" if self._record.stripped else None
         plan = directory / f"{component}.plan"
-        with _memory_errors(self._torch, plan):
+        with _memory_errors(self._torch, str(plan)):
             return Stage(plan, self._device, weights, self._record.weight_streaming)
 
     def _check_aliases(self, directory: Path) -> None:
@@ -196,9 +201,9 @@ class TensorRtBackend:
             )
 
     def _allocate(self) -> None:
-        """The decoder's caches by input name, a row per slot. Zeros, because attention multiplies what it does not read."""
+        """The decoder's caches by input name, a row per slot; zeros, since attention may multiply what is not used."""
         largest = {name: shapes[-1] for name, shapes in self._record.profiles["decoder"][_DECODE].items()}
-        with _memory_errors(self._torch, Path("the caches")):
+        with _memory_errors(self._torch, f"the caches of {self.limits.max_slots} slots"):
             self._cache = {
                 name: self._torch.zeros(shape, dtype=self._dtype, device=self._device)
                 for name, shape in largest.items()
@@ -232,9 +237,22 @@ class TensorRtBackend:
     def _upload(self, array: FloatArray) -> Any:
         return self._torch.from_numpy(np.ascontiguousarray(array, np.float32)).to(self._device, self._dtype)
 
-    def _cross_tokens(self, tiles: int) -> int:
-        raise NotImplementedError
-
     def _stage(self, component: str) -> Stage:
         assert component in self._stages, f"{component} was not opened"
         return self._stages[component]
+
+
+@contextlib.contextmanager
+def _memory_errors(torch: Any, what: str) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise EngineError(
+            f"no GPU memory for {what}; free the GPU, or rebuild with a smaller --max-slots or --max-seq-len"
+        ) from error
+
+
+def _numpy(tensor: Any) -> FloatArray:
+    """Copied to the host, which waits for what is queued."""
+    array: FloatArray = tensor.float().cpu().numpy()
+    return array

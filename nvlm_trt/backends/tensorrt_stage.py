@@ -51,12 +51,16 @@ class Stage:
         return {output: source for output, source in pairs.items() if source}
 
     def run(self, profile: int, tensors: Tensors) -> None:
-        """Queue one run on the stage's stream. `tensors` are contiguous, hold all inputs and outputs, and stay alive."""
-        if profile not in self._contexts:
-            self._contexts[profile] = self._context(profile)
-        context = self._contexts[profile]
+        """Queue one run on the stage's stream. `tensors`, all inputs and outputs, are contiguous and stay alive."""
+        context = self._context_of(profile)
         self._bind(context, tensors)
         self._execute(context)
+
+    def output_shape(self, profile: int, inputs: Tensors, output: str) -> tuple[int, ...]:
+        """The shape that `output` will have for these inputs."""
+        context = self._context_of(profile)
+        self._bind(context, inputs)
+        return tuple(context.get_tensor_shape(output))
 
     def record(self, profile: int, tensors: Tensors) -> Any:
         """A CUDA graph of one run on these very tensors, to `replay()` on the stage's stream.
@@ -82,13 +86,13 @@ class Stage:
     # --- loading -----------------------------------------------------------------------------------------------------
 
     def _load(self, plan: Path) -> Any:
-        runtime = self._trt.Runtime(self._logger)
+        self._runtime = self._trt.Runtime(self._logger)  # has to outlive its engine
         with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            engine = runtime.deserialize_cuda_engine(data)
+            engine = self._runtime.deserialize_cuda_engine(data)
         if engine is None:
             raise EngineError(
-                f"engine file {plan} cannot be loaded by TensorRT (truncated, or out of GPU memory: see above); free the "
-                "GPU, or rebuild the engine with `nvlm-trt build`"
+                f"engine file {plan} cannot be loaded by TensorRT (damaged, or out of GPU memory: see above); free "
+                "the GPU, or rebuild the engine with `nvlm-trt build`"
             )
         return engine
 
@@ -96,10 +100,17 @@ class Stage:
         refitter = self._trt.Refitter(self.engine, self._logger)
         parser = self._trt.OnnxParserRefitter(refitter, self._logger)
         if not parser.refit_from_file(str(weights)) or not refitter.refit_cuda_engine():
-            reason = parser.get_error(0).desc() if parser.num_errors else f"{len(refitter.get_missing_weights())} missing"
+            reason = (
+                parser.get_error(0).desc() if parser.num_errors else f"{len(refitter.get_missing_weights())} missing"
+            )
             raise EngineError(f"engine file {self._plan} cannot take its weights from {weights} ({reason}); rebuild it")
 
     # --- running -----------------------------------------------------------------------------------------------------
+
+    def _context_of(self, profile: int) -> Any:
+        if profile not in self._contexts:
+            self._contexts[profile] = self._context(profile)
+        return self._contexts[profile]
 
     def _context(self, profile: int) -> Any:
         context = self.engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)

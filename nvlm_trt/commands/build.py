@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,19 +14,28 @@ from nvlm_trt.errors import NvlmError
 
 if TYPE_CHECKING:
     from nvlm_trt.builders.onnx_engine import QuantizationOptions
+    from nvlm_trt.engine import Engine
+
+_DEFAULT_PRECISION = {"onnxruntime": "fp32", "tensorrt": "bf16"}  # by backend
 
 
 def build(
     checkpoint: Annotated[Path, typer.Option(help="Checkpoint directory in HF layout.")],
     output: Annotated[Path, typer.Option(help="Engine directory to publish.")],
-    backend: Annotated[str, typer.Option(help="Runs the engine: onnxruntime.")] = "onnxruntime",
-    precision: Annotated[
+    backend: Annotated[
         str,
         typer.Option(
-            help="fp32, int8, int8-weight-only, int4-weight-only or fp8; components apart with component=NAME,...: "
+            help="Runs the engine: onnxruntime (CPU), or tensorrt (the GPU of this machine, docs/tensorrt.md)."
+        ),
+    ] = "onnxruntime",
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            help="onnxruntime: fp32, int8, int8-weight-only, int4-weight-only or fp8 [fp32]. tensorrt: fp32, fp16, "
+            "bf16, int8 or fp8 [bf16]. Components apart with component=NAME,...: "
             "vision_encoder, projector, decoder, lm_head, cross_attention (docs/quantization.md)."
         ),
-    ] = "fp32",
+    ] = None,
     calibration: Annotated[
         Path | None,
         typer.Option(
@@ -54,21 +65,33 @@ def build(
     max_image_tokens: Annotated[
         int | None, typer.Option(help="Cross-attended tokens per request (X, H) [four images' worth].")
     ] = None,
+    strip_weights: Annotated[
+        bool,
+        typer.Option("--strip-weights", help="tensorrt: plans without weights, which they take from ONNX files."),
+    ] = False,
+    weight_streaming: Annotated[
+        bool,
+        typer.Option("--weight-streaming", help="tensorrt: weights that do not fit on the GPU stay in host memory."),
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing directory of that name.")] = False,
 ) -> None:
     """Build an engine from a checkpoint, try it once, and publish it.
 
-    A quantised engine (--precision) is published only if it answers as well as the unquantised one.
+    A quantised engine (--precision) is published only if it answers as well as the unquantised one; engines for
+    tensorrt are published unmeasured.
 
     Example: nvlm-trt build --checkpoint checkpoints/nvlm-h --output engines/nvlm-h --precision int8
     """
-    if backend != "onnxruntime":
-        raise NvlmError(f"backend {backend!r} is not one of: onnxruntime; choose with --backend")
+    if backend not in _DEFAULT_PRECISION:
+        raise NvlmError(f"backend {backend!r} is not one of: {', '.join(_DEFAULT_PRECISION)}; choose with --backend")
+    if backend != "tensorrt" and (strip_weights or weight_streaming):
+        raise NvlmError("--strip-weights and --weight-streaming are of the backend tensorrt; leave them out")
     from nvlm_trt.builders.onnx_engine import build_engine
     from nvlm_trt.builders.quantization.gate import AccuracyError
     from nvlm_trt.builders.quantization.precisions import needs_calibration, parse_precision, quantised_components
 
-    precisions = parse_precision(precision)
+    precision = precision or _DEFAULT_PRECISION[backend]
+    precisions = parse_precision(precision, backend)
     judging = {"samples": gate, "count": gate_samples, "max_drop": max_accuracy_drop}
     calibrating = {
         "calibration": calibration,
@@ -77,6 +100,11 @@ def build(
     }
     if no_gate and _given(judging):
         raise NvlmError("--no-gate measures nothing; leave out --gate, --gate-samples and --max-accuracy-drop")
+    if backend == "tensorrt" and _given(judging):
+        raise NvlmError(
+            f"--{_option(judging)} is of the backend onnxruntime: engines for tensorrt are published unmeasured; score "
+            "the engine with `nvlm-trt eval`"
+        )
     if _given(judging) and not quantised_components(precisions):
         raise NvlmError(f"an fp32 engine passes no gate, but --{_option(judging)} was given; choose a --precision")
     if _given(calibrating) and not needs_calibration(precisions):
@@ -84,7 +112,14 @@ def build(
     limits = {"max_slots": max_slots, "max_seq_len": max_seq_len, "max_image_tokens": max_image_tokens}
     try:
         with terminal.progress() as progress:
-            engine = build_engine(
+            build_for_backend: Callable[..., Engine] = build_engine
+            if backend == "tensorrt":
+                from nvlm_trt.builders.tensorrt_engine import build_tensorrt_engine
+                from nvlm_trt.builders.tensorrt_plan import PlanOptions
+
+                plan = PlanOptions(strip_weights, weight_streaming)
+                build_for_backend = functools.partial(build_tensorrt_engine, options=plan)
+            engine = build_for_backend(
                 checkpoint,
                 output,
                 overrides=_given(limits),
@@ -97,7 +132,7 @@ def build(
         for cost in error.costs:
             terminal.note(str(cost))
         raise
-    _note_gate(engine.manifest.accuracy_gate)
+    _note_gate(engine.manifest.accuracy_gate, "--no-gate" if no_gate else f"{backend}: score it with `nvlm-trt eval`")
     size = sum(record.size for record in engine.manifest.files.values())
     shown = " ".join(f"{name}={value}" for name, value in engine.limits.model_dump().items())
     terminal.note(f"published {output} (NVLM-{engine.config.architecture}, {size / 1e6:.1f} MB, {shown})")
@@ -122,11 +157,12 @@ def _option(options: dict[str, Any]) -> str:
     return typed.get(name, name.replace("_", "-"))
 
 
-def _note_gate(record: dict[str, Any] | None) -> None:
+def _note_gate(record: dict[str, Any] | None, unmeasured: str) -> None:
+    """`unmeasured`: why a quantised engine was not measured."""
     if record is None:
         return
     if record["result"] == "not measured":
-        terminal.note("accuracy gate: not measured (--no-gate)")
+        terminal.note(f"accuracy gate: not measured ({unmeasured})")
         return
     scores = f"{100 * record['score']:.2f} points against {100 * record['fp32_score']:.2f} in fp32"
     equal = f"{100 * record['equal_answers']:.1f} % of the answers are the same"

@@ -85,7 +85,7 @@ class Pipeline:
         threads: int | None = None,
         encode_image: EncodeImage | None = None,
         options: RuntimeOptions | None = None,
-        device: str = "cpu",
+        device: str | None = None,
     ) -> Pipeline:
         """Load an engine directory. Raises EngineError and ConfigError."""
         engine = Engine.open(os.fspath(engine_dir))

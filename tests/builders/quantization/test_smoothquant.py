@@ -11,7 +11,7 @@ import pytest
 
 from nvlm_trt.backends import open_backend
 from nvlm_trt.builders.engine_writer import EngineWriter
-from nvlm_trt.builders.graphs.common import Float32
+from nvlm_trt.builders.graphs.common import Unquantised
 from nvlm_trt.builders.quantization.calibration import Calibration, LinearInput
 from nvlm_trt.builders.quantization.formats import Recipe
 from nvlm_trt.builders.quantization.precisions import COMPONENTS
@@ -69,7 +69,7 @@ def test_the_migrated_model_computes_the_same(config: NvlmConfig, tmp_path: Path
     outputs = []
     for name, changes in (("plain", {}), ("migrated", factors)):
         (tmp_path / name).mkdir()
-        writer.write(tmp_path / name, Recipe(dict.fromkeys(COMPONENTS, "fp32"), Float32(), changes), no_progress)
+        writer.write(tmp_path / name, Recipe(dict.fromkeys(COMPONENTS, "fp32"), Unquantised(), changes), no_progress)
         outputs.append(stages(tmp_path / name))
     for plain, migrated in zip(*outputs, strict=True):
         assert np.isfinite(migrated).all()
