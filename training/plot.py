@@ -42,7 +42,8 @@ def draw_stage(axis: Axes, path: Path, title: str) -> None:
         header, *rows = list(csv.reader(file))
     steps = [int(row[0]) for row in rows]
     for column, name in enumerate(header[1:], start=1):
-        axis.plot(steps, [float(row[column]) for row in rows], marker=".", label=name)
+        style = "-" if column <= 10 else "--"  # matplotlib has ten colours
+        axis.plot(steps, [float(row[column]) for row in rows], style, marker=".", label=name)
     axis.set(title=title, xlabel="step", ylim=(-0.02, 1.02))
     axis.title.set_fontsize(9)
     axis.grid(alpha=0.3)
