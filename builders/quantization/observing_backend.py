@@ -38,15 +38,11 @@ class ObservingBackend(OnnxRuntimeBackend):
         Raises EngineError for a layer whose inputs were not finite, or zero throughout."""
         return {name: _linear_input(name, channels, self._counts[name]) for name, channels in self._channels.items()}
 
-    def cross_kv(self, image_tokens: FloatArray) -> FloatArray:
-        session = self._session("cross_kv")
-        names = [output.name for output in session.get_outputs()]
-        with self._errors("cross_kv"):
-            outputs = dict(zip(names, session.run(names, {"image_tokens": image_tokens}), strict=True))
-        reports = {name: outputs.pop(name) for name in self._reports["cross_kv"]}
-        self._add_up(reports)
-        stacked = np.stack(list(outputs.values()))
-        return stacked.reshape(-1, 2, *stacked.shape[1:])
+    def _run_cross_kv(self, image_tokens: FloatArray) -> list[FloatArray]:
+        names = [output.name for output in self._session("cross_kv").get_outputs()]
+        outputs = dict(zip(names, super()._run_cross_kv(image_tokens), strict=True))
+        self._add_up({name: outputs.pop(name) for name in self._reports["cross_kv"]})
+        return list(outputs.values())
 
     def _step(
         self,

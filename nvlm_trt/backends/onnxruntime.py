@@ -19,9 +19,10 @@ import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as runtime_errors
 
 from nvlm_trt.backends.base import COMPONENTS, FloatArray, IntArray, RangeArray
+from nvlm_trt.backends.request_checks import check_cross_tokens, check_step, check_tiles
 from nvlm_trt.config import NvlmConfig
 from nvlm_trt.engine import Engine, EngineLimits
-from nvlm_trt.errors import EngineError, RequestError
+from nvlm_trt.errors import EngineError
 from nvlm_trt.plugins.gated_cross_attention import KEY_BLOCK
 
 _RUNTIME_ERRORS = (
@@ -98,23 +99,20 @@ class OnnxRuntimeBackend:
     def cross_kv(self, image_tokens: FloatArray) -> FloatArray:
         """One image's cross-attended tiles [n, T, hidden] -> [cross layers, 2, kv_heads, C, head_dim]."""
         image_tokens = np.ascontiguousarray(image_tokens, np.float32)
-        if len(image_tokens) > self.config.tiles_per_image:
-            raise RequestError(
-                f"an image of {len(image_tokens)} tiles, the model takes {self.config.tiles_per_image}; lower max_tiles"
-            )
+        check_tiles(self.config, len(image_tokens))
         with self._errors("cross_kv"):
-            outputs = self._session("cross_kv").run(None, {"image_tokens": image_tokens})
-        stacked = np.stack(outputs)  # key and value of every layer in turn, [kv_heads, C, head_dim] each
+            outputs = self._run_cross_kv(image_tokens)
+        stacked = np.stack(outputs)
         return stacked.reshape(-1, 2, *stacked.shape[1:])
+
+    def _run_cross_kv(self, image_tokens: FloatArray) -> list[FloatArray]:
+        """Key and value of every layer in turn, [kv_heads, C, head_dim] each."""
+        return self._session("cross_kv").run(None, {"image_tokens": image_tokens})
 
     def write_cross_kv(self, slot: int, start: int, cross_kv: FloatArray) -> None:
         """Copy [cross layers, 2, kv_heads, C, head_dim] into a slot from token `start` on."""
         stop = start + cross_kv.shape[3]
-        if stop > self.limits.max_image_tokens:
-            raise RequestError(
-                f"the images need {stop} cross-attended tokens, this engine holds {self.limits.max_image_tokens} per "
-                "request; send fewer images or tiles, or rebuild with a larger --max-image-tokens"
-            )
+        check_cross_tokens(self.limits, stop)
         for j, (key, value) in enumerate(cross_kv):
             self._cache[f"cross_key.{j}"][slot, :, start:stop] = key
             self._cache[f"cross_value.{j}"][slot, :, start:stop] = value
@@ -147,7 +145,8 @@ class OnnxRuntimeBackend:
     ) -> FloatArray:
         """input_ids [B, S], positions [B], cross_ranges [B, S, 2] of slots first_slot .. -> logits [B, vocab]."""
         batch, tokens = input_ids.shape
-        self._check_step(input_ids, positions, image_tokens)
+        places = np.count_nonzero(input_ids == self.config.image_token_id)
+        check_step(self.limits, places, len(image_tokens), int(positions.max()) + tokens)
         inputs: dict[str, npt.NDArray[Any]] = {
             "input_ids": np.ascontiguousarray(input_ids, np.int64),
             "image_tokens": np.ascontiguousarray(image_tokens, np.float32),
@@ -161,20 +160,6 @@ class OnnxRuntimeBackend:
             _bind_input(binding, name, array)
         self._run("decoder", binding)
         return self._logits[first_slot : first_slot + batch]
-
-    def _check_step(self, input_ids: IntArray, positions: IntArray, image_tokens: FloatArray) -> None:
-        places = np.count_nonzero(input_ids == self.config.image_token_id)
-        if places != len(image_tokens):
-            raise RequestError(
-                f"{places} image tokens in the prompt, {len(image_tokens)} were given; encode the prompt with the "
-                "images that it is sent with"
-            )
-        longest = int(positions.max()) + input_ids.shape[1]
-        if longest > self.limits.max_seq_len:
-            raise RequestError(
-                f"the sequence would have {longest} tokens, this engine holds {self.limits.max_seq_len}; shorten the "
-                "prompt, or rebuild with a larger --max-seq-len"
-            )
 
     # --- sessions and buffers ----------------------------------------------------------------------------------------
 

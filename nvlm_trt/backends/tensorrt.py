@@ -16,10 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from nvlm_trt.backends.base import COMPONENTS, FloatArray, IntArray, RangeArray
+from nvlm_trt.backends.request_checks import check_cross_tokens, check_step, check_tiles
 from nvlm_trt.backends.tensorrt_stage import Stage
 from nvlm_trt.config import NvlmConfig
 from nvlm_trt.engine import Engine, EngineLimits
-from nvlm_trt.errors import EngineError, RequestError
+from nvlm_trt.errors import EngineError
 from nvlm_trt.tensorrt_target import check_target, find_target, import_torch
 
 _PREFILL, _DECODE = 0, 1  # the decoder's optimisation profiles
@@ -84,10 +85,7 @@ class TensorRtBackend:
     def cross_kv(self, image_tokens: FloatArray) -> FloatArray:
         """One image's cross-attended tiles [n, T, hidden] -> [cross layers, 2, kv_heads, C, head_dim]."""
         tiles = len(image_tokens)
-        if tiles > self.config.tiles_per_image:
-            raise RequestError(
-                f"an image of {tiles} tiles, the model takes {self.config.tiles_per_image}; lower max_tiles"
-            )
+        check_tiles(self.config, tiles)
         stage, torch = self._stage("cross_kv"), self._torch
         layers = len(self.config.cross_layers)
         with torch.cuda.stream(stage.stream):
@@ -102,11 +100,7 @@ class TensorRtBackend:
     def write_cross_kv(self, slot: int, start: int, cross_kv: FloatArray) -> None:
         """Copy [cross layers, 2, kv_heads, C, head_dim] into a slot from token `start` on."""
         stop = start + cross_kv.shape[3]
-        if stop > self.limits.max_image_tokens:
-            raise RequestError(
-                f"the images need {stop} cross-attended tokens, this engine holds {self.limits.max_image_tokens} per "
-                "request; send fewer images or tiles, or rebuild with a larger --max-image-tokens"
-            )
+        check_cross_tokens(self.limits, stop)
         with self._torch.cuda.stream(self._stage("decoder").stream):
             for j, (key, value) in enumerate(self._upload(cross_kv)):
                 self._cache[f"cross_key.{j}"][slot, :, start:stop] = key
@@ -119,7 +113,7 @@ class TensorRtBackend:
     ) -> FloatArray:
         """input_ids [S] of one slot from `position` on -> the last token's logits [vocab]."""
         is_image = input_ids == self.config.image_token_id
-        self._check(int(is_image.sum()), len(image_tokens), position + len(input_ids))
+        check_step(self.limits, int(is_image.sum()), len(image_tokens), position + len(input_ids))
         chunk = self._record.profiles["decoder"][_PREFILL]["input_ids"][-1][1]
         stage, torch = self._stage("decoder"), self._torch
         with torch.cuda.stream(stage.stream):
@@ -146,7 +140,7 @@ class TensorRtBackend:
     def decode(self, input_ids: IntArray, positions: IntArray, cross_ranges: RangeArray) -> FloatArray:
         """One token of each of the slots 0 .. n-1 -> logits [n, vocab], valid until the next call."""
         slots = len(input_ids)
-        self._check(int((input_ids == self.config.image_token_id).sum()), 0, int(positions.max()) + 1)
+        check_step(self.limits, int((input_ids == self.config.image_token_id).sum()), 0, int(positions.max()) + 1)
         stage = self._stage("decoder")
         step: dict[str, npt.NDArray[Any]] = {
             "input_ids": input_ids[:, None],
@@ -170,18 +164,6 @@ class TensorRtBackend:
             for name, cache in self._cache.items():
                 used = cross_length if name.startswith("cross_") else length
                 cache[target, :, :used] = cache[source, :, :used]
-
-    def _check(self, places: int, image_tokens: int, length: int) -> None:
-        if places != image_tokens:
-            raise RequestError(
-                f"{places} image tokens in the prompt, {image_tokens} were given; encode the prompt with the images "
-                "that it is sent with"
-            )
-        if length > self.limits.max_seq_len:
-            raise RequestError(
-                f"the sequence would have {length} tokens, this engine holds {self.limits.max_seq_len}; shorten the "
-                "prompt, or rebuild with a larger --max-seq-len"
-            )
 
     # --- plans and buffers -------------------------------------------------------------------------------------------
 
