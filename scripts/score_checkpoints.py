@@ -67,10 +67,8 @@ def table(document: dict[str, Any], agreement: str, aim: float) -> str:
         if task["score"] < (aim if task["kind"] == "image" else TEXT_AIM)
     ]
     if missed:
-        lines += [
-            "",
-            f"Below what was aimed at ({aim:.0%} with pictures, {TEXT_AIM:.0%} without): {', '.join(missed)}.",
-        ]
+        aims = f"{aim:.0%} with pictures, {TEXT_AIM:.0%} without".replace("%", " %")
+        lines += ["", f"Below what was aimed at ({aims}): {', '.join(missed)}."]
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""Which image tokens each token of an answer is read from: what three attention heads are taught to look at.
+"""Which tokens each token of an answer is read from: what four attention heads are taught to look at.
 
 To read small print is to find the asked-for string and then, letter by letter, the token that holds the next. A loss
 on the answer alone rewards this only once all its steps work; a loss on where a head looks teaches each at once.

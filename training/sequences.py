@@ -8,6 +8,7 @@ request of its own would.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -121,6 +122,8 @@ class Packer:
         ids, positions, branch = [prefix.ids], [np.arange(start)], [np.zeros(start, np.int64)]
         targets, weights = [np.full(start, NOT_ANSWERED)], [np.zeros(start, np.float32)]
         start_of_branch = start
+        if labels is not None and pictures:
+            labels = np.concatenate([labels[tiles.start : tiles.stop] for tiles in pictures])
         for number, question in enumerate(questions, start=1):
             asked = np.concatenate([self.text_ids(question.prompt), prefix.tail]).astype(np.int64)
             answer = np.array([*self.text_ids(question.answer), self._end], np.int64)
@@ -136,7 +139,7 @@ class Packer:
                 for point in text_points(question, lambda text: len(self.text_ids(text))):
                     found.append(Point(point.answer_token, point.head, point.tokens + start_of_branch))
             elif labels is not None:
-                found = points(question, np.concatenate([labels[tiles.start : tiles.stop] for tiles in pictures]))
+                found = points(question, labels)
                 if question.task in ("pair", "tile") and self.config.architecture == "X":
                     found = [self._tag(point, prefix) for point in found]
             pointed += [(start_of_branch + len(asked) - 1 + point.answer_token, point) for point in found]
@@ -146,6 +149,15 @@ class Packer:
         everything = np.array([[0, prefix.cross_tokens]], np.int32)
         total = sum(map(len, ids))
         ranges = np.concatenate([prefix.ranges, everything.repeat(total - start, 0)])
+        llm_tiles, cross_tiles, cross_tags = self._split(pictures)
+        self_points, cross_points = self._points(pointed, prefix, pictures)
+        return PackedSequence(
+            np.concatenate(ids), np.concatenate(positions), np.concatenate(branch), ranges, np.concatenate(targets),
+            np.concatenate(weights), tuple(llm_tiles), tuple(cross_tiles), tuple(cross_tags), self_points, cross_points,
+        )  # fmt: skip
+
+    def _split(self, pictures: Sequence[range]) -> tuple[list[int], list[int], list[int]]:
+        """Tiles in the LLM's sequence, cross-attended tiles, and of these their numbers in their pictures."""
         llm_tiles: list[int] = []
         cross_tiles: list[int] = []
         cross_tags: list[int] = []
@@ -154,11 +166,7 @@ class Packer:
             llm_tiles += tiles[in_llm]
             cross_tiles += tiles[in_cross]
             cross_tags += range(len(tiles))[in_cross]
-        self_points, cross_points = self._points(pointed, prefix, pictures)
-        return PackedSequence(
-            np.concatenate(ids), np.concatenate(positions), np.concatenate(branch), ranges, np.concatenate(targets),
-            np.concatenate(weights), tuple(llm_tiles), tuple(cross_tiles), tuple(cross_tags), self_points, cross_points,
-        )  # fmt: skip
+        return llm_tiles, cross_tiles, cross_tags
 
     def _tag(self, point: Point, prefix: Prefix) -> Point:
         """Cross-attended tokens do not say of which picture or tile they are; the tag that reads them does."""
@@ -188,14 +196,8 @@ class Packer:
         crossed = np.full((total, TOKENS), -1)
         (free,) = np.nonzero(self.prefix(tiles_per_image).ids == self.config.image_token_id)
         pitch = TOKENS + (self.encoder.tag_length if self.config.architecture == "H" else 0)
-        llm_tiles: list[int] = []
-        cross_tiles: list[int] = []
-        first = 0
-        for count in tiles_per_image:
-            in_llm, in_cross = split_tiles(self.config.architecture, count)
-            llm_tiles += range(first, first + count)[in_llm]
-            cross_tiles += range(first, first + count)[in_cross]
-            first += count
+        bounds = itertools.pairwise(itertools.accumulate(tiles_per_image, initial=0))
+        llm_tiles, cross_tiles, _ = self._split([range(*pair) for pair in bounds])
         in_sequence[llm_tiles] = free.reshape(len(llm_tiles), TOKENS)
         crossed[cross_tiles] = (np.arange(1, len(cross_tiles) + 1)[:, None] * pitch - TOKENS) + np.arange(TOKENS)
         return in_sequence.ravel(), crossed.ravel()

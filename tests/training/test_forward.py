@@ -10,10 +10,8 @@ from nvlm_trt.config import PRESETS
 from nvlm_trt.evaluation.tinydocs.kinds import Question
 from nvlm_trt.prompt import Message, split_tiles
 from nvlm_trt.reference.model import ReferenceModel
-from nvlm_trt.tokenizer import Tokenizer
 from training.forward import decode, encode_patches
 from training.sequences import NOT_ANSWERED, Packer, collate
-from training.tokens import write_tiny_tokenizer
 
 PICTURES = {"none": (), "one tile": (range(2, 3),), "tiles": (range(0, 5),), "two": (range(3, 6), range(0, 1))}
 QUESTIONS = [
@@ -21,13 +19,6 @@ QUESTIONS = [
     Question("location", "Where is the red star?", "top left"),
     Question("add", "What is 3+4?", "7"),
 ]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    write_tiny_tokenizer(folder, 512, 6)
-    return Tokenizer.from_directory(folder)
 
 
 def random_model(architecture, tokenizer):

@@ -11,23 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nvlm_trt.config import PRESETS
-from nvlm_trt.evaluation.tinydocs import FONTS, TASKS, TEXT_TASKS, ask, draw
+from nvlm_trt.evaluation.tinydocs import TASKS, TEXT_TASKS, ask, draw
 from nvlm_trt.evaluation.tinydocs.page import TILE
-from nvlm_trt.tokenizer import THUMBNAIL_TAG, Tokenizer
+from nvlm_trt.tokenizer import THUMBNAIL_TAG
 from training.labels import GRID, PATCH, page_labels
 from training.language_stage import right_looks
 from training.pointing import LEFT, RIGHT, TEXT, TOKENS, WHOLE, points
 from training.sequences import Packer, collate
-from training.tokens import write_tiny_tokenizer
 
 LETTERS = ("ocr", "form")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    write_tiny_tokenizer(folder, 512, 6)
-    return Tokenizer.from_directory(folder)
 
 
 def asked_pages(task, seed):
@@ -151,8 +143,3 @@ def test_the_weight_on_the_right_keys_is_what_counts():
     rows = [[0, 2, 1, 0, 0], [0, 2, 1, 3, 0], [1, 0, 3, 4, 2]]  # two keys will do for the first query
     expected = [weights[0, 2, 1, 0] + weights[0, 2, 1, 3], weights[1, 0, 3, 4]]
     torch.testing.assert_close(right_looks(weights, torch.tensor(rows)), torch.stack(expected))
-
-
-def test_fonts_to_learn_from_are_not_those_of_the_test():
-    families = {split: {name.split(":")[0] for name in names} for split, names in FONTS.items()}
-    assert families["train"].isdisjoint(families["test"])

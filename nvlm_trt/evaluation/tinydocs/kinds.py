@@ -71,10 +71,9 @@ def _write_codes(
 
 def draw_places(random: np.random.Generator, font: str) -> Drawing:
     """Codes as in `draw_codes`, asked for the tile that holds them, counted as the tags are: only a tag tells."""
-    (page,), codes = draw_codes(random, font)
-    tiles = {mark.colour: page.tile_of(mark) for mark in page.marks}
-    asked = [question.prompt.split()[3] for question in codes]
-    return [page], [Question("tile", f"Which tile has the {colour} text?", str(tiles[colour] + 1)) for colour in asked]
+    (page,), _ = draw_codes(random, font)
+    tiles = {mark.colour: page.tile_of(mark) + 1 for mark in page.marks}
+    return [page], [Question("tile", f"Which tile has the {colour} text?", str(tile)) for colour, tile in tiles.items()]
 
 
 def draw_sum(random: np.random.Generator, font: str) -> Drawing:

@@ -57,10 +57,6 @@ class Page:
     generator: np.random.Generator
     marks: list[Mark] = field(default_factory=list)
 
-    def tile_of(self, mark: Mark) -> int:
-        """The number, from 0, of the tile that holds a mark's centre."""
-        return int(mark.y // TILE) * self.columns + int(mark.x // TILE)
-
     def __post_init__(self) -> None:
         self.width, self.height = self.columns * TILE, self.rows * TILE
         pixels = self.choose_size()
@@ -77,6 +73,10 @@ class Page:
             if choose_grid(width, height, TILE, MAX_TILES) == (self.columns, self.rows):
                 return width, height
         return self.width, self.height
+
+    def tile_of(self, mark: Mark) -> int:
+        """The number, from 0, of the tile that holds a mark's centre."""
+        return int(mark.y // TILE) * self.columns + int(mark.x // TILE)
 
     def text(self, text: str, x: float, y: float, size: float, colour: str | None = None, **facts: object) -> None:
         """Draw `text` from the left edge x, centred on y, glyph by glyph; `facts` go into every glyph's mark.
