@@ -16,4 +16,4 @@ trap 'rm -rf "$packages"' EXIT
 mkdir "$packages/nvlm_trt"
 ln -s "$root"/nvlm_trt/* "$root"/builders "$root"/plugins "$root"/triton_repo "$packages/nvlm_trt/"
 export PYTHONPATH=$packages:$root/scripts${PYTHONPATH:+:$PYTHONPATH} PYTHONDONTWRITEBYTECODE=1
-"$python" -m gpu_check "$@"
+"$python" "$root/scripts/gpu_check" "$@"  # not -m, which would put the current directory before the packages

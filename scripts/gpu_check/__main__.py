@@ -105,9 +105,10 @@ def _run_apart(section: str, record: Record, end: float, interpret: bool) -> Non
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     if interpret:
         environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "gpu_check", "--section", section, "--record", str(record.path)]
+    command = [sys.executable, "-m", "gpu_check", "--section", section, "--record", str(record.path.resolve())]
     command += ["--deadline", str(end - RESERVE), *["--interpret"] * interpret]
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    scripts = Path(__file__).resolve().parents[1]  # -m imports from where it runs: never from another nvlm_trt
+    process = subprocess.Popen(command, env=environment, cwd=scripts, start_new_session=True)
     try:
         status = process.wait(timeout=max(0.0, end - RESERVE / 2 - time.time()))
     except subprocess.TimeoutExpired:
