@@ -26,12 +26,13 @@ class CompiledKernel:
 
 
 def compile_kernel(
-    kernel: Any, arguments: dict[str, str], constants: dict[str, Any], capability: int, warps: int, stages: int
+    kernel: Any, arguments: dict[str, str], constants: dict[str, Any], capability: int, options: dict[str, Any]
 ) -> CompiledKernel:
     """Compile a @triton.jit function for one compute capability (80, 90, 100, ...; from 90 on for the "a" targets).
 
     `arguments`: run-time argument -> Triton's type ("*fp16", "i32", ...) in the order of the kernel's signature;
-    pointers are taken to be 16-byte aligned. `constants`: the values of its tl.constexpr parameters.
+    pointers are taken to be 16-byte aligned. `constants`: the values of its tl.constexpr parameters. `options` are
+    Triton's: num_warps, num_stages, maxnreg.
     Raises ValueError for a kernel that needs scratch memory."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -42,7 +43,7 @@ def compile_kernel(
     }
     signature = {**arguments, **dict.fromkeys(constants, "constexpr")}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    options = {"num_warps": warps, "num_stages": stages, "ptx_version": PTX_VERSION}
+    options = {**options, "ptx_version": PTX_VERSION}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     metadata = compiled.metadata
     ptx = strip_hidden_parameters(compiled.asm["ptx"], len(arguments))

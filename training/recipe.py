@@ -21,7 +21,7 @@ ALIGNMENT = Stage(steps=400, matrix_rate=3e-3, other_rate=3e-3, warmup=20, evalu
 START = {"h": "tune-d"}
 TUNING = {
     "d": Stage(steps=4000, matrix_rate=3e-3, other_rate=2e-3, evaluate_every=500, projector_rate=0.15),
-    "x": Stage(steps=4200, matrix_rate=3e-3, other_rate=2e-3, evaluate_every=500),
+    "x": Stage(steps=7600, matrix_rate=3e-3, other_rate=2e-3, evaluate_every=500),
     "h": Stage(steps=2600, matrix_rate=3e-3, other_rate=2e-3, evaluate_every=500, projector_rate=0.15),
 }
 MIX = Mix(texts=3, likelier={"sum": 4.0, "pair": 3.0})  # these take longest to learn

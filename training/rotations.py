@@ -22,8 +22,9 @@ class Rotations:
     """Fixed orthogonal matrices. `thing` turns names, colours, places and numbers; `left.previous` is the same, since
     the letter just said and the colour asked for are looked for at once."""
 
-    def __init__(self, hidden: int) -> None:
+    def __init__(self, hidden: int, device: torch.device | None = None) -> None:
         random = torch.Generator().manual_seed(_SEED)
-        self.thing, left, right, right_previous = torch.linalg.qr(torch.randn(4, hidden, hidden, generator=random))[0]
+        made = torch.linalg.qr(torch.randn(4, hidden, hidden, generator=random))[0].to(device)
+        self.thing, left, right, right_previous = made
         self.left = Column(left, self.thing)
         self.right = Column(right, right_previous)

@@ -37,7 +37,7 @@ class TokenTargets:
             """[classes, hidden]; what means nothing is zero"""
             return torch.stack([nothing if value is None else word(str(value)) for value in values(plane)])
 
-        self._rotations = Rotations(hidden)
+        self._rotations = Rotations(hidden, self._device)
         self._tables = {
             "colour": table("colour"),
             "character": table("character"),

@@ -1,14 +1,15 @@
 """Block sizes of the kernel, in one table: no autotuner, so the same inputs take the same path on every run.
 
 A block of keys is given in bytes, so that shared memory (the query block and `stages` blocks of keys and of values) is
-about the same for every dtype and head size. No entry has been timed on a GPU yet.
+about the same for every dtype and head size. docs/plugins.md has their times.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-HEAD_DIMS = (64, 80, 96, 128)
+HEAD_DIMS = (32, 64, 80, 96, 128)
+_MOST_KEYS = 128  # per block: of small heads a row of scores would not fit into registers
 
 
 class Blocks(NamedTuple):
@@ -18,22 +19,24 @@ class Blocks(NamedTuple):
     key_bytes: int
     warps: int
     stages: int
+    registers: int | None = None  # per thread, at most; the compiler's choice if None
+    chunk: int | None = None  # keys of one program, in two kernels (split_kernel.py); all keys in one if None
 
     def keys(self, head_dim: int, item_bytes: int) -> int:
         """Keys per block."""
-        return self.key_bytes // (padded_dim(head_dim) * item_bytes)
+        return min(_MOST_KEYS, self.key_bytes // (padded_dim(head_dim) * item_bytes))
 
 
 # Numbered as TensorRT numbers tactics, from 1. The rows are (token, head of the group) pairs: 16, the least that a
-# tensor core multiplies, serve a decoding step. Decoding waits for memory, and few programs run: 8 sequences of 8 key
-# heads are 64, for 132 multiprocessors. To move 4.8 TB/s at about 0.8 us of latency 3.8 MB must be in flight, 60 KB in
-# each: two blocks of 32 KB ahead. TensorRT is not known to launch kernels of more than 48 KB: what fits is less deep.
+# tensor core multiplies, serve a decoding step, which waits for memory. In prefill 128 registers let two programs share
+# a multiprocessor, so that one multiplies while the other takes exponentials. TensorRT is not known to launch kernels
+# of more than 48 KB, and takes one kernel, not two.
 BLOCKS: dict[int, Blocks] = {
     1: Blocks(rows=16, key_bytes=8 << 10, warps=4, stages=3),  # decoding in 48 KB; any step in fp32
-    2: Blocks(rows=16, key_bytes=16 << 10, warps=4, stages=3),  # decoding
+    2: Blocks(rows=16, key_bytes=16 << 10, warps=4, stages=3, chunk=512),  # decoding
     3: Blocks(rows=64, key_bytes=8 << 10, warps=4, stages=1),  # prefill in 48 KB
     4: Blocks(rows=64, key_bytes=16 << 10, warps=4, stages=1),  # prefill in 48 KB
-    5: Blocks(rows=128, key_bytes=16 << 10, warps=8, stages=2),  # prefill
+    5: Blocks(rows=128, key_bytes=16 << 10, warps=8, stages=2, registers=128),  # prefill
 }
 FP32_BLOCKS = (1,)  # fp32 is multiplied outside the tensor cores, where larger blocks spill registers
 

@@ -34,19 +34,58 @@ def gated_cross_attention_kernel(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Grid: (ceil(S * HEADS / KV_HEADS / ROWS), B * KV_HEADS). All tensors contiguous."""
-    group: tl.constexpr = HEADS // KV_HEADS
-    batch = tl.program_id(1) // KV_HEADS
-    kv_head = tl.program_id(1) % KV_HEADS
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    token = row // group
-    head = kv_head * group + row % group
-    in_batch = token < tokens
-    dims = tl.arange(0, PADDED_DIM)
+    """Grid: (B * KV_HEADS, ceil(S * HEADS / KV_HEADS / ROWS)). All tensors contiguous.
 
-    range_at = cross_ranges + (batch * tokens + token) * 2
-    start = tl.maximum(tl.load(range_at, mask=in_batch, other=0), 0)  # [ROWS]
-    end = tl.minimum(tl.load(range_at + 1, mask=in_batch, other=0), cross_tokens)
+    Rows come last: a prompt begins with tile tags, whose blocks need masks and take longest, and is begun with them."""
+    batch = tl.program_id(0) // KV_HEADS
+    kv_head = tl.program_id(0) % KV_HEADS
+    token, head = token_and_head(tl.program_id(1), kv_head, HEADS // KV_HEADS, ROWS)
+    in_batch = token < tokens
+    start, end = load_ranges(cross_ranges + (batch * tokens + token) * 2, in_batch, 0, cross_tokens)  # [ROWS]
+
+    dims = tl.arange(0, PADDED_DIM)
+    query_at = ((batch * HEADS + head).to(tl.int64) * tokens + token) * HEAD_DIM  # [ROWS]
+    query_at = query_at[:, None] + dims[None, :]
+    in_query = in_batch[:, None] & (dims < HEAD_DIM)[None, :]
+    q = tl.load(query + query_at, mask=in_query, other=0.0)  # [ROWS, PADDED_DIM]
+    kv_base = (batch * KV_HEADS + kv_head).to(tl.int64) * cross_tokens * HEAD_DIM
+    _, row_sum, total = attend(q, key + kv_base, value + kv_base, start, end, cross_tokens, HEAD_DIM, KEYS)
+
+    result = total * (tanh(tl.load(gate).to(tl.float32)) / row_sum)[:, None]
+    result = tl.where((start < end)[:, None], result, 0.0)
+    tl.store(output + query_at, result.to(output.dtype.element_ty), mask=in_query)
+
+
+@triton.jit
+def token_and_head(block, kv_head, group: tl.constexpr, ROWS: tl.constexpr):
+    """Of a block's rows: (token, query head), each [ROWS]."""
+    row = block * ROWS + tl.arange(0, ROWS)
+    return row // group, kv_head * group + row % group
+
+
+@triton.jit
+def load_ranges(at, in_batch, lowest, highest):
+    """(start, end) at pointers [ROWS], clipped to lowest..highest; of rows outside the batch empty."""
+    start = tl.maximum(tl.load(at, mask=in_batch, other=0), lowest)
+    end = tl.minimum(tl.load(at + 1, mask=in_batch, other=0), highest)
+    return start, end
+
+
+@triton.jit
+def attend(
+    query,  # [ROWS, PADDED_DIM], zero in padded dims
+    keys,  # of this key head, rows of HEAD_DIM
+    values,
+    start,  # [ROWS]
+    end,
+    cross_tokens,
+    HEAD_DIM: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """(largest score * log2(e), sum of weights, weighted sum of values): [ROWS], [ROWS], [ROWS, PADDED_DIM] fp32.
+
+    Weights are relative to that of the largest score. Meaningless for rows of empty ranges."""
+    rows: tl.constexpr = query.shape[0]
     empty = start >= end
     lowest = tl.min(tl.where(empty, cross_tokens, start))
     highest = tl.max(tl.where(empty, 0, end))
@@ -57,37 +96,26 @@ def gated_cross_attention_kernel(
     common_first = tl.maximum(tl.cdiv(common_start, KEYS) * KEYS, first)
     common_last = tl.maximum(common_end // KEYS * KEYS, common_first)
 
-    query_at = ((batch * HEADS + head).to(tl.int64) * tokens + token) * HEAD_DIM  # [ROWS]
-    query_at = query_at[:, None] + dims[None, :]
-    in_query = in_batch[:, None] & (dims < HEAD_DIM)[None, :]
-    q = tl.load(query + query_at, mask=in_query, other=0.0)  # [ROWS, PADDED_DIM]
-    kv_base = (batch * KV_HEADS + kv_head).to(tl.int64) * cross_tokens * HEAD_DIM
-
-    row_max = tl.full([ROWS], -float("inf"), tl.float32)
-    row_sum = tl.zeros([ROWS], tl.float32)
-    total = tl.zeros([ROWS, PADDED_DIM], tl.float32)
-    keys, values = key + kv_base, value + kv_base
-    row_max, row_sum, total = _attend(
-        *(q, keys, values, start, end, lowest, highest, row_max, row_sum, total),
-        *(first, common_first, HEAD_DIM, PADDED_DIM, KEYS, True),
+    row_max = tl.full([rows], -float("inf"), tl.float32)
+    row_sum = tl.zeros([rows], tl.float32)
+    total = tl.zeros(query.shape, tl.float32)
+    row_max, row_sum, total = _attend_blocks(
+        *(query, keys, values, start, end, lowest, highest, row_max, row_sum, total),
+        *(first, common_first, HEAD_DIM, KEYS, True),
     )
-    row_max, row_sum, total = _attend(
-        *(q, keys, values, start, end, lowest, highest, row_max, row_sum, total),
-        *(common_first, common_last, HEAD_DIM, PADDED_DIM, KEYS, False),
+    row_max, row_sum, total = _attend_blocks(
+        *(query, keys, values, start, end, lowest, highest, row_max, row_sum, total),
+        *(common_first, common_last, HEAD_DIM, KEYS, False),
     )
-    row_max, row_sum, total = _attend(
-        *(q, keys, values, start, end, lowest, highest, row_max, row_sum, total),
-        *(common_last, highest, HEAD_DIM, PADDED_DIM, KEYS, True),
+    return _attend_blocks(
+        *(query, keys, values, start, end, lowest, highest, row_max, row_sum, total),
+        *(common_last, highest, HEAD_DIM, KEYS, True),
     )
-
-    result = total * (_tanh(tl.load(gate).to(tl.float32)) / row_sum)[:, None]
-    result = tl.where(empty[:, None], 0.0, result)
-    tl.store(output + query_at, result.to(output.dtype.element_ty), mask=in_query)
 
 
 @triton.jit
-def _attend(
-    query,  # [ROWS, PADDED_DIM]
+def _attend_blocks(
+    query,
     keys,
     values,
     start,
@@ -100,26 +128,28 @@ def _attend(
     first,
     last,
     HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
     KEYS: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Add the keys of the blocks first, first + KEYS, ... < last to the running maximum, sum and weighted values."""
-    dims = tl.arange(0, PADDED_DIM)
+    # exp(x) = exp2(x * log2(e)), which the hardware has
+    scale: tl.constexpr = HEAD_DIM**-0.5 * 1.4426950408889634
     for block in range(first, last, KEYS):
         at = block + tl.arange(0, KEYS)
-        k = _load_rows(keys, at, dims, lowest, highest, HEAD_DIM, PADDED_DIM, MASKED)
-        # exp(x) = exp2(x * log2(e)), which the hardware has. "ieee": fp32 is for checking, not for speed.
-        scores = tl.dot(query, tl.trans(k), input_precision="ieee") * (HEAD_DIM**-0.5 * 1.4426950408889634)
+        k = _load_rows(keys, at, lowest, highest, HEAD_DIM, query.shape[1], MASKED)
+        scores = tl.dot(query, tl.trans(k), input_precision="ieee")  # "ieee": fp32 is for checking, not for speed
         if MASKED:
             visible = (at[None, :] >= start[:, None]) & (at[None, :] < end[:, None])
             scores = tl.where(visible, scores, -float("inf"))
-        new_max = tl.maximum(row_max, tl.max(scores, 1))
-        shift = tl.where(new_max == -float("inf"), 0.0, new_max)  # no key so far: -inf - -inf is NaN
-        weights = tl.exp2(scores - shift[:, None])
+        new_max = tl.maximum(row_max, tl.max(scores, 1) * scale)
+        shift = new_max
+        if MASKED:
+            shift = tl.where(new_max == -float("inf"), 0.0, new_max)  # no key so far: -inf - -inf is NaN
+        # fma: the same bits with a mask and without, and one instruction
+        weights = tl.exp2(tl.fma(scores, scale, -shift[:, None]))
         decay = tl.exp2(row_max - shift)
         row_sum = row_sum * decay + tl.sum(weights, 1)
-        v = _load_rows(values, at, dims, lowest, highest, HEAD_DIM, PADDED_DIM, MASKED)
+        v = _load_rows(values, at, lowest, highest, HEAD_DIM, query.shape[1], MASKED)
         total = total * decay[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         row_max = new_max
     return row_max, row_sum, total
@@ -129,7 +159,6 @@ def _attend(
 def _load_rows(
     base,
     at,  # [KEYS], rows of HEAD_DIM
-    dims,
     lowest,
     highest,
     HEAD_DIM: tl.constexpr,
@@ -137,6 +166,7 @@ def _load_rows(
     MASKED: tl.constexpr,
 ):
     """Rows `at` of keys or values, zero where not lowest <= at < highest if MASKED and in padded dims: [KEYS, dims]."""
+    dims = tl.arange(0, PADDED_DIM)
     pointers = base + at[:, None] * HEAD_DIM + dims[None, :]
     if MASKED:
         in_range = (at >= lowest) & (at < highest)
@@ -147,7 +177,7 @@ def _load_rows(
 
 
 @triton.jit
-def _tanh(x):
+def tanh(x):
     """Without libdevice, which the interpreter lacks. Relative error 1e-6: near 0, where gates start, by its series."""
     decay = tl.exp(-2.0 * tl.abs(x))
     magnitude = (1.0 - decay) / (1.0 + decay)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
 
 from nvlm_trt.plugins.gated_cross_attention.blocks import HEAD_DIMS, Blocks, choose_blocks, padded_dim
 from nvlm_trt.plugins.gated_cross_attention.kernel import gated_cross_attention_kernel
+from nvlm_trt.plugins.gated_cross_attention.split_kernel import add_chunks_kernel, attend_chunk_kernel
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -18,7 +21,7 @@ def gated_cross_attention(
     """tanh(gate) * attention of each token over its own range of keys, as onnx_function.py defines it.
 
     query [B, H, S, D]; key, value [B, KV, N, D]; fp16, bf16 or fp32, contiguous; cross_ranges [B, S, 2] int32; gate [1]
-    of any float type -> [B, H, S, D]. D is 64, 80, 96 or 128 and H a multiple of KV. Ranges are clipped to 0..N; an
+    of any float type -> [B, H, S, D]. D is 32, 64, 80, 96 or 128 and H a multiple of KV. Ranges are clipped to 0..N; an
     empty range gives exactly zero. Values between the lowest start and the highest end of neighbouring tokens must be
     finite; keys and values elsewhere are not read. Everything lies on one GPU (or on the CPU with TRITON_INTERPRET=1).
 
@@ -27,21 +30,42 @@ def gated_cross_attention(
     batch, heads, tokens, head_dim = query.shape
     kv_heads, cross_tokens = key.shape[1:3]
     output = torch.empty_like(query)
-    rows = tokens * (heads // kv_heads)
+    rows = tokens * (heads // kv_heads)  # of one key head
     blocks = blocks or choose_blocks(rows, query.element_size())
-    grid = (triton.cdiv(rows, blocks.rows), batch * kv_heads)
-    if rows * batch:  # CUDA refuses an empty grid
-        gated_cross_attention_kernel[grid](
-            *(query, key, value, cross_ranges, gate, tokens, cross_tokens, output),
-            HEADS=heads,
-            KV_HEADS=kv_heads,
-            HEAD_DIM=head_dim,
-            PADDED_DIM=padded_dim(head_dim),
-            ROWS=blocks.rows,
-            KEYS=blocks.keys(head_dim, query.element_size()),
-            num_warps=blocks.warps,
-            num_stages=blocks.stages,
-        )
+    if not output.numel():  # CUDA refuses an empty grid
+        return output
+    row_blocks = triton.cdiv(rows, blocks.rows)
+    options: dict[str, Any] = {
+        "HEADS": heads,
+        "KV_HEADS": kv_heads,
+        "HEAD_DIM": head_dim,
+        "PADDED_DIM": padded_dim(head_dim),
+        "ROWS": blocks.rows,
+        "KEYS": blocks.keys(head_dim, query.element_size()),
+        "num_warps": blocks.warps,
+        "num_stages": blocks.stages,
+        "maxnreg": blocks.registers,
+    }
+    if blocks.chunk is None or cross_tokens <= blocks.chunk:
+        arguments = (query, key, value, cross_ranges, gate, tokens, cross_tokens, output)
+        gated_cross_attention_kernel[(batch * kv_heads, row_blocks)](*arguments, **options)
+        return output
+    chunks = triton.cdiv(cross_tokens, blocks.chunk)
+    peaks, sums = query.new_empty((2, chunks, *query.shape[:3]), dtype=torch.float32)
+    totals = query.new_empty((chunks, *query.shape), dtype=torch.float32)
+    all_rows = batch * heads * tokens
+    attend_chunk_kernel[(chunks, batch * kv_heads, row_blocks)](
+        *(query, key, value, cross_ranges, tokens, cross_tokens, all_rows, peaks, sums, totals),
+        CHUNK=blocks.chunk,
+        **options,
+    )
+    add_chunks_kernel[(all_rows,)](
+        *(peaks, sums, totals, gate, chunks, all_rows, output),
+        HEAD_DIM=head_dim,
+        PADDED_DIM=padded_dim(head_dim),
+        CHUNKS=triton.next_power_of_2(chunks),
+        num_warps=2,
+    )
     return output
 
 

@@ -93,8 +93,8 @@ def _register(capability: int) -> None:
         kv_heads, cross_tokens = key.shape_expr[1], key.shape_expr[2]
         group = heads.constant_value() // kv_heads.constant_value()
         launch = trtp.KernelLaunchParams()
-        launch.grid_x = trtp.cdiv(tokens * group, BLOCKS[tactic].rows)
-        launch.grid_y = batch * kv_heads
+        launch.grid_x = batch * kv_heads
+        launch.grid_y = trtp.cdiv(tokens * group, BLOCKS[tactic].rows)
         launch.block_x = compiled.threads
         launch.shared_mem = compiled.shared_bytes
         scalars = trtp.SymIntExprs.from_tuple((trtp.SymInt32(tokens), trtp.SymInt32(cross_tokens)))
@@ -126,4 +126,5 @@ def compile_tactic(
         "ROWS": blocks.rows,
         "KEYS": blocks.keys(head_dim, 4 if dtype == "fp32" else 2),
     }
-    return compile_kernel(gated_cross_attention_kernel, arguments, constants, capability, blocks.warps, blocks.stages)
+    options = {"num_warps": blocks.warps, "num_stages": blocks.stages, "maxnreg": blocks.registers}
+    return compile_kernel(gated_cross_attention_kernel, arguments, constants, capability, options)

@@ -27,6 +27,14 @@ class PassTables(typing.NamedTuple):
     weights: npt.NDArray[np.float16]
 
 
+class BlockTables(typing.NamedTuple):
+    """A pass as products of matrices: its resized pixels in blocks along the axis, none across two tiles."""
+
+    spans: npt.NDArray[np.int32]  # [blocks, 2]: of a block, the first source pixel, and the one after the last
+    # [blocks, sources, 2, block]: (high, low) of `PassTables.weights` for each source pixel from the span's first on
+    weights: npt.NDArray[np.float16]
+
+
 class ResizePlan(typing.NamedTuple):
     """A picture resized to the tiles' canvas and to the thumbnail. "Vertical first" is 0 or 1."""
 
@@ -56,6 +64,25 @@ def is_vertical_first(width: int, height: int, to_width: int, to_height: int) ->
 
     It shows, for values are rounded and clipped between the passes."""
     return height - to_height > 2 * max(width - to_width, 0)
+
+
+def block_tables(tables: PassTables, tile_size: int, block: int, step: int, align: int) -> BlockTables:
+    """Blocks of `block` resized pixels each, of a tile's last perhaps fewer. Spans begin at multiples of `align`, and
+    there are weights, 0 outside, for `sources` pixels, a multiple of `step`."""
+    per_tile = -(-tile_size // block)
+    entry = np.arange(len(tables.bounds))
+    of_block = entry // tile_size * per_tile + entry % tile_size // block  # [entries]
+    begins = np.flatnonzero(np.diff(of_block, prepend=-1))  # each block's first entry
+    low = np.minimum.reduceat(tables.bounds[:, 0], begins) // align * align
+    high = np.maximum.reduceat(tables.bounds[:, 1], begins)
+    sources = -(-int((high - low).max()) // step) * step
+    weights = np.zeros((len(begins), sources, 2, block), np.float16)
+    offset = tables.bounds[:, 0] - low[of_block]
+    for tap in range(tables.weights.shape[1]):
+        used = tables.bounds[:, 0] + tap < tables.bounds[:, 1]
+        place = entry[used] % tile_size % block
+        weights[of_block[used], offset[used] + tap, :, place] = tables.weights[used, tap]
+    return BlockTables(np.stack([low, high], axis=1).astype(np.int32), weights)
 
 
 def _axis_tables(source: int, size: int) -> PassTables:

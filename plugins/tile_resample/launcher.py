@@ -9,8 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
-from nvlm_trt.plugins.tile_resample.coefficients import resize_plan
-from nvlm_trt.plugins.tile_resample.kernel import tile_resample_kernel
+from nvlm_trt.plugins.tile_resample.coefficients import block_tables, resize_plan
+from nvlm_trt.plugins.tile_resample.kernel import planes_kernel, tile_resample_kernel
 
 # ImageNet statistics of RGB in 0..1, as nvlm_trt.tiling has them
 _MEAN = (0.485, 0.456, 0.406)
@@ -18,7 +18,9 @@ _STD = (0.229, 0.224, 0.225)
 
 BLOCK = 32  # output pixels per side of a program
 SOURCE = 64  # source pixels per side of a step
-WARPS = 8  # with 4, registers spill
+WARPS = 2
+_ALIGN = 16  # bytes that one load takes
+_QUADS = 256  # of four pixels, in a program that puts channels apart
 
 
 def tile_resample(
@@ -46,24 +48,39 @@ def tile_resample(
         raise ValueError(f"tile_resample: dtype must be float16, bfloat16 or float32, not {dtype}")
     count = columns * rows + (columns * rows > 1)
     tiles = torch.empty((count, 3, tile_size, tile_size), dtype=dtype, device=image.device)
-    plan = _plan_on(image.device, width, height, columns, rows, tile_size)
+    plan = _plan_on(image.device, width, height, columns, rows, tile_size, BLOCK, SOURCE)
+    planes, pitch = _planes(image)
     tile_resample_kernel[(3, triton.cdiv(tile_size, BLOCK) ** 2, count)](
-        *(image, *plan.first_pass, *plan.second_pass, width, columns, rows),
-        *(plan.tiles_vertical_first, plan.thumbnail_vertical_first),
-        *(plan.first_pass[1].shape[1], plan.second_pass[1].shape[1], tiles),
+        *(planes, *plan.first_pass, *plan.second_pass, plan.first_pass[1].shape[1], plan.second_pass[1].shape[1]),
+        *(pitch, height * pitch, columns, rows, plan.tiles_vertical_first, plan.thumbnail_vertical_first, tiles),
         *_MEAN,
         *_STD,
         TILE=tile_size,
         BLOCK=BLOCK,
         SOURCE=SOURCE,
+        ALIGN=_ALIGN,
         num_warps=WARPS,
         num_stages=1,
     )
     return tiles
 
 
+def _planes(image: Tensor) -> tuple[Tensor, int]:
+    """[height, width, 3] -> the channels apart, [3, height, pitch] uint8 and SOURCE bytes more, and the pitch."""
+    height, width = image.shape[:2]
+    if image.data_ptr() % 4:
+        image = image.clone()
+    pitch = triton.cdiv(width, _ALIGN) * _ALIGN
+    planes = torch.empty(3 * height * pitch + SOURCE, dtype=torch.uint8, device=image.device)
+    # The last word may end in up to three bytes after the image: torch's allocations are multiples of 512 bytes.
+    words = triton.cdiv(image.numel(), 4)
+    grid = (height, triton.cdiv(pitch, 4 * _QUADS))
+    planes_kernel[grid](image, width, words, pitch, height * pitch, planes, QUADS=_QUADS, num_warps=4)
+    return planes, pitch
+
+
 class _DevicePlan(typing.NamedTuple):
-    """ResizePlan with tensors on the device."""
+    """ResizePlan as tables for blocks, (spans, weights), on the device."""
 
     first_pass: tuple[Tensor, Tensor]
     second_pass: tuple[Tensor, Tensor]
@@ -71,11 +88,13 @@ class _DevicePlan(typing.NamedTuple):
     thumbnail_vertical_first: int
 
 
-@functools.lru_cache(maxsize=64)
-def _plan_on(device: torch.device, width: int, height: int, columns: int, rows: int, tile_size: int) -> _DevicePlan:
+@functools.lru_cache(maxsize=32)  # some megabytes each
+def _plan_on(
+    device: torch.device, width: int, height: int, columns: int, rows: int, tile_size: int, block: int, source: int
+) -> _DevicePlan:
     plan = resize_plan(width, height, columns, rows, tile_size)
+    both = [block_tables(tables, tile_size, block, source, _ALIGN) for tables in (plan.first_pass, plan.second_pass)]
     first, second = (
-        (torch.tensor(tables.bounds, device=device), torch.tensor(tables.weights, device=device))
-        for tables in (plan.first_pass, plan.second_pass)
+        (torch.from_numpy(tables.spans).to(device), torch.from_numpy(tables.weights).to(device)) for tables in both
     )
     return _DevicePlan(first, second, plan.tiles_vertical_first, plan.thumbnail_vertical_first)

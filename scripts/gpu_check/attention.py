@@ -55,6 +55,7 @@ SMALL = (
     Shape(14, 2, 64, 2, 9, 129),
     Shape(6, 2, 80, 1, 11, 65),
     Shape(4, 2, 96, 2, 10, 1),
+    Shape(4, 2, 32, 1, 9, 140),  # the tiny models
     Shape(40, 1, 64, 1, 2, 33),  # a group larger than a block of rows
 )
 PROMPT = Shape(8, 2, 64, 1, 21, 301)  # several blocks of rows and of keys, for every entry of the table

@@ -27,13 +27,13 @@ SECTION = "tune"
 
 KIB = 1 << 10
 DECODE_BLOCKS = [
-    Blocks(16, key_bytes, warps, stages)
-    for key_bytes, warps, stages in itertools.product((8 * KIB, 16 * KIB, 32 * KIB), (2, 4, 8), (2, 3, 4))
+    Blocks(16, key_bytes, 4, stages, chunk=chunk)
+    for chunk, key_bytes, stages in itertools.product((None, 256, 512, 1024), (8 * KIB, 16 * KIB, 32 * KIB), (2, 3, 4))
 ]
 PREFILL_BLOCKS = [
-    Blocks(rows, key_bytes, warps, stages)
-    for rows, key_bytes, warps, stages in itertools.product(
-        (64, 128), (8 * KIB, 16 * KIB, 32 * KIB), (4, 8), (1, 2, 3, 4)
+    Blocks(rows, key_bytes, rows // 16, stages, registers)
+    for rows, key_bytes, stages, registers in itertools.product(
+        (64, 128), (8 * KIB, 16 * KIB, 32 * KIB), (2, 3, 4), (None, 128)
     )
 ]
 
@@ -46,7 +46,7 @@ class Squares(NamedTuple):
     warps: int
 
 
-SQUARES = [Squares(*sizes) for sizes in itertools.product((32, 64), (32, 64, 128), (4, 8, 16))]
+SQUARES = [Squares(*sizes) for sizes in itertools.product((32, 64), (32, 64, 128), (2, 4, 8))]
 
 Case = tuple[str, object]  # what is tuned, and an alternative
 

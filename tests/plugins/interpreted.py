@@ -9,16 +9,25 @@ Array = npt.NDArray[np.generic]
 
 
 def attention(
-    query: Array, key: Array, value: Array, cross_ranges: Array, gate: Array, blocks: int | None = None
+    query: Array,
+    key: Array,
+    value: Array,
+    cross_ranges: Array,
+    gate: Array,
+    blocks: int | None = None,
+    chunk: int | None = None,
 ) -> Array:
-    """gated_cross_attention with the table's blocks of that number, or those it chooses."""
+    """gated_cross_attention with the table's blocks of that number, or those it chooses; `chunk` in place of theirs."""
     import torch
 
     from nvlm_trt.plugins.gated_cross_attention.blocks import BLOCKS
     from nvlm_trt.plugins.gated_cross_attention.launcher import gated_cross_attention
 
     tensors = (torch.from_numpy(array) for array in (query, key, value, cross_ranges, gate))
-    return gated_cross_attention(*tensors, blocks=BLOCKS[blocks] if blocks else None).numpy()
+    table = BLOCKS[blocks] if blocks else None
+    if table and chunk:
+        table = table._replace(chunk=chunk)
+    return gated_cross_attention(*tensors, blocks=table).numpy()
 
 
 def tiles(image: Array, columns: int, rows: int, tile_size: int, dtype: str) -> Array:

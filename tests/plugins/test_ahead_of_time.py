@@ -45,31 +45,58 @@ def test_attention_assembles(capability: int, dtype: str, head_dim: int, tactic:
         # 16 rows are fewer than the newer instructions take
         assert (TENSOR_CORE[capability] if BLOCKS[tactic].rows > 16 else "mma.sync") in kernel.ptx
     assert kernel.shared_bytes <= (SHARED_LIMIT_ASKED if tactic in (2, 5) else SHARED_LIMIT)
-    assert assemble(kernel.ptx, TARGETS[capability], tmp_path) <= 64
+    # tactic 5 is held to half of the registers: two programs at once are faster than one that spills nothing
+    assert assemble(kernel.ptx, TARGETS[capability], tmp_path) <= (256 if tactic == 5 else 64)
+
+
+@pytest.mark.parametrize("capability", TARGETS)
+def test_attention_in_chunks_assembles(capability: int, tmp_path: Path) -> None:
+    from nvlm_trt.plugins.gated_cross_attention.split_kernel import add_chunks_kernel, attend_chunk_kernel
+
+    blocks = BLOCKS[2]
+    partial = dict.fromkeys(("peaks", "sums", "totals"), "*fp32")
+    inputs = {**dict.fromkeys(("query", "key", "value"), "*bf16"), "cross_ranges": "*i32"}
+    arguments = {**inputs, **dict.fromkeys(("tokens", "cross_tokens", "rows"), "i32"), **partial}
+    head = {"HEAD_DIM": 128, "PADDED_DIM": 128}
+    constants = {"HEADS": 64, "KV_HEADS": 8, **head, "ROWS": 16, "KEYS": blocks.keys(128, 2), "CHUNK": blocks.chunk}
+    options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
+    kernel = compile_kernel(attend_chunk_kernel, arguments, constants, capability, options)
+    assert "mma.sync" in kernel.ptx
+    assert kernel.shared_bytes <= SHARED_LIMIT_ASKED
+    assert assemble(kernel.ptx, TARGETS[capability], tmp_path) == 0
+
+    arguments = {**partial, "gate": "*bf16", "chunks": "i32", "rows": "i32", "output": "*bf16"}
+    kernel = compile_kernel(add_chunks_kernel, arguments, {**head, "CHUNKS": 4}, capability, {"num_warps": 2})
+    assert assemble(kernel.ptx, TARGETS[capability], tmp_path) == 0
 
 
 @pytest.mark.parametrize("capability", TARGETS)
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_tile_resample_assembles(capability: int, dtype: str, tmp_path: Path) -> None:
-    from nvlm_trt.plugins.tile_resample.kernel import tile_resample_kernel
+    from nvlm_trt.plugins.tile_resample.kernel import planes_kernel, tile_resample_kernel
     from nvlm_trt.plugins.tile_resample.launcher import BLOCK, SOURCE, WARPS
 
     tables = {
-        "first_bounds": "*i32",
+        "first_spans": "*i32",
         "first_weights": "*fp16",
-        "second_bounds": "*i32",
+        "second_spans": "*i32",
         "second_weights": "*fp16",
     }
-    scalars = ("width", "columns", "rows", "tiles_vertical_first", "thumbnail_vertical_first")
-    arguments = {"image": "*u8", **tables, **dict.fromkeys((*scalars, "first_taps", "second_taps"), "i32")}
+    scalars = ("first_sources", "second_sources", "pitch", "plane", "columns", "rows")
+    scalars = (*scalars, "tiles_vertical_first", "thumbnail_vertical_first")
+    arguments = {"planes": "*u8", **tables, **dict.fromkeys(scalars, "i32"), "tiles": f"*{dtype}"}
     statistics = {f"{name}_{channel}": 0.5 for name in ("MEAN", "STD") for channel in "RGB"}
-    constants = {**statistics, "TILE": 448, "BLOCK": BLOCK, "SOURCE": SOURCE}
-    kernel = compile_kernel(
-        tile_resample_kernel, {**arguments, "tiles": f"*{dtype}"}, constants, capability, WARPS, stages=1
-    )
-    assert entry_parameters(kernel.ptx) == "pppppiiiiiiip"
+    constants = {**statistics, "TILE": 448, "BLOCK": BLOCK, "SOURCE": SOURCE, "ALIGN": 16}
+    options = {"num_warps": WARPS, "num_stages": 1}
+    kernel = compile_kernel(tile_resample_kernel, arguments, constants, capability, options)
+    assert entry_parameters(kernel.ptx) == "pppppiiiiiiiip"
     assert kernel.shared_bytes <= SHARED_LIMIT
     assert assemble(kernel.ptx, TARGETS[capability], tmp_path) <= 64
+
+    scalars = ("width", "words", "pitch", "plane")
+    arguments = {"image": "*u8", **dict.fromkeys(scalars, "i32"), "planes": "*u8"}
+    kernel = compile_kernel(planes_kernel, arguments, {"QUADS": 256}, capability, {"num_warps": 4})
+    assert assemble(kernel.ptx, TARGETS[capability], tmp_path) == 0
 
 
 def entry(*parameters: str, body: str = "ret;") -> str:

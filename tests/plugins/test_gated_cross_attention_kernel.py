@@ -78,8 +78,10 @@ def oracle(inputs: Inputs) -> np.ndarray:
     return (torch.tanh(torch.from_numpy(inputs.gate).double()) * output).numpy()
 
 
-def check(interpreter: ProcessPoolExecutor, inputs: Inputs, blocks: int | None = None) -> None:
-    output = interpreter.submit(interpreted.attention, *inputs, blocks).result()
+def check(
+    interpreter: ProcessPoolExecutor, inputs: Inputs, blocks: int | None = None, chunk: int | None = None
+) -> None:
+    output = interpreter.submit(interpreted.attention, *inputs, blocks, chunk).result()
     assert output.dtype == inputs.query.dtype
     np.testing.assert_allclose(output, oracle(inputs), rtol=0, atol=TOLERANCE[str(inputs.query.dtype)])
     empty = inputs.cross_ranges[..., 0] >= inputs.cross_ranges[..., 1]  # [B, S]
@@ -96,6 +98,7 @@ def check(interpreter: ProcessPoolExecutor, inputs: Inputs, blocks: int | None =
         (14, 2, 64, 2, 9, 129),
         (6, 2, 80, 1, 11, 65),
         (4, 2, 96, 2, 10, 1),
+        (4, 2, 32, 1, 9, 140),  # the tiny models' heads, of 128 keys at most in a block
         (40, 1, 64, 1, 2, 33),  # a group larger than a block of rows
     ],
 )
@@ -123,6 +126,22 @@ def test_every_block_size(interpreter: ProcessPoolExecutor, blocks: int, dtype: 
     check(interpreter, random_inputs(ranges, 8, 2, 64, 301, dtype), blocks)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("cross_tokens", [64, 65, 130, 300])
+def test_keys_in_chunks(interpreter: ProcessPoolExecutor, cross_tokens: int, dtype: str) -> None:
+    """Ranges in a chunk, over several, up to a chunk's end, and none; rows without a key in a chunk of others."""
+    ranges = [[(0, 64), (64, 128), (60, cross_tokens)], [(0, cross_tokens), (0, 0), (cross_tokens - 1, cross_tokens)]]
+    check(interpreter, random_inputs(ranges, 6, 2, 64, cross_tokens, dtype), blocks=1, chunk=64)
+
+
+def test_long_caches_are_read_in_chunks_when_decoding(interpreter: ProcessPoolExecutor) -> None:
+    """As the table chooses: 16 rows and more keys than a chunk has."""
+    chunk = BLOCKS[2].chunk
+    assert chunk is not None
+    tokens = 2 * chunk + 40
+    check(interpreter, random_inputs([[(5, tokens - 3)], [(0, 0)]], 4, 2, 64, tokens, "float16"))
+
+
 @settings(max_examples=30)
 @given(data=st.data())
 def test_equals_reference_on_any_ranges(interpreter: ProcessPoolExecutor, data: st.DataObject) -> None:
@@ -135,7 +154,8 @@ def test_equals_reference_on_any_ranges(interpreter: ProcessPoolExecutor, data: 
     heads, kv_heads = data.draw(st.sampled_from([(2, 1), (3, 1), (4, 2), (2, 2)]))
     dtype = data.draw(st.sampled_from(["float32", "float16"]))
     gate = data.draw(st.floats(-4, 4, width=16))
-    check(interpreter, random_inputs(ranges, heads, kv_heads, 64, cross_tokens, dtype, gate))
+    chunk = data.draw(st.sampled_from([None, 32, 64]))
+    check(interpreter, random_inputs(ranges, heads, kv_heads, 64, cross_tokens, dtype, gate), 1, chunk)
 
 
 def test_equals_onnx_function(interpreter: ProcessPoolExecutor) -> None:
@@ -236,7 +256,7 @@ def test_no_tokens(interpreter: ProcessPoolExecutor) -> None:
         ({"gate": np.zeros(2, np.float32)}, "one floating-point number"),
         (
             {name: np.zeros((1, 4, n, 72), np.float32) for name, n in (("query", 1), ("key", 9), ("value", 9))},
-            r"\(64, 80, 96, 128\)",
+            r"\(32, 64, 80, 96, 128\)",
         ),
     ],
 )

@@ -42,7 +42,7 @@ def test_taken_as_a_build_takes_it(
     for tactic in tactics:
         blocks, launch = BLOCKS[tactic], taken.launches[tactic]
         rows = tokens * heads // kv_heads
-        assert (launch["grid_x"], launch["grid_y"], launch["grid_z"]) == (-(-rows // blocks.rows), batch * kv_heads, 1)
+        assert (launch["grid_x"], launch["grid_y"], launch["grid_z"]) == (batch * kv_heads, -(-rows // blocks.rows), 1)
         assert (launch["block_x"], launch["block_y"], launch["block_z"]) == (32 * blocks.warps, 1, 1)
         assert 0 < launch["shared_mem"] <= 48 << 10
         assert taken.scalars[tactic] == [tokens, cross_tokens]
@@ -55,7 +55,7 @@ def test_taken_as_a_build_takes_it(
 @pytest.mark.parametrize(
     ("dtype", "sizes", "message"),
     [
-        ("HALF", (1, 4, 1, 72, 2, 16), r"head size 72 is not one of \(64, 80, 96, 128\)"),
+        ("HALF", (1, 4, 1, 72, 2, 16), r"head size 72 is not one of \(32, 64, 80, 96, 128\)"),
         ("HALF", (1, 5, 1, 64, 2, 16), "5 heads are not a multiple of 2 key heads"),
         ("INT8", (1, 4, 1, 64, 2, 16), "query is INT8; it must be HALF, BF16 or FLOAT"),
     ],

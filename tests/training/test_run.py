@@ -57,7 +57,7 @@ def test_a_run_from_nothing_to_checkpoints(tmp_path, short):
 
 
 def test_variants_of_the_ablation_see_what_they_should(tmp_path, short, monkeypatch):
-    monkeypatch.setattr(ablation, "STAGE", replace(ablation.STAGE, steps=8))
+    monkeypatch.setitem(ablation.STEPS, "x", 8)
     monkeypatch.setattr(ablation, "TRAIN_SCENES", 150)
     monkeypatch.setattr(ablation, "TEST_SCENES", 20)
     run = Run(tmp_path, torch.device("cpu"))
