@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
 
+from nvlm_trt.backends.tensorrt_stage import GpuMemoryError
 from nvlm_trt.builders.engine_writer import EngineWriter, save_model
 from nvlm_trt.builders.graphs.cross_kv import cross_kv_graph
 from nvlm_trt.builders.graphs.decoder import decoder_graph
 from nvlm_trt.builders.graphs.vision_encoder import vision_encoder_graph
 from nvlm_trt.builders.onnx_engine import QuantizationOptions, make_calibration
+from nvlm_trt.builders.quantization.calibration import Calibration
 from nvlm_trt.builders.quantization.formats import Recipe, quantised
-from nvlm_trt.builders.quantization.gate import NOT_MEASURED
+from nvlm_trt.builders.quantization.gate import NOT_MEASURED, AccuracyGate
 from nvlm_trt.builders.quantization.precisions import (
     components_of,
     floating_type,
@@ -27,20 +31,23 @@ from nvlm_trt.builders.quantization.precisions import (
 from nvlm_trt.builders.quantization.smoothquant import MigratedWeights
 from nvlm_trt.builders.smoke_test import SmokeTest
 from nvlm_trt.builders.tensorrt_plan import PlanOptions, build_plan
-from nvlm_trt.builders.tensorrt_profiles import profiles_of
+from nvlm_trt.builders.tensorrt_profiles import Profile, profiles_of
 from nvlm_trt.checkpoint import Checkpoint
-from nvlm_trt.config import NvlmConfig
+from nvlm_trt.config import LlmConfig, NvlmConfig
 from nvlm_trt.engine import (
     CALIBRATION,
     Engine,
+    EngineLimits,
     Manifest,
     TensorRtRecord,
     publish,
+    save_manifest,
     temporary_sibling,
     tool_versions,
     write_manifest,
 )
 from nvlm_trt.errors import EngineError
+from nvlm_trt.planner import EnginePlan, plan_engine
 from nvlm_trt.plugins.gated_cross_attention.blocks import HEAD_DIMS
 from nvlm_trt.plugins.gated_cross_attention.onnx_function import NAME, PLUGIN_ATTRIBUTES
 from nvlm_trt.plugins.gated_cross_attention.tensorrt_plugin import register_plugin
@@ -48,6 +55,7 @@ from nvlm_trt.progress import Progress, no_progress
 from nvlm_trt.tensorrt_target import Target, find_target
 
 DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+_ALIGNMENT = 256  # bytes
 PLUGIN = f"{PLUGIN_ATTRIBUTES['plugin_namespace']}::{NAME}"
 
 
@@ -63,20 +71,35 @@ def build_tensorrt_engine(
 ) -> Engine:
     """Publish the engine of a checkpoint for this machine's TensorRT and GPU as the directory `output`.
 
-    Arguments as for `onnx_engine.build_engine`. int8 and fp8 are calibrated as there, by ONNX Runtime, and published
-    unmeasured. Raises EngineError without TensorRT or a GPU, for a graph that TensorRT refuses and for want of memory;
-    otherwise what `build_engine` raises."""
+    Arguments as for `onnx_engine.build_engine`. int8 and fp8 are calibrated as there, by ONNX Runtime. The gate
+    compares with an engine in the floating-point type of what is not quantised, which is built and run here as well.
+    Raises EngineError without TensorRT or a GPU, for a graph that TensorRT refuses and for want of memory, saying what
+    was expected to be needed; otherwise what `build_engine` raises."""
     precisions = parse_precision(precision, "tensorrt")
     target = find_target()
     progress = progress or no_progress
-    builder = _Builder(target, options or PlanOptions(), quantization or QuantizationOptions(), progress)
+    quantization = quantization or QuantizationOptions(gate=None)
     with publish(output, overwrite) as staging:
         writer = EngineWriter(checkpoint_dir, overrides or {})
+        precisions = {name: precisions[name] for name in components_of(writer.config)}
         trial = SmokeTest(writer.prompts, writer.limits, writer.config)
-        builder.write(writer, {name: precisions[name] for name in components_of(writer.config)}, staging)
+        _check_rows(writer.config.llm, writer.limits, floating_type(precisions))
+        builder = _Builder(writer, target, options or PlanOptions(), quantization, staging, progress)
+        is_quantised = bool(quantised_components(precisions))
+        gate = None
+        if quantization.gate and is_quantised:
+            gate = AccuracyGate(quantization.gate, builder.write, staging, progress, floating_type(precisions))
+        manifest = builder.write(precisions, staging)
         progress("smoke test", 0, 1)
-        trial.run(Engine.open(staging))
+        try:
+            trial.run(Engine.open(staging))
+        except GpuMemoryError as error:
+            expected = builder.plan(precisions).peak_building / 1e9
+            raise EngineError(f"{error}. The whole engine was expected to take {expected:.2f} GB on the GPU") from error
         progress("smoke test", 1, 1)
+        if is_quantised:
+            manifest.accuracy_gate = gate.check(staging, precisions) if gate else NOT_MEASURED
+            save_manifest(staging, manifest)
     return Engine.open(output)
 
 
@@ -99,69 +122,100 @@ def write_graphs(
     return {component: directory / f"{component}.onnx" for component in graphs}
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Builder:
+    """Engines of one checkpoint in any precision, all from one calibration, which is made when it is first needed."""
+
+    writer: EngineWriter
     target: Target
     options: PlanOptions
     quantization: QuantizationOptions
+    beside: Path  # the calibration's engine is its temporary sibling
     progress: Progress
 
-    def write(self, writer: EngineWriter, precisions: Mapping[str, str], directory: Path) -> None:
+    def write(self, chosen: Mapping[str, str], directory: Path) -> Manifest:
         """Fill an empty directory with plans, configuration and manifest."""
+        writer = self.writer
+        precisions = {name: chosen[name] for name in components_of(writer.config)}
         if writer.config.cross_layers:
             _register_plugin(writer.config, self.target)
-        recipe = self._recipe(writer, precisions, directory)
+        recipe = self._recipe(precisions, directory)
         dtype = floating_type(precisions)
         profiles = profiles_of(writer.config, writer.limits)
         writer.write_model_files(directory)
+        self._write_plans(recipe, dtype, profiles, directory)
+        manifest = Manifest(
+            model_name=writer.config.name,
+            architecture=writer.config.architecture,
+            backend="tensorrt",
+            precision=precisions,
+            limits=writer.limits,
+            checkpoint_digest=writer.digest,
+            tool_versions=tool_versions("onnx", "onnx-ir", "onnxscript", "polygraphy"),
+            calibration=recipe.calibration,
+            tensorrt=self._record(dtype, profiles),
+        )
+        write_manifest(directory, manifest)
+        return manifest
+
+    def plan(self, precisions: Mapping[str, str]) -> EnginePlan:
+        """What an engine is expected to take."""
+        writer = self.writer
+        return plan_engine(writer.config, writer.limits, precisions, "tensorrt", writer.prompts.tag_length)
+
+    def _recipe(self, precisions: Mapping[str, str], directory: Path) -> Recipe:
+        calibration = self._calibration if needs_calibration(precisions) else None
+        if calibration:
+            calibration.save(directory / CALIBRATION)
+        with Checkpoint.open(self.writer.checkpoint_dir) as checkpoint:
+            alpha = self.quantization.smoothquant_alpha
+            return quantised(checkpoint, precisions, calibration, alpha, fold_fp8=False)
+
+    @functools.cached_property
+    def _calibration(self) -> Calibration:
+        return make_calibration(self.writer, self.quantization, self.beside, self.progress)
+
+    def _write_plans(
+        self, recipe: Recipe, dtype: str, profiles: Mapping[str, Sequence[Profile]], directory: Path
+    ) -> None:
+        expected = self.plan(recipe.precisions).stages
         with temporary_sibling(directory) as work:
             # a stripped plan is refitted from its graph, which then stays beside it
-            graphs = write_graphs(
-                writer, recipe, dtype, directory if self.options.strip_weights else work, self.progress
-            )
+            beside = directory if self.options.strip_weights else work
+            graphs = write_graphs(self.writer, recipe, dtype, beside, self.progress)
+            cache = timing_cache_path(self.target)
             for done, (component, graph) in enumerate(graphs.items()):
                 self.progress(f"building {component}", done, len(graphs))
                 plan = directory / f"{component}.plan"
-                build_plan(graph, plan, profiles[component], self.options, timing_cache_path(self.target))
+                build_plan(graph, plan, profiles[component], self.options, cache, expected[component])
             self.progress("building", len(graphs), len(graphs))
-        record = TensorRtRecord(
+
+    def _record(self, dtype: str, profiles: dict[str, list[Profile]]) -> TensorRtRecord:
+        layers = range(self.writer.config.llm.num_layers)
+        return TensorRtRecord(
             version=self.target.tensorrt,
             capability=self.target.capability,
             gpu=self.target.gpu,
             container=self.target.container,
             dtype=dtype,
             plugin=PLUGIN,
-            aliased={
-                f"present_{kind}.{i}": f"past_{kind}.{i}"
-                for i in range(writer.config.llm.num_layers)
-                for kind in ("key", "value")
-            },
+            aliased={f"present_{kind}.{i}": f"past_{kind}.{i}" for i in layers for kind in ("key", "value")},
             profiles=profiles,
             stripped=self.options.strip_weights,
             weight_streaming=self.options.weight_streaming,
         )
-        manifest = Manifest(
-            model_name=writer.config.name,
-            architecture=writer.config.architecture,
-            backend="tensorrt",
-            precision=dict(precisions),
-            limits=writer.limits,
-            checkpoint_digest=writer.digest,
-            tool_versions=tool_versions("onnx", "onnx-ir", "onnxscript", "polygraphy"),
-            calibration=recipe.calibration,
-            tensorrt=record,
-            accuracy_gate=NOT_MEASURED if quantised_components(precisions) else None,
-        )
-        write_manifest(directory, manifest)
 
-    def _recipe(self, writer: EngineWriter, precisions: Mapping[str, str], directory: Path) -> Recipe:
-        calibration = None
-        if needs_calibration(precisions):
-            calibration = make_calibration(writer, self.quantization, directory, self.progress)
-            calibration.save(directory / CALIBRATION)
-        with Checkpoint.open(writer.checkpoint_dir) as checkpoint:
-            alpha = self.quantization.smoothquant_alpha
-            return quantised(checkpoint, precisions, calibration, alpha, fold_fp8=False)
+
+def _check_rows(llm: LlmConfig, limits: EngineLimits, dtype: str) -> None:
+    """A slot's row of a cache is bound by its address, which TensorRT wants to be a multiple of 256
+    (IExecutionContext::setTensorAddress). The cross-attention cache's length is a multiple of 16, which suffices."""
+    token = llm.num_kv_heads * llm.head_dim * DTYPES[dtype].itemsize
+    step = _ALIGNMENT // math.gcd(_ALIGNMENT, int(token))
+    if limits.max_seq_len % step:
+        raise EngineError(
+            f"max_seq_len {limits.max_seq_len} leaves a slot's cache in {dtype} at an address that TensorRT does not "
+            f"take; choose a --max-seq-len that is a multiple of {step}"
+        )
 
 
 def _register_plugin(config: NvlmConfig, target: Target) -> None:

@@ -13,6 +13,7 @@ import onnx
 from nvlm_trt.builders.tensorrt_linter import check_graph
 from nvlm_trt.builders.tensorrt_profiles import Profile
 from nvlm_trt.errors import EngineError
+from nvlm_trt.planner import StageMemory
 from nvlm_trt.tensorrt_target import import_tensorrt
 
 
@@ -27,11 +28,17 @@ class PlanOptions:
 
 
 def build_plan(
-    graph: Path, plan: Path, profiles: Sequence[Profile], options: PlanOptions, timing_cache: Path | None
+    graph: Path,
+    plan: Path,
+    profiles: Sequence[Profile],
+    options: PlanOptions,
+    timing_cache: Path | None,
+    expected: StageMemory,
 ) -> None:
     """Build `graph` into the file `plan`. Plugins are registered before.
 
     `timing_cache` is read if it exists, and replaced: it belongs to one GPU, TensorRT and version of the plugin.
+    `expected` is what to say if memory does not suffice.
     Raises EngineError if the linter or TensorRT refuses the graph, or memory does not suffice."""
     trt = import_tensorrt()
     check_graph(graph)
@@ -66,7 +73,7 @@ def build_plan(
         with plan.open("wb") as file:
             built = builder.build_serialized_network_to_stream(network, config, _stream_writer(trt, file))
         if not built:
-            raise EngineError(f"{graph.name} could not be built{_explain(graph, errors, trt)}")
+            raise EngineError(f"{graph.name} could not be built{_explain(expected, errors, trt)}")
         if timing_cache:
             _save_timing_cache(config, timing_cache)
 
@@ -138,14 +145,13 @@ def _error_recorder(trt: Any) -> Any:
     return ErrorRecorder()
 
 
-def _explain(graph: Path, recorder: Any, trt: Any) -> str:
-    """What to say after `could not be built`: memory against what the weights take, or TensorRT's first error."""
+def _explain(expected: StageMemory, recorder: Any, trt: Any) -> str:
+    """What to say after `could not be built`: memory against what was expected, or TensorRT's first error."""
     out_of_memory = (trt.ErrorCodeTRT.FAILED_ALLOCATION,)
     if any(code in out_of_memory or "out of memory" in text.lower() for code, text in recorder.errors):
-        weights = sum(file.stat().st_size for file in graph.parent.glob(f"{graph.name}*"))
         return (
-            f": out of memory. Its weights alone take {weights / 1e9:.1f} GB on the GPU, and kernels are tried "
-            "beside them; free the GPU, choose smaller --max-slots or --max-seq-len, or try --weight-streaming"
+            f": out of memory. It was expected to take {expected} on the GPU, and kernels are tried beside that; free "
+            "the GPU, choose smaller --max-slots or --max-seq-len, or try --weight-streaming"
         )
     return f": {_one_line(recorder.errors[0][1])}" if recorder.errors else "; run it with --debug for TensorRT's log"
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from nvlm_trt.config import NvlmConfig
 from nvlm_trt.engine import EngineLimits
 from nvlm_trt.plugins.gated_cross_attention import KEY_BLOCK
+from nvlm_trt.prompt import split_tiles
 
 # input -> smallest, usual and largest shape
 Profile = dict[str, list[list[int]]]
@@ -28,7 +29,9 @@ def profiles_of(config: NvlmConfig, limits: EngineLimits) -> dict[str, list[Prof
         ],
     }
     if config.cross_layers:
-        profiles["cross_kv"] = [{"image_tokens": _range((1, tiles), tokens)}]
+        _, in_cross = split_tiles(config.architecture, tiles)
+        most = max(len(range(tiles)[in_cross]), 1)  # NVLM-H has no tag for the thumbnail, and of one tile crosses none
+        profiles["cross_kv"] = [{"image_tokens": _range((1, most), tokens)}]
     return profiles
 
 

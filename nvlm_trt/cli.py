@@ -15,6 +15,7 @@ from nvlm_trt import terminal
 from nvlm_trt.commands.bench import bench
 from nvlm_trt.commands.build import build
 from nvlm_trt.commands.evaluate import evaluate
+from nvlm_trt.commands.plan import plan
 from nvlm_trt.commands.tiles import tiles
 from nvlm_trt.commands.tinydocs import tinydocs
 from nvlm_trt.config import PRESETS
@@ -63,6 +64,7 @@ def init_checkpoint(
 
 
 app.command()(build)
+app.command()(plan)
 
 
 @app.command()

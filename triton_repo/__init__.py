@@ -2,4 +2,6 @@
 
 tiling -> vision_encoder -> nvlm are the steps of nvlm_ensemble. Clients call `nvlm`, which streams the answer itself
 and sends images that it has not seen yet through the ensemble.
+
+An engine for TensorRT has its `vision_encoder` from vision_encoder_tensorrt.
 """

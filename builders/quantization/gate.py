@@ -73,8 +73,11 @@ class _Answers:
 class AccuracyGate:
     """One gate for one build. `write` makes the engines that the quantised one is compared with; they are temporary."""
 
-    def __init__(self, options: GateOptions, write: WriteEngine, beside: Path, progress: Progress) -> None:
-        """Reads or draws the samples. Raises RequestError, ImageError for them."""
+    def __init__(
+        self, options: GateOptions, write: WriteEngine, beside: Path, progress: Progress, unquantised: str = "fp32"
+    ) -> None:
+        """Reads or draws the samples. `unquantised` is the precision that the engine is compared with, in which also
+        is what it does not quantise. Raises RequestError, ImageError for the samples."""
         if options.samples:
             self._samples = read_first_samples(options.samples, options.count)
         else:
@@ -82,18 +85,20 @@ class AccuracyGate:
         self._digest = digest_of(self._samples, progress)
         self._max_drop = options.max_drop
         self._write = write
+        self._unquantised = unquantised
         self._beside = beside
         self._progress = progress
 
     def check(self, engine_dir: Path, precisions: Mapping[str, str]) -> dict[str, Any]:
         """The gate's record for the manifest. Raises AccuracyError if the engine loses too much."""
-        reference = self._answers_of("fp32", dict.fromkeys(COMPONENTS, "fp32"))
+        reference = self._answers_of(self._unquantised, dict.fromkeys(COMPONENTS, self._unquantised))
         quantised = self._ask("quantised", engine_dir)
         drop = _points(reference, quantised)
         same = agreement(reference.texts, quantised.texts)
         record = {
             "samples": {"count": len(self._samples), "digest": self._digest},
-            "fp32_score": reference.score,
+            "unquantised": self._unquantised,
+            "fp32_score": reference.score,  # of the unquantised engine, whatever its precision
             "score": quantised.score,
             "tasks": {
                 task.task: {"fp32_score": task.score, "score": after.score}
@@ -109,18 +114,19 @@ class AccuracyGate:
         costs = self._costs(reference, quantised, precisions)
         worst = max(costs, key=lambda cost: cost.drop)
         raise AccuracyError(
-            f"accuracy gate: {100 * quantised.score:.2f} points against {100 * reference.score:.2f} in fp32, a loss of "
-            f"{drop:.2f} where {self._max_drop:g} is allowed; {worst.component} costs most ({worst.drop:.2f} in "
-            f"{worst.precision}): build with --precision ...,{worst.component}=fp32, or raise --max-accuracy-drop",
+            f"accuracy gate: {100 * quantised.score:.2f} points against {100 * reference.score:.2f} in "
+            f"{self._unquantised}, a loss of {drop:.2f} where {self._max_drop:g} is allowed; {worst.component} costs "
+            f"most ({worst.drop:.2f} in {worst.precision}): build with --precision ...,"
+            f"{worst.component}={self._unquantised}, or raise --max-accuracy-drop",
             costs,
         )
 
     def _costs(self, reference: _Answers, quantised: _Answers, precisions: Mapping[str, str]) -> list[ComponentCost]:
-        """Each quantised component alone, the others in fp32."""
+        """Each quantised component alone."""
         components = quantised_components(precisions)
         costs = []
         for component in components:
-            alone = dict.fromkeys(COMPONENTS, "fp32") | {component: precisions[component]}
+            alone = dict.fromkeys(COMPONENTS, self._unquantised) | {component: precisions[component]}
             # a single one has been measured already
             answers = quantised if len(components) == 1 else self._answers_of(component, alone)
             costs.append(ComponentCost(component, precisions[component], answers.score, _points(reference, answers)))

@@ -17,7 +17,8 @@ import numpy.typing as npt
 
 from nvlm_trt.backends.base import COMPONENTS, FloatArray, IntArray, RangeArray
 from nvlm_trt.backends.request_checks import check_cross_tokens, check_step, check_tiles
-from nvlm_trt.backends.tensorrt_stage import Stage
+from nvlm_trt.backends.tensorrt_stage import GpuMemoryError, Stage
+from nvlm_trt.backends.tensorrt_tokens import DeviceTokens
 from nvlm_trt.config import NvlmConfig
 from nvlm_trt.engine import Engine, EngineLimits
 from nvlm_trt.errors import EngineError
@@ -65,6 +66,7 @@ class TensorRtBackend:
             stage.close()
         self._stages.clear()
         self._cache.clear()
+        self._torch.cuda.empty_cache()  # TensorRT's builder, for one, allocates beside torch
 
     # --- images ------------------------------------------------------------------------------------------------------
 
@@ -91,11 +93,11 @@ class TensorRtBackend:
         with torch.cuda.stream(stage.stream):
             tensors = {"image_tokens": self._upload(image_tokens)}
             shape = stage.output_shape(0, tensors, "cross_key.0")  # [kv_heads, C, head_dim]
-            outputs = torch.empty((layers, 2, *shape), dtype=self._dtype, device=self._device)
-            for j in range(layers):
-                tensors |= {f"cross_key.{j}": outputs[j, 0], f"cross_value.{j}": outputs[j, 1]}
-            stage.run(0, tensors)
-            return _numpy(outputs)
+            # one by one: TensorRT wants addresses that are multiples of 256, as those of allocations are
+            names = [f"cross_{kind}.{j}" for j in range(layers) for kind in ("key", "value")]
+            outputs = {name: torch.empty(shape, dtype=self._dtype, device=self._device) for name in names}
+            stage.run(0, tensors | outputs)
+            return _numpy(torch.stack(list(outputs.values()))).reshape(layers, 2, *shape)
 
     def write_cross_kv(self, slot: int, start: int, cross_kv: FloatArray) -> None:
         """Copy [cross layers, 2, kv_heads, C, head_dim] into a slot from token `start` on."""
@@ -216,7 +218,13 @@ class TensorRtBackend:
             if name in tensors:
                 tensors[name].copy_(self._torch.from_numpy(np.ascontiguousarray(array)))
 
-    def _upload(self, array: FloatArray) -> Any:
+    def _upload(self, array: FloatArray | DeviceTokens) -> Any:
+        """On the GPU and in the engine's type; the very memory of tokens that are so already."""
+        if isinstance(array, DeviceTokens):
+            cuda = self._torch.cuda
+            # they were made on the default stream, which torch's other streams do not wait for
+            cuda.current_stream(self._device).wait_stream(cuda.default_stream(self._device))
+            return array.tensor.to(self._device, self._dtype)
         return self._torch.from_numpy(np.ascontiguousarray(array, np.float32)).to(self._device, self._dtype)
 
     def _stage(self, component: str) -> Stage:
@@ -229,7 +237,7 @@ def _memory_errors(torch: Any, what: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise EngineError(
+        raise GpuMemoryError(
             f"no GPU memory for {what}; free the GPU, or rebuild with a smaller --max-slots or --max-seq-len"
         ) from error
 

@@ -16,6 +16,10 @@ from nvlm_trt.tensorrt_target import import_tensorrt, import_torch
 Tensors = Mapping[str, Any]  # input or output name -> torch.Tensor
 
 
+class GpuMemoryError(EngineError):
+    """The GPU has no memory for an engine that is whole."""
+
+
 class Stage:
     """A deserialised plan. Not thread-safe, but several stages may run on threads of their own."""
 
@@ -115,7 +119,9 @@ class Stage:
     def _context(self, profile: int) -> Any:
         context = self.engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if context is None:
-            raise EngineError(f"no GPU memory for running {self._plan}; free the GPU, or rebuild with smaller limits")
+            raise GpuMemoryError(
+                f"no GPU memory for running {self._plan}; free the GPU, or rebuild with smaller limits"
+            )
         # runs of one stage follow each other on one stream, so they share their working memory
         context.set_device_memory(self._workspace.data_ptr(), self._workspace.numel())
         if not context.set_optimization_profile_async(profile, self._stream.cuda_stream):

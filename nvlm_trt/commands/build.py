@@ -57,7 +57,7 @@ def build(
         int | None, typer.Option(min=1, help="Samples to judge by [all of a file, 500 of the document tasks].")
     ] = None,
     max_accuracy_drop: Annotated[
-        float | None, typer.Option(help="Points that a quantised engine may score below the fp32 one [1].")
+        float | None, typer.Option(help="Points that a quantised engine may score below the unquantised one [1].")
     ] = None,
     no_gate: Annotated[bool, typer.Option("--no-gate", help="Publish a quantised engine unmeasured.")] = False,
     max_slots: Annotated[int | None, typer.Option(help="Requests decoded at once [8].")] = None,
@@ -77,8 +77,7 @@ def build(
 ) -> None:
     """Build an engine from a checkpoint, try it once, and publish it.
 
-    A quantised engine (--precision) is published only if it answers as well as the unquantised one; engines for
-    tensorrt are published unmeasured.
+    A quantised engine (--precision) is published only if it answers as well as the unquantised one.
 
     Example: nvlm-trt build --checkpoint checkpoints/nvlm-h --output engines/nvlm-h --precision int8
     """
@@ -100,11 +99,6 @@ def build(
     }
     if no_gate and _given(judging):
         raise NvlmError("--no-gate measures nothing; leave out --gate, --gate-samples and --max-accuracy-drop")
-    if backend == "tensorrt" and _given(judging):
-        raise NvlmError(
-            f"--{_option(judging)} is of the backend onnxruntime: engines for tensorrt are published unmeasured; score "
-            "the engine with `nvlm-trt eval`"
-        )
     if _given(judging) and not quantised_components(precisions):
         raise NvlmError(f"an fp32 engine passes no gate, but --{_option(judging)} was given; choose a --precision")
     if _given(calibrating) and not needs_calibration(precisions):
@@ -132,7 +126,7 @@ def build(
         for cost in error.costs:
             terminal.note(str(cost))
         raise
-    _note_gate(engine.manifest.accuracy_gate, "--no-gate" if no_gate else f"{backend}: score it with `nvlm-trt eval`")
+    _note_gate(engine.manifest.accuracy_gate)
     size = sum(record.size for record in engine.manifest.files.values())
     shown = " ".join(f"{name}={value}" for name, value in engine.limits.model_dump().items())
     terminal.note(f"published {output} (NVLM-{engine.config.architecture}, {size / 1e6:.1f} MB, {shown})")
@@ -157,16 +151,18 @@ def _option(options: dict[str, Any]) -> str:
     return typed.get(name, name.replace("_", "-"))
 
 
-def _note_gate(record: dict[str, Any] | None, unmeasured: str) -> None:
-    """`unmeasured`: why a quantised engine was not measured."""
+def _note_gate(record: dict[str, Any] | None) -> None:
     if record is None:
         return
     if record["result"] == "not measured":
-        terminal.note(f"accuracy gate: not measured ({unmeasured})")
+        terminal.note("accuracy gate: not measured (--no-gate)")
         return
-    scores = f"{100 * record['score']:.2f} points against {100 * record['fp32_score']:.2f} in fp32"
+    unquantised = record["unquantised"]
+    scores = f"{100 * record['score']:.2f} points against {100 * record['fp32_score']:.2f} in {unquantised}"
     equal = f"{100 * record['equal_answers']:.1f} % of the answers are the same"
     if record["result"] == "meaningless":
-        terminal.note(f"warning: the accuracy gate says nothing, the fp32 engine knows too little ({scores}; {equal})")
+        terminal.note(
+            f"warning: the accuracy gate says nothing, the {unquantised} engine knows too little ({scores}; {equal})"
+        )
     else:
         terminal.note(f"accuracy gate: passed ({scores}; {equal})")

@@ -13,6 +13,7 @@ from pathlib import Path
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import ServerError
 from nvlm_trt.image import ImageLimits
+from nvlm_trt.serving.tensorrt_plans import link_plan, most_tiles, placement
 
 # Images of several requests on their way through the ensemble at once. Each holds one of the threads that the python
 # backend also needs to answer, so there must be fewer than of those: with all of them held nothing is ever answered.
@@ -36,19 +37,26 @@ class RepositoryOptions:
 
 
 def render_repository(engine: Engine, directory: Path, drain_file: Path, options: RepositoryOptions) -> None:
-    """Write the models into `directory`, made for it. While `drain_file` exists, `nvlm` accepts no new request."""
+    """Write the models into `directory`, made for it. While `drain_file` exists, `nvlm` accepts no new request.
+
+    Raises ServerError for an engine whose plans Triton cannot load."""
     values = _template_values(engine, drain_file, options)
-    for model in _sources():
-        target = directory / model.name
+    for name, model in _sources(engine.manifest.backend).items():
+        target = directory / name
         (target / "1").mkdir(parents=True)
         template = string.Template((model / "config.pbtxt").read_text(encoding="utf-8"))
         (target / "config.pbtxt").write_text(template.substitute(values), encoding="utf-8")
         for source in (model / "1").glob("*.py"):
             shutil.copy(source, target / "1")
+    if engine.manifest.backend == "tensorrt":
+        link_plan(engine, directory / "vision_encoder" / "1")
 
 
 def max_batch_tiles(engine: Engine) -> int:
-    """Tiles that vision_encoder takes at once: some images of the most tiles, thumbnails included."""
+    """Tiles that vision_encoder takes at once: some images of the most tiles, thumbnails included; for TensorRT what
+    its plan was built for."""
+    if engine.manifest.tensorrt:
+        return most_tiles(engine.manifest.tensorrt)
     most = engine.limits.max_tiles
     return _BATCHED_IMAGES * (most + (most > 1))
 
@@ -70,6 +78,7 @@ def _template_values(engine: Engine, drain_file: Path, options: RepositoryOption
         # a JSON string is a protobuf text string, quotes and escapes included
         "engine": json.dumps(str(engine.path.absolute()), ensure_ascii=False),
         "drain_file": json.dumps(str(drain_file), ensure_ascii=False),
+        **placement(engine),
         "tile_size": str(config.vision.image_size),
         "tokens_per_tile": str(config.tokens_per_tile),
         "hidden_size": str(config.llm.hidden_size),
@@ -87,10 +96,16 @@ def _template_values(engine: Engine, drain_file: Path, options: RepositoryOption
     }
 
 
-def _sources() -> list[Path]:
-    """The model folders of triton_repo, in a checkout or in an installed wheel."""
+def _sources(backend: str) -> dict[str, Path]:
+    """Model -> its folder in triton_repo, in a checkout or in an installed wheel. A folder that ends in the name of a
+    backend has that model for it."""
     root = Path(str(importlib.resources.files("nvlm_trt.triton_repo")))
-    return [folder for folder in root.iterdir() if (folder / "config.pbtxt").is_file()]
+    folders = {folder.name: folder for folder in root.iterdir() if (folder / "config.pbtxt").is_file()}
+    special = {name: folder for name, folder in folders.items() if name.endswith("_tensorrt")}
+    models = {name: folder for name, folder in folders.items() if name not in special}
+    if backend == "tensorrt":
+        models |= {name.removesuffix("_tensorrt"): folder for name, folder in special.items()}
+    return models
 
 
 def check_shared_memory(engine: Engine) -> None:

@@ -21,6 +21,7 @@ from nvlm_trt.serving.canary import run_canary
 from nvlm_trt.serving.client import Client
 from nvlm_trt.serving.ports import choose_ports, listen_address, port_in_use
 from nvlm_trt.serving.repository import RepositoryOptions, check_shared_memory, render_repository
+from nvlm_trt.serving.tensorrt_plans import check_backend
 from nvlm_trt.serving.triton_command import triton_command
 from nvlm_trt.serving.triton_install import TritonInstall, find_triton
 from nvlm_trt.serving.triton_process import TritonProcess
@@ -96,6 +97,7 @@ class TritonServer:
         """
         engine = Engine.open(self._engine_path, full_check=True)
         install = find_triton()
+        check_backend(engine, install.backends)
         self._listen = listen_address(self._options.host)
         self._host = _LOOPBACK.get(self._listen, self._listen)
         check_shared_memory(engine)

@@ -47,8 +47,6 @@ class Machine:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("XDG_CACHE_HOME", str(cache))
             patch.setitem(backends._DEVICES, "tensorrt", "cpu")
-            # ONNX Runtime computes any: the plugin's own limit has a test without this
-            patch.setattr(tensorrt_engine, "HEAD_DIMS", (32,))
             # keep the real classes at hand: doubles are checked against them
             made = {"Builder": self.builder, "OnnxParser": self.parser, "Runtime": self.runtime}
             made |= {"Refitter": self.refitter, "OnnxParserRefitter": self.parser_refitter}
@@ -238,16 +236,23 @@ class Machine:
             yield
             machine.capturing = None
 
-        for name in ("Stream", "stream", "CUDAGraph", "graph", "get_device_capability", "get_device_name"):
+        used = ("Stream", "stream", "CUDAGraph", "graph", "empty_cache", "current_stream", "default_stream")
+        for name in (*used, "get_device_capability", "get_device_name"):
             assert hasattr(torch.cuda, name)
+        assert hasattr(torch.cuda.Stream, "wait_stream")
         inspect.signature(torch.cuda.graph).bind("graph", stream="stream", capture_error_mode="thread_local")
         cuda = SimpleNamespace(
             Stream=lambda device: SimpleNamespace(cuda_stream=7, synchronize=lambda: None),
             stream=contextlib.nullcontext,
             CUDAGraph=CudaGraph,
             graph=graph,
+            empty_cache=lambda: None,
+            current_stream=lambda device: SimpleNamespace(
+                wait_stream=lambda other: machine.events.append(f"waited for the {other}")
+            ),
+            default_stream=lambda device: "default stream",
         )
-        names = ("empty", "zeros", "from_numpy", "uint8", "int32", "int64", "float32", "float16", "bfloat16")
+        names = ("empty", "zeros", "stack", "from_numpy", "uint8", "int32", "int64", "float32", "float16", "bfloat16")
         members = {name: getattr(torch, name) for name in (*names, "OutOfMemoryError")}
         return SimpleNamespace(cuda=cuda, **members)
 

@@ -4,6 +4,7 @@ Runtime's engine, on a machine without a GPU (tensorrt_on_cpu.py says what is re
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -19,8 +20,10 @@ from command_line import Run, assert_one_line_error
 
 from nvlm_trt.builders.onnx_engine import build_engine
 from nvlm_trt.builders.quantization.precisions import parse_precision
-from nvlm_trt.engine import Engine
+from nvlm_trt.config import PRESETS
+from nvlm_trt.engine import Engine, EngineLimits
 from nvlm_trt.errors import EngineError
+from nvlm_trt.planner import plan_engine
 from nvlm_trt.tensorrt_target import Target, check_target, container_with
 
 pytest.importorskip("polygraphy", reason="needs polygraphy: pip install 'nvlm-trt[test]'")
@@ -60,6 +63,25 @@ def test_answers_as_the_engine_for_onnx_runtime(
     for name, values in expected.items():
         assert np.isfinite(answers[name]).all(), name
         np.testing.assert_allclose(answers[name], values, rtol=0, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["nvlm-d-tiny", "nvlm-x-tiny"])
+def test_takes_image_tokens_that_are_on_the_device(
+    tensorrt_process: ProcessPoolExecutor, checkpoint: Directory, tmp_path: Path, name: str
+) -> None:
+    pixels = np.random.default_rng(0).standard_normal((1, 3, 56, 56), dtype=np.float32)
+    arguments = [checkpoint(name), tmp_path / "engine", pixels]
+    events = tensorrt_process.submit(scenarios.ask_with_tokens_on_the_device, *arguments).result()
+    assert events.count("waited for the default stream") == (3 if name == "nvlm-x-tiny" else 2)
+
+
+def test_refuses_rows_at_addresses_that_tensorrt_does_not_take(
+    tensorrt_process: ProcessPoolExecutor, checkpoint: Directory, tmp_path: Path
+) -> None:
+    arguments = [checkpoint("nvlm-d-tiny"), tmp_path / "engine", {"max_seq_len": 255}, "bf16"]
+    with pytest.raises(EngineError, match="max_seq_len 255 .* a multiple of 2"):
+        tensorrt_process.submit(scenarios.build_with_limits, *arguments).result()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_build_records_what_it_was_built_for(
@@ -105,25 +127,47 @@ def test_plans_without_weights_or_with_streamed_ones(
 @pytest.mark.parametrize(
     ("code", "text", "message"),
     [
-        ("FAILED_ALLOCATION", "cudaMalloc", r"vision_encoder.onnx .* out of memory. Its weights alone take 0\.0 GB"),
+        ("FAILED_ALLOCATION", "cudaMalloc", r"vision_encoder.onnx .* out of memory. .* {planned} on the GPU"),
         ("INTERNAL_ERROR", "no kernel\nfor this", "vision_encoder.onnx could not be built: no kernel for this"),
     ],
 )
 def test_failed_builds_leave_nothing(
     tensorrt_process: ProcessPoolExecutor, checkpoint: Directory, tmp_path: Path, code: str, text: str, message: str
 ) -> None:
+    limits = EngineLimits(**scenarios.LIMITS, max_tiles=6)
+    planned = plan_engine(PRESETS["nvlm-d-tiny"], limits, parse_precision("fp32", "tensorrt"), "tensorrt", 0).stages
     arguments = [checkpoint("nvlm-d-tiny"), tmp_path / "engine", code, text]
-    with pytest.raises(EngineError, match=message):
+    with pytest.raises(EngineError, match=message.format(planned=re.escape(str(planned["vision_encoder"])))):
         tensorrt_process.submit(scenarios.fail_to_build, *arguments).result()
     assert [path.name for path in tmp_path.iterdir()] in ([], ["cache"])
+
+
+def test_says_what_was_expected_when_the_finished_engine_does_not_fit(
+    tensorrt_process: ProcessPoolExecutor, checkpoint: Directory, tmp_path: Path
+) -> None:
+    arguments = [checkpoint("nvlm-d-tiny"), tmp_path / "engine"]
+    with pytest.raises(EngineError, match=r"no GPU memory for the caches of 3 slots; .* expected to take 0\.0\d GB"):
+        tensorrt_process.submit(scenarios.fail_to_allocate, *arguments).result()
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
+@pytest.mark.parametrize("name", ["nvlm-d-tiny", "nvlm-h-tiny"])
+def test_caches_take_what_the_planner_says(
+    tensorrt_process: ProcessPoolExecutor, checkpoint: Directory, tmp_path: Path, name: str
+) -> None:
+    caches = tensorrt_process.submit(scenarios.cache_bytes, checkpoint(name), tmp_path / "engine").result()
+    engine = Engine.open(tmp_path / "engine")
+    plan = plan_engine(engine.config, engine.limits, engine.manifest.precision, "tensorrt", tag_length=1)
+    assert plan.self_cache == sum(nbytes for cache, nbytes in caches.items() if cache.startswith("past_"))
+    assert plan.cross_cache == sum(nbytes for cache, nbytes in caches.items() if cache.startswith("cross_"))
 
 
 def test_refuses_heads_that_the_plugin_lacks(
     tensorrt_process: ProcessPoolExecutor, checkpoint: Directory, tmp_path: Path
 ) -> None:
     arguments = [checkpoint("nvlm-x-tiny"), tmp_path / "engine"]
-    with pytest.raises(EngineError, match="heads of 64, 80, 96, 128, this model's have 32"):
-        tensorrt_process.submit(scenarios.build_with_the_plugins_heads, *arguments).result()
+    with pytest.raises(EngineError, match="heads of 64, 128, this model's have 32"):
+        tensorrt_process.submit(scenarios.build_for_a_plugin_of_wider_heads, *arguments).result()
 
 
 def test_refuses_another_version_gpu_and_a_truncated_plan(
@@ -178,7 +222,7 @@ def test_without_what_it_needs(
     [
         (("--backend", "tensorrt", "--precision", "int4-weight-only"), ("int4-weight-only", "fp16, bf16")),
         (("--backend", "tensorrt", "--precision", "int8,lm_head=fp16"), ("bf16 and fp16", "one floating-point type")),
-        (("--backend", "tensorrt", "--precision", "int8", "--gate-samples", "3"), ("--gate-samples", "nvlm-trt eval")),
+        (("--backend", "tensorrt", "--gate-samples", "3"), ("passes no gate", "--gate-samples")),
         (("--strip-weights",), ("of the backend tensorrt",)),
         (("--backend", "tensorrt", "--strip-weights", "--weight-streaming"), ("exclude each other",)),
         (("--backend", "abacus"), ("onnxruntime, tensorrt",)),

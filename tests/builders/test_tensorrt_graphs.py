@@ -74,6 +74,19 @@ def test_is_valid_strongly_typed_and_passes_the_linter(architecture: str, dtype:
                     assert all(d.dim_param or d.dim_value == size for size, d in fixed)
 
 
+@pytest.mark.parametrize("architecture", ["X", "H"])
+def test_cross_kv_runs_at_every_shape_of_its_profile(architecture: str) -> None:
+    """TensorRT refuses a profile that an operator's shapes contradict: NVLM-H has no tag for the thumbnail."""
+    model = MODELS[architecture]
+    cross_kv = session(graphs(model, None, DTYPES["fp32"])[1])
+    (profile,) = profiles_of(model.config, LIMITS)["cross_kv"]
+    fewest, _, most = profile["image_tokens"]
+    assert (fewest[0], most[0]) == (1, 7 if architecture == "X" else 6)
+    for shape in profile["image_tokens"]:
+        for output in cross_kv.run(None, {"image_tokens": np.zeros(shape, np.float32)}):
+            assert output.shape[1] == shape[0] * (shape[1] + (TAGS.shape[1] if architecture == "H" else 0))
+
+
 def test_cache_is_input_and_output_of_every_update() -> None:
     decoder = ir.to_proto(graphs(MODELS["X"], None, DTYPES["bf16"])[-1]).graph
     updates = [node for node in decoder.node if node.op_type == "TRT_KVCacheUpdate"]

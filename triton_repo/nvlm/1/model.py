@@ -27,6 +27,7 @@ class TritonPythonModel:
         parameters = {name: entry["string_value"] for name, entry in entries.items()}
         limits = ImageLimits(*(int(parameters[name]) for name in ("max_pixels", "max_bytes", "max_images")))
         self._drain_file = parameters["drain_file"]
+        self._on_device = parameters["FORCE_CPU_ONLY_INPUT_TENSORS"] == "no"
         self._encoder = EnsembleEncoder()
         self._pipeline = Pipeline.open(
             parameters["engine"],
@@ -53,7 +54,7 @@ class TritonPythonModel:
                 if ticket is None:
                     self._start(request, sender)
                 else:
-                    self._encoder.deliver(ticket, chat_tensors.image_tokens(request))
+                    self._encoder.deliver(ticket, chat_tensors.image_tokens(request, self._on_device))
                     sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
             except Exception as error:
                 sender.send(error_response(error), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
@@ -69,7 +70,7 @@ class TritonPythonModel:
     def _start(self, request: Any, sender: Any) -> None:
         if os.path.exists(self._drain_file):
             raise ServerError("the server is stopping; send the request to another one")
-        chat = chat_tensors.chat_request(request)
+        chat = chat_tensors.chat_request(request, self._on_device)
         stream = AnswerStream(sender, on_end=self._open_streams.discard, on_late_tokens=self._metrics.add_late_tokens)
         handle = self._pipeline.submit(chat, stream.put, stream.put, request_id=request.request_id())
         self._open_streams.add(stream)

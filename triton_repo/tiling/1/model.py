@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import triton_python_backend_utils as pb_utils
+from pixel_tensor import pixel_tensor
 
 from nvlm_trt.errors import ImageError, NvlmError, RequestError
 from nvlm_trt.image import ImageLimits, load_image
@@ -17,9 +18,9 @@ from nvlm_trt.tiling import tile_image
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
-        parameters = {
-            key: int(value["string_value"]) for key, value in json.loads(args["model_config"])["parameters"].items()
-        }
+        entries = json.loads(args["model_config"])["parameters"]
+        self._image_type = entries.pop("image_type")["string_value"]
+        parameters = {key: int(value["string_value"]) for key, value in entries.items()}
         self._tile_size = parameters["tile_size"]
         self._max_tiles = parameters["max_tiles"]
         self._limits = ImageLimits(parameters["max_pixels"], parameters["max_bytes"], parameters["max_images"])
@@ -40,7 +41,7 @@ class TritonPythonModel:
         counts = np.array([len(image) for image in tiles], np.int32)
         return pb_utils.InferenceResponse(
             [
-                pb_utils.Tensor("pixel_values", np.concatenate(tiles)),  # [n, 3, E, E]
+                pixel_tensor(np.concatenate(tiles), self._image_type),  # [n, 3, E, E]
                 pb_utils.Tensor("tiles_per_image", counts),  # [images]
             ]
         )

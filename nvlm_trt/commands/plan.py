@@ -1,0 +1,180 @@
+"""`nvlm-trt plan`: what an engine will take, before it is built."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from nvlm_trt.config import PRESETS, NvlmConfig
+from nvlm_trt.errors import ConfigError, EngineError, NvlmError
+
+if TYPE_CHECKING:
+    from nvlm_trt.engine import EngineLimits
+    from nvlm_trt.planner import EnginePlan, Work
+
+_DEFAULT_PRECISION = {"onnxruntime": "fp32", "tensorrt": "bf16"}
+_PRESET_TAG_LENGTH = 1  # of the tokenizer that `nvlm-trt init-checkpoint` writes
+
+
+def plan(
+    checkpoint: Annotated[Path | None, typer.Option(help="Checkpoint directory in HF layout.")] = None,
+    preset: Annotated[str | None, typer.Option(help=f"Instead of a checkpoint: {', '.join(PRESETS)}.")] = None,
+    backend: Annotated[str, typer.Option(help="onnxruntime or tensorrt.")] = "onnxruntime",
+    precision: Annotated[
+        str | None, typer.Option(help="As for `nvlm-trt build` [fp32 for onnxruntime, bf16 for tensorrt].")
+    ] = None,
+    max_slots: Annotated[int | None, typer.Option(min=1, help="Requests decoded at once [8].")] = None,
+    max_seq_len: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of prompt and answer in the LLM [4096].")
+    ] = None,
+    max_image_tokens: Annotated[
+        int | None, typer.Option(min=0, help="Cross-attended tokens per request (X, H) [four images' worth].")
+    ] = None,
+    text_tokens: Annotated[int, typer.Option(min=1, help="Text tokens of the prompt that is prefilled.")] = 128,
+    tiles: Annotated[
+        int | None, typer.Option(min=0, help="Tiles of its image, thumbnail included [the most]; 0: no image.")
+    ] = None,
+    bandwidth: Annotated[
+        float | None, typer.Option(help="GB/s that memory is read with; with --tflops: the least times.")
+    ] = None,
+    tflops: Annotated[float | None, typer.Option(help="10^12 operations per second, in the precision chosen.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+) -> None:
+    """Say what an engine will take, before it is built: memory, and the least time of a prompt and of a token.
+
+    Example: nvlm-trt plan --preset nvlm-d-72b --backend tensorrt --precision fp8 --bandwidth 4800 --tflops 1979
+    """
+    if (checkpoint is None) == (preset is None):
+        raise NvlmError(f"name either a checkpoint or a preset: --checkpoint DIR, or --preset {next(iter(PRESETS))}")
+    if backend not in _DEFAULT_PRECISION:
+        raise NvlmError(f"backend {backend!r} is not one of: {', '.join(_DEFAULT_PRECISION)}; choose with --backend")
+    rates = [rate for rate in (bandwidth, tflops) if rate is not None]
+    if len(rates) == 1 or any(rate <= 0 for rate in rates):
+        raise NvlmError("a time follows from both --bandwidth and --tflops, above 0; give both or none")
+    from nvlm_trt.builders.engine_writer import default_limits
+    from nvlm_trt.builders.quantization.precisions import parse_precision
+    from nvlm_trt.engine import EngineLimits
+    from nvlm_trt.planner import Roofline, plan_engine
+
+    precision = precision or _DEFAULT_PRECISION[backend]
+    precisions = parse_precision(precision, backend)
+    config, tag_length, checkpoint_bytes = _model(checkpoint, preset)
+    chosen = {"max_slots": max_slots, "max_seq_len": max_seq_len, "max_image_tokens": max_image_tokens}
+    given = {name: value for name, value in chosen.items() if value is not None}
+    limits = EngineLimits(**{**default_limits(config, tag_length).model_dump(), **given})
+    tiles = config.tiles_per_image if tiles is None else tiles
+    if tiles > config.tiles_per_image:
+        raise EngineError(f"an image has at most {config.tiles_per_image} tiles, not {tiles}; lower --tiles")
+    planned = plan_engine(config, limits, precisions, backend, tag_length, checkpoint_bytes)
+    roofline = Roofline(config, limits, precisions, backend, tag_length)
+    prefill = roofline.prefill(text_tokens, tiles)
+    in_llm, cross = _image_tokens(config, tiles, tag_length)
+    decode = roofline.decode(1, text_tokens + in_llm + 1, cross)
+    works = {**{f"prefill {stage}": work for stage, work in prefill.items()}, "decode": decode}
+    times = {name: _seconds(work, bandwidth, tflops) for name, work in works.items()}
+    if as_json:
+        print(
+            json.dumps(
+                {
+                    "model": config.name,
+                    "backend": backend,
+                    "precision": precisions,
+                    "limits": limits.model_dump(),
+                    "memory": asdict(planned),
+                    "prompt": {"text_tokens": text_tokens, "tiles": tiles},
+                    "roofline": {name: {**asdict(work), "seconds": times[name]} for name, work in works.items()},
+                },
+                indent=2,
+            )
+        )
+    else:
+        title = f"{config.name}, {precision}, {backend}: {_shown(limits)}"
+        _print_table(title, planned, works, times, f"{text_tokens} text tokens, {tiles} tiles")
+
+
+def _model(checkpoint: Path | None, preset: str | None) -> tuple[NvlmConfig, int, int | None]:
+    """Config, tokens of a tile's tag, and bytes of the checkpoint's weight files, None for a preset."""
+    if preset is not None:
+        if preset not in PRESETS:
+            raise ConfigError(f"preset {preset!r} is not one of {', '.join(PRESETS)}")
+        return PRESETS[preset], _PRESET_TAG_LENGTH, None
+    from nvlm_trt.checkpoint import Checkpoint
+    from nvlm_trt.prompt import PromptEncoder
+    from nvlm_trt.tokenizer import Tokenizer
+
+    assert checkpoint is not None
+    with Checkpoint.open(checkpoint) as opened:
+        tag_length = PromptEncoder(opened.config, Tokenizer.from_directory(checkpoint)).tag_length
+        return opened.config, tag_length, sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
+
+
+def _image_tokens(config: NvlmConfig, tiles: int, tag_length: int) -> tuple[int, int]:
+    """Of one image: tokens in the LLM's sequence, and cross-attended ones."""
+    from nvlm_trt.prompt import split_tiles
+
+    in_llm, in_cross = (len(range(tiles)[part]) for part in split_tiles(config.architecture, tiles))
+    return in_llm * config.tokens_per_tile, in_cross * config.cross_tokens_per_tile(tag_length)
+
+
+def _seconds(work: Work, bandwidth: float | None, tflops: float | None) -> float | None:
+    return work.seconds(bandwidth * 1e9, tflops * 1e12) if bandwidth and tflops else None
+
+
+def _shown(limits: EngineLimits) -> str:
+    return " ".join(f"{name}={value}" for name, value in limits.model_dump().items())
+
+
+def _print_table(
+    title: str, planned: EnginePlan, works: dict[str, Work], times: dict[str, float | None], prompt: str
+) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("", no_wrap=True)
+    for heading in ("", "bytes", "time"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in _memory_rows(planned):
+        table.add_row(*row)
+    table.add_section()
+    for name, work in works.items():
+        seconds = times[name]
+        shown = "" if seconds is None else f"{1e3 * seconds:.2f} ms"
+        table.add_row(name, _scaled(work.flops, "FLOP"), _scaled(work.nbytes, "B"), shown)
+    table.caption = f"{prompt}, then one token; activations and peaks are estimates"
+    table.caption_justify = "left"
+    Console(highlight=False).print(table)
+
+
+def _memory_rows(planned: EnginePlan) -> Iterator[tuple[str, ...]]:
+    for component, nbytes in planned.weights.items():
+        parameters = planned.parameters.get(component)
+        yield f"{component} weights", _scaled(parameters, " parameters") if parameters else "", _scaled(nbytes, "B")
+    rows = {
+        "KV cache": planned.self_cache,
+        "cross-attention cache": planned.cross_cache,
+        "activations": sum(stage.activations for stage in planned.stages.values()),
+        "image cache, at most": planned.image_cache,
+        "peak while serving": planned.peak_running,
+        "peak while building": planned.peak_building,
+        "host memory while building": planned.host_building,
+        "checkpoint": planned.checkpoint,
+    }
+    for name, nbytes in rows.items():
+        if nbytes:
+            yield name, "", _scaled(nbytes, "B")
+
+
+def _scaled(number: float, unit: str) -> str:
+    """12300000, "B" -> 12.30 MB."""
+    for prefix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if number >= size:
+            return f"{number / size:.2f} {prefix}{unit}"
+    return f"{number / 1e3:.2f} k{unit}"

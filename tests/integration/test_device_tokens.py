@@ -1,0 +1,101 @@
+"""The models of an engine for TensorRT in a real tritonserver on a CPU: bfloat16 by DLPack from `tiling` to `nvlm`.
+
+The plan's place is taken by a python model with the tensors of its config.pbtxt, and GPU instances become CPU
+instances, whose tokens lie in host memory. The rest is what is rendered for TensorRT.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from live_server import picture
+from tensorrt_engines import for_tensorrt
+
+from nvlm_trt.backends import open_backend
+from nvlm_trt.engine import Engine
+from nvlm_trt.image import load_image
+from nvlm_trt.prompt import Message
+from nvlm_trt.runtime.pipeline import ChatRequest, Pipeline
+from nvlm_trt.runtime.sampling import SamplingParams
+from nvlm_trt.serving import server as server_module
+from nvlm_trt.serving.client import Client
+from nvlm_trt.serving.repository import RepositoryOptions, render_repository
+from nvlm_trt.serving.server import TritonServer
+from nvlm_trt.tiling import tile_image
+
+GREEDY = SamplingParams(max_tokens=12, ignore_eos=True)
+STAND_IN = """
+import torch
+import triton_python_backend_utils as pb_utils
+from nvlm_trt.backends import open_backend
+from nvlm_trt.engine import Engine
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        self.backend = open_backend(Engine.open({engine!r}), ["vision_encoder"], threads=1)
+
+    def execute(self, requests):
+        responses = []
+        for request in requests:
+            pixels = pb_utils.get_input_tensor_by_name(request, "pixel_values").to_dlpack()
+            pixels = torch.utils.dlpack.from_dlpack(pixels)
+            assert pixels.dtype == torch.bfloat16
+            tokens = torch.from_numpy(self.backend.encode(pixels.float().numpy())).to(torch.bfloat16)
+            tensor = pb_utils.Tensor.from_dlpack("image_tokens", torch.utils.dlpack.to_dlpack(tokens))
+            responses.append(pb_utils.InferenceResponse([tensor]))
+        return responses
+"""
+
+
+def render_for_a_cpu(engine: Engine, directory: Path, drain_file: Path, options: RepositoryOptions) -> None:
+    render_repository(for_tensorrt(engine, "bf16"), directory, drain_file, options)
+    for model in ("vision_encoder", "nvlm"):
+        config = directory / model / "config.pbtxt"
+        text = re.sub(r"kind: KIND_GPU count: 1[^}]*", "kind: KIND_CPU count: 1 ", config.read_text())
+        text = re.sub(r"(?m)^optimization .*$", "", text).replace('platform: "tensorrt_plan"', 'backend: "python"')
+        config.write_text(text)
+    plan = directory / "vision_encoder" / "1" / "model.plan"
+    plan.unlink()
+    plan.with_name("model.py").write_text(STAND_IN.format(engine=str(engine.path)))
+
+
+@pytest.fixture(params=["nvlm-d-tiny", "nvlm-h-tiny"])
+def served(
+    request: pytest.FixtureRequest, engine: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Path, TritonServer]]:
+    monkeypatch.setattr(server_module, "render_repository", render_for_a_cpu)
+    path = engine(request.param)
+    with TritonServer(path) as server:
+        yield path, server
+
+
+def rounded(array: np.ndarray) -> np.ndarray:
+    return torch.from_numpy(array).to(torch.bfloat16).float().numpy()
+
+
+def test_answers_are_those_of_tokens_in_bfloat16(served: tuple[Path, TritonServer]) -> None:
+    path, server = served
+    image = picture(3, 200, 120)
+    chat = ChatRequest([Message("user", "What is this?")], [image], GREEDY)
+    opened = Engine.open(path)
+    with open_backend(opened, ["vision_encoder"], threads=1) as encoder:
+
+        def encode(data: bytes, max_tiles: int) -> np.ndarray:
+            pixels = tile_image(load_image(data), opened.config.vision.image_size, max_tiles)
+            return rounded(encoder.encode(rounded(pixels)))
+
+        with Pipeline.open(path, encode_image=encode) as pipeline:
+            expected = [token for delta in pipeline.generate(chat) for token in delta.token_ids]
+    with Client(server.address) as client:
+        answers = [client.generate("What is this?", images=[image], sampling=GREEDY) for _ in range(2)]
+        text_only = client.generate("Hello", sampling=GREEDY)
+    assert [answer.token_ids for answer in answers] == [expected, expected]
+    assert answers[1].usage is not None
+    assert answers[1].usage.cached_images == 1
+    assert len(text_only.token_ids) == 12

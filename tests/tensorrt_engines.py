@@ -1,0 +1,28 @@
+"""Engines for TensorRT as far as serving looks at them: manifest and config, without plans."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from nvlm_trt.builders.tensorrt_profiles import profiles_of
+from nvlm_trt.engine import Engine, TensorRtRecord, save_manifest
+
+
+def for_tensorrt(engine: Engine, dtype: str, path: Path | None = None, stripped: bool = False) -> Engine:
+    """`engine` as if it had been built for TensorRT in `dtype`; its directory is `path`."""
+    record = TensorRtRecord(
+        version="11.1.0.33",
+        capability=90,
+        gpu="a GPU made of paper",
+        container="nvcr.io/nvidia/tritonserver:26.07-py3",
+        dtype=dtype,
+        plugin="",
+        aliased={},
+        profiles=profiles_of(engine.config, engine.limits),
+        stripped=stripped,
+    )
+    manifest = engine.manifest.model_copy(update={"backend": "tensorrt", "tensorrt": record})
+    if path is not None:
+        save_manifest(path, manifest)
+    return replace(engine, manifest=manifest, path=path or engine.path)
