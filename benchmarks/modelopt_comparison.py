@@ -1,7 +1,7 @@
 """Our int8 and fp8 against NVIDIA ModelOpt's on the same vision encoder: how far each is from fp32.
 
     pip install --no-deps nvidia-modelopt onnx_graphsurgeon onnxslim onnxconverter-common polygraphy ninja omegaconf \
-        'pulp<4' cppimport lief
+        antlr4-python3-runtime==4.9.3 PyYAML nvidia-ml-py 'pulp<4' cppimport lief
     python benchmarks/modelopt_comparison.py --work /tmp/nvlm-modelopt checkpoints/nvlm-d-tiny
 
 ModelOpt quantises the fp32 engine's vision_encoder.onnx, projector included, calibrated on the tiles of the same

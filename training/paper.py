@@ -150,6 +150,7 @@ def fill_in(template: str, document: dict[str, Any]) -> str:
     """Put each table where the template says {NAME}."""
     return (
         template.replace("{tags}", _tags_table(document["tags"]))
+        .replace("{steps}", _steps(document["tags"]))
         .replace("{text_only}", _text_table(document["text_only"]))
         .replace("{architectures}", _architectures_table(document["architectures"]))
         .replace("{real_lengths}", _real_lengths_table(json.loads(REAL_LENGTHS.read_text())))
@@ -165,6 +166,10 @@ def _tags_table(tags: dict[str, Any]) -> str:
             cells = [*scores.values(), statistics.fmean(scores.values())]
             lines.append(f"| NVLM-{name.upper()}, {variant.name} | " + " | ".join(map(_percent, cells)) + " |")
     return "\n".join(lines)
+
+
+def _steps(tags: dict[str, Any]) -> str:
+    return " and ".join(f"{ablation['steps']:,} steps of {ablation['model']}" for ablation in tags.values())
 
 
 def _text_table(text_only: dict[str, dict[str, float]]) -> str:
