@@ -28,15 +28,16 @@ class Blocks(NamedTuple):
 
 
 # Numbered as TensorRT numbers tactics, from 1. The rows are (token, head of the group) pairs: 16, the least that a
-# tensor core multiplies, serve a decoding step, which waits for memory. In prefill 128 registers let two programs share
-# a multiprocessor, so that one multiplies while the other takes exponentials. TensorRT is not known to launch kernels
-# of more than 48 KB, and takes one kernel, not two.
+# tensor core multiplies, serve a decoding step, which waits for memory. TensorRT is not known to launch kernels of more
+# than 48 KB, and takes one kernel, not two.
 BLOCKS: dict[int, Blocks] = {
     1: Blocks(rows=16, key_bytes=8 << 10, warps=4, stages=3),  # decoding in 48 KB; any step in fp32
     2: Blocks(rows=16, key_bytes=16 << 10, warps=4, stages=3, chunk=512),  # decoding
     3: Blocks(rows=64, key_bytes=8 << 10, warps=4, stages=1),  # prefill in 48 KB
     4: Blocks(rows=64, key_bytes=16 << 10, warps=4, stages=1),  # prefill in 48 KB
-    5: Blocks(rows=128, key_bytes=16 << 10, warps=8, stages=2, registers=128),  # prefill
+    5: Blocks(rows=128, key_bytes=16 << 10, warps=8, stages=2),  # prefill
+    # Prefill on Hopper: 128 registers let two programs share a multiprocessor. Other GPUs would spill more of them.
+    6: Blocks(rows=128, key_bytes=16 << 10, warps=8, stages=2, registers=128),
 }
 FP32_BLOCKS = (1,)  # fp32 is multiplied outside the tensor cores, where larger blocks spill registers
 
@@ -52,8 +53,11 @@ def candidates(item_bytes: int) -> tuple[int, ...]:
     return FP32_BLOCKS if item_bytes == 4 else tuple(BLOCKS)
 
 
-def choose_blocks(rows: int, item_bytes: int) -> Blocks:
-    """For `rows` (tokens * heads per key head) on a device without the 48 KB limit."""
+def choose_blocks(rows: int, item_bytes: int, generation: int = 0) -> Blocks:
+    """For `rows` (tokens * heads per key head) on a device without the 48 KB limit; `generation` is the first part of
+    its compute capability."""
     if item_bytes == 4:
         return BLOCKS[1]
-    return BLOCKS[2] if rows <= BLOCKS[2].rows else BLOCKS[5]
+    if rows <= BLOCKS[2].rows:
+        return BLOCKS[2]
+    return BLOCKS[6 if generation == 9 else 5]

@@ -31,7 +31,8 @@ def gated_cross_attention(
     kv_heads, cross_tokens = key.shape[1:3]
     output = torch.empty_like(query)
     rows = tokens * (heads // kv_heads)  # of one key head
-    blocks = blocks or choose_blocks(rows, query.element_size())
+    generation = torch.cuda.get_device_capability(query.device)[0] if query.is_cuda else 0
+    blocks = blocks or choose_blocks(rows, query.element_size(), generation)
     if not output.numel():  # CUDA refuses an empty grid
         return output
     row_blocks = triton.cdiv(rows, blocks.rows)

@@ -145,9 +145,10 @@ def measure(what: str, alternative: object) -> Result:
     good = output.equal(expected) if what == "tile_resample" else Error.of(output, expected).is_within(DTYPE)
     if not good:
         return Result(WRONG, {}, "its result is wrong")
+    generation = torch.cuda.get_device_capability()[0]
     in_place = {
-        "decoding": choose_blocks(DECODE.tokens * DECODE.heads // DECODE.kv_heads, DTYPE.itemsize),
-        "prefill": choose_blocks(PREFILL.tokens * PREFILL.heads // PREFILL.kv_heads, DTYPE.itemsize),
+        "decoding": choose_blocks(DECODE.tokens * DECODE.heads // DECODE.kv_heads, DTYPE.itemsize, generation),
+        "prefill": choose_blocks(PREFILL.tokens * PREFILL.heads // PREFILL.kv_heads, DTYPE.itemsize, generation),
         "tile_resample": Squares(resample_launcher.BLOCK, resample_launcher.SOURCE, resample_launcher.WARPS),
     }
     note = "in place" if alternative == in_place[what] else ""

@@ -44,9 +44,9 @@ def test_attention_assembles(capability: int, dtype: str, head_dim: int, tactic:
     if dtype != "fp32":
         # 16 rows are fewer than the newer instructions take
         assert (TENSOR_CORE[capability] if BLOCKS[tactic].rows > 16 else "mma.sync") in kernel.ptx
-    assert kernel.shared_bytes <= (SHARED_LIMIT_ASKED if tactic in (2, 5) else SHARED_LIMIT)
-    # tactic 5 is held to half of the registers: two programs at once are faster than one that spills nothing
-    assert assemble(kernel.ptx, TARGETS[capability], tmp_path) <= (256 if tactic == 5 else 64)
+    assert kernel.shared_bytes <= (SHARED_LIMIT_ASKED if tactic in (2, 5, 6) else SHARED_LIMIT)
+    # tactic 6 is held to half of the registers: on Hopper two programs at once are faster than one that spills nothing
+    assert assemble(kernel.ptx, TARGETS[capability], tmp_path) <= (256 if tactic == 6 else 64)
 
 
 @pytest.mark.parametrize("capability", TARGETS)
@@ -91,7 +91,8 @@ def test_tile_resample_assembles(capability: int, dtype: str, tmp_path: Path) ->
     kernel = compile_kernel(tile_resample_kernel, arguments, constants, capability, options)
     assert entry_parameters(kernel.ptx) == "pppppiiiiiiiip"
     assert kernel.shared_bytes <= SHARED_LIMIT
-    assert assemble(kernel.ptx, TARGETS[capability], tmp_path) <= 64
+    # 2 warps spill what 4 would not, and were faster on an H200 all the same
+    assert assemble(kernel.ptx, TARGETS[capability], tmp_path) <= 1536
 
     scalars = ("width", "words", "pitch", "plane")
     arguments = {"image": "*u8", **dict.fromkeys(scalars, "i32"), "planes": "*u8"}

@@ -62,6 +62,7 @@ def timed_trials(path: str) -> list[Check]:
         module.prompt_ranges = lambda shape: real_ranges(shape, before=2, tag=2)
     resample.LARGE = tune.LARGE = picture
     torch.cuda.synchronize = lambda: None
+    torch.cuda.get_device_capability = lambda: (9, 0)
 
     record = Record(Path(path))
     for name, value in ((measure.COPY, 4000.0), (measure.MATMUL, 700.0)):
