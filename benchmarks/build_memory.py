@@ -4,9 +4,9 @@
 
 The checkpoint has NVLM-D-72B's shapes with as many layers as make `--gigabytes` of bfloat16, or as few as the disk has
 room for. Its file is sparse: nothing but the header is stored, every weight reads as zero, and the build does with
-zeros all that it does with numbers. Each precision is built once, by a process of its own, without the smoke test,
-which loads the whole engine and would measure ONNX Runtime; the engine is removed. Memory is the process's high-water
-mark of resident memory (VmHWM) as the kernel keeps it.
+zeros all that it does with numbers. Each precision is built once, by a process of its own, without the smoke test and
+with a calibration that is made up: both load a whole engine and would measure ONNX Runtime. The engine is removed.
+Memory is the process's high-water mark of resident memory (VmHWM) as the kernel keeps it.
 """
 
 from __future__ import annotations
@@ -27,13 +27,17 @@ from pathlib import Path
 
 from common import Contender, Rounds, parser, run_main, settings_of
 
+from nvlm_trt.builders.quantization.calibration import Calibration, LinearInput
+from nvlm_trt.checkpoint import Checkpoint
 from nvlm_trt.checkpoint_writer import WEIGHTS_FILE
 from nvlm_trt.config import PRESETS, NvlmConfig
+from nvlm_trt.engine import CALIBRATION
 from nvlm_trt.errors import EngineError
 from nvlm_trt.hf_config import config_to_hf
 from nvlm_trt.layout import checkpoint_layout
 from nvlm_trt.tokenizer import Tokenizer, write_byte_tokenizer
 
+PRECISIONS = ("fp32", "int8-weight-only", "int4-weight-only", "int8")
 VISION_LAYERS = 3  # the rest are the language model's, which has the large matrices
 BYTES = {"checkpoint": 2, "engine": 4}  # of a weight, at most
 SPARE_DISK = 2 << 30
@@ -45,11 +49,13 @@ print(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
 """
 BUILD = """
 import sys
+from pathlib import Path
 # the first to go if memory runs out
 open("/proc/self/oom_score_adj", "w").write("1000")
 from nvlm_trt.builders.onnx_engine import QuantizationOptions, build_engine
-checkpoint, output, precision = sys.argv[1:]
-build_engine(checkpoint, output, precision=precision, smoke_test=False, quantization=QuantizationOptions(gate=None))
+checkpoint, output, precision, calibration = sys.argv[1:]
+options = QuantizationOptions(Path(calibration), gate=None)
+build_engine(checkpoint, output, precision=precision, smoke_test=False, quantization=options)
 """
 
 
@@ -58,7 +64,7 @@ def main() -> None:
     options.add_argument("--preset", default="nvlm-d-72b", help="whose shapes the layers have")
     options.add_argument("--gigabytes", type=float, default=14, help="of the checkpoint")
     options.add_argument("--vocab-size", type=int, help="smaller embeddings than the preset's")
-    options.add_argument("--precisions", nargs="+", default=["fp32", "int8-weight-only"])
+    options.add_argument("--precisions", nargs="+", default=PRECISIONS)
     arguments = options.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     rounds = Rounds(arguments.json, settings_of(arguments), packages=("nvlm-trt", "onnx", "onnx-ir", "numpy"))
@@ -75,9 +81,12 @@ def main() -> None:
         file=sys.stderr,
     )
     with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
-        checkpoint = Path(folder) / "checkpoint"
+        checkpoint, calibration = Path(folder) / "checkpoint", Path(folder) / CALIBRATION
         write_sparse_checkpoint(checkpoint, config)
-        contenders = {name: contender(checkpoint, Path(folder) / "engine", name) for name in arguments.precisions}
+        write_calibration(calibration, checkpoint)
+        contenders = {
+            name: contender(checkpoint, calibration, Path(folder) / "engine", name) for name in arguments.precisions
+        }
         # a warm-up would build everything twice
         rounds.run(contenders, arguments.rounds, warm_up=False)
     rounds.report(
@@ -127,12 +136,24 @@ def write_sparse_checkpoint(directory: Path, config: NvlmConfig) -> None:
         file.truncate(8 + len(header) + end)
 
 
-def contender(checkpoint: Path, output: Path, precision: str) -> Contender:
+def write_calibration(path: Path, checkpoint_dir: Path) -> None:
+    """Of every linear layer, whose inputs are said to reach 1 in each channel."""
+    linears = {}
+    with Checkpoint.open(checkpoint_dir) as checkpoint:
+        for name, shape in checkpoint_layout(checkpoint.config).items():
+            if len(shape) > 1 and name.endswith(".weight"):
+                # q, k and v are one product to the graphs
+                layer = name.removesuffix(".weight").replace("self_attn.q_proj", "self_attn.qkv_proj")
+                linears[layer] = LinearInput(abs_max=1, clip=1, channels=[1] * math.prod(shape[1:]))
+        Calibration(checkpoint_digest=checkpoint.digest, samples={}, linears=linears).save(path)
+
+
+def contender(checkpoint: Path, calibration: Path, output: Path, precision: str) -> Contender:
     def measure() -> Mapping[str, float]:
         bare = high_water_mb([])
         started = time.perf_counter()
         try:
-            built = high_water_mb([checkpoint, output, precision])
+            built = high_water_mb([checkpoint, output, precision, calibration])
             size = sum(path.stat().st_size for path in output.rglob("*"))
         finally:
             shutil.rmtree(output, ignore_errors=True)

@@ -8,12 +8,14 @@ was interrupted. At the end the table replaces what stands between the markers o
 Accuracy is that of `nvlm-trt eval` on TinyDocs' test split, which no calibration and no gate has seen. Token agreement
 is the share of tokens that are the same when the engine is fed the fp32 engine's answer, so that one early difference
 does not count for the rest; the cosines are of the image tokens and of the logits on the way. Speeds are medians, of
-one prompt with a picture (TTFT, encoding included) and of decoding one request.
+one prompt with a picture (TTFT, encoding included) and of decoding one request; all engines of a checkpoint take turns,
+and every run of this measures them anew.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -56,7 +58,8 @@ BEGIN, END = "<!-- quantization table: begin -->", "<!-- quantization table: end
 DOCUMENT = Path(__file__).parent.parent / "docs" / "quantization.md"
 RESULTS = Path(__file__).parent / "results" / "quantization.json"
 TOKENS = 8  # of an answer that are compared
-ROUNDS = 7
+STEPS = 32  # of decoding that are timed together
+ROUNDS = 15
 
 
 @dataclass(frozen=True)
@@ -69,22 +72,28 @@ class Trace:
 
 def main() -> None:
     arguments = parse_arguments()
-    rows: dict[str, dict[str, Any]] = {}
+    saved: dict[str, dict[str, Any]] = {}
     if arguments.json.exists():
-        rows = json.loads(arguments.json.read_text())["rows"]
+        saved = json.loads(arguments.json.read_text())["rows"]
+    rows: dict[str, dict[str, Any]] = {}
     for checkpoint in arguments.checkpoints:
         with Checkpoint.open(checkpoint) as source:
             digest = source.digest
+        of_checkpoint = []
         for precision in arguments.precisions:
             key = f"{checkpoint.name} {precision} {digest[:12]} n={arguments.count} threads={arguments.threads}"
-            if key not in rows:
-                rows[key] = {
-                    "checkpoint": checkpoint.name,
-                    "precision": precision,
-                    **measure(arguments, checkpoint, precision),
-                }
-                save(arguments, rows)
+            rows[key] = saved.get(key) or {
+                "checkpoint": checkpoint.name,
+                "precision": precision,
+                **measure(arguments, checkpoint, precision),
+            }
+            of_checkpoint.append(rows[key])
+            save(arguments, saved | rows)
             print(f"{checkpoint.name} {precision}: {summary_line(rows[key])}", flush=True)
+        engines = [built(arguments, checkpoint, row["precision"]) for row in of_checkpoint]
+        for row, times in zip(of_checkpoint, speeds(engines, arguments.threads), strict=True):
+            row |= times
+    save(arguments, rows)
     if arguments.document:
         write_table(arguments.document, list(rows.values()), arguments)
 
@@ -111,7 +120,6 @@ def measure(arguments: argparse.Namespace, checkpoint: Path, precision: str) -> 
         "engine_mb": size / 1e6,
         **accuracy(arguments, engine),
         **agreement(reference, engine, compared, arguments.threads),
-        **speed(engine, next(sample for sample in compared if sample.images), arguments.threads),
     }
 
 
@@ -182,27 +190,30 @@ def traces(
             yield Trace(tokens, np.array(logits))
 
 
-def speed(engine: Engine, sample: Sample, threads: int) -> dict[str, float]:
-    """Medians over ROUNDS, after a round that warms up."""
-    first_token, token = [], []
-    with open_backend(engine, threads=threads) as backend:
-        prompts = PromptEncoder(engine.config, Tokenizer.from_directory(engine.path))
+def speeds(engines: Sequence[Engine], threads: int) -> list[dict[str, float]]:
+    """Of each engine, medians over ROUNDS in which all take their turn, after a round that warms up."""
+    sample = next(sample for sample in generate("test", count=1) if sample.images)
+    times: list[tuple[list[float], list[float]]] = [([], []) for _ in engines]
+    with contextlib.ExitStack() as opened:
+        backends = [opened.enter_context(open_backend(engine, threads=threads)) for engine in engines]
+        prompts = PromptEncoder(engines[0].config, Tokenizer.from_directory(engines[0].path))
         for _ in range(ROUNDS + 1):
-            started = time.perf_counter()
-            images = [encode(backend, data) for data in sample.images]
-            prompt = prompts.encode([Message("user", sample.prompt)], [len(image) for image in images])
-            last = without_image_token(backend, prefill(backend, prompt, images)).argmax()
-            first_token.append(time.perf_counter() - started)
-            ranges = np.array([PromptEncoder.decode_range(prompt)], np.int32)
-            started = time.perf_counter()
-            for step in range(TOKENS):
-                position = np.array([len(prompt.input_ids) + step])
-                last = without_image_token(backend, backend.decode(np.array([last]), position, ranges)[0]).argmax()
-            token.append((time.perf_counter() - started) / TOKENS)
-    return {
-        "ttft_ms": 1e3 * statistics.median(first_token[1:]),
-        "tokens_per_s": 1 / statistics.median(token[1:]),
-    }
+            for backend, (first_token, token) in zip(backends, times, strict=True):
+                started = time.perf_counter()
+                images = [encode(backend, data) for data in sample.images]
+                prompt = prompts.encode([Message("user", sample.prompt)], [len(image) for image in images])
+                last = without_image_token(backend, prefill(backend, prompt, images)).argmax()
+                first_token.append(time.perf_counter() - started)
+                ranges = np.array([PromptEncoder.decode_range(prompt)], np.int32)
+                started = time.perf_counter()
+                for step in range(STEPS):
+                    position = np.array([len(prompt.input_ids) + step])
+                    last = without_image_token(backend, backend.decode(np.array([last]), position, ranges)[0]).argmax()
+                token.append((time.perf_counter() - started) / STEPS)
+    return [
+        {"ttft_ms": 1e3 * statistics.median(first_token[1:]), "tokens_per_s": 1 / statistics.median(token[1:])}
+        for first_token, token in times
+    ]
 
 
 def encode(backend: Backend, data: bytes) -> np.ndarray:

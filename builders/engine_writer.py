@@ -114,7 +114,7 @@ def default_limits(config: NvlmConfig, tag_length: int) -> EngineLimits:
 
 
 def save_model(model: ir.Model, path: Path, progress: Progress) -> None:
-    """Write PATH and PATH.data, one tensor in memory at a time, and check the result."""
+    """Write PATH and PATH.data, some rows of a tensor in memory at a time, and check the result."""
 
     def report(tensor: ir.TensorProtocol, info: ir.external_data.CallbackInfo) -> None:
         progress(path.stem, info.index + 1, info.total)

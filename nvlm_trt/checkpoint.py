@@ -1,4 +1,4 @@
-"""A checkpoint in HF layout: config.json, tokenizer.json and safetensors shards, read one tensor at a time.
+"""A checkpoint in HF layout: config.json, tokenizer.json and safetensors shards, read a tensor or some rows at a time.
 
 Names and shapes are checked against `layout` when a checkpoint is opened, and every tensor has to be taken exactly
 once: a loader that silently skips weights builds cleanly and speaks nonsense.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +34,7 @@ _SAMPLES = 64
 
 @dataclass(frozen=True)
 class LazyWeight:
-    """A tensor that is read when `load` is called, as often as it is called; valid while its checkpoint is open."""
+    """A tensor that is read when `load` or `rows` is called, as often as it is; valid while its checkpoint is open."""
 
     name: str
     shape: tuple[int, ...]
@@ -43,6 +44,24 @@ class LazyWeight:
         """The tensor as a new float32 array, without dummy heads. BF16, F16 and F32 convert exactly."""
         stored = self.file.load(self.name)
         return stored if stored.shape == self.shape else real_heads(self.name, stored, self.shape)
+
+    def rows(self, start: int, stop: int) -> FloatArray:
+        """Rows [start, stop) of the first axis of what `load` returns, [stop - start, ...], without reading others."""
+        record = self.file.records[self.name]
+        if record.shape != self.shape:
+            return self._real_rows(start, stop, record.shape)
+        out = np.empty((stop - start, *self.shape[1:]), np.float32)
+        self.file.read_floats(self.name, record, start * math.prod(self.shape[1:]), out.reshape(-1))
+        return out
+
+    def _real_rows(self, start: int, stop: int, stored: tuple[int, ...]) -> FloatArray:
+        """`rows` of a tensor that is stored with dummy heads."""
+        if len(self.shape) == 1:  # small
+            return self.load()[start:stop]
+        parts = 3 if ".attn.qkv." in self.name else 1  # q, k and v, each with dummy heads behind its own
+        part, row = np.divmod(np.arange(start, stop), self.shape[0] // parts)
+        rows = self.file.load_rows(self.name, part * (stored[0] // parts) + row)
+        return np.ascontiguousarray(rows[:, : self.shape[1]])
 
 
 class Checkpoint:

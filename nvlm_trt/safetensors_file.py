@@ -59,7 +59,7 @@ class SafetensorsFile:
         """The whole tensor as float32. Raises CheckpointError for a dtype other than BF16, F16 and F32."""
         record = self.records[name]
         out = np.empty(record.shape, np.float32)
-        self._read_floats(name, record, 0, out.reshape(-1))
+        self.read_floats(name, record, 0, out.reshape(-1))
         return out
 
     def load_rows(self, name: str, rows: npt.NDArray[np.int64]) -> FloatArray:
@@ -69,7 +69,7 @@ class SafetensorsFile:
         assert not len(rows) or 0 <= rows.min() <= rows.max() < count, f"rows of {name} must be in 0..{count - 1}"
         out = np.empty((len(rows), columns), np.float32)
         for target, row in zip(out, rows, strict=True):
-            self._read_floats(name, record, int(row) * columns, target)
+            self.read_floats(name, record, int(row) * columns, target)
         return out
 
     def read_bytes(self, record: TensorRecord, start: int, length: int) -> bytearray:
@@ -91,7 +91,7 @@ class SafetensorsFile:
     def close(self) -> None:
         self._file.close()
 
-    def _read_floats(self, name: str, record: TensorRecord, first: int, out: FloatArray) -> None:
+    def read_floats(self, name: str, record: TensorRecord, first: int, out: FloatArray) -> None:
         """Fill the flat `out` with elements [first, first + len(out)) of a tensor."""
         if record.dtype not in _ITEM_BYTES:
             raise CheckpointError(

@@ -68,6 +68,18 @@ def take_all(checkpoint: Checkpoint) -> Tensors:
     return loaded
 
 
+def assert_rows_of_the_whole(checkpoint: Checkpoint, name: str) -> None:
+    """Any rows of a tensor, as they are in the whole."""
+    tensor = checkpoint.take(name)
+    whole = tensor.load()
+    count = len(whole)
+    for start, stop in {(0, count), (0, 1), (count - 1, count), (count // 3, count - count // 4)}:
+        rows = tensor.rows(start, stop)
+        assert rows.dtype == np.float32
+        assert rows.flags.c_contiguous
+        np.testing.assert_array_equal(rows, whole[start:stop])
+
+
 def edit(directory: Path, change: Callable[[Tensors], object]) -> None:
     """Rewrite the one weight file with the safetensors package."""
     tensors = load_file(directory / "model.safetensors")
@@ -131,6 +143,11 @@ class TestRoundTrip:
         write_checkpoint(tmp_path / "reversed", CONFIG, reversed(random_tensors().items()))
         ours, theirs = (path / "model.safetensors" for path in (tmp_path / "reversed", written))
         assert ours.read_bytes() == theirs.read_bytes()
+
+    def test_rows_are_those_of_the_whole(self, written: Path) -> None:
+        with Checkpoint.open(written) as checkpoint:
+            for name in checkpoint.names:
+                assert_rows_of_the_whole(checkpoint, name)
 
     def test_several_shards(self, sharded: Path, written: Path) -> None:
         shards = sorted(path.name for path in sharded.glob("*.safetensors"))
@@ -252,6 +269,12 @@ class TestDummyHeads:
         for name, tensor in expected.items():
             assert loaded[name].flags.c_contiguous
             np.testing.assert_array_equal(loaded[name], tensor)
+
+    def test_rows_are_those_of_the_whole(self, written: Path) -> None:
+        edit(written, self.pad)
+        with Checkpoint.open(written) as checkpoint:
+            for name in checkpoint.names:
+                assert_rows_of_the_whole(checkpoint, name)
 
     def test_heads_that_reach_the_output_are_an_error(self, written: Path) -> None:
         def speak(tensors: Tensors) -> None:
@@ -514,6 +537,22 @@ def test_reading_and_writing_hold_one_tensor(tmp_path: Path) -> None:
     finally:
         tracemalloc.stop()
     assert peak < 4 * largest
+
+
+def test_reading_rows_and_hashing_hold_a_part_of_a_tensor(tmp_path: Path) -> None:
+    config = replace(CONFIG, llm=replace(CONFIG.llm, vocab_size=1 << 21))
+    tensors = ((name, np.zeros(shape, ml_dtypes.bfloat16)) for name, shape in checkpoint_layout(config).items())
+    write_checkpoint(tmp_path / "c", config, tensors)
+    whole = 4 * int(np.prod(checkpoint_layout(config)[EMBEDDING]))
+    tracemalloc.start()
+    try:
+        with Checkpoint.open(tmp_path / "c") as checkpoint:
+            assert len(checkpoint.digest) == 64
+            assert not checkpoint.take(EMBEDDING).rows(1 << 20, (1 << 20) + 1000).any()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < whole / 3
 
 
 def test_no_torch_is_needed() -> None:

@@ -43,7 +43,7 @@ def run(arguments: list[str], folder: Path) -> str:
 def test_the_commands_of_the_readme(folder: Path) -> None:
     lines = commands()
     assert {line[1] for line in lines} == {
-        "build", "verify", "eval", "ask", "tiles", "serve", "bench", "init-checkpoint",
+        "build", "verify", "eval", "ask", "tiles", "serve", "bench", "plan", "init-checkpoint",
     }  # fmt: skip
     server = None
     try:

@@ -1,7 +1,7 @@
 """A stage's ONNX graph under construction: lazily loaded weights, linear layers, norms and the gated MLP.
 
-Weights are named tensors of a checkpoint. They stay on disk until the finished model is saved, one at a time, so
-building needs the memory of one tensor whatever the size of the model.
+Weights are named tensors of a checkpoint. They stay on disk until the finished model is saved, some rows at a time, so
+the memory of a build depends neither on the size of the model nor on that of its tensors.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ import onnx_ir as ir
 from onnxscript import GraphBuilder
 
 from nvlm_trt.backends.base import FloatArray
+from nvlm_trt.builders.graphs.streamed import StoredTensor, StreamedTensor, blocks_of
 
 Shape = Sequence[int | str]
 
@@ -34,15 +35,6 @@ INT8 = ir.DataType.INT8
 UINT8 = ir.DataType.UINT8
 INT32 = ir.DataType.INT32
 INT64 = ir.DataType.INT64
-
-
-class StoredTensor(Protocol):
-    """A tensor of a checkpoint, read whenever `load` is called."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    def load(self) -> FloatArray: ...
 
 
 class WeightSource(Protocol):
@@ -62,8 +54,9 @@ class LinearWeight:
     def shape(self) -> tuple[int, int]:
         return sum(part.shape[0] for part in self.parts), math.prod(self.parts[0].shape[1:])
 
-    def load(self) -> FloatArray:
-        return _stack(self.parts).reshape(self.shape)
+    def blocks(self) -> Iterator[FloatArray]:
+        """The rows in order, [n, inputs] at a time."""
+        return (rows.reshape(len(rows), -1) for rows in blocks_of(*self.parts))
 
 
 @dataclass(frozen=True)
@@ -91,7 +84,7 @@ class Unquantised:
 
     def matmul(self, graph: StageGraph, x: ir.Value, weight: LinearWeight) -> ir.Value:
         outputs, inputs = weight.shape
-        return graph.op.MatMul(x, graph.stored(weight.name, (inputs, outputs), lambda: weight.load().T))
+        return graph.op.MatMul(x, graph.stored(weight.name, (inputs, outputs), weight.blocks, transposed=True))
 
     def tied_matmul(self, graph: StageGraph, x: ir.Value, embedding: Embedding) -> ir.Value:
         # As fast as MatMul with a transposed copy, which would be stored beside the table.
@@ -173,18 +166,17 @@ class StageGraph:
     # --- weights -----------------------------------------------------------------------------------------------------
 
     def stored(
-        self, name: str, shape: Sequence[int], load: Callable[[], npt.NDArray[Any]], dtype: ir.DataType | None = None
+        self,
+        name: str,
+        shape: Sequence[int],
+        blocks: Callable[[], Iterable[npt.NDArray[Any]]],
+        dtype: ir.DataType | None = None,
+        transposed: bool = False,
     ) -> ir.Value:
-        """An initializer whose data is made by `load` when the model is saved, and dropped again.
+        """An initializer that is made of `blocks` when the model is saved, as StreamedTensor has it.
 
         `dtype`: None is the graph's."""
-        dtype = dtype or self.dtype
-        tensor = ir.LazyTensor(
-            lambda: ir.Tensor(np.ascontiguousarray(load(), dtype.numpy()), dtype=dtype, name=name),
-            dtype=dtype,
-            shape=ir.Shape(shape),
-            name=name,
-        )
+        tensor = StreamedTensor(name, dtype or self.dtype, shape, blocks, transposed)
         return self._builder.initializer(tensor, name, qualify=False)
 
     def constant(self, name: str, value: npt.NDArray[Any]) -> ir.Value:
@@ -194,11 +186,10 @@ class StageGraph:
         """A constant in the graph's dtype."""
         return self.constant(name, np.asarray(value).astype(self.dtype.numpy()))
 
-    def weight(self, name: str, shape: Sequence[int] | None = None) -> ir.Value:
-        """A tensor of the checkpoint as an initializer, reshaped when `shape` is given."""
+    def weight(self, name: str) -> ir.Value:
+        """A tensor of the checkpoint as an initializer."""
         tensor = self._weights.take(name)
-        wanted = tuple(shape or tensor.shape)
-        return self.stored(name, wanted, lambda: tensor.load().reshape(wanted))
+        return self.stored(name, tensor.shape, lambda: blocks_of(tensor))
 
     def linear(self, x: ir.Value, name: str, parts: Sequence[str] = (), bias: bool = False) -> ir.Value:
         """torch.nn.Linear: [..., inputs] -> [..., outputs]. `parts` are layers of one input, stacked to one product."""
@@ -208,11 +199,11 @@ class StageGraph:
         if not bias:
             return y
         biases = [self._weights.take(f"{part}.bias") for part in names]
-        return self.op.Add(y, self.stored(f"{name}.bias", weight.shape[:1], lambda: _stack(biases)))
+        return self.op.Add(y, self.stored(f"{name}.bias", weight.shape[:1], lambda: blocks_of(*biases)))
 
     def embedding(self, name: str) -> Embedding:
-        tensor = self._weights.take(name)
-        return Embedding(self.stored(name, tensor.shape, tensor.load), LinearWeight(name, (tensor,)))
+        weight = LinearWeight(name, (self._weights.take(name),))
+        return Embedding(self.stored(name, weight.shape, weight.blocks), weight)
 
     def tied_linear(self, x: ir.Value, embedding: Embedding) -> ir.Value:
         """[B, hidden] -> [B, vocab]."""
@@ -241,9 +232,3 @@ class StageGraph:
     def merge_heads(self, x: ir.Value, width: int) -> ir.Value:
         """[B, heads, S, head_dim] -> [B, S, width], width = heads * head_dim."""
         return self.op.Reshape(self.op.Transpose(x, perm=[0, 2, 1, 3]), [0, 0, width])
-
-
-def _stack(tensors: Sequence[StoredTensor]) -> FloatArray:
-    if len(tensors) == 1:
-        return tensors[0].load()
-    return np.concatenate([tensor.load() for tensor in tensors])

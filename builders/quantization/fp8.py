@@ -17,7 +17,7 @@ import onnx_ir as ir
 from nvlm_trt.backends.base import FloatArray
 from nvlm_trt.builders.graphs.common import FLOAT, FLOAT8, Embedding, LinearWeight, StageGraph
 from nvlm_trt.builders.quantization.calibration import Calibration
-from nvlm_trt.builders.quantization.rows import nonzero, rounded, row_chunks
+from nvlm_trt.builders.quantization.rows import QuantisedWeight, nonzero, rounded
 
 LARGEST = 448
 
@@ -37,8 +37,9 @@ class Fp8:
     def matmul(self, graph: StageGraph, x: ir.Value, weight: LinearWeight) -> ir.Value:
         outputs, inputs = weight.shape
         dtype = graph.dtype
-        values = graph.stored(f"{weight.name}.fp8", (inputs, outputs), lambda: _values(weight.load(), dtype).T, FLOAT8)
-        scales = graph.stored(f"{weight.name}.scale", (outputs,), lambda: rounded(row_scales(weight.load()), dtype))
+        quantised = QuantisedWeight(weight, lambda rows: _quantised(rows, dtype))
+        values = graph.stored(f"{weight.name}.fp8", (inputs, outputs), quantised.values, FLOAT8, transposed=True)
+        scales = graph.stored(f"{weight.name}.scale", (outputs,), quantised.scales)
         largest = self._calibration.of(weight.name, inputs).abs_max
         x_scale = graph.float_constant(f"{weight.name}.input_scale", largest / LARGEST)
         zero = graph.constant(f"{weight.name}.input_zero_point", np.array(0, FLOAT8.numpy()))
@@ -60,12 +61,11 @@ def row_scales(weight: FloatArray) -> FloatArray:
 
 def quantize(weight: FloatArray, scales: FloatArray) -> npt.NDArray[Any]:
     """[outputs, inputs] by [outputs] -> E4M3 [outputs, inputs]."""
-    values = np.empty(weight.shape, FLOAT8.numpy())
-    for rows in row_chunks(weight):
-        # a quotient may round to just above the largest number, which would become NaN
-        values[rows] = np.clip(weight[rows] / scales[rows, None], -LARGEST, LARGEST)
-    return values
+    # a quotient may round to just above the largest number, which would become NaN
+    return np.clip(weight / scales[:, None], -LARGEST, LARGEST).astype(FLOAT8.numpy())
 
 
-def _values(weight: FloatArray, dtype: ir.DataType) -> npt.NDArray[Any]:
-    return quantize(weight, rounded(row_scales(weight), dtype))
+def _quantised(rows: FloatArray, dtype: ir.DataType) -> tuple[npt.NDArray[Any], FloatArray]:
+    """[n, inputs] -> E4M3 [n, inputs] and the scales [n] that a graph of `dtype` stores."""
+    scales = rounded(row_scales(rows), dtype)
+    return quantize(rows, scales), scales

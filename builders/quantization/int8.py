@@ -14,7 +14,7 @@ import onnx_ir as ir
 from nvlm_trt.backends.base import FloatArray
 from nvlm_trt.builders.graphs.common import INT8, UINT8, Embedding, LinearWeight, StageGraph
 from nvlm_trt.builders.quantization.calibration import Calibration
-from nvlm_trt.builders.quantization.rows import nonzero, rounded, row_chunks
+from nvlm_trt.builders.quantization.rows import QuantisedWeight, nonzero, rounded
 
 LARGEST = 127
 # Fractions of a row's largest magnitude tried as its clipping point. A row without outliers keeps 1; below a half the
@@ -34,8 +34,9 @@ class Int8:
 
     def matmul(self, graph: StageGraph, x: ir.Value, weight: LinearWeight) -> ir.Value:
         outputs, inputs = weight.shape
-        quantised = _Quantised(weight, graph.dtype)
-        values = graph.stored(f"{weight.name}.int8", (inputs, outputs), quantised.values, INT8)
+        dtype = graph.dtype
+        quantised = QuantisedWeight(weight, lambda rows: _quantised(rows, dtype))
+        values = graph.stored(f"{weight.name}.int8", (inputs, outputs), quantised.values, INT8, transposed=True)
         scales = graph.stored(f"{weight.name}.scale", (outputs,), quantised.scales)
         clip = self._calibration.of(weight.name, inputs).clip
         x_scale = graph.float_constant(f"{weight.name}.input_scale", clip / LARGEST)
@@ -53,47 +54,28 @@ class Int8:
         return self.matmul(graph, x, embedding.weight)
 
 
-class _Quantised:
-    """A weight as two stored tensors: the scales, which are small, are searched once for both."""
-
-    def __init__(self, weight: LinearWeight, dtype: ir.DataType) -> None:
-        self._weight, self._dtype = weight, dtype
-        self._scales: FloatArray | None = None
-
-    def scales(self) -> FloatArray:
-        """[outputs]"""
-        if self._scales is None:
-            self._scales = rounded(search_scales(self._weight.load()), self._dtype)
-        return self._scales
-
-    def values(self) -> npt.NDArray[np.int8]:
-        """[inputs, outputs], as MatMul wants it."""
-        scales = self.scales()
-        return quantize(self._weight.load(), scales).T
-
-
 def search_scales(weight: FloatArray) -> FloatArray:
     """[outputs, inputs] -> [outputs]: of the clipping points tried, the one of least squared error for each row."""
+    largest = np.abs(weight).max(1)
     scales = np.empty(len(weight), np.float32)
-    for rows in row_chunks(weight):
-        part = weight[rows]
-        largest = np.abs(part).max(1)
-        best = np.full(len(part), np.inf, np.float32)
-        for clip in _CLIPS:
-            candidate = nonzero(largest * np.float32(clip / LARGEST))
-            error = np.square(quantize(part, candidate) * candidate[:, None] - part).sum(1)
-            better = error < best
-            best = np.where(better, error, best)
-            scales[rows] = np.where(better, candidate, scales[rows])
-        scales[rows] = np.where(np.isfinite(largest), scales[rows], np.nan)  # a weight that is not finite must show
-    return scales
+    best = np.full(len(weight), np.inf, np.float32)
+    for clip in _CLIPS:
+        candidate = nonzero(largest * np.float32(clip / LARGEST))
+        error = np.square(quantize(weight, candidate) * candidate[:, None] - weight).sum(1)
+        better = error < best
+        best = np.where(better, error, best)
+        scales = np.where(better, candidate, scales)
+    return np.where(np.isfinite(largest), scales, np.float32(np.nan))  # a weight that is not finite must show
 
 
 def quantize(weight: FloatArray, scales: FloatArray) -> npt.NDArray[np.int8]:
     """[outputs, inputs] by [outputs] -> int8 [outputs, inputs] in -127..127."""
-    values = np.empty(weight.shape, np.int8)
-    for rows in row_chunks(weight):
-        quotient = np.rint(weight[rows] / scales[rows, None])
-        with np.errstate(invalid="ignore"):  # NaN: its row's scale is NaN too
-            values[rows] = np.clip(quotient, -LARGEST, LARGEST)
-    return values
+    quotient = np.rint(weight / scales[:, None])
+    with np.errstate(invalid="ignore"):  # NaN: its row's scale is NaN too
+        return np.clip(quotient, -LARGEST, LARGEST).astype(np.int8)
+
+
+def _quantised(rows: FloatArray, dtype: ir.DataType) -> tuple[npt.NDArray[np.int8], FloatArray]:
+    """[n, inputs] -> int8 [n, inputs] and the scales [n] that a graph of `dtype` stores."""
+    scales = rounded(search_scales(rows), dtype)
+    return quantize(rows, scales), scales

@@ -1,22 +1,42 @@
-"""Weights quantised a few rows at a time: what a quantiser needs on top of its input and output stays small."""
+"""Weights quantised a few rows at a time, values and scales at once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from nvlm_trt.backends.base import FloatArray
+from nvlm_trt.builders.graphs.common import LinearWeight
 
-_ELEMENTS = 1 << 20  # 4 MB of float32: temporaries stay in the cache
+Quantise = Callable[[FloatArray], tuple[npt.NDArray[Any], FloatArray]]
 
 
-def row_chunks(weight: FloatArray) -> Iterator[slice]:
-    """Slices of rows that cover a weight [outputs, inputs]."""
-    step = max(1, _ELEMENTS // max(1, weight.shape[1]))
-    for start in range(0, len(weight), step):
-        yield slice(start, start + step)
+class QuantisedWeight:
+    """The blocks of two stored tensors, a weight's values and its scales, for which the weight is read once.
+
+    A graph saves its tensors in the order in which they were stored. If the values come first, the scales are left over
+    from them until they are saved as well; scales that are asked for before are made by a reading of their own."""
+
+    def __init__(self, weight: LinearWeight, quantise: Quantise) -> None:
+        """`quantise`: some rows [n, inputs] -> their values [n, ...] and scales [n, ...]."""
+        self._weight, self._quantise = weight, quantise
+        self._scales: list[FloatArray] | None = None
+
+    def values(self) -> Iterator[npt.NDArray[Any]]:
+        scales = []
+        for rows in self._weight.blocks():
+            values, of_rows = self._quantise(rows)
+            scales.append(of_rows)
+            yield values
+        self._scales = scales
+
+    def scales(self) -> Iterable[FloatArray]:
+        scales, self._scales = self._scales, None
+        return scales or (self._quantise(rows)[1] for rows in self._weight.blocks())
 
 
 def nonzero(scales: FloatArray) -> FloatArray:

@@ -11,13 +11,15 @@ share a key/value head share its factors) and of up_proj, which silu(gate) multi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from nvlm_trt.backends.base import FloatArray
-from nvlm_trt.builders.graphs.common import StoredTensor, WeightSource
+from nvlm_trt.builders.graphs.common import WeightSource
+from nvlm_trt.builders.graphs.streamed import StoredTensor, blocks_of
 from nvlm_trt.builders.quantization.calibration import Calibration, LinearInput
 from nvlm_trt.builders.quantization.precisions import component_of
 from nvlm_trt.config import NvlmConfig
@@ -42,9 +44,11 @@ class Factors:
     rows: FloatArray | None = None
     columns: FloatArray | None = None
 
-    def apply(self, values: FloatArray) -> FloatArray:
+    def apply(self, values: FloatArray, first: int = 0) -> FloatArray:
+        """To rows [first, first + n) of the tensor, [n, ...]."""
         if self.rows is not None:
-            values = values / self.rows.reshape(-1, *[1] * (values.ndim - 1))
+            rows = self.rows[first : first + len(values)]
+            values = values / rows.reshape(-1, *[1] * (values.ndim - 1))
         if self.columns is not None:
             values = values * self.columns
         return values
@@ -52,7 +56,7 @@ class Factors:
 
 @dataclass(frozen=True)
 class MigratedTensor:
-    """A tensor that is divided and multiplied whenever it is loaded."""
+    """A tensor that is divided and multiplied whenever it is read."""
 
     tensor: StoredTensor
     factors: Factors
@@ -61,8 +65,8 @@ class MigratedTensor:
     def shape(self) -> tuple[int, ...]:
         return self.tensor.shape
 
-    def load(self) -> FloatArray:
-        return self.factors.apply(self.tensor.load())
+    def rows(self, start: int, stop: int) -> FloatArray:
+        return self.factors.apply(self.tensor.rows(start, stop), start)
 
 
 @dataclass(frozen=True)
@@ -87,14 +91,15 @@ def migrate(
     """The factors of every tensor that a migration touches, and the calibration of the migrated model.
 
     Only components in int8 are migrated: fp8's precision does not depend on a channel's size. `weights` is read here,
-    a tensor at a time, so it is another handle than the graphs take from."""
+    some rows at a time, so it is another handle than the graphs take from."""
     rows: dict[str, FloatArray] = {}
     columns: dict[str, FloatArray] = {}
     linears = dict(calibration.linears)
     for migration in migrations(config):
         if precisions[component_of(migration.consumers[0])] != "int8":
             continue
-        column_max = np.max([np.abs(weights.take(name).load()).max(0) for name in migration.consumers], axis=0)
+        consumers = [weights.take(name) for name in migration.consumers]
+        column_max = functools.reduce(np.maximum, (np.abs(rows).max(0) for rows in blocks_of(*consumers)))
         observed = [np.array(calibration.of(name, len(column_max)).channels) for name in migration.linears]
         inputs = np.max(observed, axis=0)
         factors = _factors(_of_producers(inputs, migration), _of_producers(column_max, migration), alpha)

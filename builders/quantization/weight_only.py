@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from nvlm_trt.backends.base import FloatArray
 from nvlm_trt.builders.graphs.common import UINT8, Embedding, LinearWeight, StageGraph
-from nvlm_trt.builders.quantization.rows import nonzero, row_chunks
+from nvlm_trt.builders.quantization.rows import QuantisedWeight, nonzero
 
 BLOCK = 32
 _INT8_ACTIVATIONS = 4  # accuracy_level: multiply in int8; the float kernels are far slower
@@ -34,13 +34,10 @@ class WeightOnly:
         outputs, inputs = weight.shape
         bits = self._bits
         blocks = _blocks(inputs)
-        values = graph.stored(
-            f"{weight.name}.int{bits}",
-            (outputs, blocks, BLOCK * bits // 8),
-            lambda: pack(quantize(weight.load(), bits)[0], bits),
-            UINT8,
-        )
-        scales = graph.stored(f"{weight.name}.scale", (outputs, blocks), lambda: quantize(weight.load(), bits)[1])
+        quantised = QuantisedWeight(weight, lambda rows: _packed(rows, bits))
+        shape = (outputs, blocks, BLOCK * bits // 8)
+        values = graph.stored(f"{weight.name}.int{bits}", shape, quantised.values, UINT8)
+        scales = graph.stored(f"{weight.name}.scale", (outputs, blocks), quantised.scales)
         return graph.microsoft.MatMulNBits(
             x, values, scales, K=inputs, N=outputs, bits=bits, block_size=BLOCK, accuracy_level=_INT8_ACTIVATIONS
         )
@@ -52,19 +49,20 @@ class WeightOnly:
 def quantize(weight: FloatArray, bits: int) -> tuple[npt.NDArray[np.uint8], FloatArray]:
     """[outputs, inputs] -> uint8 [outputs, blocks, 32] in 0..2**bits - 1, scales [outputs, blocks]."""
     outputs, inputs = weight.shape
-    values = np.empty((outputs, _blocks(inputs), BLOCK), np.uint8)
-    scales = np.empty(values.shape[:2], np.float32)
-    for rows in row_chunks(weight):
-        padded = np.pad(weight[rows], ((0, 0), (0, -inputs % BLOCK)))
-        blocks = padded.reshape(-1, *values.shape[1:])
-        scales[rows] = _search_int4(blocks) if bits == 4 else nonzero(np.abs(blocks).max(-1) / np.float32(127))
-        values[rows] = _round(blocks, scales[rows], bits)
-    return values, scales
+    blocks = np.pad(weight, ((0, 0), (0, -inputs % BLOCK))).reshape(outputs, -1, BLOCK)
+    scales = _search_int4(blocks) if bits == 4 else nonzero(np.abs(blocks).max(-1) / np.float32(127))
+    return _round(blocks, scales, bits), scales
 
 
 def pack(values: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
     """Two 4-bit numbers to a byte, the first in the low half; 8-bit numbers as they are."""
     return values if bits == 8 else values[..., ::2] | np.left_shift(values[..., 1::2], 4, dtype=np.uint8)
+
+
+def _packed(rows: FloatArray, bits: int) -> tuple[npt.NDArray[np.uint8], FloatArray]:
+    """[n, inputs] -> what the graph stores: uint8 [n, blocks, 32 * bits / 8], scales [n, blocks]."""
+    values, scales = quantize(rows, bits)
+    return pack(values, bits), scales
 
 
 def _blocks(inputs: int) -> int:

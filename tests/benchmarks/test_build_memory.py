@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from build_memory import SPARE_DISK, checkpoint_bytes, fitting, write_sparse_checkpoint
+from build_memory import SPARE_DISK, checkpoint_bytes, fitting, write_calibration, write_sparse_checkpoint
 
+from nvlm_trt.builders.onnx_engine import QuantizationOptions, build_engine
+from nvlm_trt.builders.quantization.precisions import COMPONENTS
 from nvlm_trt.checkpoint import Checkpoint
 from nvlm_trt.config import PRESETS
 from nvlm_trt.errors import EngineError
@@ -36,3 +38,14 @@ def test_a_sparse_checkpoint_opens_and_takes_no_space(tmp_path: Path) -> None:
     with Checkpoint.open(directory) as checkpoint:
         assert checkpoint.config.llm == config.llm
         assert not checkpoint.take("mlp1.1.weight").load().any()
+
+
+@pytest.mark.parametrize("preset", ["nvlm-d-tiny", "nvlm-h-tiny"])
+def test_the_calibration_is_of_every_linear_layer(tmp_path: Path, preset: str) -> None:
+    checkpoint, calibration = tmp_path / "checkpoint", tmp_path / "calibration.json"
+    write_sparse_checkpoint(checkpoint, PRESETS[preset])
+    write_calibration(calibration, checkpoint)
+    precision = ",".join(f"{component}=int8" for component in COMPONENTS)
+    options = QuantizationOptions(calibration, gate=None)
+    engine = build_engine(checkpoint, tmp_path / "engine", precision=precision, smoke_test=False, quantization=options)
+    assert set(engine.manifest.precision.values()) == {"int8"}

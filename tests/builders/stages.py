@@ -55,8 +55,8 @@ class ArrayTensor:
         self.shape = values.shape
         self._values = values
 
-    def load(self) -> np.ndarray:
-        return self._values
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        return self._values[start:stop]
 
 
 def session(model: ir.Model) -> onnxruntime.InferenceSession:

@@ -15,10 +15,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from nvlm_trt.builders.engine_writer import default_limits, save_model
+from nvlm_trt.builders.graphs import streamed
 from nvlm_trt.builders.graphs.common import Unquantised, WeightFormat
 from nvlm_trt.builders.graphs.decoder import decoder_graph
 from nvlm_trt.builders.onnx_engine import build_engine
 from nvlm_trt.builders.quantization.calibration import LinearInput
+from nvlm_trt.builders.quantization.fp8 import Fp8
 from nvlm_trt.builders.quantization.int8 import Int8
 from nvlm_trt.builders.quantization.weight_only import WeightOnly
 from nvlm_trt.checkpoint import Checkpoint
@@ -26,7 +28,7 @@ from nvlm_trt.checkpoint_writer import write_checkpoint
 from nvlm_trt.config import PRESETS, NvlmConfig
 from nvlm_trt.engine import Engine, EngineLimits
 from nvlm_trt.errors import CheckpointError, EngineError
-from nvlm_trt.layout import Shapes, checkpoint_layout
+from nvlm_trt.layout import EMBEDDING, Shapes, checkpoint_layout
 
 Directory = Callable[[str], Path]
 
@@ -200,8 +202,8 @@ class MadeOnDemand:
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.shape = shape
 
-    def load(self) -> np.ndarray:
-        return np.ones(self.shape, np.float32)
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        return np.ones((stop - start, *self.shape[1:]), np.float32)
 
 
 class WeightsOnDemand:
@@ -242,6 +244,30 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path, weight_format: Weig
         assert (tmp_path / "decoder.onnx.data").stat().st_size > 100 * largest
     # rounding takes a few more than reading, on the rows that it looks at
     assert peak < (8 if isinstance(weight_format, Unquantised) else 16) * largest
+
+
+@pytest.mark.parametrize(
+    "weight_format",
+    [Unquantised(), Int8(OneForAll()), Fp8(OneForAll(), fold_weights=True), WeightOnly(8), WeightOnly(4)],
+    ids=["fp32", "int8", "fp8", "int8-weight-only", "int4-weight-only"],
+)
+def test_memory_does_not_grow_with_a_tensor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weight_format: WeightFormat
+) -> None:
+    """A vocabulary whose embedding and lm_head have 25 MB of float32 each, in blocks of a quarter of a megabyte."""
+    monkeypatch.setattr(streamed, "_BLOCK_ELEMENTS", 1 << 16)
+    monkeypatch.setattr(streamed, "_STRIP_BYTES", 1 << 18)
+    tiny = PRESETS["nvlm-d-tiny"]
+    config = replace(tiny, image_token_id=259, llm=replace(tiny.llm, num_layers=1, vocab_size=1 << 15))
+    weights = WeightsOnDemand(config)
+    table = 4 * int(np.prod(weights.shapes[EMBEDDING]))
+    model = decoder_graph(config, weights, EngineLimits(max_seq_len=64), weight_format, attention="gqa")
+    tracemalloc.start()
+    save_model(model, tmp_path / "decoder.onnx", lambda *_: None)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (tmp_path / "decoder.onnx.data").stat().st_size > table
+    assert peak < table / 5  # a 32nd of it are the scales of a weight-only lm_head
 
 
 def copy_checkpoint(

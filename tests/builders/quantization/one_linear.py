@@ -27,8 +27,8 @@ class OneWeight:
         assert name == f"{NAME}.weight"
         return self
 
-    def load(self) -> np.ndarray:
-        return self._weight
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        return self._weight[start:stop]
 
 
 def calibration_of(x: np.ndarray, clip: float | None = None) -> Calibration:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +11,12 @@ import pytest
 
 from nvlm_trt.backends import open_backend
 from nvlm_trt.builders.engine_writer import EngineWriter
+from nvlm_trt.builders.graphs import streamed
 from nvlm_trt.builders.graphs.common import Unquantised
 from nvlm_trt.builders.quantization.calibration import Calibration, LinearInput
 from nvlm_trt.builders.quantization.formats import Recipe
 from nvlm_trt.builders.quantization.precisions import COMPONENTS
-from nvlm_trt.builders.quantization.smoothquant import Factors, migrate, migrations
+from nvlm_trt.builders.quantization.smoothquant import Factors, MigratedWeights, migrate, migrations
 from nvlm_trt.checkpoint import Checkpoint
 from nvlm_trt.config import PRESETS, CrossAttentionConfig, NvlmConfig
 from nvlm_trt.engine import Engine
@@ -113,6 +114,25 @@ def test_components_that_are_not_int8_stay_as_they_are(checkpoint: Callable[[str
     assert set(factors) == {"mlp1.0.weight", "mlp1.0.bias", "mlp1.1.weight"}
     changed = {name for name, linear in after.linears.items() if linear != calibration.linears[name]}
     assert changed == {"mlp1.1"}
+
+
+def test_some_rows_at_a_time_are_the_rows_of_the_whole(
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calibration = uneven_calibration(TINY["H"])
+    with Checkpoint.open(checkpoint("nvlm-h-tiny")) as source:
+        expected, _ = migrate(source.config, source, calibration, INT8, alpha=0.5)
+    monkeypatch.setattr(streamed, "_BLOCK_ELEMENTS", 1000)  # 5 rows of the hidden size
+    with Checkpoint.open(checkpoint("nvlm-h-tiny")) as source:
+        factors, _ = migrate(source.config, source, calibration, INT8, alpha=0.5)
+    assert factors.keys() == expected.keys()
+    with Checkpoint.open(checkpoint("nvlm-h-tiny")) as plain, Checkpoint.open(checkpoint("nvlm-h-tiny")) as source:
+        migrated = MigratedWeights(source, factors)
+        for name, factor in factors.items():
+            for ours, theirs in zip(astuple(factor), astuple(expected[name]), strict=True):
+                np.testing.assert_array_equal(ours, theirs)
+            whole = factor.apply(plain.take(name).load())
+            np.testing.assert_array_equal(np.concatenate(list(streamed.blocks_of(migrated.take(name)))), whole)
 
 
 def test_factors_divide_rows_and_multiply_columns() -> None:

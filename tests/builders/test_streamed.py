@@ -1,0 +1,106 @@
+"""Tensors that are written in blocks: the bytes that numpy would write, and the memory of a block."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from stages import ArrayTensor
+
+from nvlm_trt.builders.graphs import streamed
+from nvlm_trt.builders.graphs.streamed import StreamedTensor, blocks_of
+
+DTYPES = {
+    np.float32: ir.DataType.FLOAT,
+    np.float16: ir.DataType.FLOAT16,
+    np.int8: ir.DataType.INT8,
+    ml_dtypes.bfloat16: ir.DataType.BFLOAT16,
+    ml_dtypes.float8_e4m3fn: ir.DataType.FLOAT8E4M3FN,
+}
+
+
+@given(
+    rows=st.lists(st.integers(1, 5), min_size=1, max_size=3),
+    columns=st.integers(1, 7),
+    dtype=st.sampled_from(list(DTYPES)),
+    transposed=st.booleans(),
+    block=st.integers(1, 30),
+    strip=st.integers(1, 60),
+)
+def test_writes_what_numpy_would(
+    tmp_path_factory: pytest.TempPathFactory,
+    rows: list[int],
+    columns: int,
+    dtype: type,
+    transposed: bool,
+    block: int,
+    strip: int,
+) -> None:
+    """Whatever the blocks and strips, from where the file stands to where it ends."""
+    values = np.random.default_rng(0).normal(0, 9, (sum(rows), columns)).astype(np.float32)
+    parts = [ArrayTensor(part) for part in np.split(values, np.cumsum(rows)[:-1])]
+    expected = values.astype(dtype).T if transposed else values.astype(dtype)
+    tensor = StreamedTensor("t", DTYPES[dtype], expected.shape, lambda: blocks_of(*parts), transposed)
+    path = tmp_path_factory.mktemp("written") / "data"
+    with pytest.MonkeyPatch.context() as patch, path.open("wb") as file:
+        patch.setattr(streamed, "_BLOCK_ELEMENTS", block)
+        patch.setattr(streamed, "_STRIP_BYTES", strip)
+        file.write(b"before")
+        tensor.tofile(file)
+    assert path.read_bytes() == b"before" + expected.tobytes()
+    assert tensor.tobytes() == expected.tobytes()
+    np.testing.assert_array_equal(tensor.numpy(), expected)
+
+
+class Counted:
+    """A matrix of ones that exists nowhere, and how many of its rows were read."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        self.shape = (rows, columns)
+        self.read = 0
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        self.read += stop - start
+        return np.ones((stop - start, self.shape[1]), np.float32)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_holds_a_block_and_reads_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, transposed: bool) -> None:
+    monkeypatch.setattr(streamed, "_BLOCK_ELEMENTS", 1 << 16)
+    monkeypatch.setattr(streamed, "_STRIP_BYTES", 1 << 20)
+    matrix = Counted(1 << 14, 1 << 10)
+    shape = matrix.shape[::-1] if transposed else matrix.shape
+    tensor = StreamedTensor("t", ir.DataType.FLOAT, shape, lambda: blocks_of(matrix), transposed)
+    with (tmp_path / "data").open("wb") as file:
+        tracemalloc.start()
+        tensor.tofile(file)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert (tmp_path / "data").stat().st_size == tensor.nbytes == 64 << 20
+    assert peak < 4 << 20
+    assert matrix.read == matrix.shape[0]
+
+
+@pytest.mark.parametrize("strip", [1 << 30, 1 << 10], ids=["one strip", "strips"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_full_disk_is_an_error(monkeypatch: pytest.MonkeyPatch, transposed: bool, strip: int) -> None:
+    monkeypatch.setattr(streamed, "_STRIP_BYTES", strip)
+    matrix = Counted(256, 256)
+    tensor = StreamedTensor("t", ir.DataType.FLOAT, matrix.shape, lambda: blocks_of(matrix), transposed)
+    with Path("/dev/full").open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+        tensor.tofile(file)
+
+
+def test_blocks_are_of_a_million_elements_or_of_a_row() -> None:
+    def sizes(blocks: Iterator[np.ndarray]) -> list[int]:
+        return [len(block) for block in blocks]
+
+    assert sizes(blocks_of(Counted(3000, 1 << 10))) == [1024, 1024, 952]
+    assert sizes(blocks_of(Counted(2, 1 << 21), Counted(1, 5))) == [1, 1, 1]
