@@ -139,7 +139,14 @@ def draw(document: dict[str, Any], path: Path) -> None:
     tags.legend()
     for name, row in document["architectures"].items():
         scatter.scatter(row["prefill_ms"], row["image"], s=60)
-        scatter.annotate(f"{name}\n{row['llm_tokens']} tokens", (row["prefill_ms"], row["image"]), fontsize=8)
+        scatter.annotate(
+            f"{name}, {row['llm_tokens']:,} tokens",
+            (row["prefill_ms"], row["image"]),
+            xytext=(0, 8),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+        )
     scatter.set(xlabel="prefill, ms", ylabel="mean of picture tasks", title="architectures (paper: Table 3)")
     scatter.margins(0.25)
     figure.tight_layout()
