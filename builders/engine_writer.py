@@ -26,7 +26,7 @@ from nvlm_trt.errors import EngineError
 from nvlm_trt.hf_config import config_to_hf
 from nvlm_trt.layout import EMBEDDING
 from nvlm_trt.progress import Progress
-from nvlm_trt.prompt import PromptEncoder, split_tiles
+from nvlm_trt.prompt import PromptEncoder, count_image_tokens
 from nvlm_trt.tokenizer import TOKENIZER_FILES, Tokenizer
 
 _DEFAULT_IMAGES = 4  # of the most tiles each, that one request may cross-attend to
@@ -103,12 +103,11 @@ class EngineWriter:
 
 def default_limits(config: NvlmConfig, tag_length: int) -> EngineLimits:
     """8 requests at once, up to 4096 tokens each, and room for four images of the most tiles in cross-attention."""
-    _, in_cross = split_tiles(config.architecture, config.tiles_per_image)
-    cross_tiles = len(range(config.tiles_per_image)[in_cross])
+    _, cross_tokens = count_image_tokens(config, config.tiles_per_image, tag_length)
     return EngineLimits(
         max_slots=8,
         max_seq_len=min(4096, config.llm.max_position_embeddings),
-        max_image_tokens=_DEFAULT_IMAGES * cross_tiles * config.cross_tokens_per_tile(tag_length),
+        max_image_tokens=_DEFAULT_IMAGES * cross_tokens,
         max_tiles=config.max_tiles,
     )
 

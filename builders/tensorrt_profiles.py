@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from nvlm_trt.config import NvlmConfig
 from nvlm_trt.engine import EngineLimits
-from nvlm_trt.plugins.gated_cross_attention import KEY_BLOCK
+from nvlm_trt.plugins.gated_cross_attention import cache_length
 from nvlm_trt.prompt import split_tiles
 
 # input -> smallest, usual and largest shape
@@ -44,7 +44,7 @@ def _range(tiles: tuple[int, int], rest: Sequence[int]) -> list[list[int]]:
 def _decoder(config: NvlmConfig, limits: EngineLimits, batches: Sequence[int], tokens: Sequence[int]) -> Profile:
     """`batches` and `tokens` are smallest, usual and largest. The caches' lengths are fixed."""
     llm = config.llm
-    cross_tokens = -(-limits.max_image_tokens // KEY_BLOCK) * KEY_BLOCK
+    cross_tokens = cache_length(limits.max_image_tokens)
     profile: Profile = {
         "input_ids": [[b, s] for b, s in zip(batches, tokens, strict=True)],
         "image_tokens": [[s, llm.hidden_size] for s in tokens],

@@ -16,8 +16,8 @@ from nvlm_trt.builders.quantization.precisions import floating_type, needs_calib
 from nvlm_trt.config import NvlmConfig
 from nvlm_trt.engine import EngineLimits
 from nvlm_trt.layout import EMBEDDING, checkpoint_layout
-from nvlm_trt.plugins.gated_cross_attention import KEY_BLOCK
-from nvlm_trt.prompt import split_tiles
+from nvlm_trt.plugins.gated_cross_attention import cache_length
+from nvlm_trt.prompt import count_image_tokens
 
 PREFILL_CHUNK = 256  # tokens, and the default of RuntimeOptions
 IMAGE_CACHE = 512 << 20  # bytes, and the default of RuntimeOptions
@@ -175,7 +175,7 @@ def _caches(config: NvlmConfig, limits: EngineLimits, size: int) -> tuple[int, i
     """Of all slots: keys and values of self-attention, and of cross-attention."""
     llm = config.llm
     token = 2 * llm.num_kv_heads * llm.head_dim * size  # in one layer
-    cross_tokens = -(-limits.max_image_tokens // KEY_BLOCK) * KEY_BLOCK
+    cross_tokens = cache_length(limits.max_image_tokens)
     return (
         limits.max_slots * limits.max_seq_len * llm.num_layers * token,
         limits.max_slots * cross_tokens * len(config.cross_layers) * token,
@@ -190,8 +190,7 @@ def _activations(config: NvlmConfig, limits: EngineLimits, size: int, backend: s
     layer = 2 * vision.hidden_size + max(6 * vision.hidden_size, 2 * vision.intermediate_size)
     projector = config.shuffled_size + 2 * (config.projector_width or 0)
     key = llm.num_kv_heads * llm.head_dim
-    _, in_cross = split_tiles(config.architecture, config.tiles_per_image)
-    cross_tokens = len(range(config.tiles_per_image)[in_cross]) * config.cross_tokens_per_tile(tag_length)
+    _, cross_tokens = count_image_tokens(config, config.tiles_per_image, tag_length)
     attention, ffn = 2 * (llm.num_heads * llm.head_dim + 2 * key), 3 * llm.intermediate_size
     tokens = max(min(_CHUNK[backend], limits.max_seq_len), limits.max_slots)
     logits = limits.max_slots * llm.vocab_size * 4  # in float32
@@ -239,9 +238,7 @@ class Roofline:
     def prefill(self, text_tokens: int, tiles: int) -> dict[str, Work]:
         """By stage, one request of one image of `tiles` tiles (0: none), thumbnail included, and `text_tokens` that
         all read the whole image."""
-        in_llm, in_cross = split_tiles(self._config.architecture, tiles)
-        image_tokens = len(range(tiles)[in_llm]) * self._config.tokens_per_tile
-        cross_tokens = len(range(tiles)[in_cross]) * self._config.cross_tokens_per_tile(self._tag_length)
+        image_tokens, cross_tokens = count_image_tokens(self._config, tiles, self._tag_length)
         work = {"vision_encoder": self._encode(tiles)} if tiles else {}
         if cross_tokens:
             flops = 2 * cross_tokens * self._multiplied["cross_kv"]

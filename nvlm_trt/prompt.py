@@ -72,6 +72,12 @@ def split_tiles(architecture: Architecture, tiles: int) -> tuple[slice, slice]:
     return slice(regular, tiles), slice(0, regular)
 
 
+def count_image_tokens(config: NvlmConfig, tiles: int, tag_length: int) -> tuple[int, int]:
+    """Of one image of `tiles` tiles: tokens in the LLM's sequence, and cross-attended ones, NVLM-H's tags included."""
+    in_llm, in_cross = (len(range(tiles)[part]) for part in split_tiles(config.architecture, tiles))
+    return in_llm * config.tokens_per_tile, in_cross * config.cross_tokens_per_tile(tag_length)
+
+
 class PromptEncoder:
     """Encodes conversations for one model.
 

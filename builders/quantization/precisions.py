@@ -44,6 +44,14 @@ TENSORRT_PRECISIONS: dict[str, tuple[str, ...]] = {
 FLOATING = ("fp32", "fp16", "bf16")
 STATIC = ("int8", "fp8")  # multiply activations by scales that a calibration measures
 _GPU_ONLY = ("fp16", "bf16")
+_DEFAULTS = {"onnxruntime": "fp32", "tensorrt": "bf16"}  # by backend
+
+
+def default_precision(backend: str) -> str:
+    """What is built where --precision says nothing. Raises EngineError for a backend that there is not."""
+    if backend not in _DEFAULTS:
+        raise EngineError(f"backend {backend!r} is not one of: {', '.join(_DEFAULTS)}; choose with --backend")
+    return _DEFAULTS[backend]
 
 
 def parse_precision(text: str, backend: str = "onnxruntime") -> dict[str, str]:
@@ -53,7 +61,6 @@ def parse_precision(text: str, backend: str = "onnxruntime") -> dict[str, str]:
     lack some of them. Raises EngineError for an unknown or repeated component, for a precision that the backend does
     not compute, and for two floating-point types in an engine for TensorRT."""
     table = TENSORRT_PRECISIONS if backend == "tensorrt" else PRECISIONS
-    unsaid = "bf16" if backend == "tensorrt" else "fp32"
     bare: list[str] = []
     chosen: dict[str, str] = {}
     for part in text.split(","):
@@ -69,7 +76,7 @@ def parse_precision(text: str, backend: str = "onnxruntime") -> dict[str, str]:
         chosen[component] = name
     if len(bare) > 1:
         raise EngineError(f"--precision names {' and '.join(bare)} for all components; give one, or component=NAME")
-    defaults = dict(zip(COMPONENTS, table[bare[0] if bare else unsaid], strict=True))
+    defaults = dict(zip(COMPONENTS, table[bare[0] if bare else default_precision(backend)], strict=True))
     precisions = defaults | chosen
     floating = sorted(set(precisions.values()) & set(FLOATING))
     if len(floating) > 1:

@@ -23,7 +23,7 @@ from nvlm_trt.backends.request_checks import check_cross_tokens, check_step, che
 from nvlm_trt.config import NvlmConfig
 from nvlm_trt.engine import Engine, EngineLimits
 from nvlm_trt.errors import EngineError
-from nvlm_trt.plugins.gated_cross_attention import KEY_BLOCK
+from nvlm_trt.plugins.gated_cross_attention import cache_length
 
 _RUNTIME_ERRORS = (
     runtime_errors.EPFail,
@@ -195,7 +195,7 @@ def _allocate(config: NvlmConfig, limits: EngineLimits) -> dict[str, FloatArray]
     """The decoder's caches by input name, a row per slot. Zeros are mapped lazily: memory is taken as slots fill."""
     llm = config.llm
     shape = (limits.max_slots, llm.num_kv_heads, limits.max_seq_len, llm.head_dim)
-    cross_tokens = -(-limits.max_image_tokens // KEY_BLOCK) * KEY_BLOCK
+    cross_tokens = cache_length(limits.max_image_tokens)
     cross_shape = (limits.max_slots, llm.num_kv_heads, cross_tokens, llm.head_dim)
     cache = {}
     try:

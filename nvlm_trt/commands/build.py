@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from nvlm_trt.builders.onnx_engine import QuantizationOptions
     from nvlm_trt.engine import Engine
 
-_DEFAULT_PRECISION = {"onnxruntime": "fp32", "tensorrt": "bf16"}  # by backend
-
 
 def build(
     checkpoint: Annotated[Path, typer.Option(help="Checkpoint directory in HF layout.")],
@@ -81,15 +79,19 @@ def build(
 
     Example: nvlm-trt build --checkpoint checkpoints/nvlm-h --output engines/nvlm-h --precision int8
     """
-    if backend not in _DEFAULT_PRECISION:
-        raise NvlmError(f"backend {backend!r} is not one of: {', '.join(_DEFAULT_PRECISION)}; choose with --backend")
+    from nvlm_trt.builders.quantization.precisions import (
+        default_precision,
+        needs_calibration,
+        parse_precision,
+        quantised_components,
+    )
+
+    precision = precision or default_precision(backend)
     if backend != "tensorrt" and (strip_weights or weight_streaming):
         raise NvlmError("--strip-weights and --weight-streaming are of the backend tensorrt; leave them out")
     from nvlm_trt.builders.onnx_engine import build_engine
     from nvlm_trt.builders.quantization.gate import AccuracyError
-    from nvlm_trt.builders.quantization.precisions import needs_calibration, parse_precision, quantised_components
 
-    precision = precision or _DEFAULT_PRECISION[backend]
     precisions = parse_precision(precision, backend)
     judging = {"samples": gate, "count": gate_samples, "max_drop": max_accuracy_drop}
     calibrating = {

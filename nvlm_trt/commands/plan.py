@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from nvlm_trt.engine import EngineLimits
     from nvlm_trt.planner import EnginePlan, Work
 
-_DEFAULT_PRECISION = {"onnxruntime": "fp32", "tensorrt": "bf16"}
 _PRESET_TAG_LENGTH = 1  # of the tokenizer that `nvlm-trt init-checkpoint` writes
 
 
@@ -51,17 +50,17 @@ def plan(
     """
     if (checkpoint is None) == (preset is None):
         raise NvlmError(f"name either a checkpoint or a preset: --checkpoint DIR, or --preset {next(iter(PRESETS))}")
-    if backend not in _DEFAULT_PRECISION:
-        raise NvlmError(f"backend {backend!r} is not one of: {', '.join(_DEFAULT_PRECISION)}; choose with --backend")
+    from nvlm_trt.builders.quantization.precisions import default_precision, parse_precision
+
+    precision = precision or default_precision(backend)
     rates = [rate for rate in (bandwidth, tflops) if rate is not None]
     if len(rates) == 1 or any(rate <= 0 for rate in rates):
         raise NvlmError("a time follows from both --bandwidth and --tflops, above 0; give both or none")
     from nvlm_trt.builders.engine_writer import default_limits
-    from nvlm_trt.builders.quantization.precisions import parse_precision
     from nvlm_trt.engine import EngineLimits
     from nvlm_trt.planner import Roofline, plan_engine
+    from nvlm_trt.prompt import count_image_tokens
 
-    precision = precision or _DEFAULT_PRECISION[backend]
     precisions = parse_precision(precision, backend)
     config, tag_length, checkpoint_bytes = _model(checkpoint, preset)
     chosen = {"max_slots": max_slots, "max_seq_len": max_seq_len, "max_image_tokens": max_image_tokens}
@@ -73,7 +72,7 @@ def plan(
     planned = plan_engine(config, limits, precisions, backend, tag_length, checkpoint_bytes)
     roofline = Roofline(config, limits, precisions, backend, tag_length)
     prefill = roofline.prefill(text_tokens, tiles)
-    in_llm, cross = _image_tokens(config, tiles, tag_length)
+    in_llm, cross = count_image_tokens(config, tiles, tag_length)
     decode = roofline.decode(1, text_tokens + in_llm + 1, cross)
     works = {**{f"prefill {stage}": work for stage, work in prefill.items()}, "decode": decode}
     times = {name: _seconds(work, bandwidth, tflops) for name, work in works.items()}
@@ -111,14 +110,6 @@ def _model(checkpoint: Path | None, preset: str | None) -> tuple[NvlmConfig, int
     with Checkpoint.open(checkpoint) as opened:
         tag_length = PromptEncoder(opened.config, Tokenizer.from_directory(checkpoint)).tag_length
         return opened.config, tag_length, sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
-
-
-def _image_tokens(config: NvlmConfig, tiles: int, tag_length: int) -> tuple[int, int]:
-    """Of one image: tokens in the LLM's sequence, and cross-attended ones."""
-    from nvlm_trt.prompt import split_tiles
-
-    in_llm, in_cross = (len(range(tiles)[part]) for part in split_tiles(config.architecture, tiles))
-    return in_llm * config.tokens_per_tile, in_cross * config.cross_tokens_per_tile(tag_length)
 
 
 def _seconds(work: Work, bandwidth: float | None, tflops: float | None) -> float | None:

@@ -16,4 +16,5 @@ def pixel_tensor(pixels: npt.NDArray[np.float32], image_type: str) -> Any:
 
         tensor = torch.from_numpy(pixels).to(torch.bfloat16)
         return pb_utils.Tensor.from_dlpack("pixel_values", torch.utils.dlpack.to_dlpack(tensor))
-    return pb_utils.Tensor("pixel_values", pixels.astype(np.float16 if image_type == "TYPE_FP16" else np.float32))
+    dtype = np.float16 if image_type == "TYPE_FP16" else np.float32
+    return pb_utils.Tensor("pixel_values", pixels.astype(dtype, copy=False))
