@@ -75,7 +75,9 @@ def main() -> None:
     saved: dict[str, dict[str, Any]] = {}
     if arguments.json.exists():
         saved = json.loads(arguments.json.read_text())["rows"]
-    rows: dict[str, dict[str, Any]] = {}
+    asked = [checkpoint.name for checkpoint in arguments.checkpoints]
+    # of those that are measured now, only what belongs to their present weights
+    rows = {key: row for key, row in saved.items() if row["checkpoint"] not in asked}
     for checkpoint in arguments.checkpoints:
         with Checkpoint.open(checkpoint) as source:
             digest = source.digest
