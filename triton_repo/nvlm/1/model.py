@@ -9,7 +9,7 @@ from typing import Any
 
 import chat_tensors
 import triton_python_backend_utils as pb_utils
-from answer_stream import AnswerStream
+from answer_sender import AnswerSender
 from ensemble_encoder import EnsembleEncoder
 from error_response import error_response
 from server_metrics import ServerMetrics
@@ -39,14 +39,14 @@ class TritonPythonModel:
                 image_limits=limits,
             ),
         )
-        self._open_streams: set[AnswerStream] = set()
         self._metrics = ServerMetrics()
+        self._answers = AnswerSender(self._metrics.add_late_tokens)
         self._closing = threading.Event()
         self._reporter = threading.Thread(target=self._report, name="nvlm-reporter", daemon=True)
         self._reporter.start()
 
     def execute(self, requests: list[Any]) -> None:
-        """Start what is given and return: answers are sent by their streams."""
+        """Start what is given and return: answers are sent by a thread of their own."""
         for request in requests:
             sender = request.get_response_sender()
             try:
@@ -63,22 +63,19 @@ class TritonPythonModel:
         """Finish what was submitted; the server waits no longer than its exit timeout."""
         self._closing.set()
         self._pipeline.close()
-        for stream in list(self._open_streams):
-            stream.wait()
+        self._answers.close()
         self._reporter.join()
 
     def _start(self, request: Any, sender: Any) -> None:
         if os.path.exists(self._drain_file):
             raise ServerError("the server is stopping; send the request to another one")
         chat = chat_tensors.chat_request(request, self._on_device)
-        stream = AnswerStream(sender, on_end=self._open_streams.discard, on_late_tokens=self._metrics.add_late_tokens)
-        handle = self._pipeline.submit(chat, stream.put, stream.put, request_id=request.request_id())
-        self._open_streams.add(stream)
-        stream.start(handle)
+        request_id = request.request_id()
+        self._answers.answer(sender, lambda put: self._pipeline.submit(chat, put, put, request_id=request_id))
 
     def _report(self) -> None:
         while not self._closing.wait(_REPORT_SECONDS):
-            self._metrics.report(self._pipeline.metrics(), len(self._open_streams))
+            self._metrics.report(self._pipeline.metrics(), self._answers.open_requests)
             if not self._pipeline.healthy:
                 # Triton would go on calling the model ready; whoever watches this process knows better
                 pb_utils.Logger.log_error("the engine has failed: its process ends so that the server is restarted")
