@@ -19,7 +19,6 @@ class Blocks(NamedTuple):
     key_bytes: int
     warps: int
     stages: int
-    registers: int | None = None  # per thread, at most; the compiler's choice if None
     chunk: int | None = None  # keys of one program, in two kernels (split_kernel.py); all keys in one if None
 
     def keys(self, head_dim: int, item_bytes: int) -> int:
@@ -35,9 +34,7 @@ BLOCKS: dict[int, Blocks] = {
     2: Blocks(rows=16, key_bytes=16 << 10, warps=4, stages=3, chunk=512),  # decoding
     3: Blocks(rows=64, key_bytes=8 << 10, warps=4, stages=1),  # prefill in 48 KB
     4: Blocks(rows=64, key_bytes=16 << 10, warps=4, stages=1),  # prefill in 48 KB
-    5: Blocks(rows=128, key_bytes=16 << 10, warps=8, stages=2),  # prefill
-    # Prefill on Hopper: 128 registers let two programs share a multiprocessor. Other GPUs would spill more of them.
-    6: Blocks(rows=128, key_bytes=16 << 10, warps=8, stages=2, registers=128),
+    5: Blocks(rows=128, key_bytes=16 << 10, warps=8, stages=2),  # prefill; on Hopper the kernel in hopper/ is faster
 }
 FP32_BLOCKS = (1,)  # fp32 is multiplied outside the tensor cores, where larger blocks spill registers
 
@@ -53,11 +50,10 @@ def candidates(item_bytes: int) -> tuple[int, ...]:
     return FP32_BLOCKS if item_bytes == 4 else tuple(BLOCKS)
 
 
-def choose_blocks(rows: int, item_bytes: int, generation: int = 0) -> Blocks:
-    """For `rows` (tokens * heads per key head) on a device without the 48 KB limit; `generation` is the first part of
-    its compute capability."""
+def choose_blocks(rows: int, item_bytes: int) -> Blocks:
+    """For `rows` (tokens * heads per key head) on a device without the 48 KB limit."""
     if item_bytes == 4:
         return BLOCKS[1]
     if rows <= BLOCKS[2].rows:
         return BLOCKS[2]
-    return BLOCKS[6 if generation == 9 else 5]
+    return BLOCKS[5]

@@ -10,7 +10,7 @@ After T. Dao, FlashAttention-2 (arXiv 2307.08691). The arguments are ordered as 
 them: inputs, scalars, outputs.
 """
 
-# ruff: noqa: N803, compile-time arguments are in capitals, as in all Triton code
+# ruff: noqa: N803, N806, compile-time arguments are in capitals, as in all Triton code
 from __future__ import annotations
 
 import triton
@@ -49,7 +49,8 @@ def gated_cross_attention_kernel(
     in_query = in_batch[:, None] & (dims < HEAD_DIM)[None, :]
     q = tl.load(query + query_at, mask=in_query, other=0.0)  # [ROWS, PADDED_DIM]
     kv_base = (batch * KV_HEADS + kv_head).to(tl.int64) * cross_tokens * HEAD_DIM
-    _, row_sum, total = attend(q, key + kv_base, value + kv_base, start, end, cross_tokens, HEAD_DIM, KEYS)
+    bounds = range_bounds(start, end, cross_tokens)
+    _, row_sum, total = attend(q, key + kv_base, value + kv_base, start, end, bounds, HEAD_DIM, KEYS)
 
     result = total * (tanh(tl.load(gate).to(tl.float32)) / row_sum)[:, None]
     result = tl.where((start < end)[:, None], result, 0.0)
@@ -72,13 +73,24 @@ def load_ranges(at, in_batch, lowest, highest):
 
 
 @triton.jit
+def range_bounds(start, end, cross_tokens):
+    """Of rows' ranges [ROWS]: (lowest start, highest start, lowest end, highest end). Empty ones do not count."""
+    empty = start >= end
+    lowest_start = tl.min(tl.where(empty, cross_tokens, start))
+    highest_start = tl.max(tl.where(empty, 0, start))
+    lowest_end = tl.min(tl.where(empty, cross_tokens, end))
+    highest_end = tl.max(tl.where(empty, 0, end))
+    return lowest_start, highest_start, lowest_end, highest_end
+
+
+@triton.jit
 def attend(
     query,  # [ROWS, PADDED_DIM], zero in padded dims
     keys,  # of this key head, rows of HEAD_DIM
     values,
     start,  # [ROWS]
     end,
-    cross_tokens,
+    bounds,  # of start and end
     HEAD_DIM: tl.constexpr,
     KEYS: tl.constexpr,
 ):
@@ -86,31 +98,33 @@ def attend(
 
     Weights are relative to that of the largest score. Meaningless for rows of empty ranges."""
     rows: tl.constexpr = query.shape[0]
-    empty = start >= end
-    lowest = tl.min(tl.where(empty, cross_tokens, start))
-    highest = tl.max(tl.where(empty, 0, end))
-    # Keys that every row reads need no mask. Empty rows do not count: their sums are thrown away.
-    common_start = tl.max(tl.where(empty, 0, start))
-    common_end = tl.min(tl.where(empty, cross_tokens, end))
+    lowest, common_start, common_end, highest = bounds
     first = lowest // KEYS * KEYS
+    # Keys that every row reads need no mask.
     common_first = tl.maximum(tl.cdiv(common_start, KEYS) * KEYS, first)
     common_last = tl.maximum(common_end // KEYS * KEYS, common_first)
 
     row_max = tl.full([rows], -float("inf"), tl.float32)
     row_sum = tl.zeros([rows], tl.float32)
     total = tl.zeros(query.shape, tl.float32)
-    row_max, row_sum, total = _attend_blocks(
-        *(query, keys, values, start, end, lowest, highest, row_max, row_sum, total),
-        *(first, common_first, HEAD_DIM, KEYS, True),
-    )
+    # When decoding, preparing a loop that has no turns takes time that shows. Around the products of more rows a branch
+    # would make the assembler run them one after the other (C7515).
+    ALWAYS: tl.constexpr = rows > 16
+    if ALWAYS or first < common_first:
+        row_max, row_sum, total = _attend_blocks(
+            *(query, keys, values, start, end, lowest, highest, row_max, row_sum, total),
+            *(first, common_first, HEAD_DIM, KEYS, True),
+        )
     row_max, row_sum, total = _attend_blocks(
         *(query, keys, values, start, end, lowest, highest, row_max, row_sum, total),
         *(common_first, common_last, HEAD_DIM, KEYS, False),
     )
-    return _attend_blocks(
-        *(query, keys, values, start, end, lowest, highest, row_max, row_sum, total),
-        *(common_last, highest, HEAD_DIM, KEYS, True),
-    )
+    if ALWAYS or common_last < highest:
+        row_max, row_sum, total = _attend_blocks(
+            *(query, keys, values, start, end, lowest, highest, row_max, row_sum, total),
+            *(common_last, highest, HEAD_DIM, KEYS, True),
+        )
+    return row_max, row_sum, total
 
 
 @triton.jit

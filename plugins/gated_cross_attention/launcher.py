@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from nvlm_trt.plugins.gated_cross_attention.blocks import HEAD_DIMS, Blocks, choose_blocks, padded_dim
+from nvlm_trt.plugins.gated_cross_attention.blocks import BLOCKS, HEAD_DIMS, Blocks, choose_blocks, padded_dim
 from nvlm_trt.plugins.gated_cross_attention.kernel import gated_cross_attention_kernel
 from nvlm_trt.plugins.gated_cross_attention.split_kernel import add_chunks_kernel, attend_chunk_kernel
 
@@ -22,19 +22,26 @@ def gated_cross_attention(
 
     query [B, H, S, D]; key, value [B, KV, N, D]; fp16, bf16 or fp32, contiguous; cross_ranges [B, S, 2] int32; gate [1]
     of any float type -> [B, H, S, D]. D is 32, 64, 80, 96 or 128 and H a multiple of KV. Ranges are clipped to 0..N; an
-    empty range gives exactly zero. Values between the lowest start and the highest end of neighbouring tokens must be
-    finite; keys and values elsewhere are not read. Everything lies on one GPU (or on the CPU with TRITON_INTERPRET=1).
+    empty range gives exactly zero. Values between the lowest and the highest key that neighbouring tokens read must be
+    finite; others are not used. Everything lies on one GPU (or on the CPU with TRITON_INTERPRET=1).
 
-    `blocks` overrides the table's choice. Raises ValueError for tensors that do not fit this."""
+    `blocks` overrides the choice: the table's, or for prompts on Hopper the kernel in hopper/. Raises ValueError for
+    tensors that do not fit this."""
     _check(query, key, value, cross_ranges, gate)
     batch, heads, tokens, head_dim = query.shape
     kv_heads, cross_tokens = key.shape[1:3]
     output = torch.empty_like(query)
     rows = tokens * (heads // kv_heads)  # of one key head
-    generation = torch.cuda.get_device_capability(query.device)[0] if query.is_cuda else 0
-    blocks = blocks or choose_blocks(rows, query.element_size(), generation)
     if not output.numel():  # CUDA refuses an empty grid
         return output
+    if blocks is None:
+        blocks = choose_blocks(rows, query.element_size())
+        if blocks is BLOCKS[5] and query.is_cuda and torch.cuda.get_device_capability(query.device) == (9, 0):
+            from nvlm_trt.plugins.gated_cross_attention.hopper import launcher as hopper
+
+            if hopper.fits(query, key, value):
+                hopper.prefill(query, key, value, cross_ranges, gate, output)
+                return output
     row_blocks = triton.cdiv(rows, blocks.rows)
     options: dict[str, Any] = {
         "HEADS": heads,
@@ -45,7 +52,6 @@ def gated_cross_attention(
         "KEYS": blocks.keys(head_dim, query.element_size()),
         "num_warps": blocks.warps,
         "num_stages": blocks.stages,
-        "maxnreg": blocks.registers,
     }
     if blocks.chunk is None or cross_tokens <= blocks.chunk:
         arguments = (query, key, value, cross_ranges, gate, tokens, cross_tokens, output)
@@ -58,6 +64,7 @@ def gated_cross_attention(
     attend_chunk_kernel[(chunks, batch * kv_heads, row_blocks)](
         *(query, key, value, cross_ranges, tokens, cross_tokens, all_rows, peaks, sums, totals),
         CHUNK=blocks.chunk,
+        ONE_TOKEN=tokens == 1,
         **options,
     )
     add_chunks_kernel[(all_rows,)](

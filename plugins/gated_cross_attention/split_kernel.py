@@ -11,7 +11,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nvlm_trt.plugins.gated_cross_attention.kernel import attend, load_ranges, tanh, token_and_head
+from nvlm_trt.plugins.gated_cross_attention.kernel import (
+    attend,
+    load_ranges,
+    range_bounds,
+    tanh,
+    token_and_head,
+)
 
 
 @triton.jit
@@ -33,6 +39,7 @@ def attend_chunk_kernel(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     CHUNK: tl.constexpr,  # a multiple of KEYS
+    ONE_TOKEN: tl.constexpr,  # S is 1, as when decoding
 ):
     """Grid: (chunks, B * KV_HEADS, ceil(S * HEADS / KV_HEADS / ROWS)). All tensors contiguous."""
     chunk = tl.program_id(0)
@@ -41,7 +48,14 @@ def attend_chunk_kernel(
     token, head = token_and_head(tl.program_id(2), kv_head, HEADS // KV_HEADS, ROWS)
     in_batch = token < tokens
     chunk_end = tl.minimum((chunk + 1) * CHUNK, cross_tokens)
-    start, end = load_ranges(cross_ranges + (batch * tokens + token) * 2, in_batch, chunk * CHUNK, chunk_end)
+    ranges = cross_ranges + batch * tokens * 2
+    if ONE_TOKEN:  # the rows are its heads: its range is their bounds
+        first, last = load_ranges(ranges, True, chunk * CHUNK, chunk_end)
+        bounds = first, first, last, last
+        start, end = tl.full([ROWS], first, tl.int32), tl.full([ROWS], last, tl.int32)
+    else:
+        start, end = load_ranges(ranges + token * 2, in_batch, chunk * CHUNK, chunk_end)
+        bounds = range_bounds(start, end, cross_tokens)
 
     dims = tl.arange(0, PADDED_DIM)
     row = (batch * HEADS + head).to(tl.int64) * tokens + token  # [ROWS]
@@ -49,7 +63,7 @@ def attend_chunk_kernel(
     in_query = in_batch[:, None] & (dims < HEAD_DIM)[None, :]
     q = tl.load(query + at, mask=in_query, other=0.0)  # [ROWS, PADDED_DIM]
     kv_base = (batch * KV_HEADS + kv_head).to(tl.int64) * cross_tokens * HEAD_DIM
-    peak, row_sum, total = attend(q, key + kv_base, value + kv_base, start, end, cross_tokens, HEAD_DIM, KEYS)
+    peak, row_sum, total = attend(q, key + kv_base, value + kv_base, start, end, bounds, HEAD_DIM, KEYS)
 
     chunk_row = chunk.to(tl.int64) * rows + row
     tl.store(peaks + chunk_row, tl.where(start < end, peak, -float("inf")), mask=in_batch)

@@ -126,5 +126,5 @@ def compile_tactic(
         "ROWS": blocks.rows,
         "KEYS": blocks.keys(head_dim, 4 if dtype == "fp32" else 2),
     }
-    options = {"num_warps": blocks.warps, "num_stages": blocks.stages, "maxnreg": blocks.registers}
+    options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
     return compile_kernel(gated_cross_attention_kernel, arguments, constants, capability, options)

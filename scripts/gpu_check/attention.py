@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -59,6 +59,13 @@ SMALL = (
     Shape(40, 1, 64, 1, 2, 33),  # a group larger than a block of rows
 )
 PROMPT = Shape(8, 2, 64, 1, 21, 301)  # several blocks of rows and of keys, for every entry of the table
+# For the kernel of Hopper GPUs: tiles of 128 rows against blocks of 128 keys.
+TILES = (
+    Shape(8, 1, 128, 1, 129, 128),  # one block of keys, whole; a tile of one token
+    Shape(3, 1, 128, 1, 100, 513),  # a group that does not divide a tile; a block of one key
+    Shape(16, 2, 128, 2, 70, 700),
+    Shape(14, 2, 64, 2, 90, 300),
+)
 
 
 class Inputs(NamedTuple):
@@ -67,6 +74,9 @@ class Inputs(NamedTuple):
     value: Tensor
     cross_ranges: Tensor
     gate: Tensor
+
+
+Launch = Callable[[Inputs], Tensor]
 
 
 def make_inputs(shape: Shape, ranges: Tensor, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
@@ -152,6 +162,17 @@ def launch(inputs: Inputs, blocks: Blocks | None = None) -> Tensor:
         raise NotAvailableError(f"the blocks do not fit this GPU: {error}") from None
 
 
+def launch_on_hopper(inputs: Inputs) -> Tensor:
+    """The kernel of Hopper GPUs, of however few rows. Raises NotAvailableError on others."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        raise NotAvailableError("the GPU is not a Hopper")
+    from nvlm_trt.plugins.gated_cross_attention.hopper.launcher import prefill
+
+    output = torch.full_like(inputs.query, torch.nan)
+    prefill(*inputs, output)
+    return output
+
+
 class Error(NamedTuple):
     largest: float  # in units of 1 + |expected|
     rms: float  # relative to that of what is expected
@@ -168,12 +189,10 @@ class Error(NamedTuple):
         return self.largest <= largest and self.rms <= rms
 
 
-def compare(
-    shape: Shape, ranges: Tensor, dtype: torch.dtype, device: str, blocks: Blocks | None = None, seed: int = 0
-) -> Result:
+def compare(shape: Shape, ranges: Tensor, dtype: torch.dtype, device: str, launch: Launch = launch) -> Result:
     """The kernel against the oracle, torch's attention beside it, and exact zeros for empty ranges."""
-    inputs = make_inputs(shape, ranges, dtype, device, seed)
-    output, expected = launch(inputs, blocks), oracle(inputs)
+    inputs = make_inputs(shape, ranges, dtype, device)
+    output, expected = launch(inputs), oracle(inputs)
     error, of_torch = Error.of(output, expected), Error.of(torch_attention(inputs), expected)
     zeros = bool((output.masked_select(is_empty(inputs)) == 0).all())
     good = error.is_within(dtype) and zeros and output.dtype == dtype
@@ -187,22 +206,21 @@ def compare(
     return Result(PASSED if good else WRONG, values, note)
 
 
-def independence(shape: Shape, dtype: torch.dtype, device: str) -> Result:
+def independence(shape: Shape, dtype: torch.dtype, device: str, launch: Launch) -> Result:
     """What lies outside the ranges and what stands beside a token change none of its bits."""
     inputs = make_inputs(shape, random_ranges(shape, seed=3), dtype, device)
-    blocks = BLOCKS[candidates(inputs.query.element_size())[0]]  # else a token alone is given others
-    output = launch(inputs, blocks)
+    output = launch(inputs)
     faults = []
     lowest, highest = (int(n) for n in (shape.cross_tokens // 3, shape.cross_tokens // 2))
     narrow = inputs.cross_ranges.clamp(lowest, highest)
-    before = launch(inputs._replace(cross_ranges=narrow), blocks)
+    before = launch(inputs._replace(cross_ranges=narrow))
     poisoned = inputs._replace(cross_ranges=narrow, key=inputs.key.clone(), value=inputs.value.clone())
     for tensor in (poisoned.key, poisoned.value):
         tensor[:, :, :lowest], tensor[:, :, highest:] = torch.nan, torch.inf
-    if not before.equal(launch(poisoned, blocks)):
+    if not before.equal(launch(poisoned)):
         faults.append("keys outside the ranges change the result")
     nothing = poisoned._replace(cross_ranges=torch.zeros_like(narrow))
-    if launch(nothing, blocks).count_nonzero():
+    if launch(nothing).count_nonzero():
         faults.append("empty ranges do not give zero")
     for b in range(shape.batch):
         s = b % shape.tokens
@@ -213,7 +231,7 @@ def independence(shape: Shape, dtype: torch.dtype, device: str) -> Result:
             inputs.cross_ranges[b : b + 1, s : s + 1].contiguous(),
             inputs.gate,
         )
-        if not launch(alone, blocks)[0, :, 0].equal(output[b, :, s]):
+        if not launch(alone)[0, :, 0].equal(output[b, :, s]):
             faults.append(f"token {s} of sequence {b} has other bits alone than in a batch")
     return Result(WRONG if faults else PASSED, note="; ".join(faults))
 
@@ -232,7 +250,36 @@ def trials(device: str, dtypes: Sequence[torch.dtype]) -> Iterator[Trial]:
         for number in candidates(dtype.itemsize):
             yield (
                 f"{name}, block table's entry {number}: {PROMPT}",
-                partial(compare, PROMPT, prompt, dtype, device, BLOCKS[number]),
+                partial(compare, PROMPT, prompt, dtype, device, partial(launch, blocks=BLOCKS[number])),
             )
         shape = Shape(4, 2, 64, 3, 9, 200) if on_gpu else Shape(2, 1, 64, 2, 2, 40)
-        yield f"{name}: bits depend on nothing else", partial(independence, shape, dtype, device)
+        # of one entry: a token alone would be given another
+        first = partial(launch, blocks=BLOCKS[candidates(dtype.itemsize)[0]])
+        yield f"{name}: bits depend on nothing else", partial(independence, shape, dtype, device, first)
+        if on_gpu and dtype != torch.float32:
+            yield from _hopper_trials(dtype, device)
+
+
+def _hopper_trials(dtype: torch.dtype, device: str) -> Iterator[Trial]:
+    name = f"{str(dtype).removeprefix('torch.')} on Hopper"
+    for shape in (*(shape for shape in SMALL if shape.head_dim in (64, 128)), *TILES):
+        for what, ranges in (("any", random_ranges(shape)), ("full", full_ranges(shape))):
+            yield f"{name}, {what} ranges: {shape}", partial(compare, shape, ranges, dtype, device, launch_on_hopper)
+    for shape in (Shape(4, 2, 64, 3, 9, 200), *TILES[1:3]):
+        yield (
+            f"{name}, bits depend on nothing else: {shape}",
+            partial(independence, shape, dtype, device, launch_on_hopper),
+        )
+    yield f"{name}: masks do not change bits", partial(masks_change_nothing, dtype, device)
+
+
+def masks_change_nothing(dtype: torch.dtype, device: str) -> Result:
+    """Text after tile tags has the same bits where no token has a tag, in every run."""
+    inputs = make_inputs(PREFILL, prompt_ranges(PREFILL), dtype, device)
+    output = launch_on_hopper(inputs)
+    if not all(launch_on_hopper(inputs).equal(output) for _ in range(5)):
+        return Result(WRONG, note="the same inputs give other bits")
+    text = (inputs.cross_ranges[0] == torch.tensor([0, PREFILL.cross_tokens], device=device)).all(-1)
+    unmasked = inputs._replace(cross_ranges=full_ranges(PREFILL).to(device, torch.int32))
+    same = launch_on_hopper(unmasked)[:, :, text].equal(output[:, :, text])
+    return Result(PASSED if same else WRONG, note="" if same else "tags change the bits of text")

@@ -31,10 +31,8 @@ DECODE_BLOCKS = [
     for chunk, key_bytes, stages in itertools.product((None, 256, 512, 1024), (8 * KIB, 16 * KIB, 32 * KIB), (2, 3, 4))
 ]
 PREFILL_BLOCKS = [
-    Blocks(rows, key_bytes, rows // 16, stages, registers)
-    for rows, key_bytes, stages, registers in itertools.product(
-        (64, 128), (8 * KIB, 16 * KIB, 32 * KIB), (2, 3, 4), (None, 128)
-    )
+    Blocks(rows, key_bytes, rows // 16, stages)
+    for rows, key_bytes, stages in itertools.product((64, 128), (8 * KIB, 16 * KIB, 32 * KIB), (2, 3, 4))
 ]
 
 
@@ -145,10 +143,9 @@ def measure(what: str, alternative: object) -> Result:
     good = output.equal(expected) if what == "tile_resample" else Error.of(output, expected).is_within(DTYPE)
     if not good:
         return Result(WRONG, {}, "its result is wrong")
-    generation = torch.cuda.get_device_capability()[0]
     in_place = {
-        "decoding": choose_blocks(DECODE.tokens * DECODE.heads // DECODE.kv_heads, DTYPE.itemsize, generation),
-        "prefill": choose_blocks(PREFILL.tokens * PREFILL.heads // PREFILL.kv_heads, DTYPE.itemsize, generation),
+        "decoding": choose_blocks(DECODE.tokens * DECODE.heads // DECODE.kv_heads, DTYPE.itemsize),
+        "prefill": choose_blocks(PREFILL.tokens * PREFILL.heads // PREFILL.kv_heads, DTYPE.itemsize),
         "tile_resample": Squares(resample_launcher.BLOCK, resample_launcher.SOURCE, resample_launcher.WARPS),
     }
     note = "in place" if alternative == in_place[what] else ""

@@ -33,6 +33,7 @@ def assemble(ptx: str, target: str, directory: Path) -> int:
     command = [assembler, "-v", f"-arch={target}", "kernel.ptx", "-o", "kernel.cubin"]
     done = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert "serialized" not in done.stderr, done.stderr  # of wgmma, that each waits for the one before
     spilled = re.search(r"(\d+) bytes spill stores", done.stderr)
     assert spilled is not None, done.stderr
     return int(spilled.group(1))

@@ -1,0 +1,159 @@
+"""The partition that attends: while a block's scores are multiplied, so are the values of the block before.
+
+Also from tile to tile: a tile's first scores together with the last values of the one before.
+
+What a row adds up depends on nothing beside it. Blocks outside the tile's lowest start and highest end are not
+attended to, and those that a row does not see leave its sums as they are, bit for bit."""
+
+# ruff: noqa: N803, N806, compile-time arguments are in capitals, as in all Triton code
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma_wait
+
+from nvlm_trt.plugins.gated_cross_attention.hopper.loader import KEY_STAGES, VALUE_STAGES
+from nvlm_trt.plugins.gated_cross_attention.hopper.products import masked, multiply_keys, multiply_values, softmax
+from nvlm_trt.plugins.gated_cross_attention.hopper.tiles import KEYS, copy_layout, plan, rows_at
+from nvlm_trt.plugins.gated_cross_attention.hopper.turns import pass_turn, take_turn
+from nvlm_trt.plugins.gated_cross_attention.kernel import tanh
+
+
+@gluon.jit
+def attend(
+    tensors,
+    queries,
+    blocks,
+    sizes,
+    HEADS: gl.constexpr,
+    KV_HEADS: gl.constexpr,
+    SECOND: gl.constexpr,  # which 64 rows of a tile
+):
+    """One warpgroup: attend with its rows of every tile of this program."""
+    query, cross_ranges, gate, output = tensors
+    keys, values, keys_full, keys_empty, values_full, values_empty = blocks
+    _tokens, _cross_tokens, _key_heads, tiles = sizes
+    HEAD_DIM: gl.constexpr = keys.shape[3]
+    layout: gl.constexpr = copy_layout(HEAD_DIM)
+    score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    total_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
+    row_layout: gl.constexpr = gl.SliceLayout(1, score_layout)
+
+    query_at, in_query = rows_at(gl.program_id(0), sizes, HEADS, KV_HEADS, HEAD_DIM, SECOND, layout)
+    async_copy.async_copy_global_to_shared(queries.index(SECOND), query + query_at, mask=in_query)
+    async_copy.commit_group()
+    tanh_gate = tanh(gl.load(gate).to(gl.float32))
+    if SECOND:
+        pass_turn(SECOND)  # the first warpgroup begins
+    n = 0  # blocks so far
+    parity = 0
+    q = queries.index(SECOND)
+    async_copy.wait_group(0)
+    fence_async_shared()
+    mbarrier.wait(keys_full.index(0), 0)
+    take_turn(SECOND)
+    scores = multiply_keys(q, keys.index(0), score_layout)
+    pass_turn(SECOND)
+    start, end, first, count, whole, uncut, uncut_end = plan(
+        gl.program_id(0), cross_ranges, sizes, HEADS, KV_HEADS, SECOND, row_layout
+    )
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        q = queries.index(parity * 2 + SECOND)
+        next_q = queries.index((parity ^ 1) * 2 + SECOND)
+        next_tile = tile + gl.num_programs(0)
+        next_at, in_next = rows_at(next_tile, sizes, HEADS, KV_HEADS, HEAD_DIM, SECOND, layout)
+        async_copy.async_copy_global_to_shared(next_q, query + next_at, mask=in_next)
+        async_copy.commit_group()
+
+        scores = warpgroup_mma_wait(0, deps=(scores,))
+        mbarrier.arrive(keys_empty.index(n % KEY_STAGES), count=1)
+        visible = start < end
+        if whole:
+            visible = (start <= first) & (first < end)
+        else:
+            scores = masked(scores, first, start, end)
+        row_max = gl.full([64], -float("inf"), gl.float32, row_layout)
+        weights, row_max, decay, sums = softmax(scores, row_max, visible, HEAD_DIM)
+        mbarrier.wait(keys_full.index((n + 1) % KEY_STAGES), (n + 1) // KEY_STAGES & 1, pred=count > 1)
+        state = (row_max, sums, gl.zeros([64, HEAD_DIM], gl.float32, total_layout), weights, decay)
+
+        tile_end = n + count
+        block = first - n * KEYS  # of n = 0
+        state = attend_blocks(q, blocks, start, end, block, n + 1, n + uncut, tile_end, state, SECOND, True)
+        state = attend_blocks(q, blocks, start, end, block, n + uncut, n + uncut_end, tile_end, state, SECOND, False)
+        state = attend_blocks(q, blocks, start, end, block, n + uncut_end, tile_end, tile_end, state, SECOND, True)
+        _, sums, total, weights, decay = state
+        n = tile_end
+        stage = (n - 1) % VALUE_STAGES
+        some = start < end
+        # the last values, and the first scores of the next tile: after the last tile, of what lies there
+        async_copy.wait_group(0)
+        fence_async_shared()
+        mbarrier.wait(values_full.index(stage), (n - 1) // VALUE_STAGES & 1)
+        take_turn(SECOND)
+        total, p = multiply_values(total, weights, decay, values.index(stage))
+        mbarrier.wait(keys_full.index(n % KEY_STAGES), n // KEY_STAGES & 1, pred=next_tile < tiles)
+        scores = multiply_keys(next_q, keys.index(n % KEY_STAGES), score_layout)
+        pass_turn(SECOND)
+        start, end, first, count, whole, uncut, uncut_end = plan(
+            next_tile, cross_ranges, sizes, HEADS, KV_HEADS, SECOND, row_layout
+        )
+        factor = tanh_gate / gl.convert_layout(gl.sum(sums, 1), row_layout)
+        factor = gl.convert_layout(gl.where(some, factor, 0.0), gl.SliceLayout(1, total_layout))[:, None]
+        total, p = warpgroup_mma_wait(1, deps=(total, p))
+        mbarrier.arrive(values_empty.index(stage), count=1)
+        # what empty ranges have summed up may be NaN
+        q.store(gl.where(factor == 0.0, 0.0, total * factor).to(q.dtype))
+        at, inside = rows_at(tile, sizes, HEADS, KV_HEADS, HEAD_DIM, SECOND, layout)
+        gl.store(output + at, q.load(layout), mask=inside)
+        parity ^= 1
+    warpgroup_mma_wait(0, deps=(scores,))
+    if not SECOND:
+        take_turn(SECOND)  # the last that was passed: a barrier is left as it was found
+
+
+@gluon.jit
+def attend_blocks(
+    q,
+    blocks,
+    start,  # [64]
+    end,
+    block_at,  # the first key of block 0, were it in this tile
+    n_first,
+    n_last,
+    n_end,  # of the tile
+    state,
+    SECOND: gl.constexpr,
+    CUT: gl.constexpr,  # whether rows may begin or end within these blocks
+):
+    """Attend to the blocks n_first..n_last. State: largest scores and sums so far, [64] and [64, 8]; values weighted
+    up to the block before the last; the last block's weights, [64, KEYS], and what it scales the values by, [64]."""
+    keys, values, keys_full, keys_empty, values_full, values_empty = blocks
+    row_max, row_sum, total, weights, decay = state
+    HEAD_DIM: gl.constexpr = keys.shape[3]
+    LAYOUT: gl.constexpr = weights.type.layout
+    for n in range(n_first, n_last):
+        stage = n % KEY_STAGES
+        before = (n - 1) % VALUE_STAGES
+        take_turn(SECOND)
+        scores = multiply_keys(q, keys.index(stage), LAYOUT)
+        # A wait ends a basic block. Without this one ptxas would do what the values need between the products of the
+        # scores, and without the one below it would await the values before the exponentials.
+        mbarrier.wait(values_full.index(before), (n - 1) // VALUE_STAGES & 1)
+        total, p = multiply_values(total, weights, decay, values.index(before))
+        pass_turn(SECOND)
+        scores = warpgroup_mma_wait(1, deps=(scores,))
+        at = block_at + n * KEYS
+        if CUT:
+            scores = masked(scores, at, start, end)
+            visible = start < end
+        else:
+            visible = (start <= at) & (at < end)
+        weights, row_max, decay, sums = softmax(scores, row_max, visible, HEAD_DIM)
+        row_sum = row_sum * gl.convert_layout(decay, gl.SliceLayout(1, row_sum.type.layout))[:, None] + sums
+        mbarrier.wait(keys_full.index((n + 1) % KEY_STAGES), (n + 1) // KEY_STAGES & 1, pred=n + 1 < n_end)
+        total, p, weights, row_sum = warpgroup_mma_wait(0, deps=(total, p, weights, row_sum))
+        mbarrier.arrive(keys_empty.index(stage), count=1)
+        mbarrier.arrive(values_empty.index(before), count=1)
+    return row_max, row_sum, total, weights, decay
