@@ -31,7 +31,7 @@ class Blocks(NamedTuple):
 # than 48 KB, and takes one kernel, not two.
 BLOCKS: dict[int, Blocks] = {
     1: Blocks(rows=16, key_bytes=8 << 10, warps=4, stages=3),  # decoding in 48 KB; any step in fp32
-    2: Blocks(rows=16, key_bytes=16 << 10, warps=4, stages=3, chunk=512),  # decoding
+    2: Blocks(rows=16, key_bytes=16 << 10, warps=4, stages=3, chunk=448),  # decoding
     3: Blocks(rows=64, key_bytes=8 << 10, warps=4, stages=1),  # prefill in 48 KB
     4: Blocks(rows=64, key_bytes=16 << 10, warps=4, stages=1),  # prefill in 48 KB
     5: Blocks(rows=128, key_bytes=16 << 10, warps=8, stages=2),  # prefill; on Hopper the kernel in hopper/ is faster

@@ -1,7 +1,5 @@
 """The partition that attends: while a block's scores are multiplied, so are the values of the block before.
 
-Also from tile to tile: a tile's first scores together with the last values of the one before.
-
 What a row adds up depends on nothing beside it. Blocks outside the tile's lowest start and highest end are not
 attended to, and those that a row does not see leave its sums as they are, bit for bit."""
 
@@ -48,26 +46,25 @@ def attend(
         pass_turn(SECOND)  # the first warpgroup begins
     n = 0  # blocks so far
     parity = 0
-    q = queries.index(SECOND)
-    async_copy.wait_group(0)
-    fence_async_shared()
-    mbarrier.wait(keys_full.index(0), 0)
-    take_turn(SECOND)
-    scores = multiply_keys(q, keys.index(0), score_layout)
-    pass_turn(SECOND)
-    start, end, first, count, whole, uncut, uncut_end = plan(
-        gl.program_id(0), cross_ranges, sizes, HEADS, KV_HEADS, SECOND, row_layout
-    )
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         q = queries.index(parity * 2 + SECOND)
-        next_q = queries.index((parity ^ 1) * 2 + SECOND)
-        next_tile = tile + gl.num_programs(0)
-        next_at, in_next = rows_at(next_tile, sizes, HEADS, KV_HEADS, HEAD_DIM, SECOND, layout)
-        async_copy.async_copy_global_to_shared(next_q, query + next_at, mask=in_next)
+        async_copy.wait_group(0)
+        fence_async_shared()
+        stage = n % KEY_STAGES
+        mbarrier.wait(keys_full.index(stage), n // KEY_STAGES & 1)
+        take_turn(SECOND)
+        scores = multiply_keys(q, keys.index(stage), score_layout)
+        pass_turn(SECOND)
+        # while these are multiplied: the next tile's queries, and what this one sees
+        next_at, in_next = rows_at(tile + gl.num_programs(0), sizes, HEADS, KV_HEADS, HEAD_DIM, SECOND, layout)
+        async_copy.async_copy_global_to_shared(queries.index((parity ^ 1) * 2 + SECOND), query + next_at, mask=in_next)
         async_copy.commit_group()
+        start, end, first, count, whole, uncut, uncut_end = plan(
+            tile, cross_ranges, sizes, HEADS, KV_HEADS, SECOND, row_layout
+        )
 
         scores = warpgroup_mma_wait(0, deps=(scores,))
-        mbarrier.arrive(keys_empty.index(n % KEY_STAGES), count=1)
+        mbarrier.arrive(keys_empty.index(stage), count=1)
         visible = start < end
         if whole:
             visible = (start <= first) & (first < end)
@@ -86,29 +83,17 @@ def attend(
         _, sums, total, weights, decay = state
         n = tile_end
         stage = (n - 1) % VALUE_STAGES
-        some = start < end
-        # the last values, and the first scores of the next tile: after the last tile, of what lies there
-        async_copy.wait_group(0)
-        fence_async_shared()
         mbarrier.wait(values_full.index(stage), (n - 1) // VALUE_STAGES & 1)
-        take_turn(SECOND)
-        total, p = multiply_values(total, weights, decay, values.index(stage))
-        mbarrier.wait(keys_full.index(n % KEY_STAGES), n // KEY_STAGES & 1, pred=next_tile < tiles)
-        scores = multiply_keys(next_q, keys.index(n % KEY_STAGES), score_layout)
-        pass_turn(SECOND)
-        start, end, first, count, whole, uncut, uncut_end = plan(
-            next_tile, cross_ranges, sizes, HEADS, KV_HEADS, SECOND, row_layout
-        )
+        total, _ = multiply_values(total, weights, decay, values.index(stage))
         factor = tanh_gate / gl.convert_layout(gl.sum(sums, 1), row_layout)
-        factor = gl.convert_layout(gl.where(some, factor, 0.0), gl.SliceLayout(1, total_layout))[:, None]
-        total, p = warpgroup_mma_wait(1, deps=(total, p))
+        factor = gl.convert_layout(gl.where(start < end, factor, 0.0), gl.SliceLayout(1, total_layout))[:, None]
+        total = warpgroup_mma_wait(0, deps=(total,))
         mbarrier.arrive(values_empty.index(stage), count=1)
         # what empty ranges have summed up may be NaN
         q.store(gl.where(factor == 0.0, 0.0, total * factor).to(q.dtype))
         at, inside = rows_at(tile, sizes, HEADS, KV_HEADS, HEAD_DIM, SECOND, layout)
         gl.store(output + at, q.load(layout), mask=inside)
         parity ^= 1
-    warpgroup_mma_wait(0, deps=(scores,))
     if not SECOND:
         take_turn(SECOND)  # the last that was passed: a barrier is left as it was found
 
