@@ -43,7 +43,7 @@ class EngineWriter:
         with Checkpoint.open(checkpoint_dir) as checkpoint:
             self.config = checkpoint.config
             self.prompts = PromptEncoder(self.config, Tokenizer.from_directory(checkpoint_dir))
-            self.limits = _limits(self.config, self.prompts.tag_length, overrides)
+            self.limits = engine_limits(self.config, self.prompts.tag_length, overrides)
             self.digest = checkpoint.digest
 
     def write(self, directory: Path, recipe: Recipe, progress: Progress) -> Manifest:
@@ -112,18 +112,8 @@ def default_limits(config: NvlmConfig, tag_length: int) -> EngineLimits:
     )
 
 
-def save_model(model: ir.Model, path: Path, progress: Progress) -> None:
-    """Write PATH and PATH.data, some rows of a tensor in memory at a time, and check the result."""
-
-    def report(tensor: ir.TensorProtocol, info: ir.external_data.CallbackInfo) -> None:
-        progress(path.stem, info.index + 1, info.total)
-
-    # page-aligned, so that ONNX Runtime maps what it does not repack
-    ir.save(model, path, external_data=f"{path.name}.data", alignment=4096, callback=report)
-    onnx.checker.check_model(os.fspath(path))
-
-
-def _limits(config: NvlmConfig, tag_length: int, overrides: Mapping[str, int]) -> EngineLimits:
+def engine_limits(config: NvlmConfig, tag_length: int, overrides: Mapping[str, int]) -> EngineLimits:
+    """`default_limits` with the fields of `overrides`. Raises EngineError for what the model cannot do."""
     default = default_limits(config, tag_length)
     try:
         limits = EngineLimits(**{**default.model_dump(), **overrides})
@@ -140,3 +130,14 @@ def _limits(config: NvlmConfig, tag_length: int, overrides: Mapping[str, int]) -
     if config.cross_layers and not limits.max_image_tokens:
         raise EngineError(f"NVLM-{config.architecture} needs max_image_tokens; choose --max-image-tokens above 0")
     return limits
+
+
+def save_model(model: ir.Model, path: Path, progress: Progress) -> None:
+    """Write PATH and PATH.data, some rows of a tensor in memory at a time, and check the result."""
+
+    def report(tensor: ir.TensorProtocol, info: ir.external_data.CallbackInfo) -> None:
+        progress(path.stem, info.index + 1, info.total)
+
+    # page-aligned, so that ONNX Runtime maps what it does not repack
+    ir.save(model, path, external_data=f"{path.name}.data", alignment=4096, callback=report)
+    onnx.checker.check_model(os.fspath(path))

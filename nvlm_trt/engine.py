@@ -149,10 +149,13 @@ def storage_errors(path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def temporary_sibling(target: Path) -> Iterator[Path]:
     """A fresh folder beside `target`, on the same file system, gone afterwards unless it was renamed."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     staging = target.parent / f".{target.name}.{secrets.token_hex(8)}"  # named first: an interrupt may come at any time
     try:
-        staging.mkdir(mode=0o700)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            staging.mkdir(mode=0o700)
+        except OSError as error:
+            raise EngineError(f"cannot write {target} ({error.strerror}); choose another place") from error
         yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -62,6 +62,8 @@ def test_without_an_image_nothing_is_encoded(run_cli: Run) -> None:
         (("--preset", "nvlm-d-tiny", "--bandwidth", "20"), ("--bandwidth and --tflops",)),
         (("--preset", "nvlm-d-tiny", "--bandwidth", "20", "--tflops", "0"), ("above 0",)),
         (("--preset", "nvlm-d-tiny", "--tiles", "8"), ("at most 7 tiles", "--tiles")),
+        (("--preset", "nvlm-d-tiny", "--max-seq-len", "999999"), ("max_seq_len 999999", "--max-seq-len")),
+        (("--preset", "nvlm-x-tiny", "--max-image-tokens", "0"), ("NVLM-X", "--max-image-tokens above 0")),
     ],
 )
 def test_mistakes(run_cli: Run, options: tuple, fragments: tuple) -> None:

@@ -56,8 +56,7 @@ def plan(
     rates = [rate for rate in (bandwidth, tflops) if rate is not None]
     if len(rates) == 1 or any(rate <= 0 for rate in rates):
         raise NvlmError("a time follows from both --bandwidth and --tflops, above 0; give both or none")
-    from nvlm_trt.builders.engine_writer import default_limits
-    from nvlm_trt.engine import EngineLimits
+    from nvlm_trt.builders.engine_writer import engine_limits
     from nvlm_trt.planner import Roofline, plan_engine
     from nvlm_trt.prompt import count_image_tokens
 
@@ -65,7 +64,7 @@ def plan(
     config, tag_length, checkpoint_bytes = _model(checkpoint, preset)
     chosen = {"max_slots": max_slots, "max_seq_len": max_seq_len, "max_image_tokens": max_image_tokens}
     given = {name: value for name, value in chosen.items() if value is not None}
-    limits = EngineLimits(**{**default_limits(config, tag_length).model_dump(), **given})
+    limits = engine_limits(config, tag_length, given)
     tiles = config.tiles_per_image if tiles is None else tiles
     if tiles > config.tiles_per_image:
         raise EngineError(f"an image has at most {config.tiles_per_image} tiles, not {tiles}; lower --tiles")
