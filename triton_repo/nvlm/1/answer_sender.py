@@ -12,6 +12,7 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 from answer_stream import AnswerStream, Event
+from response_tensors import ResponseTensors
 
 from nvlm_trt.runtime.generation import Handle
 
@@ -31,6 +32,7 @@ class AnswerSender:
         """`count_late_tokens` is told of tokens made after a cancel was noticed."""
         self._count_late_tokens = count_late_tokens
         self._events: queue.SimpleQueue[tuple[AnswerStream, Event] | None] = queue.SimpleQueue()  # None: the end
+        self._tensors = ResponseTensors()
         self._open: set[AnswerStream] = set()
         self._thread = threading.Thread(target=self._run, name="nvlm-answers", daemon=True)
         self._thread.start()
@@ -41,7 +43,7 @@ class AnswerSender:
 
     def answer(self, response_sender: Any, submit: Callable[[Callable[[Event], None]], Handle]) -> None:
         """Send through `response_sender` what the request that `submit` submits hands to its argument."""
-        stream = AnswerStream(response_sender, self._enqueue, self._count_late_tokens)
+        stream = AnswerStream(response_sender, self._tensors, self._enqueue, self._count_late_tokens)
         self._open.add(stream)
         try:
             stream.handle = submit(stream.put)
@@ -53,6 +55,7 @@ class AnswerSender:
         """Return when everything is sent that was handed over before."""
         self._events.put(None)
         self._thread.join()
+        self._tensors.close()
 
     def _enqueue(self, stream: AnswerStream, event: Event) -> None:
         self._events.put((stream, event))

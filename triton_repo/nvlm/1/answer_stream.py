@@ -8,9 +8,10 @@ from typing import Any, TypeAlias
 
 import triton_python_backend_utils as pb_utils
 from error_response import error_response
+from response_tensors import ResponseTensors
 
 from nvlm_trt.runtime.generation import Delta, Handle
-from nvlm_trt.serving.wire import encode_delta, merge_deltas
+from nvlm_trt.serving.wire import merge_deltas
 
 Event: TypeAlias = Delta | Exception  # a delta with a finish_reason or an exception is the last
 
@@ -19,12 +20,17 @@ class AnswerStream:
     """`put` is called by the batcher; everything else by the sender's thread alone."""
 
     def __init__(
-        self, response_sender: Any, enqueue: Callable[[AnswerStream, Event], None], count_late: Callable[[int], None]
+        self,
+        response_sender: Any,
+        tensors: ResponseTensors,
+        enqueue: Callable[[AnswerStream, Event], None],
+        count_late: Callable[[int], None],
     ) -> None:
         """`enqueue` hands an event to the sender's thread; `count_late` is told of tokens made after a cancel."""
         self.handle: Handle | None = None  # set once the request is submitted; until then nobody can cancel it
         self.asked = time.monotonic()  # when the server was last asked whether the request is cancelled
         self._response_sender = response_sender
+        self._tensors = tensors
         self._enqueue = enqueue
         self._count_late = count_late
         self._cancelled = False
@@ -59,9 +65,8 @@ class AnswerStream:
         deltas = [event for event in events if isinstance(event, Delta)]
         if deltas:
             delta = merge_deltas(deltas)
-            tensors = [pb_utils.Tensor(name, array) for name, array in encode_delta(delta).items()]
             self._response_sender.send(
-                pb_utils.InferenceResponse(tensors),
+                pb_utils.InferenceResponse(self._tensors.of(delta)),
                 flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if delta.finish_reason else 0,
             )
         if isinstance(events[-1], Exception):
