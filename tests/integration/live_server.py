@@ -61,5 +61,7 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float = 20) ->
 
 
 def wait_until_idle(server: TritonServer) -> None:
+    """Afterwards the metrics count all that has ended; the two requests that every server begins with, too."""
+    wait_until(lambda: metric(server, "nvlm_finished_requests_total") >= 2, "the first requests are counted")
     wait_until(lambda: metric(server, "nvlm_open_requests") == 0, "no open requests")
     wait_until(lambda: metric(server, "nvlm_active_slots") == 0, "no active slots")

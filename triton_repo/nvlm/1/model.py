@@ -75,7 +75,8 @@ class TritonPythonModel:
 
     def _report(self) -> None:
         while not self._closing.wait(_REPORT_SECONDS):
-            self._metrics.report(self._pipeline.metrics(), self._answers.open_requests)
+            open_requests = self._answers.open_requests  # first: who reads 0 finds all that ended counted
+            self._metrics.report(self._pipeline.metrics(), open_requests)
             if not self._pipeline.healthy:
                 # Triton would go on calling the model ready; whoever watches this process knows better
                 pb_utils.Logger.log_error("the engine has failed: its process ends so that the server is restarted")
