@@ -49,7 +49,7 @@ class ComponentCost:
     drop: float  # points
 
     def __str__(self) -> str:
-        return f"{self.component:16} {self.precision:18} {100 * self.score:6.2f}  {-self.drop:+.2f} points"
+        return f"{self.component:16} {self.precision:18} {100 * self.score:6.2f}  {0.0 - round(self.drop, 2):+.2f} points"
 
 
 class AccuracyError(EngineError):
