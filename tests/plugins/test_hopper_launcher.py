@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton", reason="needs triton: pip install 'nvlm-trt[test]'")
 
-from nvlm_trt.plugins.gated_cross_attention.hopper.launcher import fits  # noqa: E402
+from nvlm_trt.plugins.gated_cross_attention.hopper.launcher import fits
 
 
 @pytest.mark.parametrize(
