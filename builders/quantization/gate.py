@@ -49,7 +49,8 @@ class ComponentCost:
     drop: float  # points
 
     def __str__(self) -> str:
-        return f"{self.component:16} {self.precision:18} {100 * self.score:6.2f}  {0.0 - round(self.drop, 2):+.2f} points"
+        change = 0.0 - round(self.drop, 2)  # never -0.0
+        return f"{self.component:16} {self.precision:18} {100 * self.score:6.2f}  {change:+.2f} points"
 
 
 class AccuracyError(EngineError):
