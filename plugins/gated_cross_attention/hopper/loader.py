@@ -56,4 +56,4 @@ def load(key_blocks, value_blocks, value, cross_ranges, blocks, sizes, HEADS: gl
                     fence_async_shared()
                     mbarrier.arrive(full, count=1)
             n += 1
-        n -= 1
+        n -= 1  # the last turn fetched values only
