@@ -49,6 +49,13 @@ def test_bad_options_are_one_line_and_write_nothing(tmp_path: Path, arguments: l
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_place_where_nothing_can_be_written() -> None:
+    done = tinydocs("--count", 1, "--output", "/proc/tinydocs")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: cannot write /proc/tinydocs (")
+    assert done.stderr.count("\n") == 1
+
+
 def test_what_exists_is_kept_unless_told(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
