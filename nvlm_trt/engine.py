@@ -142,8 +142,12 @@ def storage_errors(path: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None):
             raise EngineError(f"disk full while writing {path}; free space there or choose another place") from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
-            raise EngineError(f"cannot write {path} ({error.strerror}); choose another place") from error
+            raise _cannot_write(path, error) from error
         raise
+
+
+def _cannot_write(path: Path, error: OSError) -> EngineError:
+    return EngineError(f"cannot write {path} ({error.strerror}); choose another place")
 
 
 @contextlib.contextmanager
@@ -154,8 +158,8 @@ def temporary_sibling(target: Path) -> Iterator[Path]:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             staging.mkdir(mode=0o700)
-        except OSError as error:
-            raise EngineError(f"cannot write {target} ({error.strerror}); choose another place") from error
+        except FileNotFoundError as error:  # its parent is there: a file system that makes no folders, /proc for one
+            raise _cannot_write(target, error) from error
         yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)

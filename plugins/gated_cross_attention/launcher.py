@@ -34,14 +34,14 @@ def gated_cross_attention(
     rows = tokens * (heads // kv_heads)  # of one key head
     if not output.numel():  # CUDA refuses an empty grid
         return output
-    if blocks is None:
-        blocks = choose_blocks(rows, query.element_size())
-        if blocks is BLOCKS[5] and query.is_cuda and torch.cuda.get_device_capability(query.device) == (9, 0):
-            from nvlm_trt.plugins.gated_cross_attention.hopper import launcher as hopper
+    is_prompt = rows > BLOCKS[2].rows
+    if blocks is None and is_prompt and query.is_cuda and torch.cuda.get_device_capability(query.device) == (9, 0):
+        from nvlm_trt.plugins.gated_cross_attention.hopper import launcher as hopper
 
-            if hopper.fits(query, key, value):
-                hopper.prefill(query, key, value, cross_ranges, gate, output)
-                return output
+        if hopper.fits(query, key, value):
+            hopper.prefill(query, key, value, cross_ranges, gate, output)
+            return output
+    blocks = blocks or choose_blocks(rows, query.element_size())
     row_blocks = triton.cdiv(rows, blocks.rows)
     options: dict[str, Any] = {
         "HEADS": heads,

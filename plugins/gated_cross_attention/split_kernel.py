@@ -11,13 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nvlm_trt.plugins.gated_cross_attention.kernel import (
-    attend,
-    load_ranges,
-    range_bounds,
-    tanh,
-    token_and_head,
-)
+from nvlm_trt.plugins.gated_cross_attention.kernel import attend, load_ranges, range_bounds, tanh, token_and_head
 
 
 @triton.jit

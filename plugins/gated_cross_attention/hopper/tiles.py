@@ -10,6 +10,8 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from nvlm_trt.plugins.gated_cross_attention.kernel import load_ranges
+
 ROWS = gl.constexpr(128)  # 64, what a warpgroup multiplies at a time, for each of two
 KEYS = gl.constexpr(128)  # of a block
 
@@ -22,7 +24,7 @@ def walk(tile, cross_ranges, sizes, HEADS: gl.constexpr, KV_HEADS: gl.constexpr)
     layout: gl.constexpr = gl.BlockedLayout([ROWS // 32], [32], [4], [0])  # all in each warp
     _tokens, cross_tokens, key_heads, _tiles = sizes
     row = tile // key_heads * ROWS
-    start, end = load_ranges(row, ROWS, layout, tile, cross_ranges, sizes, HEADS, KV_HEADS)
+    start, end = ranges_of(row, ROWS, layout, tile, cross_ranges, sizes, HEADS, KV_HEADS)
     empty = start >= end
     lowest = gl.min(gl.where(empty, cross_tokens, start), 0)
     highest = gl.max(gl.where(empty, 0, end), 0)
@@ -46,7 +48,7 @@ def plan(
     _, _, first, count, whole = walk(tile, cross_ranges, sizes, HEADS, KV_HEADS)
     _tokens, _cross_tokens, key_heads, _tiles = sizes
     row = tile // key_heads * ROWS + SECOND * 64
-    start, end = load_ranges(row, 64, LAYOUT, tile, cross_ranges, sizes, HEADS, KV_HEADS)
+    start, end = ranges_of(row, 64, LAYOUT, tile, cross_ranges, sizes, HEADS, KV_HEADS)
     uncut, uncut_end = common(row, first, count, tile, cross_ranges, sizes, HEADS, KV_HEADS)
     return start, end, first, count, whole, gl.where(whole, 1, uncut), gl.where(whole, count, uncut_end)
 
@@ -55,7 +57,7 @@ def plan(
 def common(row, first, count, tile, cross_ranges, sizes, HEADS: gl.constexpr, KV_HEADS: gl.constexpr):
     """Of the tile's blocks after the first, those that all rows from `row` on see, but for empty ones: (first, end)."""
     layout: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])  # all in each warp
-    start, end = load_ranges(row, 64, layout, tile, cross_ranges, sizes, HEADS, KV_HEADS)
+    start, end = ranges_of(row, 64, layout, tile, cross_ranges, sizes, HEADS, KV_HEADS)
     empty = start >= end
     start = gl.max(gl.where(empty, 0, start), 0)
     end = gl.min(gl.where(empty, first + count * KEYS, end), 0)
@@ -64,7 +66,7 @@ def common(row, first, count, tile, cross_ranges, sizes, HEADS: gl.constexpr, KV
 
 
 @gluon.jit
-def load_ranges(
+def ranges_of(
     row,
     COUNT: gl.constexpr,
     LAYOUT: gl.constexpr,
@@ -78,8 +80,7 @@ def load_ranges(
     tokens, cross_tokens, key_heads, _tiles = sizes
     token = (row + gl.arange(0, COUNT, layout=LAYOUT)) // (HEADS // KV_HEADS)
     at = cross_ranges + (tile % key_heads // KV_HEADS * tokens + token) * 2
-    start = gl.maximum(gl.load(at, mask=token < tokens, other=0), 0)
-    return start, gl.minimum(gl.load(at + 1, mask=token < tokens, other=0), cross_tokens)
+    return load_ranges(at, token < tokens, 0, cross_tokens)
 
 
 @gluon.jit

@@ -24,8 +24,8 @@ class AnswerSender:
     """Sends what the batcher hands over and tells it which requests are cancelled.
 
     Both are round trips to the server's process, each with several changes of thread. One thread for all requests: one
-    for each woke up together after every step and took the cores from the next one, 4 % of the throughput of 8 requests
-    on 2 cores. A client that reads slowly holds up nobody: the server keeps its responses.
+    for each woke up together after every step, and took the cores from the next one half as often again. A client that
+    reads slowly holds up nobody: the server keeps its responses.
     """
 
     def __init__(self, count_late_tokens: Callable[[int], None]) -> None:

@@ -18,7 +18,7 @@ class ResponseTensors:
         self._empty: dict[str, Any] = {}  # by name
 
     def of(self, delta: Delta) -> list[Any]:
-        """To be sent before the next call."""
+        """The tensors of one response."""
         return [
             self._empty_tensor(name, array) if array.dtype == object and not array[0] else pb_utils.Tensor(name, array)
             for name, array in encode_delta(delta).items()
