@@ -1,6 +1,6 @@
 """Checks on a GPU: kernels against the reference and against torch, TensorRT where it is installed, with times.
 
-Each section runs in a process of its own: a kernel that breaks the GPU's context breaks only the rest of its section.
+Each section runs in processes of its own: a kernel that breaks the GPU's context breaks only the rest of them.
 The exit status is 1 if a result is wrong, 2 if nothing could be run; a missed speed and what the machine lacks are
 told in the report and are not failures.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import os
 import shlex
 import signal
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from gpu_check.record import NOT_RUN, WRONG, Check, Record, Trial, perform
 
 SECTIONS = ("ceilings", "attention", "attention-speed", "tile_resample", "tensorrt")
 INTERPRETED = ("attention", "tile_resample")
+PARTS = {"attention": 8}  # run side by side, for nothing is timed there and its kernels take minutes to compile
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 RESERVE = 20.0  # seconds before the end in which no trial is begun
 
@@ -101,31 +103,53 @@ def _run_all(options: argparse.Namespace, command: str) -> int:
 
 
 def _run_apart(section: str, record: Record, end: float, interpret: bool) -> None:
-    """A section in a process of its own, stopped with all that it started when the time is up."""
+    """A section in processes of its own, stopped with all that they started when the time is up."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     if interpret:
         environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "gpu_check", "--section", section, "--record", str(record.path.resolve())]
-    command += ["--deadline", str(end - RESERVE), *["--interpret"] * interpret]
+    count = 1 if interpret else PARTS.get(section, 1)
+    parts = [record]
+    if count > 1:
+        parts = [Record(record.path.with_suffix(f".{section}-{part}")) for part in range(count)]
     scripts = Path(__file__).resolve().parents[1]  # -m imports from where it runs: never from another nvlm_trt
-    process = subprocess.Popen(command, env=environment, cwd=scripts, start_new_session=True)
+    processes: list[subprocess.Popen[bytes]] = []
     try:
-        status = process.wait(timeout=max(0.0, end - RESERVE / 2 - time.time()))
+        for part in range(count):
+            command = [sys.executable, "-m", "gpu_check", "--section", section]
+            command += ["--record", str(parts[part].path.resolve()), "--deadline", str(end - RESERVE)]
+            command += ["--part", str(part), str(count), *["--interpret"] * interpret]
+            processes.append(subprocess.Popen(command, env=environment, cwd=scripts, start_new_session=True))
+        for process, part_record in zip(processes, parts, strict=True):
+            _wait(process, section, part_record, end - RESERVE / 2)
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    if count > 1:
+        for check in itertools.chain.from_iterable(part_record.read() for part_record in parts):
+            record.add(check)
+
+
+def _wait(process: subprocess.Popen[bytes], section: str, record: Record, end: float) -> None:
+    try:
+        status = process.wait(timeout=max(0.0, end - time.time()))
     except subprocess.TimeoutExpired:
         record.add(Check(section, "the rest", NOT_RUN, note="the time was up"))
-    else:
-        if status:
-            name = signal.Signals(-status).name if status < 0 else f"exit status {status}"
-            record.add(Check(section, "the rest", WRONG, note=f"the process ended with {name}; see what it printed"))
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        return
+    if status:
+        name = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+        record.add(Check(section, "the rest", WRONG, note=f"the process ended with {name}; see what it printed"))
 
 
 def _run_here(options: argparse.Namespace) -> int:
     record = Record(options.record)
-    perform(options.section, _trials(options, record), record, options.deadline)
+    trials: Iterable[Trial] = _trials(options, record)
+    part, count = options.part
+    if count > 1:  # neighbours, which often share a compiled kernel, stay together
+        listed = list(trials)
+        trials = listed[part * len(listed) // count : (part + 1) * len(listed) // count]
+    perform(options.section, trials, record, options.deadline)
     return 0
 
 
@@ -175,6 +199,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--minutes", type=float, default=9, help="that the run may take (%(default)s)")
     for hidden, kind in (("--section", str), ("--record", Path), ("--deadline", float)):  # of the processes it starts
         parser.add_argument(hidden, type=kind, help=argparse.SUPPRESS)
+    parser.add_argument("--part", type=int, nargs=2, default=(0, 1), help=argparse.SUPPRESS)
     return parser
 
 

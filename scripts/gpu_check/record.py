@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -67,7 +67,7 @@ class Record:
         return checks
 
 
-def perform(section: str, trials: Iterator[Trial], record: Record, deadline: float) -> None:
+def perform(section: str, trials: Iterable[Trial], record: Record, deadline: float) -> None:
     """Run the trials in turn, as long as time.time() has not reached `deadline`. None stops those after it."""
     for name, trial in trials:
         started = time.time()

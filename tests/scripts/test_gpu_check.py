@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from gpu_check import report
 from gpu_check.__main__ import SECTIONS, main
-from gpu_check.record import MEASURED, NOT_RUN, PASSED, SLOW, WRONG, Check, NotAvailableError, Record, Result, perform
+from gpu_check.record import (
+    MEASURED,
+    NOT_RUN,
+    PASSED,
+    SLOW,
+    WRONG,
+    Check,
+    NotAvailableError,
+    Record,
+    Result,
+    Trial,
+    perform,
+)
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "gpu_check.sh"
 MADE = {
@@ -144,12 +158,46 @@ def test_a_section_that_dies_or_hangs_is_told(tmp_path: Path, monkeypatch: pytes
     for body, seconds in (("kill -SEGV $$", 60), ("exit 3", 60), ("sleep 100", command.RESERVE / 2 + 0.3)):
         python.write_text(f"#!/bin/sh\n{body}\n")
         python.chmod(0o755)
-        command._run_apart("attention", record, time.time() + seconds, interpret=False)
+        command._run_apart("tile_resample", record, time.time() + seconds, interpret=False)
     assert [(check.status, check.note.split(";")[0]) for check in record.read()] == [
         (WRONG, "the process ended with SIGSEGV"),
         (WRONG, "the process ended with exit status 3"),
         (NOT_RUN, "the time was up"),
     ]
+
+
+def test_a_section_in_parts_keeps_its_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gpu_check import __main__ as command
+
+    def trials(options: argparse.Namespace, record: Record) -> Iterator[Trial]:
+        return ((str(number), lambda: Result(PASSED)) for number in range(20))
+
+    count = command.PARTS["attention"]
+    started = iter(range(count))
+
+    class Part:
+        """In place of the process: what it does, here. The third ends badly."""
+
+        def __init__(self, arguments: list[str], **options: object) -> None:
+            self.number = next(started)
+            parsed = command._parser().parse_args(arguments[3:])
+            assert parsed.part == [self.number, count]
+            command._run_here(parsed)
+
+        def wait(self, timeout: float) -> int:
+            return -11 if self.number == 2 else 0
+
+        def poll(self) -> int:
+            return 0
+
+    monkeypatch.setattr(command, "_trials", trials)
+    monkeypatch.setattr(command.subprocess, "Popen", Part)
+    record = Record(tmp_path / "checks")
+    command._run_apart("attention", record, time.time() + 60, interpret=False)
+    checks = record.read()
+    (dead,) = (check for check in checks if check.status == WRONG)
+    assert dead.note.startswith("the process ended with SIGSEGV")
+    assert [check.name for check in checks if check is not dead] == [str(number) for number in range(20)]
 
 
 def test_in_the_interpreter(tmp_path: Path) -> None:
