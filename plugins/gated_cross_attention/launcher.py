@@ -34,8 +34,8 @@ def gated_cross_attention(
     rows = tokens * (heads // kv_heads)  # of one key head
     if not output.numel():  # CUDA refuses an empty grid
         return output
-    is_prompt = rows > BLOCKS[2].rows
-    if blocks is None and is_prompt and query.is_cuda and torch.cuda.get_device_capability(query.device) == (9, 0):
+    capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else (0, 0)
+    if blocks is None and rows > BLOCKS[2].rows and capability == (9, 0):
         from nvlm_trt.plugins.gated_cross_attention.hopper import launcher as hopper
 
         if hopper.fits(query, key, value):
@@ -60,19 +60,23 @@ def gated_cross_attention(
     chunks = triton.cdiv(cross_tokens, blocks.chunk)
     peaks, sums = query.new_empty((2, chunks, *query.shape[:3]), dtype=torch.float32)
     totals = query.new_empty((chunks, *query.shape), dtype=torch.float32)
+    padded_chunks = triton.next_power_of_2(chunks)
     all_rows = batch * heads * tokens
-    attend_chunk_kernel[(chunks, batch * kv_heads, row_blocks)](
+    early: dict[str, Any] = {"EARLY": True, "launch_pdl": True} if capability >= (9, 0) else {"EARLY": False}
+    attend_chunk_kernel[(batch * kv_heads, chunks, row_blocks)](
         *(query, key, value, cross_ranges, tokens, cross_tokens, all_rows, peaks, sums, totals),
         CHUNK=blocks.chunk,
         ONE_TOKEN=tokens == 1,
+        **early,
         **options,
     )
     add_chunks_kernel[(all_rows,)](
         *(peaks, sums, totals, gate, chunks, all_rows, output),
         HEAD_DIM=head_dim,
         PADDED_DIM=padded_dim(head_dim),
-        CHUNKS=triton.next_power_of_2(chunks),
-        num_warps=2,
+        CHUNKS=padded_chunks,
+        **early,
+        num_warps=max(1, padded_chunks // 16),
     )
     return output
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -58,16 +59,30 @@ def test_attention_in_chunks_assembles(capability: int, one_token: bool, tmp_pat
     arguments = {**inputs, **dict.fromkeys(("tokens", "cross_tokens", "rows"), "i32"), **partial}
     head = {"HEAD_DIM": 128, "PADDED_DIM": 128}
     sizes = {"ROWS": 16, "KEYS": blocks.keys(128, 2), "CHUNK": blocks.chunk, "ONE_TOKEN": one_token}
-    constants = {"HEADS": 64, "KV_HEADS": 8, **head, **sizes}
+    early = capability >= 90
+    constants = {"HEADS": 64, "KV_HEADS": 8, **head, **sizes, "EARLY": early}
     options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
     kernel = compile_kernel(attend_chunk_kernel, arguments, constants, capability, options)
     assert "mma.sync" in kernel.ptx
+    assert_waits_before_it_reads(kernel.ptx, early)
     assert kernel.shared_bytes <= SHARED_LIMIT_ASKED
-    assert assemble(kernel.ptx, TARGETS[capability], tmp_path) == 0
+    assert assemble(kernel.ptx, TARGETS[capability], tmp_path) <= 16
 
     arguments = {**partial, "gate": "*bf16", "chunks": "i32", "rows": "i32", "output": "*bf16"}
-    kernel = compile_kernel(add_chunks_kernel, arguments, {**head, "CHUNKS": 4}, capability, {"num_warps": 2})
+    constants = {**head, "CHUNKS": 4, "EARLY": early}
+    kernel = compile_kernel(add_chunks_kernel, arguments, constants, capability, {"num_warps": 1})
+    assert_waits_before_it_reads(kernel.ptx, early)
     assert assemble(kernel.ptx, TARGETS[capability], tmp_path) == 0
+
+
+def assert_waits_before_it_reads(ptx: str, early: bool) -> None:
+    """Started early, a kernel must not touch memory before the one in front has ended."""
+    before, wait, after = ptx.partition("griddepcontrol.wait")
+    assert bool(wait) == early
+    if early:
+        assert not re.search(r"\b(ld|st|cp)[.\w]*\.global", before)
+        assert re.search(r"\bld[.\w]*\.global", after)
+        assert "griddepcontrol.launch_dependents" in ptx
 
 
 @pytest.mark.parametrize(("dtype", "head_dim"), [("bf16", 128), ("fp16", 64)])
@@ -93,6 +108,7 @@ def test_attention_of_prompts_on_hopper_assembles(dtype: str, head_dim: int, tmp
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=OPTIONS)
     assert compiled.metadata.shared <= 227 << 10
     assert compiled.asm["ptx"].count("wgmma.mma_async") > 0
+    assert_waits_before_it_reads(compiled.asm["ptx"], early=True)
     assert assemble(compiled.asm["ptx"], TARGETS[90], tmp_path) <= 160
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nvlm_trt.plugins.gated_cross_attention.hopper.attender import attend
 from nvlm_trt.plugins.gated_cross_attention.hopper.loader import KEY_STAGES, VALUE_STAGES, load
@@ -13,7 +14,8 @@ from nvlm_trt.plugins.gated_cross_attention.hopper.tiles import KEYS
 
 REGISTERS = gl.constexpr(240)  # per thread that attends: 2 * 240 + 24 are 3 * 168, what the program is started with
 LOADER_REGISTERS = gl.constexpr(24)
-OPTIONS = {"num_warps": 4, "maxnreg": 168}  # to compile with; 8 more warps are started
+# To compile with. 8 more warps are started; and the kernel is started before the one in front has ended.
+OPTIONS = {"num_warps": 4, "maxnreg": 168, "launch_pdl": True}
 
 
 @gluon.jit(do_not_specialize=["tokens", "cross_tokens", "key_heads", "tiles"])
@@ -52,6 +54,8 @@ def prefill_kernel(
         mbarrier.init(values_full.index(stage), count=1)
         mbarrier.init(values_empty.index(stage), count=2)
     fence_async_shared()
+    gdc_launch_dependents()
+    gdc_wait()  # until the kernel in front has ended: nothing is read before
 
     sizes = (tokens, cross_tokens, key_heads, tiles)
     blocks = (keys, values, keys_full, keys_empty, values_full, values_empty)
