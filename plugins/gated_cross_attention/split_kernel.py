@@ -90,7 +90,6 @@ def add_chunks_kernel(
 ):
     """Grid: (rows,)."""
     if EARLY:
-        gdc_launch_dependents()
         gdc_wait()
     row = tl.program_id(0)
     chunk = tl.arange(0, CHUNKS)

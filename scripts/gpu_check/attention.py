@@ -238,25 +238,6 @@ def independence(shape: Shape, dtype: torch.dtype, device: str, launch: Launch) 
     return Result(WRONG if faults else PASSED, note="; ".join(faults))
 
 
-def chained(shape: Shape, ranges: Tensor, dtype: torch.dtype, device: str) -> Result:
-    """Kernels that are started before the one in front has ended do not read what that one has yet to write."""
-    inputs = make_inputs(shape, ranges, dtype, device)
-    # weights that a query decides, and outputs as large as queries: each step's result depends on all before it
-    inputs = inputs._replace(key=inputs.key * 8, gate=torch.full_like(inputs.gate, 3.0))
-    results = []
-    for waits in (True, False):
-        query = inputs.query
-        for _ in range(20):
-            query = launch(inputs._replace(query=query))
-            if waits:
-                torch.cuda.synchronize()
-        results.append(query)
-    same = results[0].equal(results[1]) and bool(results[0].isfinite().all())
-    return Result(
-        PASSED if same else WRONG, note="" if same else "calls in a row give other bits than calls one by one"
-    )
-
-
 def trials(device: str, dtypes: Sequence[torch.dtype]) -> Iterator[Trial]:
     """On the CPU, where the interpreter is slow, less of everything."""
     on_gpu = device != "cpu"
@@ -265,8 +246,6 @@ def trials(device: str, dtypes: Sequence[torch.dtype]) -> Iterator[Trial]:
         if on_gpu:
             yield f"{name}, decoding: {DECODE}", partial(compare, DECODE, full_ranges(DECODE), dtype, device)
             yield f"{name}, prefill: {PREFILL}", partial(compare, PREFILL, prompt_ranges(PREFILL), dtype, device)
-            for what, shape in (("steps", DECODE), ("prompts", PREFILL)):
-                yield f"{name}: {what} in a row", partial(chained, shape, full_ranges(shape), dtype, device)
         for shape in SMALL if on_gpu else SMALL[:2]:
             yield f"{name}: {shape}", partial(compare, shape, random_ranges(shape), dtype, device)
         prompt = prompt_ranges(PROMPT, tiles=3, before=2, tag=5)
