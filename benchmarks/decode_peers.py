@@ -178,12 +178,15 @@ class Peer:
         self._process.wait()
 
     def decode(self, prompt: np.ndarray, steps: int, banned: int) -> tuple[float, np.ndarray]:
+        answer = self.ask(prompt, steps, banned)
+        return answer["seconds"], np.array(answer["tokens"])
+
+    def ask(self, prompt: np.ndarray, steps: int, banned: int) -> dict[str, Any]:
         assert self._process.stdin is not None
         asked = {"prompt": prompt.tolist(), "steps": steps, "banned": banned}
         self._process.stdin.write(json.dumps(asked) + "\n")
         self._process.stdin.flush()
-        answer = self._read()
-        return answer["seconds"], np.array(answer["tokens"])
+        return self._read()
 
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -197,21 +200,27 @@ class PeerError(Exception):
     pass
 
 
-def open_peers(arguments: Any, checkpoint: Path, opened: contextlib.ExitStack) -> tuple[dict[str, Peer], list[str]]:
-    """Those that start, and a line on each that does not."""
+def open_peers(
+    arguments: Any,
+    checkpoint: Path,
+    opened: contextlib.ExitStack,
+    only: Sequence[str] = tuple(PEERS),
+    options: Sequence[str] = (),
+) -> tuple[dict[str, Peer], list[str]]:
+    """Those that start, and a line on each that does not. `options`: of the workers."""
     python = arguments.peers or arguments.work / "peers" / "bin" / "python"
     exported = arguments.work / "hf" / arguments.preset
     converted = {name: arguments.work / "hf" / f"{arguments.preset} {name}" for name in PEERS}
     peers: dict[str, Peer] = {}
     notes = []
-    for name, script in PEERS.items():
+    for name in only:
         if not python.exists():
             notes.append(f"{name} skipped: {python} does not exist (--help says how to make it)")
         else:
             if not exported.exists():
                 language_model(checkpoint).save_pretrained(exported, max_shard_size="100GB")
-            worker = Path(__file__).parent / "peers" / script
-            command = [python, worker, exported, converted[name], arguments.threads]
+            worker = Path(__file__).parent / "peers" / PEERS[name]
+            command = [python, worker, exported, converted[name], arguments.threads, *options]
             try:
                 peers[name] = opened.enter_context(Peer(list(map(str, command))))
             except PeerError as error:

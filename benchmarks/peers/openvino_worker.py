@@ -1,4 +1,5 @@
-"""OpenVINO, 8-bit weights: run by decode_peers.py as `python openvino_worker.py HF_DIRECTORY DIRECTORY THREADS`.
+"""OpenVINO, 8-bit weights: run by decode_peers.py as `python openvino_worker.py HF_DIRECTORY DIRECTORY THREADS`, by
+decode_profile.py with --profile behind it, which adds {"operators": [[name, type, milliseconds per step], ...]}.
 
 The model is what optimum-intel makes of it, as OpenVINO's own documentation has it: stateful, with the KV cache inside,
 weights compressed by NNCF.
@@ -19,13 +20,13 @@ from worker import Decode, serve
 
 def main() -> None:
     source, target, threads = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-    serve(lambda: load(source, target, threads))
+    serve(lambda: load(source, target, threads, profile="--profile" in sys.argv[4:]))
 
 
-def load(source: Path, target: Path, threads: int) -> tuple[str, Decode]:
+def load(source: Path, target: Path, threads: int, profile: bool) -> tuple[str, Decode]:
     if not target.exists():
         convert(source, target)
-    options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+    options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "PERF_COUNT": profile}
     compiled = openvino.Core().compile_model(target / "openvino_model.xml", "CPU", options)
     request = compiled.create_infer_request()
     inputs = {name for port in compiled.inputs for name in port.names}
@@ -53,7 +54,11 @@ def load(source: Path, target: Path, threads: int) -> tuple[str, Decode]:
         for done in range(steps):
             answers.append(step(answers[-1][:, None], tokens + done))
         seconds = time.perf_counter() - started
-        return {"seconds": seconds, "tokens": np.stack(answers, axis=1).tolist()}
+        operators = [
+            (info.node_name, info.node_type, info.real_time.total_seconds() * 1e3)
+            for info in (request.get_profiling_info() if profile else ())  # of the last step
+        ]
+        return {"seconds": seconds, "tokens": np.stack(answers, axis=1).tolist(), "operators": operators}
 
     return f"openvino {openvino.__version__}", decode
 

@@ -148,7 +148,8 @@ def measure(what: str, alternative: object) -> Result:
         "prefill": choose_blocks(PREFILL.tokens * PREFILL.heads // PREFILL.kv_heads, DTYPE.itemsize),
         "tile_resample": Squares(resample_launcher.BLOCK, resample_launcher.SOURCE, resample_launcher.WARPS),
     }
-    note = "in place" if alternative == in_place[what] else ""
+    has_own_kernel = what == "prefill" and torch.cuda.get_device_capability() == (9, 0)
+    note = ("in place on other GPUs" if has_own_kernel else "in place") if alternative == in_place[what] else ""
     return Result(MEASURED, {"us": gpu_seconds(calls) * 1e6}, note)
 
 
