@@ -26,18 +26,21 @@ _EXIT_SECONDS = 5
 
 
 class LoadProcesses:
-    """An async context manager. `on_record` gets every record, also of questions whose `ask` was cancelled."""
+    """An async context manager. `on_record` gets every record, also of questions whose `ask` was cancelled.
 
-    def __init__(self, url: str, count: int, on_record: OnRecord) -> None:
+    `timeout`: seconds that a request may take."""
+
+    def __init__(self, url: str, count: int, timeout: float, on_record: OnRecord) -> None:
         self._url = url
         self._count = count
+        self._timeout = timeout
         self._on_record = on_record
         self._processes: list[_LoadProcess] = []
 
     async def __aenter__(self) -> LoadProcesses:
         try:
             for _ in range(self._count):
-                self._processes.append(await _LoadProcess.start(self._url, self._on_record))
+                self._processes.append(await _LoadProcess.start(self._url, self._timeout, self._on_record))
         except BaseException:
             await self._end()
             raise
@@ -81,13 +84,14 @@ class _LoadProcess:
         self._reader = asyncio.ensure_future(self._read())
 
     @classmethod
-    async def start(cls, url: str, on_record: OnRecord) -> _LoadProcess:
+    async def start(cls, url: str, timeout: float, on_record: OnRecord) -> _LoadProcess:
         # a session of its own: the terminal's Ctrl-C is for the parent, which then cancels in good order
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
             "nvlm_trt.benchmark.worker",
             url,
+            str(timeout),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             start_new_session=True,

@@ -47,6 +47,7 @@ class Report:
             "workload": plan.workload.to_dict(),
             "slo": {"ttft_s": slo.ttft, "itl_s": slo.itl},
             "processes": plan.processes,
+            "timeout_s": plan.timeout,
             "points": [],
         }
 

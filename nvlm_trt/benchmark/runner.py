@@ -32,6 +32,7 @@ class Plan:
     workload: Workload
     loads: Sequence[Load]
     processes: int = 1
+    timeout: float = 1800  # seconds of a request, from when it is sent to its end
     server_metrics: ServerMetrics | None = None
 
 
@@ -101,7 +102,7 @@ class _Run:
     async def run(self) -> Outcome:
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGINT, self._interrupt)
-        async with LoadProcesses(self._plan.url, self._plan.processes, self._keep) as processes:
+        async with LoadProcesses(self._plan.url, self._plan.processes, self._plan.timeout, self._keep) as processes:
             workload = self._plan.workload
             await processes.draw(workload.image_sizes if workload.images else ())
             for number, load in enumerate(self._plan.loads, start=1):

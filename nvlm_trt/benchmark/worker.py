@@ -1,6 +1,6 @@
 """One load process: asks the server what its parent says, as many questions at once as are open.
 
-    python -m nvlm_trt.benchmark.worker grpc://host:port
+    python -m nvlm_trt.benchmark.worker grpc://host:port SECONDS
 
 JSON lines on stdin -> JSON lines on stdout:
 
@@ -9,7 +9,8 @@ JSON lines on stdin -> JSON lines on stdout:
     {"cpu": true}                             {"cpu_s": seconds}       used by this process up to now
     {"cancel": true}                                                   every open question ends, with its record
 
-At the end of stdin, the parent's end too, it cancels what is open and ends.
+A question that is not answered to the end after SECONDS has failed. At the end of stdin, the parent's end too, it
+cancels what is open and ends.
 """
 
 from __future__ import annotations
@@ -29,23 +30,20 @@ from nvlm_trt.serving.client import AsyncClient
 LONGEST_LINE = 1 << 28  # bytes; a record has about 30 per token of its answer
 
 
-async def ask(client: AsyncClient, question: Question, due: float | None) -> Record:
-    """Never raises for what the server or the connection does: the record says it."""
+async def ask(client: AsyncClient, question: Question, due: float | None, timeout: float) -> Record:
+    """Never raises for what the server or the connection does: the record says it. What is not ended after `timeout`
+    seconds is cancelled."""
     images = [pictures.encode(picture) for picture in question.pictures]
-    sampling = {"max_tokens": question.output_tokens, "ignore_eos": True}
     record = Record(question.index, question.output_tokens, len(images), sent=clock(), due=due)
-    finish_reason = None
     try:
-        async for delta in client.stream(
-            question.text, images=images, sampling=sampling, max_tiles=question.max_tiles if images else None
-        ):
-            now = clock()
-            if delta.token_ids:
-                record.arrivals.append((now, len(delta.token_ids)))
-            if delta.finish_reason:
-                record.ended, record.usage, finish_reason = now, delta.usage, delta.finish_reason
+        finish_reason = await asyncio.wait_for(_receive(client, question, images, record), timeout)
     except asyncio.CancelledError:
         record.ended = clock()
+        return record
+    except asyncio.TimeoutError:
+        record.ended = clock()
+        record.status = "failed"
+        record.error = f"no end within {timeout:g} s; a slow server needs a larger --timeout"
         return record
     except NvlmError as error:
         record.ended = clock()
@@ -66,6 +64,20 @@ async def ask(client: AsyncClient, question: Question, due: float | None) -> Rec
     return record
 
 
+async def _receive(client: AsyncClient, question: Question, images: list[bytes], record: Record) -> str | None:
+    """Into the record, as it comes; why the answer ended, None if the stream did so before."""
+    finish_reason = None
+    sampling = {"max_tokens": question.output_tokens, "ignore_eos": True}
+    max_tiles = question.max_tiles if images else None
+    async for delta in client.stream(question.text, images=images, sampling=sampling, max_tiles=max_tiles):
+        now = clock()
+        if delta.token_ids:
+            record.arrivals.append((now, len(delta.token_ids)))
+        if delta.finish_reason:
+            record.ended, record.usage, finish_reason = now, delta.usage, delta.finish_reason
+    return finish_reason
+
+
 def _status_of(error: NvlmError) -> Any:
     if isinstance(error, QueueFullError):
         return "rejected"
@@ -73,8 +85,9 @@ def _status_of(error: NvlmError) -> Any:
 
 
 class Worker:
-    def __init__(self, client: AsyncClient) -> None:
+    def __init__(self, client: AsyncClient, timeout: float) -> None:
         self._client = client
+        self._timeout = timeout
         self._open: set[asyncio.Task[None]] = set()
 
     async def serve(self, messages: asyncio.StreamReader) -> None:
@@ -100,7 +113,7 @@ class Worker:
             self._cancel()
 
     async def _ask(self, question: Question, due: float | None) -> None:
-        _reply({"record": (await ask(self._client, question, due)).to_json()})
+        _reply({"record": (await ask(self._client, question, due, self._timeout)).to_json()})
 
     def _cancel(self) -> None:
         for task in self._open:
@@ -113,13 +126,13 @@ def _reply(message: dict[str, Any]) -> None:
     sys.stdout.buffer.flush()
 
 
-async def _main(url: str) -> None:
+async def _main(url: str, timeout: float) -> None:
     messages = asyncio.StreamReader(limit=LONGEST_LINE)
     loop = asyncio.get_running_loop()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(messages), sys.stdin)
     async with AsyncClient(url) as client:
-        await Worker(client).serve(messages)
+        await Worker(client, timeout).serve(messages)
 
 
 if __name__ == "__main__":
-    asyncio.run(_main(sys.argv[1]))
+    asyncio.run(_main(sys.argv[1], float(sys.argv[2])))

@@ -59,6 +59,7 @@ def measure(
     slo_ttft: Annotated[float | None, typer.Option(help="Goodput: most milliseconds to the first token.")] = None,
     slo_itl: Annotated[float | None, typer.Option(help="Goodput: most milliseconds per token after it.")] = None,
     processes: Annotated[int, typer.Option(min=1, max=64, help="Client processes that share the load.")] = 1,
+    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds after which a request has failed.")] = 1800,
     tokenizer: Annotated[
         Path | None, typer.Option(help="Directory with the model's tokenizer.json [the engine's, if it is here].")
     ] = None,
@@ -101,7 +102,7 @@ def measure(
     _check_outputs({"--output": output, "--csv": csv}, plots, overwrite)
     target = Target.connect(url)
     prompts = PromptWriter(target.tokenizer(tokenizer))
-    plan = Plan(url, workload, loads, processes, _server_metrics(target, metrics_url))
+    plan = Plan(url, workload, loads, processes, timeout, _server_metrics(target, metrics_url))
     report = Report(plan, target, slo, output, records)
     report.publish()  # a place that cannot be written to is better known now
     with terminal.progress() as progress:

@@ -229,6 +229,35 @@ def test_ctrl_c_keeps_what_was_measured(server: TritonServer, tmp_path: Path) ->
     assert not psutil.wait_procs(workers, timeout=10)[1]
 
 
+def test_a_request_that_takes_too_long_has_failed(server: TritonServer) -> None:
+    """And is cancelled: the next one finds a free slot, and the fixture none in use."""
+    options = ["--output-tokens", 3000, "--images", 0, "--concurrency", 2, "--warmup", 0, "--requests", 4]
+    (point,) = measured(server, *options, "--timeout", 0.4)["points"]
+    assert (point["metrics"]["ok"], point["metrics"]["failed"]) == (0, 4)
+    (error,) = point["errors"]
+    assert error["error"] == "no end within 0.4 s; a slow server needs a larger --timeout"
+    assert point["server"]["counters"]["finished_cancelled"] == 4
+
+
+def test_a_server_that_hangs_ends_the_benchmark(engine: Callable[[str], Path], tmp_path: Path) -> None:
+    output = tmp_path / "a.json"
+    others = psutil.Process().children(recursive=True)
+    with TritonServer(engine("nvlm-d-tiny")) as server:
+        processes = [each for each in psutil.Process().children(recursive=True) if each not in others]
+        process = start_endless(
+            server, output, "--concurrency", "2", "--images", "0", "--warmup", "0", "--timeout", "3"
+        )
+        wait_until(lambda: metric(server, "nvlm_active_slots") == 2, "two requests", 60)
+        for each in processes:
+            each.suspend()
+        _, err = process.communicate(timeout=100)
+        for each in processes:
+            each.resume()
+    assert process.returncode == 2, err
+    assert f"error: {server.address} does not answer any more (no end within 3 s;" in err
+    assert read_document(output)["points"][0]["metrics"]["failed"] >= 1
+
+
 def test_a_benchmark_that_is_killed_leaves_no_request(server: TritonServer, tmp_path: Path) -> None:
     process = start_endless(server, tmp_path / "a.json", "--concurrency", "4")
     wait_until(lambda: metric(server, "nvlm_active_slots") == 4, "four requests", 60)
