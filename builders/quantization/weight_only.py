@@ -1,6 +1,6 @@
 """int8-weight-only and int4-weight-only: small weights for decoding, which is bound by reading them.
 
-Each block of 32 inputs of an output shares a symmetric scale: weight ~ (stored - offset) * scale, where `stored` is
+Each block of inputs of an output shares a symmetric scale: weight ~ (stored - offset) * scale, where `stored` is
 unsigned and offset = 2 ** (bits - 1). The last block may have fewer inputs; it is filled up with zeros.
 """
 
@@ -14,7 +14,9 @@ from nvlm_trt.backends.base import FloatArray
 from nvlm_trt.builders.graphs.common import UINT8, Embedding, LinearWeight, StageGraph
 from nvlm_trt.builders.quantization.rows import QuantisedWeight, nonzero
 
-BLOCK = 32
+# Inputs per block, by bits. Larger blocks are faster, but of those ONNX Runtime 1.32 adds up one row in another order
+# than several, so that a request's bits would depend on its neighbours.
+BLOCK = {8: 64, 4: 32}
 _INT8_ACTIVATIONS = 4  # accuracy_level: multiply in int8; the float kernels are far slower
 # Scales tried for a 4-bit block, as fractions of the one that its largest magnitude fills the range with; 8/7 uses
 # -7..7. Over normal weights the search leaves 0.91 of the squared error of the fraction 1 alone, 0.71 of that of 8/7.
@@ -33,13 +35,14 @@ class WeightOnly:
     def matmul(self, graph: StageGraph, x: ir.Value, weight: LinearWeight) -> ir.Value:
         outputs, inputs = weight.shape
         bits = self._bits
-        blocks = _blocks(inputs)
+        block = BLOCK[bits]
+        blocks = -(-inputs // block)
         quantised = QuantisedWeight(weight, lambda rows: _packed(rows, bits))
-        shape = (outputs, blocks, BLOCK * bits // 8)
+        shape = (outputs, blocks, block * bits // 8)
         values = graph.stored(f"{weight.name}.int{bits}", shape, quantised.values, UINT8)
         scales = graph.stored(f"{weight.name}.scale", (outputs, blocks), quantised.scales)
         return graph.microsoft.MatMulNBits(
-            x, values, scales, K=inputs, N=outputs, bits=bits, block_size=BLOCK, accuracy_level=_INT8_ACTIVATIONS
+            x, values, scales, K=inputs, N=outputs, bits=bits, block_size=block, accuracy_level=_INT8_ACTIVATIONS
         )
 
     def tied_matmul(self, graph: StageGraph, x: ir.Value, embedding: Embedding) -> ir.Value:
@@ -47,9 +50,10 @@ class WeightOnly:
 
 
 def quantize(weight: FloatArray, bits: int) -> tuple[npt.NDArray[np.uint8], FloatArray]:
-    """[outputs, inputs] -> uint8 [outputs, blocks, 32] in 0..2**bits - 1, scales [outputs, blocks]."""
+    """[outputs, inputs] -> uint8 [outputs, blocks, BLOCK[bits]] in 0..2**bits - 1, scales [outputs, blocks]."""
     outputs, inputs = weight.shape
-    blocks = np.pad(weight, ((0, 0), (0, -inputs % BLOCK))).reshape(outputs, -1, BLOCK)
+    block = BLOCK[bits]
+    blocks = np.pad(weight, ((0, 0), (0, -inputs % block))).reshape(outputs, -1, block)
     scales = _search_int4(blocks) if bits == 4 else nonzero(np.abs(blocks).max(-1) / np.float32(127))
     return _round(blocks, scales, bits), scales
 
@@ -60,13 +64,9 @@ def pack(values: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
 
 
 def _packed(rows: FloatArray, bits: int) -> tuple[npt.NDArray[np.uint8], FloatArray]:
-    """[n, inputs] -> what the graph stores: uint8 [n, blocks, 32 * bits / 8], scales [n, blocks]."""
+    """[n, inputs] -> what the graph stores: uint8 [n, blocks, BLOCK[bits] * bits / 8], scales [n, blocks]."""
     values, scales = quantize(rows, bits)
     return pack(values, bits), scales
-
-
-def _blocks(inputs: int) -> int:
-    return -(-inputs // BLOCK)
 
 
 def _search_int4(blocks: FloatArray) -> FloatArray:
