@@ -53,7 +53,7 @@ Profile = dict[str, float]  # kind of operator -> milliseconds per step
 def main() -> None:
     options = parser(__doc__, "decode_profile.json", rounds=5)
     options.add_argument("--preset", default="nvlm-d-small")
-    options.add_argument("--precision", default="int8-weight-only")
+    options.add_argument("--precisions", nargs="+", default=["int8-weight-only", "int8,lm_head=int8-weight-only"])
     options.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     options.add_argument("--prompt-tokens", type=int, default=128)
     options.add_argument("--steps", type=int, default=16)
@@ -62,28 +62,33 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     rounds = Rounds(arguments.json, {**settings_of(arguments), "peers": None})
     checkpoint = random_checkpoint(arguments.work, arguments.preset)
-    engine = built_engine(arguments.work, arguments.preset, arguments.precision)
-    ours = f"nvlm-trt {arguments.precision}"
+    engines = {name: built_engine(arguments.work, arguments.preset, name) for name in arguments.precisions}
+    image_token = next(iter(engines.values())).config.image_token_id
     contenders: dict[str, Callable[[], Mapping[str, float]]] = {READ: read_rate}
     with contextlib.ExitStack() as opened:
         peers, notes = open_peers(arguments, checkpoint, opened, only=(OPENVINO,), options=("--profile",))
         for batch in arguments.batches:
             prompt = np.random.default_rng(0).integers(0, 256, (batch, arguments.prompt_tokens), dtype=np.int64)
-
-            profile = partial(profile_of_engine, engine, prompt, arguments.steps, arguments.threads)
-            contenders[f"{ours}, batch {batch}"] = profile
+            for precision, engine in engines.items():
+                profile = partial(profile_of_engine, engine, prompt, arguments.steps, arguments.threads)
+                contenders[f"nvlm-trt {precision}, batch {batch}"] = profile
             for name, peer in peers.items():
-                profile = partial(profile_of_peer, peer, prompt, arguments.steps, engine.config.image_token_id)
+                profile = partial(profile_of_peer, peer, prompt, arguments.steps, image_token)
                 contenders[f"{name}, batch {batch}"] = profile
         rounds.run(contenders, arguments.rounds)
+    sizes = {precision: megabytes_of(engine) for precision, engine in engines.items()}
+    rounds.report([], notes=notes, megabytes_read=sizes, peers={name: peer.version for name, peer in peers.items()})
+    rate = rounds.spread(READ, "GB/s").median
+    for precision, of_each in sizes.items():
+        total = sum(of_each.values())
+        print(f"floor of {precision}: {total:.0f} MB of weights at {rate:.1f} GB/s: {total / rate:.1f} ms a step")
+
+
+def megabytes_of(engine: Engine) -> dict[str, float]:
     sizes: dict[str, float] = defaultdict(float)
     for role, size in weights_of(engine).values():
         sizes[role] += size / 1e6
-    rounds.report([], notes=notes, megabytes_read=dict(sizes), peers={n: peer.version for n, peer in peers.items()})
-    rate = rounds.spread(READ, "GB/s").median
-    print(
-        f"floor: {sum(sizes.values()):.0f} MB of weights at {rate:.1f} GB/s: {sum(sizes.values()) / rate:.1f} ms a step"
-    )
+    return dict(sizes)
 
 
 def read_rate() -> Mapping[str, float]:
@@ -104,11 +109,21 @@ def weights_of(engine: Engine) -> dict[str, tuple[str, int]]:
         tensor.name: int(np.prod(tensor.dims)) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
         for tensor in graph.initializer
     }
+    producers = {output: node for node in graph.node for output in node.output}
+
+    def stored(node: onnx.NodeProto) -> Iterator[str]:
+        """What is read from the engine's files on the way to a product."""
+        for name in node.input:
+            if name in sizes:
+                yield name
+            elif name in producers and producers[name].op_type in ("DequantizeLinear", "Cast", "Mul", "Transpose"):
+                yield from stored(producers[name])
+
     products = {}
     for node in graph.node:
         if node.op_type in ("MatMulNBits", "MatMul", "Gemm"):
-            stored = [name for name in node.input if name in sizes]
-            products[node.name] = (role_of(" ".join(stored)), sum(sizes[name] for name in stored))
+            names = list(stored(node))
+            products[node.name] = (role_of(" ".join(names)), sum(sizes[name] for name in names))
     return products
 
 
@@ -160,7 +175,7 @@ def profile_of_peer(peer: Peer, prompt: np.ndarray, steps: int, image_token: int
     answer = peer.ask(prompt, steps, image_token)
     found: Profile = defaultdict(float)
     for name, kind, milliseconds in answer["operators"]:
-        role = role_of(name) if kind == "FullyConnected" else ATTENTION if "Attention" in kind else REST
+        role = role_of(name) if "FullyConnected" in kind else ATTENTION if "Attention" in kind else REST
         found[role] += milliseconds
     return {STEP: answer["seconds"] * 1e3 / steps, **ordered(found)}
 
