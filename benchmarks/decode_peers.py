@@ -32,7 +32,6 @@ from nvlm_trt.backends import open_backend
 from nvlm_trt.backends.base import Backend
 
 PEERS = {"llama.cpp Q8_0": "llama_cpp_worker.py", "OpenVINO int8": "openvino_worker.py"}
-PRECISIONS = ["fp32", "int8", "int8,lm_head=int8-weight-only", "int8-weight-only", "int4-weight-only"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 COMPARED = 2  # tokens of every sequence
 
@@ -43,7 +42,7 @@ Decode = Callable[[np.ndarray, int, int], tuple[float, np.ndarray]]
 def main() -> None:
     options = parser(__doc__, "decode_peers.json", rounds=7)
     options.add_argument("--preset", default="nvlm-d-small")
-    options.add_argument("--precisions", nargs="+", default=PRECISIONS)
+    options.add_argument("--precisions", nargs="+", default=["fp32", "int8", "int8-weight-only", "int4-weight-only"])
     options.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     options.add_argument("--prompt-tokens", type=int, default=128)
     options.add_argument("--steps", type=int, default=16)

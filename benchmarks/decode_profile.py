@@ -53,7 +53,7 @@ Profile = dict[str, float]  # kind of operator -> milliseconds per step
 def main() -> None:
     options = parser(__doc__, "decode_profile.json", rounds=5)
     options.add_argument("--preset", default="nvlm-d-small")
-    options.add_argument("--precisions", nargs="+", default=["int8-weight-only", "int8,lm_head=int8-weight-only"])
+    options.add_argument("--precisions", nargs="+", default=["int8-weight-only", "int8"])
     options.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     options.add_argument("--prompt-tokens", type=int, default=128)
     options.add_argument("--steps", type=int, default=16)

@@ -47,7 +47,6 @@ from nvlm_trt.tokenizer import Tokenizer
 PRECISIONS = (
     "fp32",
     "int8",
-    "int8,lm_head=int8-weight-only",
     "int8,vision_encoder=int8",
     "int8,vision_encoder=int8,projector=int8,lm_head=int8",
     "int8-weight-only",

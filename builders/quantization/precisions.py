@@ -19,12 +19,13 @@ _PREFIXES = {
 COMPONENTS = tuple(_PREFIXES)
 
 # What a name means for each of COMPONENTS, in their order. Quantised vision encoders and projectors misread small
-# print, and the last layer's errors reach the answer directly: they stay in fp32 unless asked for, or in 8-bit weights.
+# print: they stay in fp32 unless asked for. The last layer's errors reach the answer directly, but a step reads all of
+# it: its weights have 8 bits, its activations are not quantised by a calibration unless asked for.
 # fmt: off
 PRECISIONS: dict[str, tuple[str, ...]] = {
     # name               vision_encoder projector decoder           lm_head             cross_attention
     "fp32":             ("fp32",        "fp32",  "fp32",             "fp32",             "fp32"),
-    "int8":             ("fp32",        "fp32",  "int8",             "fp32",             "int8"),
+    "int8":             ("fp32",        "fp32",  "int8",             "int8-weight-only", "int8"),
     "int8-weight-only": ("fp32",        "fp32",  "int8-weight-only", "int8-weight-only", "int8-weight-only"),
     "int4-weight-only": ("fp32",        "fp32",  "int4-weight-only", "int8-weight-only", "int4-weight-only"),
     "fp8":              ("fp32",        "fp32",  "fp8",              "fp32",             "fp8"),
