@@ -12,7 +12,13 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from nvlm_trt.builders.quantization.precisions import floating_type, needs_calibration, quantised_components
+from nvlm_trt.builders.quantization.precisions import (
+    BLOCK,
+    WEIGHT_ONLY_BITS,
+    floating_type,
+    needs_calibration,
+    quantised_components,
+)
 from nvlm_trt.config import NvlmConfig
 from nvlm_trt.engine import EngineLimits
 from nvlm_trt.layout import EMBEDDING, checkpoint_layout
@@ -37,8 +43,6 @@ _COMPONENTS = {
 }
 _CROSS_KV = re.compile(r"language_model\.cross_layers\.\d+\.attn\.(k_proj|v_proj|k_norm)\.")
 _FLOAT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
-# In weight-only formats: weights that share a scale, and the bytes of such a block with its scale.
-_BLOCKS = {"int8-weight-only": (64, 68), "int4-weight-only": (32, 20)}
 
 
 @dataclass(frozen=True)
@@ -164,9 +168,9 @@ def _is_linear(name: str, shape: tuple[int, ...]) -> bool:
 def _stored(name: str, shape: tuple[int, ...], precision: str, size: int) -> int:
     """Bytes of one tensor; `size` is that of a floating-point number."""
     outputs, inputs = shape[0], math.prod(shape[1:])
-    if precision in _BLOCKS and _is_linear(name, shape):
-        weights, nbytes = _BLOCKS[precision]
-        return outputs * -(-inputs // weights) * nbytes
+    if precision in WEIGHT_ONLY_BITS and _is_linear(name, shape):
+        bits = WEIGHT_ONLY_BITS[precision]
+        return outputs * -(-inputs // BLOCK[bits]) * (BLOCK[bits] * bits // 8 + 4)
     if precision in ("int8", "fp8") and _is_linear(name, shape):
         return outputs * (inputs + size + 1)  # a scale and a zero point for each output
     return outputs * inputs * size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import onnx_ir as ir
@@ -13,15 +14,20 @@ from nvlm_trt.builders.quantization.calibration import Calibration
 from nvlm_trt.builders.quantization.fp8 import Fp8
 from nvlm_trt.builders.quantization.int8 import Int8
 from nvlm_trt.builders.quantization.observer import Observer
-from nvlm_trt.builders.quantization.precisions import COMPONENTS, FLOATING, component_of, needs_calibration
+from nvlm_trt.builders.quantization.precisions import (
+    COMPONENTS,
+    FLOATING,
+    WEIGHT_ONLY_BITS,
+    component_of,
+    needs_calibration,
+)
 from nvlm_trt.builders.quantization.smoothquant import Factors, migrate
 from nvlm_trt.builders.quantization.weight_only import WeightOnly
 from nvlm_trt.checkpoint import Checkpoint
 
 _WITHOUT_CALIBRATION: dict[str, Callable[[], WeightFormat]] = {
     **dict.fromkeys(FLOATING, Unquantised),
-    "int8-weight-only": lambda: WeightOnly(8),
-    "int4-weight-only": lambda: WeightOnly(4),
+    **{name: partial(WeightOnly, bits) for name, bits in WEIGHT_ONLY_BITS.items()},
 }
 
 

@@ -43,6 +43,10 @@ TENSORRT_PRECISIONS: dict[str, tuple[str, ...]] = {
 }
 # fmt: on
 FLOATING = ("fp32", "fp16", "bf16")
+WEIGHT_ONLY_BITS = {"int8-weight-only": 8, "int4-weight-only": 4}
+# By bits, the inputs of an output that share a float32 scale. Larger blocks are faster, but of those ONNX Runtime 1.32
+# adds up one row in another order than several, so that a request's bits would depend on its neighbours.
+BLOCK = {8: 64, 4: 32}
 STATIC = ("int8", "fp8")  # multiply activations by scales that a calibration measures
 _GPU_ONLY = ("fp16", "bf16")
 _DEFAULTS = {"onnxruntime": "fp32", "tensorrt": "bf16"}  # by backend

@@ -12,11 +12,9 @@ import onnx_ir as ir
 
 from nvlm_trt.backends.base import FloatArray
 from nvlm_trt.builders.graphs.common import UINT8, Embedding, LinearWeight, StageGraph
+from nvlm_trt.builders.quantization.precisions import BLOCK
 from nvlm_trt.builders.quantization.rows import QuantisedWeight, nonzero
 
-# Inputs per block, by bits. Larger blocks are faster, but of those ONNX Runtime 1.32 adds up one row in another order
-# than several, so that a request's bits would depend on its neighbours.
-BLOCK = {8: 64, 4: 32}
 _INT8_ACTIVATIONS = 4  # accuracy_level: multiply in int8; the float kernels are far slower
 # Scales tried for a 4-bit block, as fractions of the one that its largest magnitude fills the range with; 8/7 uses
 # -7..7. Over normal weights the search leaves 0.91 of the squared error of the fraction 1 alone, 0.71 of that of 8/7.
