@@ -12,6 +12,7 @@ tokens of every sequence the result says how many are those of transformers in f
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import itertools
 import json
@@ -30,6 +31,7 @@ from transformers_model import language_model
 
 from nvlm_trt.backends import open_backend
 from nvlm_trt.backends.base import Backend
+from nvlm_trt.engine import Engine
 
 PEERS = {"llama.cpp Q8_0": "llama_cpp_worker.py", "OpenVINO int8": "openvino_worker.py"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -40,19 +42,10 @@ Decode = Callable[[np.ndarray, int, int], tuple[float, np.ndarray]]
 
 
 def main() -> None:
-    options = parser(__doc__, "decode_peers.json", rounds=7)
-    options.add_argument("--preset", default="nvlm-d-small")
-    options.add_argument("--precisions", nargs="+", default=["fp32", "int8", "int8-weight-only", "int4-weight-only"])
-    options.add_argument("--batches", nargs="+", type=int, default=[1, 8])
-    options.add_argument("--prompt-tokens", type=int, default=128)
-    options.add_argument("--steps", type=int, default=16)
+    options = decoding_parser(__doc__, "decode_peers.json", 7, ["fp32", "int8", "int8-weight-only", "int4-weight-only"])
     options.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="of transformers")
-    options.add_argument("--peers", type=Path, help="python of the peers' environment [WORK/peers/bin/python]")
     arguments = options.parse_args()
-    torch.set_num_threads(arguments.threads)
-    rounds = Rounds(arguments.json, {**settings_of(arguments), "peers": None})
-    checkpoint = random_checkpoint(arguments.work, arguments.preset)
-    engines = {name: built_engine(arguments.work, arguments.preset, name) for name in arguments.precisions}
+    rounds, checkpoint, engines = prepare(arguments)
     with contextlib.ExitStack() as opened:
         decoders: dict[str, Decode] = {}
         for precision, engine in engines.items():
@@ -89,6 +82,32 @@ def main() -> None:
     rounds.report(ratios, **others)
 
 
+def decoding_parser(doc: str | None, json_name: str, rounds: int, precisions: Sequence[str]) -> argparse.ArgumentParser:
+    """The options of a benchmark of decoding."""
+    options = parser(doc, json_name, rounds)
+    options.add_argument("--preset", default="nvlm-d-small")
+    options.add_argument("--precisions", nargs="+", default=precisions)
+    options.add_argument("--batches", nargs="+", type=int, default=[1, 8])
+    options.add_argument("--prompt-tokens", type=int, default=128)
+    options.add_argument("--steps", type=int, default=16)
+    options.add_argument("--peers", type=Path, help="python of the peers' environment [WORK/peers/bin/python]")
+    return options
+
+
+def prepare(arguments: Any) -> tuple[Rounds, Path, dict[str, Engine]]:
+    """Rounds to fill, the checkpoint, and its engines by precision."""
+    torch.set_num_threads(arguments.threads)
+    rounds = Rounds(arguments.json, {**settings_of(arguments), "peers": None})
+    checkpoint = random_checkpoint(arguments.work, arguments.preset)
+    engines = {name: built_engine(arguments.work, arguments.preset, name) for name in arguments.precisions}
+    return rounds, checkpoint, engines
+
+
+def prompts(batch: int, tokens: int) -> np.ndarray:
+    """[batch, tokens] int64, the same in every run: bytes, which every vocabulary has."""
+    return np.random.default_rng(0).integers(0, 256, (batch, tokens), dtype=np.int64)
+
+
 def metric_of(batch: int) -> str:
     return f"batch {batch} tokens/s"
 
@@ -99,9 +118,7 @@ def contender(decode: Decode, arguments: Any, image_token: int, on_tokens: Calla
     def measure() -> Mapping[str, float]:
         measured = {}
         for batch in sorted(arguments.batches):
-            # bytes: every vocabulary has them
-            prompt = np.random.default_rng(0).integers(0, 256, (batch, arguments.prompt_tokens), dtype=np.int64)
-            seconds, tokens = decode(prompt, arguments.steps, image_token)
+            seconds, tokens = decode(prompts(batch, arguments.prompt_tokens), arguments.steps, image_token)
             assert tokens.shape == (batch, arguments.steps + 1), tokens.shape
             measured[metric_of(batch)] = batch * arguments.steps / seconds
         on_tokens(tokens[:, :COMPARED])

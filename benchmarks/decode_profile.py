@@ -16,7 +16,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,8 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from common import Rounds, built_engine, parser, random_checkpoint, run_main, settings_of
-from decode_peers import Peer, engine_decoder, open_peers
+from common import run_main
+from decode_peers import Peer, decoding_parser, engine_decoder, open_peers, prepare, prompts
 
 from nvlm_trt.backends import open_backend
 from nvlm_trt.engine import Engine
@@ -51,24 +51,14 @@ Profile = dict[str, float]  # kind of operator -> milliseconds per step
 
 
 def main() -> None:
-    options = parser(__doc__, "decode_profile.json", rounds=5)
-    options.add_argument("--preset", default="nvlm-d-small")
-    options.add_argument("--precisions", nargs="+", default=["int8-weight-only", "int8"])
-    options.add_argument("--batches", nargs="+", type=int, default=[1, 8])
-    options.add_argument("--prompt-tokens", type=int, default=128)
-    options.add_argument("--steps", type=int, default=16)
-    options.add_argument("--peers", type=Path, help="python of the peers' environment [WORK/peers/bin/python]")
-    arguments = options.parse_args()
-    torch.set_num_threads(arguments.threads)
-    rounds = Rounds(arguments.json, {**settings_of(arguments), "peers": None})
-    checkpoint = random_checkpoint(arguments.work, arguments.preset)
-    engines = {name: built_engine(arguments.work, arguments.preset, name) for name in arguments.precisions}
+    arguments = decoding_parser(__doc__, "decode_profile.json", 5, ["int8-weight-only", "int8"]).parse_args()
+    rounds, checkpoint, engines = prepare(arguments)
     image_token = next(iter(engines.values())).config.image_token_id
     contenders: dict[str, Callable[[], Mapping[str, float]]] = {READ: read_rate}
     with contextlib.ExitStack() as opened:
         peers, notes = open_peers(arguments, checkpoint, opened, only=(OPENVINO,), options=("--profile",))
         for batch in arguments.batches:
-            prompt = np.random.default_rng(0).integers(0, 256, (batch, arguments.prompt_tokens), dtype=np.int64)
+            prompt = prompts(batch, arguments.prompt_tokens)
             for precision, engine in engines.items():
                 profile = partial(profile_of_engine, engine, prompt, arguments.steps, arguments.threads)
                 contenders[f"nvlm-trt {precision}, batch {batch}"] = profile
@@ -156,11 +146,13 @@ def profile_of_engine(engine: Engine, prompt: np.ndarray, steps: int, threads: i
     runs = sorted((e["ts"], e["ts"] + e["dur"]) for e in events if e["name"] == "model_run")[-steps:]
     first, last = runs[0][0], runs[-1][1]
     weights = weights_of(engine)
-    found: Profile = defaultdict(float)
-    for name, operator, microseconds in kernels(events, first, last):
-        role = weights[name][0] if name in weights else ATTENTION if "Attention" in operator else REST
-        found[role] += microseconds / 1e3 / steps
-    return {STEP: step, **ordered(found)}
+    return by_kind(
+        step,
+        (
+            (weights[name][0] if name in weights else None, operator, microseconds / 1e3 / steps)
+            for name, operator, microseconds in kernels(events, first, last)
+        ),
+    )
 
 
 def kernels(events: list[dict[str, Any]], first: int, last: int) -> Iterator[tuple[str, str, int]]:
@@ -173,15 +165,21 @@ def kernels(events: list[dict[str, Any]], first: int, last: int) -> Iterator[tup
 
 def profile_of_peer(peer: Peer, prompt: np.ndarray, steps: int, image_token: int) -> Profile:
     answer = peer.ask(prompt, steps, image_token)
-    found: Profile = defaultdict(float)
-    for name, kind, milliseconds in answer["operators"]:
-        role = role_of(name) if "FullyConnected" in kind else ATTENTION if "Attention" in kind else REST
-        found[role] += milliseconds
-    return {STEP: answer["seconds"] * 1e3 / steps, **ordered(found)}
+    return by_kind(
+        answer["seconds"] * 1e3 / steps,
+        (
+            (role_of(name) if "FullyConnected" in operator else None, operator, milliseconds)
+            for name, operator, milliseconds in answer["operators"]
+        ),
+    )
 
 
-def ordered(found: Profile) -> Profile:
-    return {role: found.get(role, 0.0) for role in (*ROLES, ATTENTION, REST)}
+def by_kind(step: float, operators: Iterable[tuple[str | None, str, float]]) -> Profile:
+    """Of (a product's role, None for others; operator; milliseconds per step): their sums, and the step's time."""
+    found = dict.fromkeys((*ROLES, ATTENTION, REST), 0.0)
+    for role, operator, milliseconds in operators:
+        found[role or (ATTENTION if "Attention" in operator else REST)] += milliseconds
+    return {STEP: step, **found}
 
 
 if __name__ == "__main__":

@@ -28,16 +28,14 @@ def load(source: Path, target: Path, threads: int, profile: bool) -> tuple[str, 
         convert(source, target)
     options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "PERF_COUNT": profile}
 
-    def request_of() -> tuple[openvino.InferRequest, set[str]]:
+    def open_model() -> tuple[openvino.InferRequest, set[str]]:
         compiled = openvino.Core().compile_model(target / "openvino_model.xml", "CPU", options)
         return compiled.create_infer_request(), {name for port in compiled.inputs for name in port.names}
 
-    request, inputs = request_of()
+    opened = None if profile else open_model()
 
     def decode(prompt: list[list[int]], steps: int, banned: int) -> dict[str, Any]:
-        nonlocal request, inputs
-        if profile:
-            request, inputs = request_of()  # its profile is the mean of all that it has run
+        request, inputs = opened or open_model()  # a profile is the mean of all that a model has run
         request.reset_state()
         sequences, tokens = len(prompt), len(prompt[0])
 
