@@ -126,23 +126,23 @@ def fastest_of_torch(sets: list[Inputs], masked: bool) -> tuple[str, list[Call]]
     """Torch's attention in the arrangement and by the implementation that are fastest: (their names, its calls).
 
     Neither the gate, nor empty ranges, nor making the mask or the copies is counted."""
-    seconds: dict[str, float] = {}
-    calls: dict[str, list[Call]] = {}
+    best: tuple[float, str, list[Call]] | None = None
     for arrangement, arrange in _ARRANGEMENTS.items():
         arranged = [arrange(inputs, boolean_mask(inputs) if masked else None) for inputs in sets]
         for implementation, backend in _BACKENDS.items():
-            name = f"{arrangement}, {implementation}"
-            calls[name] = [partial(each.attend, backend) for each in arranged]
+            calls: list[Call] = [partial(each.attend, backend) for each in arranged]
             with warnings.catch_warnings():  # about what the implementations do not take
                 warnings.simplefilter("ignore")
                 try:
-                    seconds[name] = gpu_seconds(calls[name])
+                    seconds = gpu_seconds(calls)
                 except RuntimeError:  # no such implementation for these inputs, or too little memory
                     torch.cuda.synchronize()
-    if not seconds:
+                    continue
+            if best is None or seconds < best[0]:
+                best = seconds, f"{arrangement}, {implementation}", calls
+    if best is None:
         raise NotAvailableError("torch has no attention for this on this GPU")
-    best = min(seconds, key=seconds.__getitem__)
-    return best, calls[best]
+    return best[1:]
 
 
 def decoding(shape: Shape, record: Record, target: float | None) -> Result:

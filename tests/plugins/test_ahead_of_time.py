@@ -66,7 +66,7 @@ def test_attention_in_chunks_assembles(capability: int, one_token: bool, tmp_pat
     assert "mma.sync" in kernel.ptx
     assert_waits_before_it_reads(kernel.ptx, early)
     assert kernel.shared_bytes <= SHARED_LIMIT_ASKED
-    assert assemble(kernel.ptx, TARGETS[capability], tmp_path) <= 16
+    assert assemble(kernel.ptx, TARGETS[capability], tmp_path) <= (8 if capability == 90 and one_token else 0)
 
     arguments = {**partial, "gate": "*bf16", "chunks": "i32", "rows": "i32", "output": "*bf16"}
     constants = {**head, "CHUNKS": 4, "EARLY": early}
