@@ -17,17 +17,17 @@ from nvlm_trt.builders.graphs.cross_kv import cross_kv_graph
 from nvlm_trt.builders.graphs.decoder import decoder_graph
 from nvlm_trt.builders.graphs.vision_encoder import vision_encoder_graph
 from nvlm_trt.builders.quantization.formats import Recipe
-from nvlm_trt.builders.quantization.precisions import components_of
 from nvlm_trt.builders.quantization.smoothquant import MigratedWeights
-from nvlm_trt.checkpoint import Checkpoint
-from nvlm_trt.config import NvlmConfig
+from nvlm_trt.checkpoint.reader import Checkpoint
 from nvlm_trt.engine import EngineLimits, Manifest, tool_versions, write_manifest
 from nvlm_trt.errors import EngineError
-from nvlm_trt.hf_config import config_to_hf
-from nvlm_trt.layout import EMBEDDING
+from nvlm_trt.model.config import NvlmConfig
+from nvlm_trt.model.hf_config import config_to_hf
+from nvlm_trt.model.layout import EMBEDDING
+from nvlm_trt.model.precision import components_of
 from nvlm_trt.progress import Progress
-from nvlm_trt.prompt import PromptEncoder, count_image_tokens
-from nvlm_trt.tokenizer import TOKENIZER_FILES, Tokenizer
+from nvlm_trt.prompt.encoder import PromptEncoder, count_image_tokens
+from nvlm_trt.prompt.tokenizer import TOKENIZER_FILES, Tokenizer
 
 _DEFAULT_IMAGES = 4  # of the most tiles each, that one request may cross-attend to
 

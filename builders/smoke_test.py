@@ -6,10 +6,10 @@ import numpy as np
 
 from nvlm_trt.backends import open_backend
 from nvlm_trt.backends.base import Backend, FloatArray
-from nvlm_trt.config import NvlmConfig
 from nvlm_trt.engine import Engine, EngineLimits
 from nvlm_trt.errors import EngineError
-from nvlm_trt.prompt import EncodedPrompt, Message, PromptEncoder, split_tiles
+from nvlm_trt.model.config import NvlmConfig
+from nvlm_trt.prompt.encoder import EncodedPrompt, Message, PromptEncoder, split_tiles
 
 _TOKENS = 4
 

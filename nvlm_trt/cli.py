@@ -18,8 +18,8 @@ from nvlm_trt.commands.evaluate import evaluate
 from nvlm_trt.commands.plan import plan
 from nvlm_trt.commands.tiles import tiles
 from nvlm_trt.commands.tinydocs import tinydocs
-from nvlm_trt.config import PRESETS
 from nvlm_trt.errors import NvlmError, RequestError
+from nvlm_trt.model.config import PRESETS
 
 app = typer.Typer(
     name="nvlm-trt",
@@ -56,7 +56,7 @@ def init_checkpoint(
 
     Example: nvlm-trt init-checkpoint --preset nvlm-h-tiny --seed 0 checkpoints/nvlm-h
     """
-    from nvlm_trt.random_checkpoint import init_checkpoint as write
+    from nvlm_trt.checkpoint.random_checkpoint import init_checkpoint as write
 
     with terminal.progress() as progress:
         write(directory, preset, seed=seed, overwrite=overwrite, progress=progress)
@@ -106,8 +106,8 @@ def serve(
 
     Example: nvlm-trt serve engines/nvlm-h --grpc-port 8001
     """
-    from nvlm_trt.serving.serve import serve as run_server
-    from nvlm_trt.serving.server import ServerOptions
+    from nvlm_trt.serving.foreground import serve as run_server
+    from nvlm_trt.serving.triton.server import ServerOptions
 
     options = ServerOptions(host=host, grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port)
     raise typer.Exit(run_server(engine, options))
@@ -139,7 +139,7 @@ def ask(
     """
     if (engine is None) == (url is None):
         raise NvlmError("name either an engine or a server: pass one of --engine DIR and --url grpc://host:port")
-    from nvlm_trt.prompt import Message
+    from nvlm_trt.prompt.encoder import Message
     from nvlm_trt.runtime.sampling import SamplingParams
 
     sampling = SamplingParams(

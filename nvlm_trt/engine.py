@@ -21,9 +21,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from nvlm_trt.config import NvlmConfig
 from nvlm_trt.errors import EngineError
-from nvlm_trt.hf_config import read_config
+from nvlm_trt.model.config import NvlmConfig
+from nvlm_trt.model.hf_config import read_config
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"

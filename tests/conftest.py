@@ -14,7 +14,7 @@ import hypothesis
 import pytest
 from child_process import child_process
 
-SHIM = Path(__file__).parents[1] / "scripts" / "tensorrt_shim.sh"
+SHIM = Path(__file__).parents[1] / "lab" / "tensorrt_shim.sh"
 TENSORRT_VERSION = "11.4.0.106"
 
 DirectoryByName = Callable[[str], Path]
@@ -44,7 +44,7 @@ def run_cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> DirectoryByName:
     """`checkpoint("nvlm-h-tiny")` is the directory of a random checkpoint of that preset, seed 0."""
-    from nvlm_trt.random_checkpoint import init_checkpoint
+    from nvlm_trt.checkpoint.random_checkpoint import init_checkpoint
 
     root = tmp_path_factory.mktemp("checkpoints")
 
@@ -60,7 +60,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> DirectoryByName:
 @pytest.fixture(scope="session")
 def engine(tmp_path_factory: pytest.TempPathFactory, checkpoint: DirectoryByName) -> DirectoryByName:
     """`engine("nvlm-h-tiny")` is the directory of the ONNX Runtime engine built from `checkpoint("nvlm-h-tiny")`."""
-    from nvlm_trt.builders.onnx_engine import build_engine
+    from nvlm_trt.builders.engine_build import build_engine
 
     root = tmp_path_factory.mktemp("engines")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from nvlm_trt.builders.tensorrt_profiles import profiles_of
+from nvlm_trt.backends.tensorrt.profiles import profiles_of
 from nvlm_trt.engine import Engine, TensorRtRecord, save_manifest
 
 

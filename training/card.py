@@ -1,8 +1,8 @@
-"""The model card of a trained checkpoint. `scripts/score_checkpoints.py` fills in the scores."""
+"""The model card of a trained checkpoint. `lab/score_checkpoints.py` fills in the scores."""
 
 from __future__ import annotations
 
-from nvlm_trt.config import NvlmConfig
+from nvlm_trt.model.config import NvlmConfig
 
 _KINDS = {
     "D": "decoder-only: all image tokens join the language model's sequence",
@@ -26,7 +26,7 @@ TinyDocs and nothing else.
 
 ## Scores
 
-`scripts/score_checkpoints.py` writes this table:
+`lab/score_checkpoints.py` writes this table:
 
 <!-- scores: begin -->
 <!-- scores: end -->

@@ -12,7 +12,7 @@ from nvlm_trt.evaluation.tinydocs import FONTS, Split, draw
 from nvlm_trt.evaluation.tinydocs.kinds import KEYS, WORDS, Question
 from nvlm_trt.evaluation.tinydocs.page import COLOURS, MAX_TILES, TILE, Page
 from nvlm_trt.evaluation.tinydocs.writing import pick, random_code, random_value, write, write_word
-from nvlm_trt.tiling import tile_image, tile_pixels
+from nvlm_trt.image.tiling import tile_image, tile_pixels
 from training.labels import GRID, PLANES, Labels, page_labels
 
 Pixels = npt.NDArray[np.uint8]

@@ -1,7 +1,7 @@
 """The paper's effects in our own models: tables and plot of docs/paper.md.
 
 `python -m training.paper --work DIR --scores DIR` reads the ablations (`python -m training.ablation`) and scores
-(`scripts/score_checkpoints.py`), asks the language models of all stages the text-only tasks, times the engines'
+(`lab/score_checkpoints.py`), asks the language models of all stages the text-only tasks, times the engines'
 prefill, and writes docs/paper.json, docs/images/paper.png, and docs/paper.md after the template training/paper.md.
 """
 
@@ -21,11 +21,11 @@ from matplotlib import pyplot
 
 from nvlm_trt.evaluation.tinydocs import TEXT_TASKS, generate
 from nvlm_trt.evaluation.tinydocs.kinds import Question
-from nvlm_trt.prompt import Message, PromptEncoder
+from nvlm_trt.prompt.encoder import Message, PromptEncoder
+from nvlm_trt.prompt.tokenizer import Tokenizer
 from nvlm_trt.runtime.generation import Usage
 from nvlm_trt.runtime.pipeline import ChatRequest, Pipeline
 from nvlm_trt.runtime.sampling import SamplingParams
-from nvlm_trt.tokenizer import Tokenizer
 from training.ablation import VARIANTS
 from training.language_stage import right_answers
 from training.run import Run
@@ -34,14 +34,14 @@ from training.sequences import Packer, collate
 ROOT = Path(__file__).parent.parent
 MODELS = ("d", "x", "h")
 TEXT_TOKENS = 1024  # the paper's Table 3: 1,024 text tokens, 6 + 1 tiles
-REAL_LENGTHS = ROOT / "benchmarks" / "results" / "architectures.json"  # tiles of 256 tokens
+REAL_LENGTHS = ROOT / "lab" / "results" / "architectures.json"  # tiles of 256 tokens
 ROUNDS = 9
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m training.paper", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="of python -m training")
-    parser.add_argument("--scores", type=Path, required=True, help="of scripts/score_checkpoints.py")
+    parser.add_argument("--scores", type=Path, required=True, help="of lab/score_checkpoints.py")
     options = parser.parse_args()
     run = Run(options.work, torch.device("cpu"))
     document = {
@@ -102,8 +102,8 @@ def compare_architectures(scores: Path) -> dict[str, dict[str, Any]]:
 
 
 def _six_tile_sample() -> str:
-    from nvlm_trt.image import load_image
-    from nvlm_trt.tiling import tile_count
+    from nvlm_trt.image.decoding import load_image
+    from nvlm_trt.image.tiling import tile_count
 
     for sample in generate("test", ["ocr"], 40):
         image = load_image(sample.images[0])
@@ -201,7 +201,7 @@ def _architectures_table(table: dict[str, dict[str, Any]]) -> str:
 
 
 def _real_lengths_table(benchmark: dict[str, Any]) -> str:
-    """Of benchmarks/architectures.py, its first precision."""
+    """Of lab/architectures.py, its first precision."""
     metric = "prefill ms"
     times = {name: summary[metric]["median"] for name, summary in benchmark["summary"].items()}
     lines = ["| | LLM tokens | cross-attended | KV cache | prefill | x D |", "|---" * 6 + "|"]

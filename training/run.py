@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from nvlm_trt.checkpoint_writer import write_checkpoint
-from nvlm_trt.config import PRESETS, NvlmConfig
+from nvlm_trt.checkpoint.writer import write_checkpoint
 from nvlm_trt.evaluation.tinydocs import Split
+from nvlm_trt.model.config import PRESETS, NvlmConfig
+from nvlm_trt.prompt.tokenizer import TOKENIZER_FILES, Tokenizer
 from nvlm_trt.reference.model import ReferenceModel
-from nvlm_trt.tokenizer import TOKENIZER_FILES, Tokenizer
 from training import recipe
 from training.alignment_stage import train_alignment
 from training.card import model_card

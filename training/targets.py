@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nvlm_trt.prompt.tokenizer import Tokenizer
 from nvlm_trt.reference.model import ReferenceModel
-from nvlm_trt.tokenizer import Tokenizer
 from training.labels import GRID, IGNORE, PLANES, values
 from training.rotations import Rotations
 

@@ -10,8 +10,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 from nvlm_trt.evaluation.tinydocs import TASKS, TEXT_TASKS, ask, draw
 from nvlm_trt.evaluation.tinydocs.kinds import PLACES
-from nvlm_trt.prompt import SYSTEM_MESSAGE
-from nvlm_trt.tokenizer import format_tokens, write_tokenizer_files
+from nvlm_trt.prompt.encoder import SYSTEM_MESSAGE
+from nvlm_trt.prompt.tokenizer import format_tokens, write_tokenizer_files
 
 # words with the space before them; capitals and digits one by one, unless a capital begins a word
 _WORDS = Regex(r" ?[A-Z][a-z]+| ?[a-z]+|[A-Z0-9]|\s|[^\sA-Za-z0-9]")

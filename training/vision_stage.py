@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nvlm_trt.config import VisionConfig
 from nvlm_trt.evaluation.tinydocs import Split
+from nvlm_trt.model.config import VisionConfig
 from nvlm_trt.reference.vision import VisionEncoder
 from training.forward import encode_patches
 from training.labels import GRID, IGNORE, PLANES

@@ -15,7 +15,7 @@ from nvlm_trt.builders.graphs.common import (
     WeightFormat,
     WeightSource,
 )
-from nvlm_trt.config import NvlmConfig
+from nvlm_trt.model.config import NvlmConfig
 
 
 def cross_kv_graph(

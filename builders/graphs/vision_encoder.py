@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from nvlm_trt.builders.graphs.common import FLOAT, StageGraph, WeightFormat, WeightSource
 from nvlm_trt.builders.graphs.tensorrt_functions import DECOMPOSABLE, trt_attention
-from nvlm_trt.config import NvlmConfig, VisionConfig
+from nvlm_trt.model.config import NvlmConfig, VisionConfig
 
 VisionAttention = Literal["standard", "mha", "tensorrt"]
 

@@ -7,16 +7,16 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nvlm_trt.backends.onnxruntime.observing import ObservingBackend
 from nvlm_trt.builders.quantization.calibration import Calibration
-from nvlm_trt.builders.quantization.observing_backend import ObservingBackend
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import ImageError, RequestError
 from nvlm_trt.evaluation.samples import Sample, digest_of, read_samples
 from nvlm_trt.progress import Progress
-from nvlm_trt.prompt import Message
+from nvlm_trt.prompt.encoder import Message
+from nvlm_trt.prompt.tokenizer import Tokenizer
 from nvlm_trt.runtime.pipeline import ChatRequest, Pipeline
 from nvlm_trt.runtime.sampling import SamplingParams
-from nvlm_trt.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from nvlm_trt.evaluation.tinydocs import Split

@@ -14,16 +14,16 @@ from nvlm_trt.builders.quantization.calibration import Calibration
 from nvlm_trt.builders.quantization.fp8 import Fp8
 from nvlm_trt.builders.quantization.int8 import Int8
 from nvlm_trt.builders.quantization.observer import Observer
-from nvlm_trt.builders.quantization.precisions import (
+from nvlm_trt.builders.quantization.smoothquant import Factors, migrate
+from nvlm_trt.builders.quantization.weight_only import WeightOnly
+from nvlm_trt.checkpoint.reader import Checkpoint
+from nvlm_trt.model.precision import (
     COMPONENTS,
     FLOATING,
     WEIGHT_ONLY_BITS,
     component_of,
     needs_calibration,
 )
-from nvlm_trt.builders.quantization.smoothquant import Factors, migrate
-from nvlm_trt.builders.quantization.weight_only import WeightOnly
-from nvlm_trt.checkpoint import Checkpoint
 
 _WITHOUT_CALIBRATION: dict[str, Callable[[], WeightFormat]] = {
     **dict.fromkeys(FLOATING, Unquantised),

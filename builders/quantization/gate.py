@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from nvlm_trt.builders.quantization.calibrate import document_samples, read_first_samples
-from nvlm_trt.builders.quantization.precisions import COMPONENTS, quantised_components
 from nvlm_trt.engine import temporary_sibling
 from nvlm_trt.errors import EngineError
 from nvlm_trt.evaluation.accuracy import EvalOptions, Summary, agreement, evaluate, run_header
 from nvlm_trt.evaluation.answerers import EngineAnswerer
 from nvlm_trt.evaluation.results import ResultsFile
 from nvlm_trt.evaluation.samples import digest_of
+from nvlm_trt.model.precision import COMPONENTS, quantised_components
 from nvlm_trt.progress import Progress
 
 # Below this score of the unquantised engine, a loss is lost in what it does not know anyway: random weights score 0.

@@ -21,8 +21,8 @@ from nvlm_trt.backends.base import FloatArray
 from nvlm_trt.builders.graphs.common import WeightSource
 from nvlm_trt.builders.graphs.streamed import StoredTensor, blocks_of
 from nvlm_trt.builders.quantization.calibration import Calibration, LinearInput
-from nvlm_trt.builders.quantization.precisions import component_of
-from nvlm_trt.config import NvlmConfig
+from nvlm_trt.model.config import NvlmConfig
+from nvlm_trt.model.precision import component_of
 
 
 @dataclass(frozen=True)

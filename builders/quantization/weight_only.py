@@ -12,8 +12,8 @@ import onnx_ir as ir
 
 from nvlm_trt.backends.base import FloatArray
 from nvlm_trt.builders.graphs.common import UINT8, Embedding, LinearWeight, StageGraph
-from nvlm_trt.builders.quantization.precisions import BLOCK
 from nvlm_trt.builders.quantization.rows import QuantisedWeight, nonzero
+from nvlm_trt.model.precision import BLOCK
 
 _INT8_ACTIVATIONS = 4  # accuracy_level: multiply in int8; the float kernels are far slower
 # Scales tried for a 4-bit block, as fractions of the one that its largest magnitude fills the range with; 8/7 uses

@@ -39,9 +39,9 @@ def open_backend(
             f"{_DEVICES[backend]!r}"
         )
     if backend == "tensorrt":
-        from nvlm_trt.backends.tensorrt import TensorRtBackend
+        from nvlm_trt.backends.tensorrt.backend import TensorRtBackend
 
         return TensorRtBackend(engine, components, device)
-    from nvlm_trt.backends.onnxruntime import OnnxRuntimeBackend
+    from nvlm_trt.backends.onnxruntime.backend import OnnxRuntimeBackend
 
     return OnnxRuntimeBackend(engine, components, threads)

@@ -8,8 +8,8 @@ from typing import Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from nvlm_trt.config import NvlmConfig
 from nvlm_trt.engine import EngineLimits
+from nvlm_trt.model.config import NvlmConfig
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from nvlm_trt.config import NvlmConfig
 from nvlm_trt.engine import EngineLimits
 from nvlm_trt.errors import RequestError
+from nvlm_trt.model.config import NvlmConfig
 
 
 def check_tiles(config: NvlmConfig, tiles: int) -> None:

@@ -6,9 +6,9 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from nvlm_trt.benchmark.latency_parts import TITLES
 from nvlm_trt.benchmark.load import describe
 from nvlm_trt.benchmark.report import Document
-from nvlm_trt.benchmark.stages import TITLES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

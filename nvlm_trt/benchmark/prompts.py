@@ -7,7 +7,7 @@ import bisect
 import numpy as np
 
 from nvlm_trt.errors import RequestError
-from nvlm_trt.tokenizer import Tokenizer
+from nvlm_trt.prompt.tokenizer import Tokenizer
 
 _WORDS: list[str] = str.split(
     "the of to and in is it you that was for on are with as his they be at one have this from or had by hot but some "

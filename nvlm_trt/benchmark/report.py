@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from nvlm_trt.benchmark.caveats import caveats
+from nvlm_trt.benchmark.latency_parts import Stages
 from nvlm_trt.benchmark.metrics import Slo, summarize
 from nvlm_trt.benchmark.runner import Outcome, Plan, Point
-from nvlm_trt.benchmark.stages import Stages
 from nvlm_trt.benchmark.target import Target
 from nvlm_trt.errors import NvlmError, RequestError
 

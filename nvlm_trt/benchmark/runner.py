@@ -15,11 +15,11 @@ from nvlm_trt.benchmark.load import Load
 from nvlm_trt.benchmark.load_processes import LoadProcesses
 from nvlm_trt.benchmark.prompts import PromptWriter
 from nvlm_trt.benchmark.record import Record, clock
-from nvlm_trt.benchmark.server_metrics import ServerMetrics, Snapshot
+from nvlm_trt.benchmark.triton_metrics import ServerMetrics, Snapshot
 from nvlm_trt.benchmark.workload import Question, Workload, questions
 from nvlm_trt.errors import NvlmError, RequestError, ServerError
 from nvlm_trt.progress import Progress, no_progress
-from nvlm_trt.serving.served import no_server
+from nvlm_trt.serving.served_engine import no_server
 
 Ending = Literal["complete", "interrupted", "failed"]
 

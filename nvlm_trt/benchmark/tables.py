@@ -11,9 +11,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from nvlm_trt.benchmark.compare import Comparison
+from nvlm_trt.benchmark.latency_parts import TITLES
 from nvlm_trt.benchmark.load import describe
 from nvlm_trt.benchmark.report import Document
-from nvlm_trt.benchmark.stages import TITLES
 
 _LATENCIES = ("ttft_s", "itl_s", "tpot_s", "e2e_s")
 _STYLE = {"better": "green", "worse": "red", "equal": "default"}

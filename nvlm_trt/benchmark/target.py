@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nvlm_trt.errors import RequestError
-from nvlm_trt.tokenizer import TOKENIZER_JSON, Tokenizer
+from nvlm_trt.prompt.tokenizer import TOKENIZER_JSON, Tokenizer
 
 _DEFAULT_GRPC_PORT, _DEFAULT_METRICS_PORT = 8001, 8002
 
@@ -26,7 +26,7 @@ class Target:
     @classmethod
     def connect(cls, url: str) -> Target:
         """Raises ServerError if there is no server at `url` or it serves something else."""
-        from nvlm_trt.serving.served import find_served_engine
+        from nvlm_trt.serving.served_engine import find_served_engine
 
         served = find_served_engine(url)
         if (engine := served.engine) is None:

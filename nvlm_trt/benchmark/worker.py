@@ -21,7 +21,7 @@ import sys
 import time
 from typing import Any
 
-from nvlm_trt.benchmark import pictures
+from nvlm_trt.benchmark import images as pictures
 from nvlm_trt.benchmark.record import Record, clock
 from nvlm_trt.benchmark.workload import ImageSize, Question
 from nvlm_trt.errors import ImageError, NvlmError, QueueFullError, RequestError

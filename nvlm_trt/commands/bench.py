@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from nvlm_trt.benchmark.load import Load
     from nvlm_trt.benchmark.report import Document, Report
     from nvlm_trt.benchmark.runner import Outcome
-    from nvlm_trt.benchmark.server_metrics import ServerMetrics
     from nvlm_trt.benchmark.target import Target
+    from nvlm_trt.benchmark.triton_metrics import ServerMetrics
 
 _CONCURRENCY = "1,2,4,8"
 _MOST_LOADS = 100
@@ -217,7 +217,7 @@ def _check_outputs(files: dict[str, Path | None], plots: Path | None, overwrite:
 
 def _server_metrics(target: Target, url: str | None) -> ServerMetrics | None:
     """Those named must answer. Those at the default port may be missing: the server was perhaps told another."""
-    from nvlm_trt.benchmark.server_metrics import ServerMetrics
+    from nvlm_trt.benchmark.triton_metrics import ServerMetrics
 
     metrics = ServerMetrics(url) if url else None
     if metrics is None and target.default_metrics_url:

@@ -13,7 +13,7 @@ from nvlm_trt import terminal
 from nvlm_trt.errors import NvlmError
 
 if TYPE_CHECKING:
-    from nvlm_trt.builders.onnx_engine import QuantizationOptions
+    from nvlm_trt.builders.engine_build import QuantizationOptions
     from nvlm_trt.engine import Engine
 
 
@@ -79,7 +79,7 @@ def build(
 
     Example: nvlm-trt build --checkpoint checkpoints/nvlm-h --output engines/nvlm-h --precision int8
     """
-    from nvlm_trt.builders.quantization.precisions import (
+    from nvlm_trt.model.precision import (
         default_precision,
         needs_calibration,
         parse_precision,
@@ -89,7 +89,7 @@ def build(
     precision = precision or default_precision(backend)
     if backend != "tensorrt" and (strip_weights or weight_streaming):
         raise NvlmError("--strip-weights and --weight-streaming are of the backend tensorrt; leave them out")
-    from nvlm_trt.builders.onnx_engine import build_engine
+    from nvlm_trt.builders.engine_build import build_engine
     from nvlm_trt.builders.quantization.gate import AccuracyError
 
     precisions = parse_precision(precision, backend)
@@ -110,8 +110,8 @@ def build(
         with terminal.progress() as progress:
             build_for_backend: Callable[..., Engine] = build_engine
             if backend == "tensorrt":
-                from nvlm_trt.builders.tensorrt_engine import build_tensorrt_engine
-                from nvlm_trt.builders.tensorrt_plan import PlanOptions
+                from nvlm_trt.backends.tensorrt.build import build_tensorrt_engine
+                from nvlm_trt.backends.tensorrt.plan import PlanOptions
 
                 plan = PlanOptions(strip_weights, weight_streaming)
                 build_for_backend = functools.partial(build_tensorrt_engine, options=plan)
@@ -135,7 +135,7 @@ def build(
 
 
 def _options(calibrating: dict[str, Any], judging: dict[str, Any], no_gate: bool) -> QuantizationOptions:
-    from nvlm_trt.builders.onnx_engine import QuantizationOptions
+    from nvlm_trt.builders.engine_build import QuantizationOptions
     from nvlm_trt.builders.quantization.gate import GateOptions
 
     return QuantizationOptions(**_given(calibrating), gate=None if no_gate else GateOptions(**_given(judging)))

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nvlm_trt.config import PRESETS, NvlmConfig
 from nvlm_trt.errors import ConfigError, EngineError, NvlmError
+from nvlm_trt.model.config import PRESETS, NvlmConfig
 
 if TYPE_CHECKING:
     from nvlm_trt.engine import EngineLimits
-    from nvlm_trt.planner import EnginePlan, Work
+    from nvlm_trt.planner.memory import EnginePlan, Work
 
 _PRESET_TAG_LENGTH = 1  # of the tokenizer that `nvlm-trt init-checkpoint` writes
 
@@ -50,15 +50,15 @@ def plan(
     """
     if (checkpoint is None) == (preset is None):
         raise NvlmError(f"name either a checkpoint or a preset: --checkpoint DIR, or --preset {next(iter(PRESETS))}")
-    from nvlm_trt.builders.quantization.precisions import default_precision, parse_precision
+    from nvlm_trt.model.precision import default_precision, parse_precision
 
     precision = precision or default_precision(backend)
     rates = [rate for rate in (bandwidth, tflops) if rate is not None]
     if len(rates) == 1 or any(rate <= 0 for rate in rates):
         raise NvlmError("a time follows from both --bandwidth and --tflops, above 0; give both or none")
     from nvlm_trt.builders.engine_writer import engine_limits
-    from nvlm_trt.planner import Roofline, plan_engine
-    from nvlm_trt.prompt import count_image_tokens
+    from nvlm_trt.planner.memory import Roofline, plan_engine
+    from nvlm_trt.prompt.encoder import count_image_tokens
 
     precisions = parse_precision(precision, backend)
     config, tag_length, checkpoint_bytes = _model(checkpoint, preset)
@@ -101,9 +101,9 @@ def _model(checkpoint: Path | None, preset: str | None) -> tuple[NvlmConfig, int
         if preset not in PRESETS:
             raise ConfigError(f"preset {preset!r} is not one of {', '.join(PRESETS)}")
         return PRESETS[preset], _PRESET_TAG_LENGTH, None
-    from nvlm_trt.checkpoint import Checkpoint
-    from nvlm_trt.prompt import PromptEncoder
-    from nvlm_trt.tokenizer import Tokenizer
+    from nvlm_trt.checkpoint.reader import Checkpoint
+    from nvlm_trt.prompt.encoder import PromptEncoder
+    from nvlm_trt.prompt.tokenizer import Tokenizer
 
     assert checkpoint is not None
     with Checkpoint.open(checkpoint) as opened:

@@ -47,7 +47,7 @@ def tiles(
     tile_size, max_tiles = _tiling(tile_size, max_tiles, engine, checkpoint)
     picture = _load_picture(image)
 
-    from nvlm_trt.tile_sheet import draw_tile_sheet, layout_sheet
+    from nvlm_trt.image.tile_sheet import draw_tile_sheet, layout_sheet
 
     layout = layout_sheet(picture.size, tile_size, max_tiles)
     longest = _LONGEST_EDGE.get(options["format"])
@@ -109,7 +109,7 @@ def _tiling(
         opened = Engine.open(engine)
         return opened.config.vision.image_size, opened.limits.max_tiles
     if checkpoint:
-        from nvlm_trt.hf_config import read_config
+        from nvlm_trt.model.hf_config import read_config
 
         config = read_config(checkpoint)
         return config.vision.image_size, config.max_tiles
@@ -117,7 +117,7 @@ def _tiling(
 
 
 def _load_picture(path: Path) -> Image.Image:
-    from nvlm_trt.image import load_image
+    from nvlm_trt.image.decoding import load_image
 
     try:
         return load_image(path.read_bytes())

@@ -13,14 +13,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Protocol
 
-from nvlm_trt.checkpoint import Checkpoint
+from nvlm_trt.checkpoint.reader import Checkpoint
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import EngineError, ImageError, NvlmError, QueueFullError, RequestError, ServerError
 from nvlm_trt.evaluation.samples import Sample
-from nvlm_trt.prompt import Message
+from nvlm_trt.prompt.encoder import Message
 from nvlm_trt.runtime.generation import Delta
 from nvlm_trt.runtime.sampling import SamplingParams
-from nvlm_trt.serving.repository import available_cores
+from nvlm_trt.serving.triton.repository import available_cores
 
 Answers = Iterator[tuple[Sample, str]]
 
@@ -217,7 +217,7 @@ def _served_model(url: str) -> ModelIdentity:
 
     Elsewhere the path stands for it: an engine that is rebuilt there under the same name is not told apart.
     """
-    from nvlm_trt.serving.served import find_served_engine
+    from nvlm_trt.serving.served_engine import find_served_engine
 
     served = find_served_engine(url)
     if served.engine is not None:

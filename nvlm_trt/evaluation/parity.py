@@ -17,16 +17,16 @@ from PIL import Image, ImageDraw
 
 from nvlm_trt.backends import open_backend
 from nvlm_trt.backends.base import Backend
-from nvlm_trt.checkpoint import Checkpoint
+from nvlm_trt.checkpoint.reader import Checkpoint
 from nvlm_trt.engine import Engine, save_manifest
 from nvlm_trt.errors import EngineError, NvlmError
-from nvlm_trt.image import load_image
+from nvlm_trt.image.decoding import load_image
+from nvlm_trt.image.tiling import tile_image
 from nvlm_trt.progress import Progress, no_progress
-from nvlm_trt.prompt import EncodedPrompt, Message, PromptEncoder, split_tiles
+from nvlm_trt.prompt.encoder import EncodedPrompt, Message, PromptEncoder, split_tiles
+from nvlm_trt.prompt.tokenizer import Tokenizer
 from nvlm_trt.runtime.pipeline import ChatRequest, Pipeline
 from nvlm_trt.runtime.sampling import SamplingParams
-from nvlm_trt.tiling import tile_image
-from nvlm_trt.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from nvlm_trt.reference.model import ReferenceModel

@@ -7,14 +7,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nvlm_trt.config import NvlmConfig
 from nvlm_trt.evaluation.samples import Sample
-from nvlm_trt.image import load_image
-from nvlm_trt.prompt import Message, PromptEncoder, split_tiles
+from nvlm_trt.image.decoding import load_image
+from nvlm_trt.model.config import NvlmConfig
+from nvlm_trt.prompt.encoder import Message, PromptEncoder, split_tiles
+from nvlm_trt.prompt.tokenizer import Tokenizer
 from nvlm_trt.reference.decoder import KeyValue
 from nvlm_trt.reference.model import ReferenceModel
 from nvlm_trt.reference.preprocess import reference_tiles
-from nvlm_trt.tokenizer import Tokenizer
 
 
 class ReferenceAnswer:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nvlm_trt.config import CrossAttentionConfig, LlmConfig
+from nvlm_trt.model.config import CrossAttentionConfig, LlmConfig
 
 
 class GatedCrossAttentionBlock(nn.Module):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nvlm_trt.config import LlmConfig, NvlmConfig
+from nvlm_trt.model.config import LlmConfig, NvlmConfig
 from nvlm_trt.reference.cross_attention import GatedCrossAttentionBlock, SwiGlu
 
 KeyValue = tuple[Tensor, Tensor]

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from nvlm_trt.checkpoint import Checkpoint
-from nvlm_trt.config import NvlmConfig
+from nvlm_trt.checkpoint.reader import Checkpoint
 from nvlm_trt.errors import RequestError
-from nvlm_trt.prompt import EncodedPrompt
+from nvlm_trt.model.config import NvlmConfig
+from nvlm_trt.prompt.encoder import EncodedPrompt
 from nvlm_trt.reference.decoder import Cache, Decoder, KeyValue
 from nvlm_trt.reference.vision import VisionEncoder, pixel_shuffle, projector
 

@@ -1,4 +1,4 @@
-"""Tiling written a second time, plainly, in torch: the oracle for nvlm_trt.tiling."""
+"""Tiling written a second time, plainly, in torch: the oracle for nvlm_trt.image.tiling."""
 
 from __future__ import annotations
 

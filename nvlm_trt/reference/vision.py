@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nvlm_trt.config import NvlmConfig, VisionConfig
+from nvlm_trt.model.config import NvlmConfig, VisionConfig
 
 
 class VisionEncoder(nn.Module):

@@ -8,9 +8,9 @@ from concurrent.futures import Future
 
 from nvlm_trt.backends.base import Backend
 from nvlm_trt.errors import EngineError
+from nvlm_trt.prompt.tokenizer import Tokenizer
 from nvlm_trt.runtime.generation import GenerationRequest, Handle, OnDelta, OnError, Submission
 from nvlm_trt.runtime.scheduler import Scheduler, SchedulerMetrics
-from nvlm_trt.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from nvlm_trt.backends.base import FloatArray
 from nvlm_trt.errors import EngineError
-from nvlm_trt.prompt import EncodedPrompt
+from nvlm_trt.prompt.encoder import EncodedPrompt
 from nvlm_trt.runtime.sampling import SamplingParams, TokenLogprob
 
 FinishReason = Literal["stop", "length", "cancelled"]

@@ -13,15 +13,15 @@ from nvlm_trt.backends import open_backend
 from nvlm_trt.backends.base import Backend, FloatArray
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import ImageError, RequestError
-from nvlm_trt.image import ImageLimits, load_image
-from nvlm_trt.prompt import EncodedPrompt, Message, PromptEncoder, split_tiles
+from nvlm_trt.image.decoding import ImageLimits, load_image
+from nvlm_trt.image.tiling import image_key, tile_image
+from nvlm_trt.prompt.encoder import EncodedPrompt, Message, PromptEncoder, split_tiles
+from nvlm_trt.prompt.tokenizer import Tokenizer
 from nvlm_trt.runtime.batcher import Batcher
 from nvlm_trt.runtime.generation import Delta, GenerationRequest, Handle, ImageFeatures, OnDelta, OnError
 from nvlm_trt.runtime.image_cache import ImageCache, ImageCacheMetrics
 from nvlm_trt.runtime.sampling import SamplingParams
 from nvlm_trt.runtime.scheduler import SchedulerMetrics
-from nvlm_trt.tiling import image_key, tile_image
-from nvlm_trt.tokenizer import Tokenizer
 
 # Normalisation to NFC, which Qwen2's tokenizer does, joins at most this many characters into one.
 _NFC_JOINS = 4

@@ -11,11 +11,11 @@ import numpy as np
 
 from nvlm_trt.backends.base import Backend, FloatArray
 from nvlm_trt.errors import RequestError
+from nvlm_trt.prompt.tokenizer import Tokenizer
 from nvlm_trt.runtime.generation import Delta, Submission
 from nvlm_trt.runtime.request_queue import RequestQueue
 from nvlm_trt.runtime.sequence import Sequence
 from nvlm_trt.runtime.slots import Slots
-from nvlm_trt.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 

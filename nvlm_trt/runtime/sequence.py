@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from nvlm_trt.backends.base import Backend, FloatArray, IntArray, RangeArray
-from nvlm_trt.detokenizer import IncrementalDecoder
 from nvlm_trt.errors import RequestError
+from nvlm_trt.prompt.detokenizer import IncrementalDecoder
+from nvlm_trt.prompt.tokenizer import Tokenizer
 from nvlm_trt.runtime.generation import Delta, FinishReason, Submission, Usage
 from nvlm_trt.runtime.sampling import Sampler
 from nvlm_trt.runtime.text_stream import TextStream
-from nvlm_trt.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ import grpc.aio
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from nvlm_trt.errors import RequestError, ServerError
-from nvlm_trt.prompt import Message
+from nvlm_trt.prompt.encoder import Message
 from nvlm_trt.runtime.generation import Delta, FinishReason, Usage
 from nvlm_trt.runtime.sampling import SamplingParams, TokenLogprob
-from nvlm_trt.serving.messages import delta_of, infer_request
-from nvlm_trt.serving.wire import MODEL, merge_deltas
+from nvlm_trt.serving.chat_tensors import MODEL, merge_deltas
+from nvlm_trt.serving.grpc_messages import delta_of, infer_request
 
 Messages = Sequence[Message | Mapping[str, str]]
 Image = bytes | str | os.PathLike[str]

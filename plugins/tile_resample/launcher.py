@@ -12,7 +12,7 @@ from torch import Tensor
 from nvlm_trt.plugins.tile_resample.coefficients import block_tables, resize_plan
 from nvlm_trt.plugins.tile_resample.kernel import planes_kernel, tile_resample_kernel
 
-# ImageNet statistics of RGB in 0..1, as nvlm_trt.tiling has them
+# ImageNet statistics of RGB in 0..1, as nvlm_trt.image.tiling has them
 _MEAN = (0.485, 0.456, 0.406)
 _STD = (0.229, 0.224, 0.225)
 
@@ -29,7 +29,7 @@ def tile_resample(
     """RGB image [height, width, 3] uint8 -> normalised tiles [n, 3, tile_size, tile_size], row by row.
 
     The image is stretched over columns * rows tiles with Pillow's antialiased bicubic; if they are several, the whole
-    image as one more tile, the thumbnail, comes last. The grid is the caller's to choose (nvlm_trt.tiling.choose_grid).
+    image as one more tile, the thumbnail, comes last. The grid is the caller's to choose, by `choose_grid`.
     `dtype` is float16, bfloat16 or float32. The result lies where the image does: on a GPU (or on the CPU with
     TRITON_INTERPRET=1). Raises ValueError for an image, a grid or a dtype that does not fit this."""
     if image.dim() != 3 or image.shape[2] != 3 or image.dtype != torch.uint8 or not image.is_contiguous():

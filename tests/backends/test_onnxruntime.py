@@ -15,9 +15,9 @@ from nvlm_trt.backends import open_backend
 from nvlm_trt.backends.base import Backend
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import EngineError, RequestError
-from nvlm_trt.prompt import EncodedPrompt, Message, PromptEncoder, split_tiles
+from nvlm_trt.prompt.encoder import EncodedPrompt, Message, PromptEncoder, split_tiles
+from nvlm_trt.prompt.tokenizer import Tokenizer
 from nvlm_trt.reference.model import ReferenceModel
-from nvlm_trt.tokenizer import Tokenizer
 
 Directory = Callable[[str], Path]
 NAMES = ["nvlm-d-tiny", "nvlm-x-tiny", "nvlm-h-tiny"]

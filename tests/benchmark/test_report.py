@@ -16,8 +16,8 @@ from nvlm_trt.benchmark.metrics import Slo
 from nvlm_trt.benchmark.plots import latency_plot, stage_plot
 from nvlm_trt.benchmark.report import Report, read_document, to_csv
 from nvlm_trt.benchmark.runner import ClientUse, Outcome, Plan
-from nvlm_trt.benchmark.server_metrics import Snapshot
 from nvlm_trt.benchmark.tables import print_results
+from nvlm_trt.benchmark.triton_metrics import Snapshot
 from nvlm_trt.errors import NvlmError, ServerError
 
 

@@ -8,7 +8,7 @@ import torch
 from stages import ReferenceWeights, assert_close, random_reference, session, tiny_config
 
 from nvlm_trt.builders.graphs.cross_kv import cross_kv_graph
-from nvlm_trt.config import NvlmConfig
+from nvlm_trt.model.config import NvlmConfig
 
 CONFIGS = {
     "X": tiny_config("X"),

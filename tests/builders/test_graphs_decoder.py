@@ -10,8 +10,8 @@ from stages import IMAGE_TOKEN, ReferenceWeights, assert_close, random_reference
 
 from nvlm_trt.builders.graphs.cross_kv import cross_kv_graph
 from nvlm_trt.builders.graphs.decoder import decoder_graph
-from nvlm_trt.config import NvlmConfig
 from nvlm_trt.engine import EngineLimits
+from nvlm_trt.model.config import NvlmConfig
 from nvlm_trt.reference.model import ReferenceModel
 
 LIMITS = EngineLimits(max_slots=4, max_seq_len=48, max_image_tokens=40)

@@ -8,7 +8,7 @@ import torch
 from stages import ReferenceWeights, assert_close, random_reference, session, tiny_config
 
 from nvlm_trt.builders.graphs.vision_encoder import vision_encoder_graph
-from nvlm_trt.config import NvlmConfig
+from nvlm_trt.model.config import NvlmConfig
 
 CONFIGS = {
     "D": tiny_config("D"),

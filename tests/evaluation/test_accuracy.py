@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageDraw
 from safetensors.numpy import load_file, save_file
 
-from nvlm_trt.builders.onnx_engine import build_engine
+from nvlm_trt.builders.engine_build import build_engine
 from nvlm_trt.errors import EngineError, NvlmError, RequestError
 from nvlm_trt.evaluation.accuracy import (
     EvalOptions,
@@ -26,10 +26,10 @@ from nvlm_trt.evaluation.accuracy import (
 from nvlm_trt.evaluation.answerers import Answerer, Answers, EngineAnswerer, ReferenceAnswerer
 from nvlm_trt.evaluation.results import ResultsFile, read_results
 from nvlm_trt.evaluation.samples import Sample, digest_of
-from nvlm_trt.prompt import Message
+from nvlm_trt.prompt.encoder import Message
+from nvlm_trt.prompt.tokenizer import Tokenizer
 from nvlm_trt.runtime.pipeline import ChatRequest, Pipeline
 from nvlm_trt.runtime.sampling import SamplingParams
-from nvlm_trt.tokenizer import Tokenizer
 
 Directory = Callable[[str], Path]
 OPTIONS = EvalOptions(max_tokens=32)  # enough for every sample below to have an answer of its own

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nvlm_trt.builders.onnx_engine import build_engine
-from nvlm_trt.config import PRESETS
+from nvlm_trt.builders.engine_build import build_engine
+from nvlm_trt.checkpoint.random_checkpoint import write_random_checkpoint
 from nvlm_trt.engine import Engine, write_manifest
 from nvlm_trt.errors import EngineError
 from nvlm_trt.evaluation.parity import ParityReport, verify_engine
-from nvlm_trt.random_checkpoint import write_random_checkpoint
+from nvlm_trt.model.config import PRESETS
 
 
 @pytest.mark.parametrize("name", ["nvlm-d-tiny", "nvlm-x-tiny", "nvlm-h-tiny"])

@@ -13,7 +13,7 @@ from nvlm_trt.errors import RequestError
 from nvlm_trt.evaluation.tinydocs import FONTS, SPLITS, TASKS, TEXT_TASKS, ask, draw, generate
 from nvlm_trt.evaluation.tinydocs.kinds import MAX_HEIGHT, PLACES
 from nvlm_trt.evaluation.tinydocs.page import COLOURS, SHAPES, TILE
-from nvlm_trt.tiling import choose_grid
+from nvlm_trt.image.tiling import choose_grid
 
 seeds = st.integers(0, 2**32 - 1)
 

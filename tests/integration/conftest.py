@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from live_server import MAX_QUEUE, ServerByName
 
-from nvlm_trt.serving.repository import RepositoryOptions
-from nvlm_trt.serving.server import ServerOptions, TritonServer
+from nvlm_trt.serving.triton.repository import RepositoryOptions
+from nvlm_trt.serving.triton.server import ServerOptions, TritonServer
 
 
 @pytest.fixture(scope="session")

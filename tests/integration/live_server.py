@@ -15,8 +15,8 @@ from PIL import Image
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from nvlm_trt.runtime.generation import Delta
-from nvlm_trt.serving.messages import delta_of
-from nvlm_trt.serving.server import TritonServer
+from nvlm_trt.serving.grpc_messages import delta_of
+from nvlm_trt.serving.triton.server import TritonServer
 
 ServerByName = Callable[[str], TritonServer]
 MAX_QUEUE = 12

@@ -13,11 +13,11 @@ import pytest
 import tritonclient.grpc
 from live_server import ServerByName, ask_raw, picture
 
-from nvlm_trt.prompt import Message
+from nvlm_trt.prompt.encoder import Message
 from nvlm_trt.runtime.pipeline import ChatRequest, Pipeline
 from nvlm_trt.runtime.sampling import SamplingParams
 from nvlm_trt.serving.client import Answer, AsyncClient, Client
-from nvlm_trt.serving.messages import infer_request
+from nvlm_trt.serving.grpc_messages import infer_request
 
 ENGINES = ("nvlm-d-tiny", "nvlm-x-tiny", "nvlm-h-tiny")
 GREEDY = SamplingParams(max_tokens=24, ignore_eos=True)

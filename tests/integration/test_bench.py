@@ -18,7 +18,7 @@ import pytest
 from live_server import MAX_QUEUE, ServerByName, metric, wait_until, wait_until_idle
 
 from nvlm_trt.benchmark.report import read_document
-from nvlm_trt.serving.server import TritonServer
+from nvlm_trt.serving.triton.server import TritonServer
 
 REQUESTS, TOKENS = 10, 12
 SLOTS = 8

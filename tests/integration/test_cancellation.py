@@ -14,7 +14,7 @@ from live_server import ENDLESS, MAX_QUEUE, ServerByName, metric, picture, wait_
 from nvlm_trt.errors import QueueFullError
 from nvlm_trt.runtime.generation import Delta
 from nvlm_trt.serving.client import AsyncClient, Client
-from nvlm_trt.serving.server import TritonServer
+from nvlm_trt.serving.triton.server import TritonServer
 
 SLOTS = 8
 

@@ -18,15 +18,15 @@ from tensorrt_engines import for_tensorrt
 
 from nvlm_trt.backends import open_backend
 from nvlm_trt.engine import Engine
-from nvlm_trt.image import load_image
-from nvlm_trt.prompt import Message
+from nvlm_trt.image.decoding import load_image
+from nvlm_trt.image.tiling import tile_image
+from nvlm_trt.prompt.encoder import Message
 from nvlm_trt.runtime.pipeline import ChatRequest, Pipeline
 from nvlm_trt.runtime.sampling import SamplingParams
-from nvlm_trt.serving import server as server_module
 from nvlm_trt.serving.client import Client
-from nvlm_trt.serving.repository import RepositoryOptions, render_repository
-from nvlm_trt.serving.server import TritonServer
-from nvlm_trt.tiling import tile_image
+from nvlm_trt.serving.triton import server as server_module
+from nvlm_trt.serving.triton.repository import RepositoryOptions, render_repository
+from nvlm_trt.serving.triton.server import TritonServer
 
 GREEDY = SamplingParams(max_tokens=12, ignore_eos=True)
 STAND_IN = """

@@ -16,7 +16,7 @@ from nvlm_trt.errors import ServerError
 from nvlm_trt.evaluation.accuracy import agreement
 from nvlm_trt.evaluation.answerers import Answerer, EngineAnswerer, ServerAnswerer
 from nvlm_trt.evaluation.samples import Sample
-from nvlm_trt.serving.server import TritonServer
+from nvlm_trt.serving.triton.server import TritonServer
 
 TOKENS = 24
 

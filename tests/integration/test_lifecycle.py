@@ -21,7 +21,7 @@ from live_server import ENDLESS, metric, picture, wait_until
 from nvlm_trt.engine import Manifest, write_manifest
 from nvlm_trt.errors import EngineError, ServerError
 from nvlm_trt.serving.client import Client
-from nvlm_trt.serving.server import TritonServer
+from nvlm_trt.serving.triton.server import TritonServer
 
 ENGINE = "nvlm-d-tiny"
 LONG = {"max_tokens": 400, "ignore_eos": True}
@@ -173,7 +173,7 @@ def test_a_start_can_be_given_up_while_the_canary_runs(
         for _ in client.stream("Hello", sampling=ENDLESS):
             give_up.set()
 
-    monkeypatch.setattr("nvlm_trt.serving.server.run_canary", slow_canary)
+    monkeypatch.setattr("nvlm_trt.serving.triton.server.run_canary", slow_canary)
     server = TritonServer(engine(ENGINE))
     assert not server.start(give_up)
     with Client(server.address) as client:

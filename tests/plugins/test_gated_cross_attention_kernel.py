@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnxscript import GraphBuilder
 
-from nvlm_trt.config import CrossAttentionConfig, LlmConfig
+from nvlm_trt.model.config import CrossAttentionConfig, LlmConfig
 from nvlm_trt.plugins.gated_cross_attention.blocks import BLOCKS, candidates
 from nvlm_trt.plugins.gated_cross_attention.onnx_function import PLUGIN_ATTRIBUTES, gated_cross_attention
 from nvlm_trt.reference.cross_attention import CrossAttention

@@ -1,4 +1,4 @@
-"""Which tensors the kernel for prompts on Hopper takes; the kernel itself is checked by scripts/gpu_check.sh."""
+"""Which tensors the kernel for prompts on Hopper takes; the kernel itself is checked by lab/gpu_check.sh."""
 
 from __future__ import annotations
 

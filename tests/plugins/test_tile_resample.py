@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from nvlm_trt.image.tiling import choose_grid, tile_image, tile_pixels
 from nvlm_trt.plugins.tile_resample.coefficients import is_vertical_first, resize_plan
-from nvlm_trt.tiling import choose_grid, tile_image, tile_pixels
 
 pillow_13 = pytest.mark.skipif(
     int(PIL.__version__.split(".")[0]) < 13, reason="Pillow 12 and older resize every picture horizontally first"

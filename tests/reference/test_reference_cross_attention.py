@@ -14,7 +14,7 @@ from transformers.models.idefics.modeling_idefics import IdeficsGatedCrossAttent
 from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecoderLayer
 from transformers_weights import assert_same, llm_arguments, randomize
 
-from nvlm_trt.config import CrossAttentionConfig, LlmConfig
+from nvlm_trt.model.config import CrossAttentionConfig, LlmConfig
 from nvlm_trt.reference.cross_attention import GatedCrossAttentionBlock
 
 HIDDEN, TOKENS, IMAGE = 48, 7, 20

@@ -9,8 +9,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers_weights import assert_same, llm_arguments, randomize
 
-from nvlm_trt.config import PRESETS, LlmConfig, LlmFamily
-from nvlm_trt.layout import cross_layout, llm_layout
+from nvlm_trt.model.config import PRESETS, LlmConfig, LlmFamily
+from nvlm_trt.model.layout import cross_layout, llm_layout
 from nvlm_trt.reference.decoder import Decoder
 
 

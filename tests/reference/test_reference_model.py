@@ -19,11 +19,11 @@ from transformers_weights import (
     randomize,
 )
 
-from nvlm_trt.checkpoint import Checkpoint
-from nvlm_trt.config import PRESETS, LlmConfig, NvlmConfig, VisionConfig
+from nvlm_trt.checkpoint.reader import Checkpoint
 from nvlm_trt.errors import CheckpointError, RequestError
-from nvlm_trt.layout import checkpoint_layout
-from nvlm_trt.prompt import EncodedPrompt
+from nvlm_trt.model.config import PRESETS, LlmConfig, NvlmConfig, VisionConfig
+from nvlm_trt.model.layout import checkpoint_layout
+from nvlm_trt.prompt.encoder import EncodedPrompt
 from nvlm_trt.reference.decoder import Cache, KeyValue
 from nvlm_trt.reference.model import ReferenceModel
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import InternVLVisionConfig
 
-from nvlm_trt.config import LlmConfig, VisionConfig
+from nvlm_trt.model.config import LlmConfig, VisionConfig
 
 TOLERANCE = 1e-4  # float32, largest absolute difference
 

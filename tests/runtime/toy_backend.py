@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from nvlm_trt.config import PRESETS
 from nvlm_trt.engine import EngineLimits
-from nvlm_trt.prompt import EncodedPrompt
+from nvlm_trt.model.config import PRESETS
+from nvlm_trt.prompt.encoder import EncodedPrompt
+from nvlm_trt.prompt.tokenizer import Tokenizer, write_byte_tokenizer
 from nvlm_trt.runtime.generation import GenerationRequest, ImageFeatures
 from nvlm_trt.runtime.sampling import Sampler, SamplingParams
-from nvlm_trt.tokenizer import Tokenizer, write_byte_tokenizer
 
 CONFIG = PRESETS["nvlm-x-tiny"]
 HIDDEN = CONFIG.llm.hidden_size

@@ -10,7 +10,7 @@ import pytest
 
 from nvlm_trt.errors import RequestError, ServerError
 from nvlm_trt.serving.client import AsyncClient, Client
-from nvlm_trt.serving.ports import choose_ports
+from nvlm_trt.serving.triton.ports import choose_ports
 
 
 @pytest.fixture

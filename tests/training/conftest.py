@@ -2,7 +2,7 @@
 
 import pytest
 
-from nvlm_trt.tokenizer import Tokenizer
+from nvlm_trt.prompt.tokenizer import Tokenizer
 from training.tokens import write_tiny_tokenizer
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from nvlm_trt.config import PRESETS
 from nvlm_trt.evaluation.tinydocs.kinds import Question
-from nvlm_trt.prompt import Message, split_tiles
+from nvlm_trt.model.config import PRESETS
+from nvlm_trt.prompt.encoder import Message, split_tiles
 from nvlm_trt.reference.model import ReferenceModel
 from training.forward import decode, encode_patches
 from training.sequences import NOT_ANSWERED, Packer, collate

@@ -8,13 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nvlm_trt.config import PRESETS
 from nvlm_trt.evaluation.tinydocs import TASKS, draw
 from nvlm_trt.evaluation.tinydocs.page import TILE
-from nvlm_trt.image import load_image
+from nvlm_trt.image.decoding import load_image
+from nvlm_trt.image.tiling import tile_image, tile_pixels
+from nvlm_trt.model.config import PRESETS
+from nvlm_trt.prompt.tokenizer import Tokenizer
 from nvlm_trt.reference.model import ReferenceModel
-from nvlm_trt.tiling import tile_image, tile_pixels
-from nvlm_trt.tokenizer import Tokenizer
 from training.initialise import initialise
 from training.labels import GRID, IGNORE, PATCH, PLANES, page_labels, values
 from training.pages import draw_dense_page, page_tiles

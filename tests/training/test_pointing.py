@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nvlm_trt.config import PRESETS
 from nvlm_trt.evaluation.tinydocs import TASKS, TEXT_TASKS, ask, draw
 from nvlm_trt.evaluation.tinydocs.page import TILE
-from nvlm_trt.tokenizer import THUMBNAIL_TAG
+from nvlm_trt.model.config import PRESETS
+from nvlm_trt.prompt.tokenizer import THUMBNAIL_TAG
 from training.labels import GRID, PATCH, page_labels
 from training.language_stage import right_looks
 from training.pointing import LEFT, RIGHT, TEXT, TOKENS, WHOLE, points

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nvlm_trt.checkpoint import Checkpoint
+from nvlm_trt.checkpoint.reader import Checkpoint
 from nvlm_trt.evaluation.tinydocs import generate
 from nvlm_trt.reference.model import ReferenceModel
 from training import ablation, recipe

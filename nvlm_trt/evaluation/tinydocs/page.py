@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from nvlm_trt.evaluation.tinydocs.fonts import load_font
-from nvlm_trt.tiling import choose_grid
+from nvlm_trt.image.tiling import choose_grid
 
 TILE = 56  # what the tiny models take; larger models see the same pages larger
 MAX_TILES = 6

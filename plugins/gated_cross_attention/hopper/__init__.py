@@ -6,5 +6,5 @@ values (loader.py), and two warpgroups attend with 64 rows each (attender.py): w
 the tensor cores multiply for the other. After J. Shah and others, FlashAttention-3 (arXiv 2407.08608). Times and what
 was tried: docs/gpu_tuning.md.
 
-Triton's interpreter does not run Gluon: scripts/gpu_check.sh checks this kernel, on a GPU.
+Triton's interpreter does not run Gluon: lab/gpu_check.sh checks this kernel, on a GPU.
 """

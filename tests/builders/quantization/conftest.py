@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nvlm_trt.builders.onnx_engine import QuantizationOptions, build_engine
+from nvlm_trt.builders.engine_build import QuantizationOptions, build_engine
 
 Directory = Callable[[str], Path]
 PICTURE = Path(__file__).parents[3] / "docs" / "images" / "receipt.png"

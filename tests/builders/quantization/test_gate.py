@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nvlm_trt.builders.onnx_engine import QuantizationOptions, build_engine
+from nvlm_trt.builders.engine_build import QuantizationOptions, build_engine
 from nvlm_trt.builders.quantization.calibration import read_calibration
 from nvlm_trt.builders.quantization.gate import AccuracyError, GateOptions
 from nvlm_trt.engine import Engine

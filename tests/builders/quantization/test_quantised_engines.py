@@ -11,13 +11,13 @@ import pytest
 
 from nvlm_trt.backends import open_backend
 from nvlm_trt.backends.base import Backend
-from nvlm_trt.builders.onnx_engine import QuantizationOptions, build_engine
-from nvlm_trt.checkpoint import Checkpoint
-from nvlm_trt.config import PRESETS
+from nvlm_trt.builders.engine_build import QuantizationOptions, build_engine
+from nvlm_trt.checkpoint.random_checkpoint import write_random_checkpoint
+from nvlm_trt.checkpoint.reader import Checkpoint
 from nvlm_trt.engine import Engine
-from nvlm_trt.prompt import Message, PromptEncoder, split_tiles
-from nvlm_trt.random_checkpoint import write_random_checkpoint
-from nvlm_trt.tokenizer import Tokenizer
+from nvlm_trt.model.config import PRESETS
+from nvlm_trt.prompt.encoder import Message, PromptEncoder, split_tiles
+from nvlm_trt.prompt.tokenizer import Tokenizer
 
 QuantisedEngine = Callable[[str, str], Path]
 # every linear layer quantised, and the least cosine between its logits and fp32's of a picture of noise, which

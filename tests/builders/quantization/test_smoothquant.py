@@ -15,16 +15,16 @@ from nvlm_trt.builders.graphs import streamed
 from nvlm_trt.builders.graphs.common import Unquantised
 from nvlm_trt.builders.quantization.calibration import Calibration, LinearInput
 from nvlm_trt.builders.quantization.formats import Recipe
-from nvlm_trt.builders.quantization.precisions import COMPONENTS
 from nvlm_trt.builders.quantization.smoothquant import Factors, MigratedWeights, migrate, migrations
-from nvlm_trt.checkpoint import Checkpoint
-from nvlm_trt.config import PRESETS, CrossAttentionConfig, NvlmConfig
+from nvlm_trt.checkpoint.random_checkpoint import write_random_checkpoint
+from nvlm_trt.checkpoint.reader import Checkpoint
 from nvlm_trt.engine import Engine
-from nvlm_trt.layout import checkpoint_layout
+from nvlm_trt.model.config import PRESETS, CrossAttentionConfig, NvlmConfig
+from nvlm_trt.model.layout import checkpoint_layout
+from nvlm_trt.model.precision import COMPONENTS
 from nvlm_trt.progress import no_progress
-from nvlm_trt.prompt import Message, PromptEncoder, split_tiles
-from nvlm_trt.random_checkpoint import write_random_checkpoint
-from nvlm_trt.tokenizer import Tokenizer
+from nvlm_trt.prompt.encoder import Message, PromptEncoder, split_tiles
+from nvlm_trt.prompt.tokenizer import Tokenizer
 
 INT8 = dict.fromkeys(COMPONENTS, "int8")
 TINY = {architecture: PRESETS[f"nvlm-{architecture.lower()}-tiny"] for architecture in "DXH"}

@@ -11,7 +11,7 @@ from error_response import error_response
 from response_tensors import ResponseTensors
 
 from nvlm_trt.runtime.generation import Delta, Handle
-from nvlm_trt.serving.wire import merge_deltas
+from nvlm_trt.serving.chat_tensors import merge_deltas
 
 Event: TypeAlias = Delta | Exception  # a delta with a finish_reason or an exception is the last
 

@@ -8,10 +8,10 @@ import numpy as np
 import numpy.typing as npt
 import triton_python_backend_utils as pb_utils
 
-from nvlm_trt.backends.tensorrt_tokens import DeviceTokens
+from nvlm_trt.backends.tensorrt.device_tokens import DeviceTokens
 from nvlm_trt.errors import RequestError
 from nvlm_trt.runtime.pipeline import ChatRequest
-from nvlm_trt.serving.wire import parse_conversation, parse_sampling
+from nvlm_trt.serving.chat_tensors import parse_conversation, parse_sampling
 
 
 def chat_request(request: Any, on_device: bool) -> ChatRequest:

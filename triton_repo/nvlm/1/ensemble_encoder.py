@@ -11,7 +11,7 @@ import triton_python_backend_utils as pb_utils
 
 from nvlm_trt.backends.base import FloatArray
 from nvlm_trt.errors import EngineError, ImageError, RequestError
-from nvlm_trt.serving.wire import ENSEMBLE, decode_error
+from nvlm_trt.serving.chat_tensors import ENSEMBLE, decode_error
 
 
 class EnsembleEncoder:

@@ -8,7 +8,7 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 
 from nvlm_trt.errors import ImageError, NvlmError, QueueFullError, RequestError, ServerError
-from nvlm_trt.serving.wire import encode_error
+from nvlm_trt.serving.chat_tensors import encode_error
 
 
 def error_response(error: Exception) -> Any:

@@ -15,7 +15,7 @@ from error_response import error_response
 from server_metrics import ServerMetrics
 
 from nvlm_trt.errors import ServerError
-from nvlm_trt.image import ImageLimits
+from nvlm_trt.image.decoding import ImageLimits
 from nvlm_trt.runtime.pipeline import Pipeline, RuntimeOptions
 
 _REPORT_SECONDS = 0.1

@@ -7,7 +7,7 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 
 from nvlm_trt.runtime.generation import Delta
-from nvlm_trt.serving.wire import encode_delta
+from nvlm_trt.serving.chat_tensors import encode_delta
 
 
 class ResponseTensors:

@@ -11,9 +11,9 @@ import triton_python_backend_utils as pb_utils
 from pixel_tensor import pixel_tensor
 
 from nvlm_trt.errors import ImageError, NvlmError, RequestError
-from nvlm_trt.image import ImageLimits, load_image
-from nvlm_trt.serving.wire import encode_error
-from nvlm_trt.tiling import tile_image
+from nvlm_trt.image.decoding import ImageLimits, load_image
+from nvlm_trt.image.tiling import tile_image
+from nvlm_trt.serving.chat_tensors import encode_error
 
 
 class TritonPythonModel:

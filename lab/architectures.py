@@ -1,0 +1,123 @@
+"""NVLM-X and NVLM-H against NVLM-D: the language model's part of one picture of 6+1 tiles and 1,024 tokens of text.
+
+    python lab/architectures.py --work /tmp/nvlm-bench
+
+The three share vision encoder and language model. Prefill is everything between image tokens and the first logits: the
+prompt in the runtime's chunks and, for X and H, the cross-attention keys and values, which are also given apart. Image
+tokens are noise, which takes as long as a picture. Decoding goes on after that prompt, one request. KV bytes are of
+that request's tokens, cross-attended ones included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Mapping
+
+import numpy as np
+from common import Contender, Rounds, built_engine, parser, run_main, settings_of
+
+from nvlm_trt.backends import open_backend
+from nvlm_trt.backends.base import Backend
+from nvlm_trt.benchmark.prompts import PromptWriter
+from nvlm_trt.engine import Engine
+from nvlm_trt.model.config import NvlmConfig
+from nvlm_trt.prompt.encoder import EncodedPrompt, Message, PromptEncoder, split_tiles
+from nvlm_trt.prompt.tokenizer import Tokenizer
+from nvlm_trt.runtime.pipeline import RuntimeOptions
+
+ARCHITECTURES = ("d", "x", "h")
+PREFILL, DECODE = "prefill ms", "decode tokens/s"
+CACHE_ITEM_BYTES = 4  # ONNX Runtime's caches are float32
+
+
+def main() -> None:
+    options = parser(__doc__, "architectures.json", rounds=7)
+    options.add_argument("--size", default="small", help="of the presets nvlm-{d,x,h}-SIZE")
+    options.add_argument("--precisions", nargs="+", default=["fp32"])
+    options.add_argument("--text-tokens", type=int, default=1024)
+    options.add_argument("--tiles", type=int, default=7, help="thumbnail included")
+    options.add_argument("--steps", type=int, default=16)
+    options.add_argument("--chunk", type=int, default=RuntimeOptions().prefill_chunk, help="tokens prefilled at once")
+    arguments = options.parse_args()
+    rounds = Rounds(arguments.json, settings_of(arguments), packages=("nvlm-trt", "onnxruntime", "numpy"))
+    ratios: list[tuple[str, str, str]] = []
+    requests: dict[str, dict[str, int]] = {}
+    with contextlib.ExitStack() as opened:
+        contenders: dict[str, Contender] = {}
+        for precision in arguments.precisions:
+            for architecture in ARCHITECTURES:
+                engine = built_engine(arguments.work, f"nvlm-{architecture}-{arguments.size}", precision)
+                components = ("decoder", "cross_kv")
+                backend = opened.enter_context(open_backend(engine, components, threads=arguments.threads))
+                prompt = encode_prompt(engine, arguments.text_tokens, arguments.tiles)
+                name = f"{engine.config.name} {precision}"
+                contenders[name] = contender(backend, prompt, arguments.tiles, arguments.chunk, arguments.steps)
+                requests[name] = request_size(engine.config, prompt)
+                if architecture != "d":
+                    baseline = f"nvlm-d-{arguments.size} {precision}"
+                    ratios += [(PREFILL, baseline, name), (DECODE, name, baseline)]
+        rounds.run(contenders, arguments.rounds)
+    rounds.report(ratios, requests=requests)
+    for name, request in requests.items():
+        print(
+            f"{name}: {request['sequence_tokens']} tokens in the sequence, {request['cross_tokens']} cross-attended, "
+            f"KV cache {request['kv_bytes'] / 1e6:.1f} MB"
+        )
+
+
+def encode_prompt(engine: Engine, text_tokens: int, tiles: int) -> EncodedPrompt:
+    tokenizer = Tokenizer.from_directory(engine.path)
+    question = PromptWriter(tokenizer).write(text_tokens, np.random.default_rng(0))
+    return PromptEncoder(engine.config, tokenizer).encode([Message("user", question)], [tiles])
+
+
+def request_size(config: NvlmConfig, prompt: EncodedPrompt) -> dict[str, int]:
+    tokens, cross = len(prompt.input_ids), prompt.cross_tokens
+    per_layer = 2 * config.llm.num_kv_heads * config.llm.head_dim * CACHE_ITEM_BYTES  # of one token: key and value
+    kv_bytes = per_layer * (tokens * config.llm.num_layers + cross * len(config.cross_layers))
+    return {"sequence_tokens": tokens, "cross_tokens": cross, "kv_bytes": kv_bytes}
+
+
+def contender(backend: Backend, prompt: EncodedPrompt, tiles: int, chunk: int, steps: int) -> Contender:
+    config = backend.config
+    shape = (tiles, config.tokens_per_tile, config.llm.hidden_size)
+    image_tokens = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+    in_llm, in_cross = split_tiles(config.architecture, tiles)
+    ranges = np.array([PromptEncoder.decode_range(prompt)], np.int32)
+
+    def measure() -> Mapping[str, float]:
+        started = time.perf_counter()
+        if len(image_tokens[in_cross]):
+            backend.write_cross_kv(0, 0, backend.cross_kv(image_tokens[in_cross]))
+        cross_kv = time.perf_counter() - started
+        logits = prefill(backend, prompt, image_tokens[in_llm].reshape(-1, shape[2]), chunk)
+        prefilled = time.perf_counter() - started
+        position = np.array([len(prompt.input_ids)])
+        started = time.perf_counter()
+        for _ in range(steps):
+            logits[config.image_token_id] = -np.inf
+            logits = backend.decode(np.array([logits.argmax()]), position, ranges)[0]
+            position += 1
+        decoded = time.perf_counter() - started
+        return {PREFILL: 1e3 * prefilled, "of it cross-attention K/V ms": 1e3 * cross_kv, DECODE: steps / decoded}
+
+    return measure
+
+
+def prefill(backend: Backend, prompt: EncodedPrompt, llm_tokens: np.ndarray, chunk: int) -> np.ndarray:
+    """In slot 0, as the scheduler does it: `chunk` tokens at a time -> logits [vocab]."""
+    logits = np.empty(0, np.float32)
+    used = 0
+    for start in range(0, len(prompt.input_ids), chunk):
+        ids = prompt.input_ids[start : start + chunk]
+        images = int(np.count_nonzero(ids == backend.config.image_token_id))
+        ranges = prompt.cross_ranges[start : start + chunk]
+        logits = backend.prefill(0, start, ids, llm_tokens[used : used + images], ranges)
+        used += images
+    assert used == len(llm_tokens), (used, len(llm_tokens))
+    return logits
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,186 @@
+"""Where a decoding step's time goes: the decoder's operators by ONNX Runtime's profiler, OpenVINO's beside them.
+
+    lab/peers/install.sh /tmp/nvlm-bench/peers
+    python lab/decode_profile.py --work /tmp/nvlm-bench
+
+The same models, prompts and peers as decode_peers.py. The floor of a step is what it reads at the rate that this
+machine reads at, measured here by summing a large array. Every round profiles each in turn; times are medians of
+rounds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from common import run_main
+from decode_peers import Peer, decoding_parser, engine_decoder, open_peers, prepare, prompts
+
+from nvlm_trt.backends import open_backend
+from nvlm_trt.engine import Engine
+
+OPENVINO = "OpenVINO int8"
+READ = "this machine"
+READ_BYTES = 2 << 30
+STEP = "step"  # all of it: ours without the profiler, OpenVINO's with it
+# Of the weights' names, ours and those of transformers' Qwen2, which OpenVINO keeps.
+ROLES = {
+    "qkv": ("qkv_proj", "q_proj", "k_proj", "v_proj"),
+    "o": ("o_proj",),
+    "gate, up": ("gate_proj", "up_proj"),
+    "down": ("down_proj",),
+    "lm_head": ("embed_tokens", "lm_head"),
+}
+ATTENTION = "attention"
+REST = "the rest"
+
+Profile = dict[str, float]  # kind of operator -> milliseconds per step
+
+
+def main() -> None:
+    arguments = decoding_parser(__doc__, "decode_profile.json", 5, ["int8-weight-only", "int8"]).parse_args()
+    rounds, checkpoint, engines = prepare(arguments)
+    image_token = next(iter(engines.values())).config.image_token_id
+    contenders: dict[str, Callable[[], Mapping[str, float]]] = {READ: read_rate}
+    with contextlib.ExitStack() as opened:
+        peers, notes = open_peers(arguments, checkpoint, opened, only=(OPENVINO,), options=("--profile",))
+        for batch in arguments.batches:
+            prompt = prompts(batch, arguments.prompt_tokens)
+            for precision, engine in engines.items():
+                profile = partial(profile_of_engine, engine, prompt, arguments.steps, arguments.threads)
+                contenders[f"nvlm-trt {precision}, batch {batch}"] = profile
+            for name, peer in peers.items():
+                profile = partial(profile_of_peer, peer, prompt, arguments.steps, image_token)
+                contenders[f"{name}, batch {batch}"] = profile
+        rounds.run(contenders, arguments.rounds)
+    sizes = {precision: megabytes_of(engine) for precision, engine in engines.items()}
+    rounds.report([], notes=notes, megabytes_read=sizes, peers={name: peer.version for name, peer in peers.items()})
+    rate = rounds.spread(READ, "GB/s").median
+    for precision, of_each in sizes.items():
+        total = sum(of_each.values())
+        print(f"floor of {precision}: {total:.0f} MB of weights at {rate:.1f} GB/s: {total / rate:.1f} ms a step")
+
+
+def megabytes_of(engine: Engine) -> dict[str, float]:
+    sizes: dict[str, float] = defaultdict(float)
+    for role, size in weights_of(engine).values():
+        sizes[role] += size / 1e6
+    return dict(sizes)
+
+
+def read_rate() -> Mapping[str, float]:
+    array = torch.ones(READ_BYTES // 4)
+    array.sum()
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        array.sum()
+        times.append(time.perf_counter() - started)
+    return {"GB/s": READ_BYTES / statistics.median(times) / 1e9}
+
+
+def weights_of(engine: Engine) -> dict[str, tuple[str, int]]:
+    """Of the decoder's products: node -> (role, bytes of weights and scales)."""
+    graph = onnx.load(engine.path / "decoder.onnx", load_external_data=False).graph
+    sizes = {
+        tensor.name: int(np.prod(tensor.dims)) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        for tensor in graph.initializer
+    }
+    producers = {output: node for node in graph.node for output in node.output}
+
+    def stored(node: onnx.NodeProto) -> Iterator[str]:
+        """What is read from the engine's files on the way to a product."""
+        for name in node.input:
+            if name in sizes:
+                yield name
+            elif name in producers and producers[name].op_type in ("DequantizeLinear", "Cast", "Mul", "Transpose"):
+                yield from stored(producers[name])
+
+    products = {}
+    for node in graph.node:
+        if node.op_type in ("MatMulNBits", "MatMul", "Gemm"):
+            names = list(stored(node))
+            products[node.name] = (role_of(" ".join(names)), sum(sizes[name] for name in names))
+    return products
+
+
+def role_of(name: str) -> str:
+    for role, parts in ROLES.items():
+        if any(part in name for part in parts):
+            return role
+    return REST
+
+
+def profile_of_engine(engine: Engine, prompt: np.ndarray, steps: int, threads: int) -> Profile:
+    def decode() -> float:
+        with open_backend(engine, components=("decoder",), threads=threads) as backend:
+            seconds, _ = engine_decoder(backend)(prompt, steps, engine.config.image_token_id)
+            return seconds * 1e3 / steps
+
+    step = decode()
+    with tempfile.TemporaryDirectory() as folder:
+
+        class Profiled(onnxruntime.SessionOptions):
+            def __init__(self) -> None:
+                super().__init__()
+                self.enable_profiling = True
+                self.profile_file_prefix = f"{folder}/profile"
+
+        with mock.patch.object(onnxruntime, "SessionOptions", Profiled):
+            decode()
+        (path,) = Path(folder).glob("profile*.json")
+        events = json.loads(path.read_text(encoding="utf-8"))
+    runs = sorted((e["ts"], e["ts"] + e["dur"]) for e in events if e["name"] == "model_run")[-steps:]
+    first, last = runs[0][0], runs[-1][1]
+    weights = weights_of(engine)
+    return by_kind(
+        step,
+        (
+            (weights[name][0] if name in weights else None, operator, microseconds / 1e3 / steps)
+            for name, operator, microseconds in kernels(events, first, last)
+        ),
+    )
+
+
+def kernels(events: list[dict[str, Any]], first: int, last: int) -> Iterator[tuple[str, str, int]]:
+    """(node, operator, microseconds) of those that began in first .. last."""
+    suffix = "_kernel_time"
+    for event in events:
+        if event["name"].endswith(suffix) and first <= event["ts"] <= last:
+            yield event["name"].removesuffix(suffix), event["args"]["op_name"], event["dur"]
+
+
+def profile_of_peer(peer: Peer, prompt: np.ndarray, steps: int, image_token: int) -> Profile:
+    answer = peer.ask(prompt, steps, image_token)
+    return by_kind(
+        answer["seconds"] * 1e3 / steps,
+        (
+            (role_of(name) if "FullyConnected" in operator else None, operator, milliseconds)
+            for name, operator, milliseconds in answer["operators"]
+        ),
+    )
+
+
+def by_kind(step: float, operators: Iterable[tuple[str | None, str, float]]) -> Profile:
+    """Of (a product's role, None for others; operator; milliseconds per step): their sums, and the step's time."""
+    found = dict.fromkeys((*ROLES, ATTENTION, REST), 0.0)
+    for role, operator, milliseconds in operators:
+        found[role or (ATTENTION if "Attention" in operator else REST)] += milliseconds
+    return {STEP: step, **found}
+
+
+if __name__ == "__main__":
+    run_main(main)

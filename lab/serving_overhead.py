@@ -1,0 +1,142 @@
+"""What serving costs: the same requests to an engine in this process and to it through Triton, interleaved.
+
+    python lab/serving_overhead.py --work /tmp/nvlm-bench
+
+Throughput is of text requests, `--concurrency` at once, each asked by a thread that asks again once answered; TTFT is
+of single requests on an idle engine, a round's number being the median of `--repeats`: text, a new picture, and that
+picture again. Both sides run on the same cores, one at a time; the client's work is in both numbers. Their answers have
+to be equal, token by token.
+"""
+
+from __future__ import annotations
+
+import secrets
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from common import Contender, Rounds, Spread, built_engine, parser, run_main, settings_of
+
+from nvlm_trt.benchmark.images import encode
+from nvlm_trt.benchmark.prompts import PromptWriter
+from nvlm_trt.benchmark.workload import ImageSize, Picture
+from nvlm_trt.prompt.encoder import Message
+from nvlm_trt.prompt.tokenizer import Tokenizer
+from nvlm_trt.runtime.generation import Delta
+from nvlm_trt.runtime.pipeline import ChatRequest, Pipeline
+from nvlm_trt.runtime.sampling import SamplingParams
+from nvlm_trt.serving.client import Client
+from nvlm_trt.serving.triton.repository import RepositoryOptions
+from nvlm_trt.serving.triton.server import ServerOptions, TritonServer
+
+THROUGHPUT = "tokens/s"
+TEXT, NEW, REPEATED = "TTFT of text ms", "TTFT of a new picture ms", "TTFT of it again ms"
+IN_PROCESS, SERVED = "in process", "through Triton"
+
+Ask = Callable[[str, Sequence[bytes], SamplingParams], Iterator[Delta]]  # a question about pictures
+
+
+@dataclass(frozen=True)
+class Answer:
+    ttft: float
+    token_ids: list[int]
+
+
+def main() -> None:
+    options = parser(__doc__, "serving_overhead.json", rounds=7)
+    options.add_argument("--preset", default="nvlm-d-small")
+    options.add_argument("--precision", default="int8-weight-only")
+    options.add_argument("--concurrency", type=int, default=8)
+    options.add_argument("--requests", type=int, default=32, help="per round, for the throughput")
+    options.add_argument("--prompt-tokens", type=int, default=64)
+    options.add_argument("--output-tokens", type=int, default=64)
+    options.add_argument("--image-size", default="448x448", help="WIDTHxHEIGHT")
+    options.add_argument("--repeats", type=int, default=5, help="of every TTFT in a round")
+    arguments = options.parse_args()
+    size = ImageSize.parse(arguments.image_size, "--image-size")
+    packages = ("nvlm-trt", "onnxruntime", "numpy", "tritonclient", "nvidia-pytriton")
+    rounds = Rounds(arguments.json, settings_of(arguments), packages)
+    engine = built_engine(arguments.work, arguments.preset, arguments.precision)
+    writer, rng = PromptWriter(Tokenizer.from_directory(engine.path)), np.random.default_rng(0)
+    questions = [writer.write(arguments.prompt_tokens, rng) for _ in range(arguments.requests)]
+    answers: dict[str, list[list[int]]] = {}
+    served = ServerOptions(repository=RepositoryOptions(threads=arguments.threads))
+    with (
+        Pipeline.open(engine.path, threads=arguments.threads) as pipeline,
+        TritonServer(engine.path, served) as server,
+        Client(server.address) as client,
+    ):
+        asks: dict[str, Ask] = {IN_PROCESS: in_process(pipeline), SERVED: through_triton(client)}
+        contenders = {name: contender(ask, questions, size, arguments, answers, name) for name, ask in asks.items()}
+        rounds.run(contenders, arguments.rounds)
+    assert len({str(tokens) for tokens in answers.values()}) <= 1, "the served engine answers otherwise"
+    ratios = [(THROUGHPUT, SERVED, IN_PROCESS), (REPEATED, SERVED, IN_PROCESS)]
+    rounds.report(ratios, more_ttft_ms={metric: str(more(rounds, metric)) for metric in (TEXT, NEW, REPEATED)})
+    for metric in (TEXT, NEW, REPEATED):
+        print(f"{metric}: through Triton {more(rounds, metric)} more")
+
+
+def more(rounds: Rounds, metric: str) -> Spread:
+    """Served minus in process, within the rounds; the median is that of the differences."""
+    pairs = zip(rounds.values[SERVED][metric], rounds.values[IN_PROCESS][metric], strict=True)
+    return Spread.of([served - in_process for served, in_process in pairs])
+
+
+def in_process(pipeline: Pipeline) -> Ask:
+    def ask(question: str, pictures: Sequence[bytes], sampling: SamplingParams) -> Iterator[Delta]:
+        return pipeline.generate(ChatRequest([Message("user", question)], pictures, sampling))
+
+    return ask
+
+
+def through_triton(client: Client) -> Ask:
+    def ask(question: str, pictures: Sequence[bytes], sampling: SamplingParams) -> Iterator[Delta]:
+        return client.stream(question, images=pictures, sampling=sampling)
+
+    return ask
+
+
+def contender(
+    ask: Ask, questions: Sequence[str], size: ImageSize, arguments: Any, answers: dict[str, list[list[int]]], name: str
+) -> Contender:
+    """`answers` gets the tokens of all questions under `name`."""
+
+    def measure() -> Mapping[str, float]:
+        texts, new, repeated = [], [], []
+        for _ in range(arguments.repeats):
+            texts.append(answer(ask, questions[0], [], 2).ttft)
+            picture = encode(Picture(size, secrets.token_hex(8)))  # new to the image cache by its bytes
+            new.append(answer(ask, questions[0], [picture], 2).ttft)
+            repeated.append(answer(ask, questions[0], [picture], 2).ttft)
+        started = time.perf_counter()
+        with ThreadPoolExecutor(arguments.concurrency) as users:
+            answered = list(users.map(lambda question: answer(ask, question, [], arguments.output_tokens), questions))
+        duration = time.perf_counter() - started
+        answers[name] = [each.token_ids for each in answered]
+        return {
+            THROUGHPUT: len(questions) * arguments.output_tokens / duration,
+            TEXT: 1e3 * statistics.median(texts),
+            NEW: 1e3 * statistics.median(new),
+            REPEATED: 1e3 * statistics.median(repeated),
+        }
+
+    return measure
+
+
+def answer(ask: Ask, question: str, pictures: Sequence[bytes], tokens: int) -> Answer:
+    started = time.perf_counter()
+    ttft, token_ids = 0.0, []
+    for delta in ask(question, pictures, SamplingParams(max_tokens=tokens, ignore_eos=True)):
+        if delta.token_ids and not token_ids:
+            ttft = time.perf_counter() - started
+        token_ids += delta.token_ids
+    assert len(token_ids) == tokens, f"{len(token_ids)} tokens instead of {tokens}"
+    return Answer(ttft, token_ids)
+
+
+if __name__ == "__main__":
+    run_main(main)

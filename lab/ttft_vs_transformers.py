@@ -1,0 +1,169 @@
+"""Time to the first token of one picture and a question: the whole of NVLM-D, against transformers on the same weights.
+
+    python lab/ttft_vs_transformers.py --work /tmp/nvlm-bench
+
+The picture becomes 6 tiles and a thumbnail; the question has 64 tokens, format and tile tags on top. Ours is what a
+request to the Pipeline takes until its first token, with stages from its own account; every round's picture is new to
+the image cache. transformers runs its InternVL over our projector; decoding and tiling the picture is our code there
+too. Both sides have to agree on the first token in fp32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import time
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from common import Contender, Rounds, built_engine, parser, random_checkpoint, run_main, settings_of
+from transformers import PreTrainedModel
+from transformers_model import whole_model
+
+from nvlm_trt.backends import open_backend
+from nvlm_trt.backends.base import FloatArray
+from nvlm_trt.benchmark.images import encode
+from nvlm_trt.benchmark.prompts import PromptWriter
+from nvlm_trt.benchmark.workload import ImageSize, Picture
+from nvlm_trt.engine import Engine
+from nvlm_trt.image.decoding import load_image
+from nvlm_trt.image.tiling import tile_image
+from nvlm_trt.prompt.encoder import Message, PromptEncoder
+from nvlm_trt.prompt.tokenizer import Tokenizer
+from nvlm_trt.runtime.pipeline import ChatRequest, Pipeline
+from nvlm_trt.runtime.sampling import SamplingParams
+
+TTFT = "TTFT ms"
+SIZE = ImageSize(1344, 896)  # three by two tiles
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def main() -> None:
+    options = parser(__doc__, "ttft.json", rounds=5)
+    options.add_argument("--preset", default="nvlm-d-small")
+    options.add_argument("--precisions", nargs="+", default=["fp32", "int8-weight-only", "int8,vision_encoder=int8"])
+    options.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    options.add_argument("--attention", nargs="+", default=["eager", "sdpa"])
+    options.add_argument("--text-tokens", type=int, default=64)
+    arguments = options.parse_args()
+    torch.set_num_threads(arguments.threads)
+    rounds = Rounds(arguments.json, settings_of(arguments))
+    engines = {name: built_engine(arguments.work, arguments.preset, name) for name in arguments.precisions}
+    checkpoint = random_checkpoint(arguments.work, arguments.preset)
+    prompts = PromptWriter(Tokenizer.from_directory(checkpoint))
+    question = prompts.write(arguments.text_tokens, np.random.default_rng(0))
+    first_tokens: dict[str, int] = {}
+    with contextlib.ExitStack() as opened:
+        contenders: dict[str, Contender] = {}
+        for precision, engine in engines.items():
+            ours = opened.enter_context(Ours(engine, question, arguments.threads))
+            contenders[f"nvlm-trt {precision}"] = ours.measure
+            if precision == "fp32":
+                first_tokens["nvlm-trt"] = ours.first_token()
+        some_engine = next(iter(engines.values()))
+        for dtype in arguments.dtypes:
+            model = whole_model(checkpoint, DTYPES[dtype])
+            for attention in arguments.attention:
+                theirs = Theirs(model, some_engine, question, attention)
+                contenders[f"transformers {dtype} {attention}"] = theirs.measure
+            if dtype == "fp32":
+                first_tokens["transformers"] = theirs.first_token()
+        assert len(set(first_tokens.values())) <= 1, f"the first token differs: {first_tokens}"
+        rounds.run(contenders, arguments.rounds)
+    baselines = [rounds.best(TTFT, f"transformers {dtype}", largest=False) for dtype in arguments.dtypes]
+    ratios = [(TTFT, f"nvlm-trt {name}", baseline) for name in engines for baseline in baselines if baseline]
+    rounds.report(ratios, picture=str(SIZE), same_first_token=len(first_tokens) == 2)
+
+
+class Ours:
+    """A Pipeline whose image encoder is timed in two parts. A context manager."""
+
+    def __init__(self, engine: Engine, question: str, threads: int) -> None:
+        self._backend = open_backend(engine, threads=threads)
+        self._edge, self._max_tiles = engine.config.vision.image_size, engine.limits.max_tiles
+        tokenizer = Tokenizer.from_directory(engine.path)
+        self._pipeline = Pipeline(engine, self._backend, tokenizer, encode_image=self._encode_image)
+        self._question = question
+        self._tiling_s = self._vision_s = 0.0
+
+    def __enter__(self) -> Ours:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pipeline.close()
+
+    def measure(self) -> Mapping[str, float]:
+        request = self._request()
+        started = time.perf_counter()
+        stream = self._pipeline.generate(request)
+        next(stream)
+        ttft = time.perf_counter() - started
+        usage = list(stream)[-1].usage
+        assert usage is not None
+        assert usage.ttft_s is not None
+        assert usage.image_tiles == self._max_tiles + 1, f"{usage.image_tiles} tiles"
+        prefill = usage.ttft_s - usage.queue_s
+        return {
+            TTFT: 1e3 * ttft,
+            "tiling ms": 1e3 * self._tiling_s,
+            "vision encoder ms": 1e3 * self._vision_s,
+            "prefill ms": 1e3 * prefill,
+            "rest ms": 1e3 * (ttft - self._tiling_s - self._vision_s - prefill),
+        }
+
+    def first_token(self) -> int:
+        return next(self._pipeline.generate(self._request())).token_ids[0]
+
+    def _request(self) -> ChatRequest:
+        sampling = SamplingParams(max_tokens=2, ignore_eos=True)
+        return ChatRequest([Message("user", self._question)], [new_picture()], sampling)
+
+    def _encode_image(self, data: bytes, max_tiles: int) -> FloatArray:
+        started = time.perf_counter()
+        tiles = tile_image(load_image(data), self._edge, max_tiles)
+        tiled = time.perf_counter()
+        tokens = self._backend.encode(tiles)
+        self._tiling_s, self._vision_s = tiled - started, time.perf_counter() - tiled
+        return tokens
+
+
+class Theirs:
+    """transformers with one kind of attention; `engine` lends its prompt format."""
+
+    def __init__(self, model: PreTrainedModel, engine: Engine, question: str, attention: str) -> None:
+        self._model, self._question, self._attention = model, question, attention
+        self._config, self._max_tiles = engine.config, engine.limits.max_tiles
+        self._prompts = PromptEncoder(engine.config, Tokenizer.from_directory(engine.path))
+
+    def measure(self) -> Mapping[str, float]:
+        picture = new_picture()
+        self._model.set_attn_implementation(self._attention)
+        started = time.perf_counter()
+        self._answer(picture)
+        return {TTFT: 1e3 * (time.perf_counter() - started)}
+
+    def first_token(self) -> int:
+        return self._answer(new_picture())
+
+    @torch.inference_mode()
+    def _answer(self, picture: bytes) -> int:
+        tiles = tile_image(load_image(picture), self._config.vision.image_size, self._max_tiles)
+        prompt = self._prompts.encode([Message("user", self._question)], [len(tiles)])
+        logits = self._model(
+            input_ids=torch.from_numpy(prompt.input_ids)[None],
+            pixel_values=torch.from_numpy(tiles).to(self._model.dtype),
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[0, -1]
+        logits[self._config.image_token_id] = -torch.inf  # it is never sampled
+        return int(logits.argmax())
+
+
+def new_picture() -> bytes:
+    """The same pixels in other bytes, which the image cache does not know."""
+    return encode(Picture(SIZE, secrets.token_hex(8)))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,142 @@
+"""One plan of a TensorRT engine: execution contexts that share their working memory, and recorded CUDA graphs.
+
+Tensors are torch's and live on the GPU; TensorRT is given their addresses.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nvlm_trt.backends.tensorrt.target import import_tensorrt, import_torch
+from nvlm_trt.errors import EngineError
+
+Tensors = Mapping[str, Any]  # input or output name -> torch.Tensor
+
+
+class GpuMemoryError(EngineError):
+    """The GPU has no memory for an engine that is whole."""
+
+
+class Stage:
+    """A deserialised plan. Not thread-safe, but several stages may run on threads of their own."""
+
+    def __init__(self, plan: Path, device: str, weights: Path | None = None, weight_streaming: bool = False) -> None:
+        """`weights` is the ONNX file that a stripped plan is refitted from.
+
+        Raises EngineError if TensorRT cannot load the plan or memory does not suffice."""
+        self._trt, self._torch = import_tensorrt(), import_torch()
+        self._plan = plan
+        self._device = device
+        self._stream = self._torch.cuda.Stream(device)
+        self._logger = self._trt.Logger(self._trt.Logger.ERROR)
+        self.engine = self._load(plan)
+        if weights is not None:
+            self._refit(weights)
+        if weight_streaming:
+            self.engine.weight_streaming_budget_v2 = self.engine.get_weight_streaming_automatic_budget()
+        size = self.engine.device_memory_size_v2
+        self._workspace = self._torch.empty(max(size, 1), dtype=self._torch.uint8, device=device)
+        self._contexts: dict[int, Any] = {}  # by profile
+        self._recorded: list[Any] = []  # contexts of CUDA graphs
+
+    @property
+    def stream(self) -> Any:
+        """What runs and copies of this stage's tensors are queued on."""
+        return self._stream
+
+    def aliased(self) -> dict[str, str]:
+        """Output -> the input whose memory it has to have."""
+        names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
+        outputs = [name for name in names if self.engine.get_tensor_mode(name) == self._trt.TensorIOMode.OUTPUT]
+        pairs = {name: self.engine.get_aliased_input_tensor(name) for name in outputs}
+        return {output: source for output, source in pairs.items() if source}
+
+    def run(self, profile: int, tensors: Tensors) -> None:
+        """Queue one run on the stage's stream. `tensors`, all inputs and outputs, are contiguous and stay alive."""
+        context = self._context_of(profile)
+        self._bind(context, tensors)
+        self._execute(context)
+
+    def output_shape(self, profile: int, inputs: Tensors, output: str) -> tuple[int, ...]:
+        """The shape that `output` will have for these inputs."""
+        context = self._context_of(profile)
+        self._bind(context, inputs)
+        return tuple(context.get_tensor_shape(output))
+
+    def record(self, profile: int, tensors: Tensors) -> Any:
+        """A CUDA graph of one run on these very tensors, to `replay()` on the stage's stream.
+
+        Runs once before recording, as TensorRT asks for."""
+        # one context for each graph: a context that is given other shapes invalidates what it has recorded
+        context = self._context(profile)
+        self._bind(context, tensors)
+        self._execute(context)
+        self._stream.synchronize()
+        graph = self._torch.cuda.CUDAGraph()
+        # another thread may allocate meanwhile
+        with self._torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            self._execute(context)
+        self._recorded.append(context)
+        return graph
+
+    def close(self) -> None:
+        self._contexts.clear()
+        self._recorded.clear()
+        self.engine = None
+
+    # --- loading -----------------------------------------------------------------------------------------------------
+
+    def _load(self, plan: Path) -> Any:
+        self._runtime = self._trt.Runtime(self._logger)  # has to outlive its engine
+        with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            engine = self._runtime.deserialize_cuda_engine(data)
+        if engine is None:
+            raise EngineError(
+                f"engine file {plan} cannot be loaded by TensorRT (damaged, or out of GPU memory: see above); free "
+                "the GPU, or rebuild the engine with `nvlm-trt build`"
+            )
+        return engine
+
+    def _refit(self, weights: Path) -> None:
+        refitter = self._trt.Refitter(self.engine, self._logger)
+        parser = self._trt.OnnxParserRefitter(refitter, self._logger)
+        if not parser.refit_from_file(str(weights)) or not refitter.refit_cuda_engine():
+            reason = (
+                parser.get_error(0).desc() if parser.num_errors else f"{len(refitter.get_missing_weights())} missing"
+            )
+            raise EngineError(f"engine file {self._plan} cannot take its weights from {weights} ({reason}); rebuild it")
+
+    # --- running -----------------------------------------------------------------------------------------------------
+
+    def _context_of(self, profile: int) -> Any:
+        if profile not in self._contexts:
+            self._contexts[profile] = self._context(profile)
+        return self._contexts[profile]
+
+    def _context(self, profile: int) -> Any:
+        context = self.engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if context is None:
+            raise GpuMemoryError(
+                f"no GPU memory for running {self._plan}; free the GPU, or rebuild with smaller limits"
+            )
+        # runs of one stage follow each other on one stream, so they share their working memory
+        context.set_device_memory(self._workspace.data_ptr(), self._workspace.numel())
+        if not context.set_optimization_profile_async(profile, self._stream.cuda_stream):
+            raise EngineError(f"{self._plan} has no optimisation profile {profile}; rebuild it with `nvlm-trt build`")
+        return context
+
+    def _bind(self, context: Any, tensors: Tensors) -> None:
+        for name, tensor in tensors.items():
+            is_input = self.engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT
+            if is_input and not context.set_input_shape(name, tuple(tensor.shape)):
+                raise EngineError(f"{self._plan} does not take {name} of shape {tuple(tensor.shape)}; rebuild it")
+            context.set_tensor_address(name, tensor.data_ptr())
+        missing = context.infer_shapes()
+        assert not missing, f"inputs without shape: {missing}"
+
+    def _execute(self, context: Any) -> None:
+        if not context.execute_async_v3(self._stream.cuda_stream):
+            raise EngineError(f"{self._plan} failed to run (TensorRT's log, above, says why)")

@@ -1,0 +1,167 @@
+"""One ONNX graph -> one TensorRT plan, streamed to disk, with Polygraphy's network, profiles and configuration."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from nvlm_trt.backends.tensorrt.linter import check_graph
+from nvlm_trt.backends.tensorrt.profiles import Profile
+from nvlm_trt.backends.tensorrt.target import import_tensorrt
+from nvlm_trt.errors import EngineError
+from nvlm_trt.planner.memory import StageMemory
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    strip_weights: bool = False  # the plan is refitted from the ONNX file when it is loaded
+    weight_streaming: bool = False  # weights that do not fit stay in host memory
+
+    def __post_init__(self) -> None:
+        if self.strip_weights and self.weight_streaming:
+            raise EngineError("--strip-weights and --weight-streaming exclude each other; choose one")
+
+
+def build_plan(
+    graph: Path,
+    plan: Path,
+    profiles: Sequence[Profile],
+    options: PlanOptions,
+    timing_cache: Path | None,
+    expected: StageMemory,
+) -> None:
+    """Build `graph` into the file `plan`. Plugins are registered before.
+
+    `timing_cache` is read if it exists, and replaced: it belongs to one GPU, TensorRT and version of the plugin.
+    `expected` is what to say if memory does not suffice.
+    Raises EngineError if the linter or TensorRT refuses the graph, or memory does not suffice."""
+    trt = import_tensorrt()
+    check_graph(graph)
+    try:
+        from polygraphy.backend.trt import CreateConfig, CreateNetwork, get_trt_logger
+        from polygraphy.backend.trt import Profile as PolygraphyProfile
+        from polygraphy.exception import PolygraphyException
+        from polygraphy.logger import G_LOGGER
+    except ImportError:
+        raise EngineError("building for TensorRT needs polygraphy; `pip install polygraphy`") from None
+
+    with G_LOGGER.verbosity(G_LOGGER.CRITICAL):  # what matters is in our own errors
+        try:
+            trt.init_libnvinfer_plugins(get_trt_logger(), "")
+            builder, network = CreateNetwork(strongly_typed=True)()
+            errors = _error_recorder(trt)
+            builder.error_recorder = errors
+            _parse(trt.OnnxParser(network, get_trt_logger()), graph)
+            _check_plugins(network, graph, trt)
+            configure = CreateConfig(
+                profiles=[_fill(PolygraphyProfile(), profile) for profile in profiles],
+                load_timing_cache=str(timing_cache) if timing_cache and timing_cache.exists() else None,
+                profiling_verbosity=trt.ProfilingVerbosity.DETAILED,
+                strip_plan=options.strip_weights,
+                weight_streaming=options.weight_streaming,
+            )
+            config = configure(builder, network)
+        except PolygraphyException as error:
+            raise EngineError(f"{graph.name}: TensorRT refuses its configuration: {_one_line(error)}") from error
+        if options.strip_weights:
+            config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL)
+        with plan.open("wb") as file:
+            built = builder.build_serialized_network_to_stream(network, config, _stream_writer(trt, file))
+        if not built:
+            raise EngineError(f"{graph.name} could not be built{_explain(expected, errors, trt)}")
+        if timing_cache:
+            _save_timing_cache(config, timing_cache)
+
+
+def _parse(parser: Any, graph: Path) -> None:
+    if parser.parse_from_file(str(graph)):
+        return
+    errors = [parser.get_error(i) for i in range(parser.num_errors)]
+    first = f"{errors[0].node_name()} ({errors[0].node_operator()}): {_one_line(errors[0].desc())}" if errors else "?"
+    raise EngineError(f"{graph.name}: TensorRT's parser refuses {first}; check that TensorRT is 11.0 or later")
+
+
+def _check_plugins(network: Any, graph: Path, trt: Any) -> None:
+    """A plugin that the parser does not find is inlined from its function: right results, slowly, and silently."""
+    nodes = onnx.load(graph, load_external_data=False).graph.node
+    wanted = sum(any(attribute.name == "plugin_namespace" for attribute in node.attribute) for node in nodes)
+    layers = (network.get_layer(i) for i in range(network.num_layers))
+    taken = sum(layer.type == trt.LayerType.PLUGIN_V3 for layer in layers)
+    if taken != wanted:
+        raise EngineError(
+            f"{graph.name}: TensorRT took {taken} of {wanted} plugin nodes; register the plugin before parsing, with a "
+            "TensorRT that has tensorrt.plugin"
+        )
+
+
+def _fill(target: Any, profile: Profile) -> Any:
+    for name, (smallest, usual, largest) in profile.items():
+        target.add(name, min=tuple(smallest), opt=tuple(usual), max=tuple(largest))
+    return target
+
+
+def _stream_writer(trt: Any, file: Any) -> Any:
+    class StreamWriter(trt.IStreamWriter):
+        """A plan is written while it is made: it need not fit into memory a second time."""
+
+        def write(self, data: bytes) -> int:
+            return int(file.write(data))
+
+    return StreamWriter()
+
+
+def _error_recorder(trt: Any) -> Any:
+    class ErrorRecorder(trt.IErrorRecorder):
+        """Keeps what TensorRT would only log."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.errors: list[tuple[Any, str]] = []
+
+        def report_error(self, code: Any, description: str) -> bool:
+            self.errors.append((code, description))
+            return False
+
+        def num_errors(self) -> int:
+            return len(self.errors)
+
+        def get_error_code(self, index: int) -> Any:
+            return self.errors[index][0]
+
+        def get_error_desc(self, index: int) -> str:
+            return self.errors[index][1]
+
+        def has_overflowed(self) -> bool:
+            return False
+
+        def clear(self) -> None:
+            self.errors.clear()
+
+    return ErrorRecorder()
+
+
+def _explain(expected: StageMemory, recorder: Any, trt: Any) -> str:
+    """What to say after `could not be built`: memory against what was expected, or TensorRT's first error."""
+    out_of_memory = (trt.ErrorCodeTRT.FAILED_ALLOCATION,)
+    if any(code in out_of_memory or "out of memory" in text.lower() for code, text in recorder.errors):
+        return (
+            f": out of memory. It was expected to take {expected} on the GPU, and kernels are tried beside that; free "
+            "the GPU, choose smaller --max-slots or --max-seq-len, or try --weight-streaming"
+        )
+    return f": {_one_line(recorder.errors[0][1])}" if recorder.errors else "; run it with --debug for TensorRT's log"
+
+
+def _save_timing_cache(config: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    temporary.write_bytes(config.get_timing_cache().serialize())
+    os.replace(temporary, path)
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split())[:300]

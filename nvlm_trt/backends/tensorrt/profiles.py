@@ -1,0 +1,62 @@
+"""The optimisation profiles of an engine's plans: which shapes TensorRT has to accept, and which it tunes for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nvlm_trt.engine import EngineLimits
+from nvlm_trt.model.config import NvlmConfig
+from nvlm_trt.plugins.gated_cross_attention import cache_length
+from nvlm_trt.prompt.encoder import split_tiles
+
+# input -> smallest, usual and largest shape
+Profile = dict[str, list[list[int]]]
+
+_USUAL_CHUNK = 256  # tokens that a prompt is prefilled by, between two decoding steps
+_LARGEST_CHUNK = 1024  # longer ones are run in parts: activations take memory by the largest
+
+
+def profiles_of(config: NvlmConfig, limits: EngineLimits) -> dict[str, list[Profile]]:
+    """Component -> its profiles. The decoder has two: a prompt's chunk of one slot, and one token of every slot."""
+    vision, tiles = config.vision, config.tiles_per_image
+    tokens = (config.tokens_per_tile, config.llm.hidden_size)
+    chunk = min(limits.max_seq_len, _LARGEST_CHUNK)
+    profiles = {
+        "vision_encoder": [{"pixel_values": _range((1, tiles), (3, vision.image_size, vision.image_size))}],
+        "decoder": [
+            _decoder(config, limits, (1, 1, 1), (1, min(chunk, _USUAL_CHUNK), chunk)),
+            _decoder(config, limits, (1, limits.max_slots, limits.max_slots), (1, 1, 1)),
+        ],
+    }
+    if config.cross_layers:
+        _, in_cross = split_tiles(config.architecture, tiles)
+        most = max(len(range(tiles)[in_cross]), 1)  # NVLM-H has no tag for the thumbnail, and of one tile crosses none
+        profiles["cross_kv"] = [{"image_tokens": _range((1, most), tokens)}]
+    return profiles
+
+
+def _range(tiles: tuple[int, int], rest: Sequence[int]) -> list[list[int]]:
+    """From the fewest to the most tiles, tuned for the most."""
+    fewest, most = tiles
+    return [[count, *rest] for count in (fewest, most, most)]
+
+
+def _decoder(config: NvlmConfig, limits: EngineLimits, batches: Sequence[int], tokens: Sequence[int]) -> Profile:
+    """`batches` and `tokens` are smallest, usual and largest. The caches' lengths are fixed."""
+    llm = config.llm
+    cross_tokens = cache_length(limits.max_image_tokens)
+    profile: Profile = {
+        "input_ids": [[b, s] for b, s in zip(batches, tokens, strict=True)],
+        "image_tokens": [[s, llm.hidden_size] for s in tokens],
+        "write_indices": [[b] for b in batches],
+        "logit_index": [[b] for b in batches],
+    }
+    for i in range(llm.num_layers):
+        for kind in ("key", "value"):
+            profile[f"past_{kind}.{i}"] = [[b, llm.num_kv_heads, limits.max_seq_len, llm.head_dim] for b in batches]
+    for j in range(len(config.cross_layers)):
+        for kind in ("key", "value"):
+            profile[f"cross_{kind}.{j}"] = [[b, llm.num_kv_heads, cross_tokens, llm.head_dim] for b in batches]
+    if config.cross_layers:
+        profile["cross_ranges"] = [[b, s, 2] for b, s in zip(batches, tokens, strict=True)]
+    return profile

@@ -1,0 +1,99 @@
+"""Random checkpoints: no model of the presets' sizes was published, and tests and benchmarks need weights.
+
+Scales keep activations near 1 through all layers, and make every part count: logits depend on the text, on the image
+and on the gates, so that an error in any of them shows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from nvlm_trt.checkpoint.safetensors_file import FloatArray
+from nvlm_trt.checkpoint.writer import write_checkpoint
+from nvlm_trt.errors import ConfigError
+from nvlm_trt.model.config import PRESETS, NvlmConfig
+from nvlm_trt.model.layout import checkpoint_layout
+from nvlm_trt.progress import Progress
+from nvlm_trt.prompt.tokenizer import Tokenizer, write_byte_tokenizer
+
+# What the decoder's layers add, relative to the embeddings: enough that the next token depends on the context. The
+# FFN adds most: attention averages over the context, and what it adds alike to every token makes decoding repeat.
+_ATTENTION_GAIN = 2.0
+_FFN_GAIN = 6.0
+# Random queries attend to all image tokens about equally, which hides most of what differs between two images.
+_CROSS_QUERY_GAIN = 3.0
+
+
+def init_checkpoint(
+    directory: Path | str, preset: str, seed: int, overwrite: bool = False, progress: Progress | None = None
+) -> None:
+    """`write_random_checkpoint` of a preset (config.PRESETS). Raises ConfigError for an unknown one."""
+    if preset not in PRESETS:
+        raise ConfigError(f"preset {preset!r} is not one of {', '.join(PRESETS)}")
+    write_random_checkpoint(directory, PRESETS[preset], seed, overwrite, progress)
+
+
+def write_random_checkpoint(
+    directory: Path | str, config: NvlmConfig, seed: int, overwrite: bool = False, progress: Progress | None = None
+) -> None:
+    """Write a random checkpoint of `config` in bfloat16 with a byte-level tokenizer, whose image token it gets.
+
+    The same config and seed give the same files. Configs share every tensor that has the same name, shape and seed:
+    D, X and H of one size have one vision encoder and one LLM. Raises what `write_checkpoint` raises."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_byte_tokenizer(Path(folder), config.max_tiles)
+        config = replace(config, image_token_id=Tokenizer.from_directory(Path(folder)).image_token_id)
+        write_checkpoint(
+            directory,
+            config,
+            _random_tensors(config, seed),
+            files=sorted(Path(folder).iterdir()),
+            overwrite=overwrite,
+            progress=progress,
+        )
+
+
+def _random_tensors(config: NvlmConfig, seed: int) -> Iterator[tuple[str, FloatArray]]:
+    for name, shape in checkpoint_layout(config).items():
+        key = hashlib.sha256(f"{seed} {name}".encode()).digest()
+        yield name, _random_tensor(config, name, shape, np.random.Generator(np.random.SFC64(list(key))))
+
+
+def _random_tensor(config: NvlmConfig, name: str, shape: tuple[int, ...], random: np.random.Generator) -> FloatArray:
+    if name.endswith("_gate"):
+        return (random.choice([-1, 1], shape) * random.uniform(0.3, 0.9, shape)).astype(np.float32)
+    if name.endswith((".ls1", ".ls2")):
+        return random.uniform(0.1, 0.5, shape).astype(np.float32)
+    values = random.standard_normal(shape, dtype=np.float32)
+    if name == "language_model.model.norm.weight" and config.llm.tie_word_embeddings:
+        # around 0: a tied lm_head would score the input token highest and repeat it for ever
+        return values / math.sqrt(config.llm.hidden_size)
+    values *= _std(config, name, shape)
+    if len(shape) == 1 and name.endswith(".weight"):  # norms
+        values += 1
+    return values
+
+
+def _std(config: NvlmConfig, name: str, shape: tuple[int, ...]) -> float:
+    """Standard deviation of a tensor's elements."""
+    if len(shape) == 1:
+        return 0.1 if name.endswith(".weight") else 0.05
+    if name.endswith("embed_tokens.weight"):
+        return 1.0
+    if name.endswith(("class_embedding", "position_embedding")):
+        return 0.3
+    std = 1 / math.sqrt(math.prod(shape[1:]))  # keeps the variance of a linear layer's input
+    if "cross_layers" in name:
+        return std * _CROSS_QUERY_GAIN if name.endswith("q_proj.weight") else std
+    if name.endswith("o_proj.weight"):
+        return std * _ATTENTION_GAIN / math.sqrt(2 * config.llm.num_layers)
+    if name.endswith("down_proj.weight"):
+        return std * _FFN_GAIN / math.sqrt(2 * config.llm.num_layers)
+    return std

@@ -1,0 +1,248 @@
+"""A checkpoint in HF layout: config.json, tokenizer.json and safetensors shards, read a tensor or some rows at a time.
+
+Names and shapes are checked against `layout` when a checkpoint is opened, and every tensor has to be taken exactly
+once: a loader that silently skips weights builds cleanly and speaks nonsense.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+from nvlm_trt.checkpoint.dummy_heads import PROJECTION, padded_shape, real_heads
+from nvlm_trt.checkpoint.safetensors_file import FloatArray, SafetensorsFile, TensorRecord
+from nvlm_trt.checkpoint.writer import INDEX_FILE, WEIGHTS_FILE
+from nvlm_trt.errors import CheckpointError
+from nvlm_trt.model.config import NvlmConfig
+from nvlm_trt.model.hf_config import config_to_hf, read_config
+from nvlm_trt.model.layout import IGNORED, checkpoint_layout
+
+# Checkpoints up to this size are hashed whole for their digest (seconds); larger ones are sampled.
+_FULL_DIGEST_BYTES = 4 << 30
+_SAMPLE_BYTES = 4096
+_SAMPLES = 64
+
+
+@dataclass(frozen=True)
+class LazyWeight:
+    """A tensor that is read when `load` or `rows` is called, as often as it is; valid while its checkpoint is open."""
+
+    name: str
+    shape: tuple[int, ...]
+    file: SafetensorsFile
+
+    def load(self) -> FloatArray:
+        """The tensor as a new float32 array, without dummy heads. BF16, F16 and F32 convert exactly."""
+        stored = self.file.load(self.name)
+        return stored if stored.shape == self.shape else real_heads(self.name, stored, self.shape)
+
+    def rows(self, start: int, stop: int) -> FloatArray:
+        """Rows [start, stop) of the first axis of what `load` returns, [stop - start, ...], without reading others."""
+        record = self.file.records[self.name]
+        if record.shape != self.shape:
+            return self._real_rows(start, stop, record.shape)
+        out = np.empty((stop - start, *self.shape[1:]), np.float32)
+        self.file.read_floats(self.name, record, start * math.prod(self.shape[1:]), out.reshape(-1))
+        return out
+
+    def _real_rows(self, start: int, stop: int, stored: tuple[int, ...]) -> FloatArray:
+        """`rows` of a tensor that is stored with dummy heads."""
+        if len(self.shape) == 1:  # small
+            return self.load()[start:stop]
+        parts = 3 if ".attn.qkv." in self.name else 1  # q, k and v, each with dummy heads behind its own
+        part, row = np.divmod(np.arange(start, stop), self.shape[0] // parts)
+        rows = self.file.load_rows(self.name, part * (stored[0] // parts) + row)
+        return np.ascontiguousarray(rows[:, : self.shape[1]])
+
+
+class Checkpoint:
+    """An open checkpoint whose names and shapes match its config. A context manager."""
+
+    def __init__(self, directory: Path, config: NvlmConfig, files: Sequence[SafetensorsFile]) -> None:
+        self.directory = directory
+        self.config = config
+        self._files = files
+        self._layout = checkpoint_layout(config)
+        self._file_of = _locate(directory, files)
+        self._remaining = dict.fromkeys(self._layout)
+        self._padding = self._dummy_channels()
+        self._check_shapes()
+
+    @classmethod
+    def open(cls, directory: Path | str) -> Checkpoint:
+        """Check every header against config.json; no tensor is read.
+
+        Raises ConfigError, or CheckpointError naming a tensor that is missing, not expected or misshapen, or a
+        file that is missing, truncated or corrupt."""
+        directory = Path(directory)
+        config = read_config(directory)
+        with contextlib.ExitStack() as opened:
+            files = []
+            for name in _shard_names(directory):
+                files.append(SafetensorsFile(directory / name))
+                opened.callback(files[-1].close)
+            checkpoint = cls(directory, config, files)
+            opened.pop_all()
+        return checkpoint
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every tensor that has to be taken, in layout order."""
+        return tuple(self._layout)
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the config and of every tensor's name, dtype, shape and data, but not of model name and shards.
+
+        Data is hashed whole up to 4 GiB in all (about 1 s per GB). Beyond, a tensor of more than 256 KiB gives 64
+        blocks of 4 KiB, evenly spaced from its first byte to its last: training, merging or quantising changes
+        nearly every element and is seen, an edit of a few elements between the blocks is not."""
+        records = {name: self._file_of[name].records[name] for name in sorted(self._layout)}
+        sampled = sum(record.nbytes for record in records.values()) > _FULL_DIGEST_BYTES
+        digest = hashlib.sha256(json.dumps(config_to_hf(replace(self.config, name="")), sort_keys=True).encode())
+        for name, record in records.items():
+            digest.update(f"\n{name} {record.dtype} {record.shape}\n".encode())
+            for block in _samples(self._file_of[name], record) if sampled else self._file_of[name].blocks(record):
+                digest.update(block)
+        return digest.hexdigest()
+
+    def take(self, name: str) -> LazyWeight:
+        """Consume a tensor. Raises CheckpointError when it was taken before or is not in the layout."""
+        if name not in self._layout:
+            raise CheckpointError(f"tensor {name} is not in the layout of NVLM-{self.config.architecture}")
+        if name not in self._remaining:
+            raise CheckpointError(f"tensor {name} was taken twice; every tensor is consumed exactly once")
+        del self._remaining[name]
+        if self._padding and (match := PROJECTION.fullmatch(name)):
+            self._check_dummy_heads(match[1])
+        return LazyWeight(name, self._layout[name], self._file_of[name])
+
+    def rows(self, name: str, ids: npt.ArrayLike) -> FloatArray:
+        """Rows `ids` [n] of a matrix, [n, columns] float32: a look at the embedding that does not consume it."""
+        return self._file_of[name].load_rows(name, np.asarray(ids, np.int64))
+
+    def finish(self) -> None:
+        """Raises CheckpointError when a tensor was never taken."""
+        if self._remaining:
+            first = next(iter(self._remaining))
+            raise CheckpointError(
+                f"{len(self._remaining)} tensors of {self.directory} were never used, the first is {first}"
+            )
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _dummy_channels(self) -> int:
+        """Channels of the vision encoder's dummy heads, from the first layer's `proj`; 0 without."""
+        vision = self.config.vision
+        name = "vision_model.encoder.layers.0.attn.proj.weight"
+        shape = self._file_of[name].records[name].shape if name in self._file_of else ()
+        extra = shape[1] - vision.hidden_size if len(shape) == 2 else 0
+        return extra if extra > 0 and extra % vision.head_dim == 0 else 0
+
+    def _check_dummy_heads(self, attention: str) -> None:
+        """What is cut off must add nothing: its columns of `proj` are zero, or its values are."""
+        projection, qkv = f"{attention}.proj.weight", f"{attention}.qkv.weight"
+        width = self.config.vision.hidden_size
+        padded = width + self._padding
+        values = self.rows(qkv, np.arange(2 * padded + width, 3 * padded))
+        columns = self._file_of[projection].load(projection)[:, width:]
+        silent = not values.any() and not self.config.vision.qkv_bias
+        if columns.any() and not silent:
+            raise CheckpointError(
+                f"{attention} of {self.directory} has {self._padding // self.config.vision.head_dim} heads beyond "
+                f"config.json's {self.config.vision.num_heads}, and they are not zero; correct num_attention_heads"
+            )
+
+    def _check_shapes(self) -> None:
+        missing = [name for name in self._layout if name not in self._file_of]
+        if missing:
+            raise CheckpointError(
+                f"{self.directory} has no tensor {missing[0]}{_others(missing)}, which its config.json asks for; "
+                "restore the missing shard or correct config.json"
+            )
+        extra = [name for name in self._file_of if name not in self._layout and not IGNORED.fullmatch(name)]
+        if extra:
+            raise CheckpointError(
+                f"{self.directory} has the tensor {extra[0]}{_others(extra)}, which a model of its config.json does "
+                "not use; correct config.json or remove the tensor"
+            )
+        for name, shape in self._layout.items():
+            stored = self._file_of[name].records[name].shape
+            if stored != padded_shape(name, shape, self._padding):
+                raise CheckpointError(
+                    f"tensor {name} in {self._file_of[name].path} has shape {list(stored)}, config.json asks for "
+                    f"{list(shape)}; correct config.json or write the checkpoint again"
+                )
+
+
+def _others(names: Sequence[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def _shard_names(directory: Path) -> list[str]:
+    """The weight files, from the index or the one file of a small checkpoint."""
+    index = directory / INDEX_FILE
+    if not index.exists():
+        if not (directory / WEIGHTS_FILE).exists():
+            raise CheckpointError(
+                f"{directory} has neither {WEIGHTS_FILE} nor {INDEX_FILE}; name a checkpoint in HF layout"
+            )
+        return [WEIGHTS_FILE]
+    if (directory / WEIGHTS_FILE).exists():
+        raise CheckpointError(
+            f"{directory} has both {WEIGHTS_FILE} and {INDEX_FILE}; remove the one that is out of date"
+        )
+    return sorted(set(_weight_map(index).values()))
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> file name, from model.safetensors.index.json."""
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        outside = [name for name in weight_map.values() if Path(name).name != name]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{index} is not a safetensors index; restore it from the checkpoint") from None
+    if outside:
+        raise CheckpointError(f"{index} names {outside[0]!r}, which is not a file beside it; restore the index")
+    return weight_map
+
+
+def _locate(directory: Path, files: Sequence[SafetensorsFile]) -> dict[str, SafetensorsFile]:
+    """Tensor name -> the one file that holds it."""
+    located: dict[str, SafetensorsFile] = {}
+    for file in files:
+        for name in file.records:
+            if name in located:
+                raise CheckpointError(
+                    f"tensor {name} is in both {located[name].path.name} and {file.path.name} of {directory}; "
+                    "write the checkpoint again"
+                )
+            located[name] = file
+    return located
+
+
+def _samples(file: SafetensorsFile, record: TensorRecord) -> list[bytearray]:
+    """Evenly spaced blocks of a tensor's data, its first and last bytes among them; all of a small tensor."""
+    if record.nbytes <= _SAMPLES * _SAMPLE_BYTES:
+        return list(file.blocks(record))
+    last = record.nbytes - _SAMPLE_BYTES
+    return [file.read_bytes(record, last * i // (_SAMPLES - 1), _SAMPLE_BYTES) for i in range(_SAMPLES)]

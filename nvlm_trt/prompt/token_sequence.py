@@ -1,0 +1,60 @@
+"""Token ids under construction, each with the range of cross-attended tokens that it may read."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from nvlm_trt.prompt.tokenizer import Tokenizer
+
+Range = tuple[int, int]
+
+
+class TokenSequence:
+    """Collects text and control tokens. Text between two control tokens is encoded as one string, because merges
+    cross the borders of its parts: Qwen2 has a token `><`, which `<Image><tile_1>` uses.
+
+    A part reads `reads`, by default all of `seen`. A token that parts share goes with the part of its last character.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.seen = 0  # cross-attended tokens of the images that are complete
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._ranges: list[Range] = []
+        self._parts: list[tuple[str, Range]] = []  # text not yet encoded
+
+    def add_text(self, text: str, reads: Range | None = None) -> None:
+        self._parts.append((text, reads or (0, self.seen)))
+
+    def add_markup(self, name: str, reads: Range | None = None) -> None:
+        """A control token or tag: by its id where the tokenizer has one, else spelled out as text."""
+        token_id = self._tokenizer.token_id(name)
+        if token_id is None:
+            self.add_text(name, reads)
+        else:
+            self.add_tokens(token_id, 1, reads)
+
+    def add_tokens(self, token_id: int, count: int, reads: Range | None = None) -> None:
+        self._encode_parts()
+        self._ids.extend([token_id] * count)
+        self._ranges.extend([reads or (0, self.seen)] * count)
+
+    def finish(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
+        """Ids [S] and ranges [S, 2]."""
+        self._encode_parts()
+        return np.array(self._ids, np.int64), np.array(self._ranges, np.int32).reshape(-1, 2)
+
+    def _encode_parts(self) -> None:
+        if not self._parts:
+            return
+        texts, ranges = zip(*self._parts, strict=True)
+        self._parts = []
+        ids, offsets = self._tokenizer.encode_with_offsets("".join(texts))
+        if not ids:
+            return
+        last_characters = np.array([max(end - 1, 0) for _, end in offsets])
+        part_ends = np.cumsum([len(text) for text in texts])
+        owners = np.searchsorted(part_ends, last_characters, side="right")  # the first part that ends after it
+        self._ids.extend(ids)
+        self._ranges.extend(ranges[owner] for owner in owners)

@@ -1,0 +1,174 @@
+"""Text <-> token ids over a checkpoint's tokenizer.json. Text never becomes a control token."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+
+from nvlm_trt.errors import ConfigError, RequestError
+from nvlm_trt.model.config import IMAGE_TOKEN
+from nvlm_trt.prompt.detokenizer import IncrementalDecoder, TokenBytes, byte_level_alphabet
+
+TOKENIZER_JSON = "tokenizer.json"
+TOKENIZER_FILES = (TOKENIZER_JSON, "tokenizer_config.json")  # the second is for transformers, optional here
+MESSAGE_START = "<|im_start|>"
+MESSAGE_END = "<|im_end|>"
+END_OF_TEXT = "<|endoftext|>"
+IMAGE_START = "<Image>"
+IMAGE_END = "</Image>"
+THUMBNAIL_TAG = "<tile_global_thumbnail>"
+
+
+def tile_tag(number: int) -> str:
+    """The text tag of an image's tile, counted from 1."""
+    return f"<tile_{number}>"
+
+
+_FORMAT_TOKEN = re.compile(
+    "|".join(map(re.escape, (MESSAGE_START, MESSAGE_END, END_OF_TEXT, IMAGE_TOKEN, IMAGE_START, IMAGE_END)))
+    + r"|<tile_(\d+|global_thumbnail)>"
+)
+
+
+class Tokenizer:
+    """A Hugging Face `tokenizers` tokenizer in which special tokens are reached by name only, never by text.
+
+    Special are the tokens that tokenizer.json marks so, and the prompt format's own ones whatever it says of them.
+    Raises ConfigError for a tokenizer that ChatML prompts cannot be made with; `source` names it.
+    """
+
+    def __init__(self, raw: tokenizers.Tokenizer, source: Path | str = TOKENIZER_JSON) -> None:
+        added = raw.get_added_tokens_decoder().values()
+        forgeable = [token.content for token in added if not token.special and _FORMAT_TOKEN.fullmatch(token.content)]
+        raw.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in forgeable])
+        raw.no_truncation()
+        raw.no_padding()
+        # nothing is added around a text, and ByteLevel's trimmed offsets would lose a token's last character
+        raw.post_processor = None
+        self._raw = raw
+        self._added = {token.content: token_id for token_id, token in raw.get_added_tokens_decoder().items()}
+        self._special = {token_id: t.content for token_id, t in raw.get_added_tokens_decoder().items() if t.special}
+        self.token_bytes = TokenBytes(raw)
+        for name in (MESSAGE_START, MESSAGE_END):
+            if self._added.get(name) not in self._special:
+                raise ConfigError(f"{source} has no special token {name}; only ChatML tokenizers are supported")
+        self._check_text_after_control_token(source)
+        raw.encode_special_tokens = True
+
+    @classmethod
+    def from_directory(cls, directory: Path | str) -> Tokenizer:
+        """Read DIRECTORY/tokenizer.json. Raises ConfigError if it is missing, malformed or of an unknown kind."""
+        path = Path(directory) / TOKENIZER_JSON
+        if not path.is_file():
+            raise ConfigError(f"no {TOKENIZER_JSON} in {directory}; copy the one the model was trained with")
+        try:
+            raw = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the bindings raise bare Exception
+            detail = " ".join(str(error).split())
+            raise ConfigError(f"{path} is not a tokenizer ({detail}); restore it from the checkpoint") from None
+        return cls(raw, path)
+
+    def _check_text_after_control_token(self, source: Path | str) -> None:
+        """A prompt is encoded stretch by stretch between control tokens: that must equal encoding it whole."""
+        for text in ("user", " user", "\nuser "):
+            whole = self._raw.encode(MESSAGE_END + text, add_special_tokens=False).ids
+            if whole != [self._added[MESSAGE_END], *self._raw.encode(text, add_special_tokens=False).ids]:
+                raise ConfigError(
+                    f"{source} encodes {text!r} differently at the start and after {MESSAGE_END}, which is not "
+                    "supported; set its pre_tokenizer's prepend_scheme to 'never' or 'always' as in training"
+                )
+
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        """One more than the largest id, added tokens included."""
+        return max(self._raw.get_vocab(with_added_tokens=True).values()) + 1
+
+    @functools.cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """Ids that end an answer."""
+        return frozenset(self._added[name] for name in (MESSAGE_END, END_OF_TEXT) if name in self._added)
+
+    @property
+    def image_token_id(self) -> int:
+        """The placeholder in the LLM's sequence that an image token replaces."""
+        if IMAGE_TOKEN not in self._added:
+            raise ConfigError(f"{TOKENIZER_JSON} has no added token {IMAGE_TOKEN}; set image_token_id in config.json")
+        return self._added[IMAGE_TOKEN]
+
+    @functools.cached_property
+    def longest_token(self) -> int:
+        """The most bytes of text that one token stands for."""
+        return max(len(self.token_bytes[token_id]) for token_id in range(self.vocab_size))
+
+    def token_id(self, name: str) -> int | None:
+        """Id of an added token such as <|im_end|>; None if `name` is ordinary text to this tokenizer."""
+        return self._added.get(name)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text; control tokens spelled out in it are text like any other."""
+        return self.encode_with_offsets(text)[0]
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids, and for each the (start, end) of its characters in `text`.
+
+        The byte tokens of one multi-byte character all have that character's offsets. Raises RequestError for text
+        that is not valid Unicode.
+        """
+        try:
+            # a batch, because `encode` keeps all other threads of the process waiting until it is done
+            (encoding,) = self._raw.encode_batch([text], add_special_tokens=False)
+        except TypeError:
+            raise RequestError("text holds half of a UTF-16 surrogate pair; send valid Unicode") from None
+        # a vocabulary that also lists its special tokens as ordinary entries could merge letters into one
+        if forged := self._special.keys() & set(encoding.ids):
+            raise RequestError(f"text holds the control token {self._special[min(forged)]}; remove it from the text")
+        return encoding.ids, encoding.offsets
+
+    def decode(self, token_ids: Iterable[int]) -> str:
+        """Text of ids, special tokens and ids outside the vocabulary left out; invalid UTF-8 becomes U+FFFD."""
+        decoder = IncrementalDecoder(self)
+        return decoder.extend(token_ids) + decoder.flush()
+
+
+# --- the tokenizer of the random presets ---------------------------------------------------------------------------
+
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def write_byte_tokenizer(directory: Path | str, max_tiles: int) -> None:
+    """Write tokenizer.json and tokenizer_config.json of a vocabulary that needs no training: ids 0-255 are bytes."""
+    raw = tokenizers.Tokenizer(models.BPE(vocab=byte_level_alphabet(), merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    raw.decoder = decoders.ByteLevel()
+    write_tokenizer_files(raw, directory, max_tiles)
+
+
+def format_tokens(max_tiles: int) -> list[str]:
+    """The prompt format's own tokens: ChatML's, the image placeholder, <Image>, </Image>, the tags of tiles."""
+    tags = [tile_tag(number) for number in range(1, max_tiles + 1)]
+    return [END_OF_TEXT, MESSAGE_START, MESSAGE_END, IMAGE_TOKEN, IMAGE_START, IMAGE_END, *tags, THUMBNAIL_TAG]
+
+
+def write_tokenizer_files(raw: tokenizers.Tokenizer, directory: Path | str, max_tiles: int) -> None:
+    """Write tokenizer.json and tokenizer_config.json of `raw`, the prompt format's tokens after its own."""
+    raw.add_special_tokens([AddedToken(name, special=True) for name in format_tokens(max_tiles)])
+    raw.save(str(Path(directory) / TOKENIZER_JSON))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": MESSAGE_END,
+        "pad_token": END_OF_TEXT,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": _CHAT_TEMPLATE,
+    }
+    path = Path(directory) / TOKENIZER_FILES[1]
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,118 @@
+"""How requests and answers travel as tensors of the Triton model `nvlm`; used by the model and by the client."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nvlm_trt.errors import ImageError, NvlmError, QueueFullError, RequestError, ServerError
+from nvlm_trt.prompt.encoder import Message, parse_messages
+from nvlm_trt.runtime.generation import Delta, Usage
+from nvlm_trt.runtime.sampling import SamplingParams, TokenLogprob
+
+MODEL = "nvlm"
+ENSEMBLE = "nvlm_ensemble"
+
+# Triton streams an error as its message alone, so the message begins with what the client can do about it.
+_INVALID_REQUEST = "invalid request: "
+_QUEUE_FULL = "queue full: "
+
+
+def parse_conversation(prompt: bytes | None, messages: bytes | None) -> list[Message]:
+    """The tensors `prompt` (a single user turn) and `messages` (JSON), of which a request has exactly one."""
+    if (prompt is None) == (messages is None):
+        raise RequestError("send exactly one of the inputs `prompt` and `messages`")
+    if prompt is not None:
+        return [Message("user", _text(prompt, "prompt"))]
+    assert messages is not None
+    return parse_messages(_json(messages, "messages"))
+
+
+def parse_sampling(data: bytes | None) -> SamplingParams:
+    """The tensor `sampling_parameters`: a JSON object; what it leaves out has its default."""
+    if data is None:
+        return SamplingParams()
+    values = _json(data, "sampling_parameters")
+    if not isinstance(values, dict):
+        raise RequestError('sampling_parameters must be a JSON object, {"temperature": 0.7} for example')
+    return SamplingParams.from_dict(values)
+
+
+def merge_deltas(deltas: Sequence[Delta]) -> Delta:
+    """Consecutive deltas of one answer as one; only the last may have a finish_reason."""
+    return Delta(
+        text="".join(delta.text for delta in deltas),
+        token_ids=[token_id for delta in deltas for token_id in delta.token_ids],
+        logprobs=[item for delta in deltas for item in delta.logprobs],
+        finish_reason=deltas[-1].finish_reason,
+        usage=deltas[-1].usage,
+    )
+
+
+def encode_delta(delta: Delta) -> dict[str, npt.NDArray[Any]]:
+    """Output tensors of one response: token_ids [tokens] int32, the others [1] strings, empty if there is nothing."""
+    logprobs = json.dumps([asdict(item) for item in delta.logprobs]) if delta.logprobs else ""
+    return {
+        "text": _string(delta.text),
+        "token_ids": np.array(delta.token_ids, np.int32),
+        "logprobs": _string(logprobs),
+        "finish_reason": _string(delta.finish_reason or ""),
+        "usage": _string(json.dumps(asdict(delta.usage)) if delta.usage else ""),
+    }
+
+
+def decode_delta(outputs: Mapping[str, npt.NDArray[Any]]) -> Delta:
+    """The inverse of `encode_delta`."""
+    logprobs, usage = outputs["logprobs"][0], outputs["usage"][0]
+    return Delta(
+        text=outputs["text"][0].decode(),
+        token_ids=outputs["token_ids"].tolist(),
+        logprobs=[_logprob(item) for item in json.loads(logprobs)] if logprobs else [],
+        finish_reason=outputs["finish_reason"][0].decode() or None,
+        usage=Usage(**json.loads(usage)) if usage else None,
+    )
+
+
+def encode_error(error: NvlmError) -> str:
+    """The message of an error response."""
+    if isinstance(error, (RequestError, ImageError)):
+        return _INVALID_REQUEST + str(error)
+    if isinstance(error, QueueFullError):
+        return _QUEUE_FULL + str(error)
+    return str(error)
+
+
+def decode_error(message: str) -> NvlmError:
+    """The inverse of `encode_error`; other errors of ours and those of Triton itself become a ServerError."""
+    message = " ".join(message.split()).removeprefix(f"in ensemble '{ENSEMBLE}', ")
+    for prefix, kind in ((_INVALID_REQUEST, RequestError), (_QUEUE_FULL, QueueFullError)):
+        if message.startswith(prefix):
+            return kind(message.removeprefix(prefix))
+    return ServerError(message)
+
+
+def _logprob(item: dict[str, Any]) -> TokenLogprob:
+    return TokenLogprob(item["token_id"], item["logprob"], tuple((token, logprob) for token, logprob in item["top"]))
+
+
+def _string(value: str) -> npt.NDArray[np.object_]:
+    return np.array([value.encode()], np.object_)  # [1]
+
+
+def _text(data: bytes, name: str) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{name} is not UTF-8 ({error}); encode it as UTF-8") from None
+
+
+def _json(data: bytes, name: str) -> Any:
+    try:
+        return json.loads(_text(data, name))
+    except (ValueError, RecursionError) as error:  # ValueError: an integer of thousands of digits, too
+        raise RequestError(f"{name} is not JSON ({error}); send valid JSON") from None

@@ -1,0 +1,62 @@
+"""`nvlm-trt serve`: a server in the foreground."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+from nvlm_trt.errors import NvlmError
+from nvlm_trt.serving.triton.server import ServerOptions, TritonServer
+
+_POLL_SECONDS = 0.2
+
+
+class StopSignals:
+    """SIGINT and SIGTERM as events: the first asks to stop, the second to stop at once."""
+
+    def __init__(self) -> None:
+        self.stop = threading.Event()
+        self.hurry = threading.Event()
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.stop.is_set():
+            self.hurry.set()
+        self.stop.set()
+
+
+def serve(engine: str | os.PathLike[str], options: ServerOptions | None = None) -> int:
+    """Serve until SIGINT or SIGTERM, finish the requests under way, return 0.
+
+    Raises what `TritonServer.start` raises, and ServerError if the server or one of its models dies.
+    """
+    server = TritonServer(engine, options)
+    with StopSignals() as signals:
+        try:
+            if server.start(give_up=signals.stop):
+                print(f"serving at {server.address} (HTTP {server.http_address}, {server.metrics_address})", flush=True)
+            while not signals.stop.wait(_POLL_SECONDS):
+                server.check()
+            server.stop(hurry=signals.hurry)
+        except NvlmError:
+            for line in server.log_tail:
+                print(line, file=sys.stderr)
+            raise
+        finally:
+            server.kill()
+    return 0

@@ -1,0 +1,32 @@
+"""Ends a server whose supervisor is gone: `python -m nvlm_trt.serving.triton.guard GROUP DIRECTORY SHM_PREFIX`.
+
+A process killed with SIGKILL cannot clean up after itself, so this one waits beside it: when its standard input ends,
+it kills the process group (unless the line "stopped" came before) and removes the server's files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+def main(group: int, directory: str, prefix: str) -> None:
+    # a Ctrl-C in the terminal is for the supervisor, which ends this process by closing its input
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if sys.stdin.read().strip() != "stopped":
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+    shutil.rmtree(directory, ignore_errors=True)
+    for region in SHARED_MEMORY.glob(f"{prefix}*"):
+        region.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3])

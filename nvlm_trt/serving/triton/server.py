@@ -1,0 +1,263 @@
+"""Runs tritonserver for one engine: starts it, tries it, watches it, drains it and stops it."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import re
+import secrets
+import signal
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+from nvlm_trt.backends.tensorrt.placement import check_backend
+from nvlm_trt.engine import Engine
+from nvlm_trt.errors import NvlmError, ServerError
+from nvlm_trt.serving.client import Client
+from nvlm_trt.serving.triton.canary import run_canary
+from nvlm_trt.serving.triton.command import triton_command
+from nvlm_trt.serving.triton.install import TritonInstall, find_triton
+from nvlm_trt.serving.triton.ports import choose_ports, listen_address, port_in_use
+from nvlm_trt.serving.triton.process import TritonProcess
+from nvlm_trt.serving.triton.repository import RepositoryOptions, check_shared_memory, render_repository
+
+_PORT_ATTEMPTS = 5
+_POLL_SECONDS = 0.1
+_HTTP_SECONDS = 5
+_EXIT_SECONDS = 10
+# Longer than `nvlm` takes to report a request that it has just accepted.
+_QUIET_SECONDS = 0.3
+_TAIL_LINES = 20
+_LOOPBACK = {"0.0.0.0": "127.0.0.1"}
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """Port 0 is a free one."""
+
+    host: str = "127.0.0.1"
+    grpc_port: int = 0
+    http_port: int = 0
+    metrics_port: int = 0
+    repository: RepositoryOptions = field(default_factory=RepositoryOptions)
+    startup_seconds: float = 600
+    drain_seconds: float = 30  # for requests under way when the server is stopped
+
+    @property
+    def ports(self) -> tuple[int, int, int]:
+        return self.grpc_port, self.http_port, self.metrics_port
+
+
+class TritonServer:
+    """A context manager: ready when entered, stopped with its requests finished when left."""
+
+    def __init__(self, engine: str | os.PathLike[str], options: ServerOptions | None = None) -> None:
+        self._engine_path = Path(engine)
+        self._options = options or ServerOptions()
+        self._listen = self._host = ""  # IPv4 addresses: the server's, and where to reach it from this machine
+        self._grpc_port = self._http_port = self._metrics_port = 0
+        self._directory = Path()
+        self._process: TritonProcess | None = None
+        self._stopping = threading.Event()
+        self._failure: str | None = None
+        self.log_tail: list[str] = []  # of a server that has failed
+
+    def __enter__(self) -> TritonServer:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @property
+    def address(self) -> str:
+        """What clients connect to."""
+        return f"grpc://{self._host}:{self._grpc_port}"
+
+    @property
+    def http_address(self) -> str:
+        return f"http://{self._host}:{self._http_port}"
+
+    @property
+    def metrics_address(self) -> str:
+        return f"http://{self._host}:{self._metrics_port}/metrics"
+
+    def start(self, give_up: threading.Event | None = None) -> bool:
+        """Return True once two canary requests are answered, False if `give_up` is set before that.
+
+        Raises EngineError for an engine that is not whole, and ServerError with the reason if there is no server, a
+        port is in use, or a model does not load.
+        """
+        engine = Engine.open(self._engine_path, full_check=True)
+        install = find_triton()
+        check_backend(engine, install.backends)
+        self._listen = listen_address(self._options.host)
+        self._host = _LOOPBACK.get(self._listen, self._listen)
+        check_shared_memory(engine)
+        give_up = give_up or threading.Event()
+        try:
+            for attempt in range(1, _PORT_ATTEMPTS + 1):
+                self._launch(engine, install)
+                if self._wait_until_loaded(give_up, retry_ports=attempt < _PORT_ATTEMPTS):
+                    break
+                self.kill()
+                if give_up.is_set():
+                    return False
+            self._watch()
+            if not self._try_out(give_up):
+                return False
+            self.check()
+        except NvlmError:
+            self._keep_log_tail()
+            self.kill()
+            self.check()  # a model that died meanwhile is the better reason
+            raise
+        except BaseException:
+            self.kill()
+            raise
+        return True
+
+    def check(self) -> None:
+        """Raise ServerError if the server or one of its models has died; its processes are gone then."""
+        if self._failure:
+            raise ServerError(self._failure)
+
+    def stop(self, hurry: threading.Event | None = None) -> None:
+        """Accept nothing more, finish the requests under way, end the server; at once if `hurry` is or gets set."""
+        if self._process is None:
+            return
+        self._stopping.set()
+        hurry = hurry or threading.Event()
+        if self._failure is None:
+            self._drain(hurry)
+            if not hurry.is_set():
+                self._process.terminate(_EXIT_SECONDS)
+        self.kill()
+
+    def kill(self) -> None:
+        """End the server at once."""
+        self._stopping.set()
+        if self._process is not None:
+            self._process.kill()
+            self._process = None
+
+    # --- starting ----------------------------------------------------------------------------------------------------
+
+    def _launch(self, engine: Engine, install: TritonInstall) -> None:
+        options = self._options
+        self._grpc_port, self._http_port, self._metrics_port = ports = choose_ports(self._listen, options.ports)
+        self._directory = Path(tempfile.mkdtemp(prefix="nvlm-trt-"))
+        shm_prefix = f"nvlm_trt_{secrets.token_hex(4)}_"
+        models = self._directory / "models"
+        render_repository(engine, models, self._drain_file, options.repository)
+        backends, environment = install.prepare(self._directory)
+        command = triton_command(install.executable, models, backends, self._listen, ports, shm_prefix)
+        self._stopping.clear()
+        self._process = TritonProcess(command, environment, self._directory, shm_prefix)
+
+    def _wait_until_loaded(self, give_up: threading.Event, retry_ports: bool) -> bool:
+        """False if the start is to be given up, or tried again: somebody else took a port that was free just now."""
+        assert self._process is not None
+        deadline = time.monotonic() + self._options.startup_seconds
+        while self._process.exit_status is None:
+            if self._get(self._http_port, "/v2/health/ready") is not None:
+                return True
+            if time.monotonic() > deadline:
+                raise ServerError(f"the server was not ready within {self._options.startup_seconds:.0f} s; see its log")
+            if give_up.wait(_POLL_SECONDS):
+                return False
+        taken = self._process.taken_port()
+        if taken is None:
+            raise ServerError(self._exit_reason(self._process))
+        if not retry_ports or taken in self._options.ports:
+            raise port_in_use(self._listen, taken)
+        return False
+
+    def _try_out(self, give_up: threading.Event) -> bool:
+        """False if the start is given up before the canary is answered; the server is gone then."""
+        with Client(self.address) as client, ThreadPoolExecutor(1, "nvlm-canary") as executor:
+            canary = executor.submit(run_canary, client)
+            while not canary.done():
+                if give_up.is_set():
+                    self.kill()  # which ends the canary
+                    return False
+                wait([canary], _POLL_SECONDS)
+            canary.result()
+        return True
+
+    def _exit_reason(self, process: TritonProcess) -> str:
+        reason = process.load_error()
+        if reason:
+            return f"the server could not load {reason}"
+        status = process.exit_status or 0
+        if status < 0:
+            return f"tritonserver was ended by {signal.Signals(-status).name}; start it again"
+        last = process.log_tail(1)
+        return f"tritonserver ended with status {status}: {last[0] if last else 'it printed nothing'}"
+
+    # --- while it runs -----------------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        assert self._process is not None
+        self._process.watch_models()
+        threading.Thread(target=self._watch_process, args=(self._process,), name="nvlm-watch", daemon=True).start()
+
+    def _watch_process(self, process: TritonProcess) -> None:
+        """End a server that has lost a model: it would call itself ready for ever."""
+        while not self._stopping.wait(_POLL_SECONDS):
+            if process.exit_status is not None:
+                self._failure = self._exit_reason(process)
+            elif dead := process.dead_models():
+                self._failure = f"the process of {', '.join(dead)} has died, so the server was stopped; start it again"
+            if self._failure:
+                self._keep_log_tail()
+                process.kill()
+                return
+
+    def _keep_log_tail(self) -> None:
+        """The log goes with the server's directory."""
+        process = self._process
+        if process is not None:
+            self.log_tail = process.log_tail(_TAIL_LINES) or self.log_tail
+
+    # --- stopping ----------------------------------------------------------------------------------------------------
+
+    @property
+    def _drain_file(self) -> Path:
+        return self._directory / "draining"
+
+    def _drain(self, hurry: threading.Event) -> None:
+        """Triton's own exit unloads the ensemble first, and requests whose images are not encoded yet would fail."""
+        self._drain_file.touch()
+        deadline = time.monotonic() + self._options.drain_seconds
+        quiet_since = time.monotonic()
+        while time.monotonic() < deadline and time.monotonic() - quiet_since < _QUIET_SECONDS:
+            if hurry.wait(_POLL_SECONDS):
+                return
+            if self._open_requests():
+                quiet_since = time.monotonic()
+
+    def _open_requests(self) -> int:
+        metrics = self._get(self._metrics_port, "/metrics") or ""
+        match = re.search(r"^nvlm_open_requests\S* (\d+)", metrics, re.MULTILINE)
+        return int(match[1]) if match else 0
+
+    def _get(self, port: int, path: str) -> str | None:
+        """The body of a successful answer. By hand: a proxy that the environment names must stay out of it."""
+        connection = http.client.HTTPConnection(self._host, port, timeout=_HTTP_SECONDS)
+        try:
+            connection.request("GET", path)
+            response = connection.getresponse()
+            body = response.read().decode(errors="replace")
+            return body if response.status == http.HTTPStatus.OK else None
+        except (OSError, http.client.HTTPException):
+            return None
+        finally:
+            connection.close()

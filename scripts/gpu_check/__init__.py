@@ -1,1 +1,0 @@
-"""What only a GPU can prove, one trial after the other: see scripts/gpu_check.sh."""

@@ -1,0 +1,134 @@
+"""What the tests of the TensorRT engine run in the process that has TensorRT's bindings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tensorrt_on_cpu import Machine
+
+from nvlm_trt.backends import open_backend
+from nvlm_trt.backends.tensorrt import build as tensorrt_engine
+from nvlm_trt.backends.tensorrt import profiles as tensorrt_profiles
+from nvlm_trt.backends.tensorrt.build import build_tensorrt_engine
+from nvlm_trt.backends.tensorrt.device_tokens import DeviceTokens
+from nvlm_trt.backends.tensorrt.plan import PlanOptions
+from nvlm_trt.builders.engine_build import QuantizationOptions
+from nvlm_trt.builders.quantization.gate import AccuracyError, ComponentCost, GateOptions
+from nvlm_trt.engine import Engine
+
+LIMITS = {"max_slots": 3, "max_seq_len": 256}
+
+
+def build(checkpoint: Path, output: Path, **options: Any) -> list[str]:
+    """Build in fp32; what happened, in order."""
+    machine = Machine()
+    with machine.patched(output.parent / "cache"):
+        build_tensorrt_engine(checkpoint, output, LIMITS, precision="fp32", options=PlanOptions(**options))
+    return machine.events
+
+
+def build_with_limits(checkpoint: Path, output: Path, limits: dict[str, int], precision: str) -> None:
+    with Machine().patched(output.parent / "cache"):
+        build_tensorrt_engine(checkpoint, output, limits, precision=precision)
+
+
+def build_for_a_plugin_of_wider_heads(checkpoint: Path, output: Path) -> None:
+    with Machine().patched(output.parent / "cache"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tensorrt_engine, "HEAD_DIMS", (64, 128))
+        build_tensorrt_engine(checkpoint, output, LIMITS, precision="fp32")
+
+
+def fail_to_build(checkpoint: Path, output: Path, code: str, text: str) -> None:
+    machine = Machine()
+    machine.refuse_to_build = code, text
+    with machine.patched(output.parent / "cache"):
+        build_tensorrt_engine(checkpoint, output, LIMITS, precision="fp32")
+
+
+def fail_to_allocate(checkpoint: Path, output: Path) -> None:
+    def zeros(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("of paper")
+
+    with Machine().patched(output.parent / "cache"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "zeros", zeros)
+        build_tensorrt_engine(checkpoint, output, LIMITS, precision="fp32")
+
+
+def cache_bytes(checkpoint: Path, output: Path) -> dict[str, int]:
+    """Build in fp32; the caches that the backend allocates, by name."""
+    with Machine().patched(output.parent / "cache"):
+        build_tensorrt_engine(checkpoint, output, LIMITS, precision="fp32")
+        with open_backend(Engine.open(output), ["decoder"]) as backend:
+            return {name: cache.nbytes for name, cache in backend._cache.items()}  # type: ignore[attr-defined]
+
+
+def build_quantised(checkpoint: Path, output: Path, precision: str, calibration: Path, gate: GateOptions) -> list[str]:
+    """Build and measure; what happened, in order."""
+    machine = Machine()
+    quantization = QuantizationOptions(calibration=calibration, smoothquant_alpha=0, gate=gate)
+    with machine.patched(output.parent / "cache"):
+        build_tensorrt_engine(checkpoint, output, LIMITS, precision=precision, quantization=quantization)
+    return machine.events
+
+
+def refusal(*arguments: Any) -> tuple[str, list[ComponentCost]]:
+    """What the gate says of a build that it refuses; the exception itself cannot be sent to another process."""
+    with pytest.raises(AccuracyError) as caught:
+        build_quantised(*arguments)
+    return str(caught.value), list(caught.value.costs)
+
+
+def ask(checkpoint: Path, output: Path, steps: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Build with chunks of 16 tokens and run `steps` through the backend."""
+    with Machine().patched(output.parent / "cache"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tensorrt_profiles, "_LARGEST_CHUNK", 16)
+        build_tensorrt_engine(checkpoint, output, LIMITS, precision="fp32")
+        return run_steps(Engine.open(output), steps)
+
+
+def ask_with_tokens_on_the_device(checkpoint: Path, output: Path, pixels: np.ndarray) -> list[str]:
+    """Build; image tokens as an array and as DeviceTokens have to give the same keys, values and logits, bit for bit.
+    Returns what happened."""
+    machine = Machine()
+    with machine.patched(output.parent / "cache"):
+        build_tensorrt_engine(checkpoint, output, LIMITS, precision="fp32")
+        with open_backend(Engine.open(output)) as backend:
+            tokens = backend.encode(pixels)
+            on_device = DeviceTokens(torch.from_numpy(tokens))
+            assert backend._upload(on_device).data_ptr() == on_device.tensor.data_ptr()  # type: ignore[attr-defined]
+            prompt = np.full(3, backend.config.image_token_id)
+            results = []
+            for given in (tokens, on_device):
+                cross_kv = backend.cross_kv(given) if backend.config.cross_layers else np.zeros(1)  # type: ignore
+                images = given.reshape(-1, backend.config.llm.hidden_size)[:3]
+                results.append((cross_kv, backend.prefill(0, 0, prompt, images, np.zeros((3, 2), np.int32))))
+            for array, from_device in zip(*results, strict=True):
+                np.testing.assert_array_equal(array, from_device)
+    return machine.events
+
+
+def run_steps(engine: Engine, steps: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Prefill three slots, decode them twice as one batch, move a slot, decode two."""
+    answers: dict[str, np.ndarray] = {}
+    with open_backend(engine) as backend:
+        hidden = backend.config.llm.hidden_size
+        tokens = answers["image tokens"] = backend.encode(steps["pixels"])
+        if backend.config.cross_layers:
+            cross_kv = answers["cross kv"] = backend.cross_kv(tokens)
+            backend.write_cross_kv(1, 0, cross_kv)
+        for slot, prompt in enumerate(steps["prompts"]):
+            images = tokens.reshape(-1, hidden)[: int((prompt == backend.config.image_token_id).sum())]
+            ranges = steps["ranges"][slot]
+            answers[f"prefill {slot}"] = backend.prefill(slot, 0, prompt, images, ranges)
+        lengths = np.array([len(prompt) for prompt in steps["prompts"]])
+        last = np.stack([ranges[-1] for ranges in steps["ranges"]])
+        for i in range(2):
+            answers[f"decode {i}"] = backend.decode(steps["next"], lengths + i, last).copy()
+        backend.move_slot(2, 0, int(lengths[2]) + 2, 0)
+        moved = np.array([lengths[2], lengths[1]]) + 2
+        answers["moved"] = backend.decode(steps["next"][[2, 1]], moved, last[[2, 1]]).copy()
+    return answers

@@ -1,0 +1,86 @@
+"""--precision: what names mean, and one line for what means nothing."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nvlm_trt.errors import EngineError
+from nvlm_trt.model.config import PRESETS
+from nvlm_trt.model.layout import checkpoint_layout
+from nvlm_trt.model.precision import (
+    COMPONENTS,
+    PRECISIONS,
+    component_of,
+    components_of,
+    needs_calibration,
+    parse_precision,
+    quantised_components,
+)
+
+names = st.sampled_from(sorted(PRECISIONS))
+
+
+def test_the_safe_defaults() -> None:
+    assert parse_precision("fp32") == dict.fromkeys(COMPONENTS, "fp32")
+    for name in set(PRECISIONS) - {"fp32"}:
+        chosen = parse_precision(name)
+        assert chosen["decoder"] == name
+        assert chosen["vision_encoder"] == chosen["projector"] == "fp32"
+    assert not needs_calibration(parse_precision("int4-weight-only"))
+    assert needs_calibration(parse_precision("vision_encoder=fp8"))
+    assert quantised_components(parse_precision("lm_head=int8,decoder=fp8")) == ("decoder", "lm_head")
+
+
+@given(st.none() | names, st.dictionaries(st.sampled_from(COMPONENTS), names), st.randoms())
+def test_a_bare_name_with_exceptions_in_any_order(bare: str | None, chosen: dict[str, str], random) -> None:
+    if bare is None and not chosen:
+        return
+    parts = [f" {component} = {name}" for component, name in chosen.items()] + ([f"{bare} "] if bare else [])
+    random.shuffle(parts)
+    expected = dict(zip(COMPONENTS, PRECISIONS[bare or "fp32"], strict=True)) | chosen
+    assert parse_precision(",".join(parts)) == expected
+
+
+@given(st.text(alphabet="dint8=,fp3_ \nelcor-", max_size=30))
+def test_anything_else_is_one_line(text: str) -> None:
+    try:
+        chosen = parse_precision(text)
+    except EngineError as error:
+        message = str(error)
+    else:
+        message = ""
+        assert set(chosen) == set(COMPONENTS)
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("int7", "'int7' is not one of fp32, int8, int8-weight-only, int4-weight-only, fp8"),
+        ("", "'' is not one of fp32"),
+        ("int8,", "'' is not one of fp32"),
+        ("decoder=", "'' is not one of fp32"),
+        ("fp16", "'fp16' is for GPU backends.*fp32, int8"),
+        ("decoder=bf16", "'bf16' is for GPU backends"),
+        ("encoder=int8", "'encoder' is not a component; choose from vision_encoder, projector, decoder"),
+        ("=int8", "'' is not a component"),
+        ("decoder=int8,decoder=fp8", "names decoder twice"),
+        ("int8,fp8", "names int8 and fp8 for all components"),
+    ],
+)
+def test_mistakes_are_named(text: str, message: str) -> None:
+    with pytest.raises(EngineError, match=message):
+        parse_precision(text)
+
+
+@pytest.mark.parametrize("name", ["nvlm-d-tiny", "nvlm-x-tiny", "nvlm-h-tiny", "nvlm-h-small"])
+def test_every_matrix_of_a_checkpoint_belongs_to_a_component(name: str) -> None:
+    config = PRESETS[name]
+    used = {
+        component_of(tensor)
+        for tensor, shape in checkpoint_layout(config).items()
+        if len(shape) == 2 or tensor.endswith("patch_embedding.weight")
+    }
+    assert used == set(components_of(config))

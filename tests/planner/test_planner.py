@@ -1,0 +1,268 @@
+"""The planner against what it foretells: engine files, the backends' caches, PyTorch's count of FLOPs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from safetensors import safe_open
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from nvlm_trt.backends import open_backend
+from nvlm_trt.backends.tensorrt.build import write_graphs
+from nvlm_trt.backends.tensorrt.profiles import profiles_of
+from nvlm_trt.builders.engine_build import build_engine
+from nvlm_trt.builders.engine_writer import EngineWriter
+from nvlm_trt.builders.quantization.calibration import LinearInput
+from nvlm_trt.builders.quantization.formats import quantised
+from nvlm_trt.checkpoint.reader import Checkpoint
+from nvlm_trt.engine import Engine, EngineLimits
+from nvlm_trt.model.config import PRESETS
+from nvlm_trt.model.precision import floating_type, parse_precision
+from nvlm_trt.planner.memory import IMAGE_CACHE, PREFILL_CHUNK, EnginePlan, Roofline, Work, plan_engine
+from nvlm_trt.progress import no_progress
+from nvlm_trt.reference.model import ReferenceModel
+from nvlm_trt.runtime.pipeline import RuntimeOptions
+
+Directory = Callable[[str], Path]
+NAMES = ["nvlm-d-tiny", "nvlm-x-tiny", "nvlm-h-tiny"]
+LIMITS = EngineLimits(max_slots=3, max_seq_len=512, max_image_tokens=408, max_tiles=6)
+TAG_LENGTH = 1  # of a random checkpoint's tokenizer
+
+
+def plan_of(name: str, precision: str, backend: str, limits: EngineLimits = LIMITS) -> EnginePlan:
+    return plan_engine(PRESETS[name], limits, parse_precision(precision, backend), backend, TAG_LENGTH)
+
+
+def stored_bytes(graph: Path) -> int:
+    initializers = onnx.load(graph, load_external_data=False).graph.initializer
+    return sum(math.prod(t.dims) * onnx.helper.tensor_dtype_to_np_dtype(t.data_type).itemsize for t in initializers)
+
+
+def assert_just_above(actual: int, planned: int) -> None:
+    """Graphs hold some constants that no plan counts."""
+    assert planned <= actual < 1.002 * planned
+
+
+# --- weights -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_are_those_of_the_files(engine: Directory, name: str) -> None:
+    opened = Engine.open(engine(name))
+    stages = plan_of(name, "fp32", "onnxruntime", opened.limits).stages
+    assert stages.keys() == {path.stem for path in opened.path.glob("*.onnx")}
+    for stage, memory in stages.items():
+        assert_just_above(stored_bytes(opened.path / f"{stage}.onnx"), memory.weights)
+
+
+@pytest.mark.parametrize("precision", ["int8-weight-only", "int4-weight-only,vision_encoder=int8-weight-only"])
+def test_weights_in_blocks_are_those_of_the_files(checkpoint: Directory, tmp_path: Path, precision: str) -> None:
+    built = build_engine(checkpoint("nvlm-h-tiny"), tmp_path / "engine", smoke_test=False, precision=precision)
+    for stage, memory in plan_of("nvlm-h-tiny", precision, "onnxruntime", built.limits).stages.items():
+        assert_just_above(stored_bytes(built.path / f"{stage}.onnx"), memory.weights)
+
+
+class Everywhere(SimpleNamespace):
+    """Stands for a calibration: every linear layer's input is at most 6."""
+
+    def of(self, name: str, inputs: int) -> LinearInput:
+        return LinearInput(abs_max=6.0, clip=6.0, channels=[6.0] * inputs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("precision", ["bf16", "int8,lm_head=int8", "fp16,decoder=fp8,projector=fp8"])
+def test_weights_are_those_of_the_graphs_for_tensorrt(
+    checkpoint: Directory, tmp_path: Path, name: str, precision: str
+) -> None:
+    precisions = parse_precision(precision, "tensorrt")
+    writer = EngineWriter(checkpoint(name), {"max_slots": 3, "max_seq_len": 512})
+    with Checkpoint.open(checkpoint(name)) as source:
+        recipe = quantised(source, precisions, Everywhere(samples={}), alpha=0, fold_fp8=False)
+    graphs = write_graphs(writer, recipe, floating_type(precisions), tmp_path, no_progress)
+    stages = plan_of(name, precision, "tensorrt", writer.limits).stages
+    assert stages.keys() == graphs.keys()
+    for stage, graph in graphs.items():
+        assert_just_above(stored_bytes(graph), stages[stage].weights)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_are_those_of_the_checkpoint(checkpoint: Directory, name: str) -> None:
+    with safe_open(checkpoint(name) / "model.safetensors", "np") as file:
+        elements = sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+    plan = plan_of(name, "fp32", "onnxruntime")
+    assert sum(plan.parameters.values()) == elements
+    assert plan.checkpoint == 2 * elements  # in bfloat16
+
+
+def test_parameters_are_those_of_published_models() -> None:
+    """As their cards say: NVLM-D-72B 79.4 billion, of which 7 of InternViT's 32 heads are dummies; Qwen2-0.5B 0.49."""
+    vision = PRESETS["nvlm-d-72b"].vision
+    dummies = vision.num_layers * 7 * vision.head_dim * (4 * vision.hidden_size)
+    assert sum(plan_of("nvlm-d-72b", "bf16", "tensorrt").parameters.values()) + dummies == pytest.approx(79.4e9, 1e-3)
+    small = plan_of("nvlm-d-small", "bf16", "tensorrt").parameters
+    assert small["embedding"] + small["decoder"] == pytest.approx(0.494e9, 1e-3)
+
+
+# --- caches and activations --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_caches_are_what_the_backend_for_onnx_runtime_allocates(engine: Directory, name: str) -> None:
+    opened = Engine.open(engine(name))
+    plan = plan_of(name, "fp32", "onnxruntime", opened.limits)
+    with open_backend(opened, ["decoder"]) as backend:
+        caches = backend._cache.items()  # type: ignore[attr-defined]
+        assert plan.self_cache == sum(cache.nbytes for key, cache in caches if key.startswith("past_"))
+        assert plan.cross_cache == sum(cache.nbytes for key, cache in caches if key.startswith("cross_"))
+        assert plan.stages["decoder"].caches == sum(cache.nbytes for _, cache in caches)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("precision", "size"), [("bf16", 2), ("fp32", 4), ("fp8", 2)])
+def test_caches_are_what_the_profiles_for_tensorrt_take(name: str, precision: str, size: int) -> None:
+    """The backend's caches are the largest shapes of the decoding profile (tests/builders/test_tensorrt_engine.py)."""
+    largest = {key: shapes[-1] for key, shapes in profiles_of(PRESETS[name], LIMITS)["decoder"][1].items()}
+    plan = plan_of(name, precision, "tensorrt")
+    for kind, planned in (("past_", plan.self_cache), ("cross_", plan.cross_cache)):
+        names = [key for key in largest if key.startswith(kind) and key != "cross_ranges"]
+        assert planned == size * sum(math.prod(largest[key]) for key in names)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_activations_are_near_what_the_graph_holds_at_once(checkpoint: Directory, tmp_path: Path, name: str) -> None:
+    """A graph's tensors, each held from its node to its last reader, are what a runtime without fusion needs."""
+    writer = EngineWriter(checkpoint(name), {"max_slots": 3, "max_seq_len": 512})
+    with Checkpoint.open(checkpoint(name)) as source:
+        recipe = quantised(source, parse_precision("fp32", "tensorrt"), None, 0, fold_fp8=False)
+    graphs = write_graphs(writer, recipe, "fp32", tmp_path, no_progress)
+    stages = plan_of(name, "fp32", "tensorrt", writer.limits).stages
+    for stage, profiles in profiles_of(writer.config, writer.limits).items():
+        held = held_at_once(graphs[stage], {key: shapes[-1] for key, shapes in profiles[0].items()})
+        assert 0.7 * held < stages[stage].activations < 1.3 * held, stage
+
+
+def held_at_once(path: Path, shapes: dict[str, list[int]]) -> int:
+    """Bytes of the tensors between nodes at their most, in a run by ONNX Runtime; the caches are not counted."""
+    model = onnx.load(path)
+    nodes = model.graph.node
+    types = {value.name: value.type.tensor_type.elem_type for value in model.graph.input}
+    names = [name for node in nodes for name in node.output if not name.startswith("present_")]
+    del model.graph.output[:]
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    feeds = {key: np.zeros(shape, onnx.helper.tensor_dtype_to_np_dtype(types[key])) for key, shape in shapes.items()}
+    sizes = {name: array.nbytes for name, array in zip(names, session.run(names, feeds), strict=True)}
+    last = {name: index for index, node in enumerate(nodes) for name in node.input}
+    held = most = 0
+    for index, node in enumerate(nodes):
+        held += sum(sizes.get(name, 0) for name in node.output)
+        most = max(most, held)
+        held -= sum(sizes.get(name, 0) for name in {*node.input} if last[name] == index)
+    return most
+
+
+# --- roofline ----------------------------------------------------------------------------------------------------
+
+
+def counted(run: Callable[[], object]) -> int:
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_flops_are_those_that_pytorch_counts(name: str) -> None:
+    """Apart from what PyTorch multiplies by a mask's zeros, and logits that it makes of every token."""
+    config = dataclasses.replace(PRESETS[name], image_token_id=259)
+    llm = config.llm
+    model = ReferenceModel(config).eval()
+    roofline = Roofline(config, LIMITS, parse_precision("fp32"), "onnxruntime", TAG_LENGTH)
+    tiles, text = 3, 11
+    in_llm = {"D": 3, "X": 0, "H": 1}[config.architecture]
+    work = roofline.prefill(text, tiles)
+
+    edge = config.vision.image_size
+    pixels = torch.zeros(tiles, 3, edge, edge)
+    assert work["vision_encoder"].flops == counted(lambda: model.encode(pixels))
+
+    tokens = text + in_llm * config.tokens_per_tile
+    input_ids = torch.zeros(1, tokens, dtype=torch.int64)
+    input_ids[0, : tokens - text] = config.image_token_id
+    images = torch.zeros(tokens - text, llm.hidden_size)
+    cross: list[object] = [None, None]
+    if config.cross_layers:
+        cross_tiles = tiles - in_llm
+        tags = torch.zeros(cross_tiles, TAG_LENGTH, dtype=torch.int64) if config.architecture == "H" else None
+        image_tokens = torch.zeros(cross_tiles, config.tokens_per_tile, llm.hidden_size)
+        assert work["cross_kv"].flops == counted(lambda: model.cross_kv(image_tokens, tags))
+        cross_kv = model.cross_kv(image_tokens, tags)
+        cross_tokens = cross_kv[0][0].shape[1]
+        cross = [cross_kv, torch.tensor([0, cross_tokens]).expand(1, tokens, 2)]
+    else:
+        assert "cross_kv" not in work
+        cross_tokens = 0
+    masked = 2 * tokens * (tokens - 1) * llm.num_heads * llm.head_dim * llm.num_layers
+    logits = 2 * (tokens - 1) * llm.hidden_size * llm.vocab_size
+    prefill = counted(lambda: model(input_ids, images, *cross))
+    assert work["decoder"].flops == prefill - masked - logits
+
+    _, cache = model(input_ids, images, *cross)
+    last = cross[1][:, -1:] if config.cross_layers else None  # type: ignore[index]
+    step = counted(lambda: model(torch.zeros(1, 1, dtype=torch.int64), None, cross[0], last, cache))
+    assert roofline.decode(1, tokens + 1, cross_tokens).flops == step
+    assert roofline.decode(3, tokens + 1, cross_tokens).flops == 3 * step
+
+
+def test_bytes_of_a_decoding_step_are_the_weights_and_the_caches_in_use() -> None:
+    """Of full caches: all that the decoder holds, except for embeddings that are looked up."""
+    plan = plan_of("nvlm-x-tiny", "int8", "tensorrt")
+    config, precisions = PRESETS["nvlm-x-tiny"], parse_precision("int8", "tensorrt")
+    step = Roofline(config, LIMITS, precisions, "tensorrt", 0).decode(LIMITS.max_slots, LIMITS.max_seq_len, 416)
+    decoder = plan.stages["decoder"]
+    assert step.nbytes == decoder.weights + decoder.caches - plan.weights["embedding"]
+
+
+def test_a_prompt_reads_the_weights_once_for_each_chunk() -> None:
+    roofline = Roofline(PRESETS["nvlm-d-72b"], LIMITS, parse_precision("bf16", "tensorrt"), "tensorrt", 0)
+    one, two = (roofline.prefill(tokens, 0)["decoder"].nbytes for tokens in (PREFILL_CHUNK, PREFILL_CHUNK + 1))
+    assert 1.9 < two / one < 2.1
+    options = RuntimeOptions()
+    assert (options.prefill_chunk, options.image_cache_bytes) == (PREFILL_CHUNK, IMAGE_CACHE)
+
+
+def test_time_is_bound_by_the_slower_of_the_two() -> None:
+    work = Work(flops=2e12, nbytes=3e9)
+    assert work.seconds(bandwidth=1e9, flop_rate=1e12) == 3
+    assert work.seconds(bandwidth=1e10, flop_rate=1e12) == 2
+
+
+# --- peaks -------------------------------------------------------------------------------------------------------
+
+
+def test_peaks() -> None:
+    plain, small = (plan_of("nvlm-d-72b", precision, "tensorrt") for precision in ("bf16", "int8"))
+    assert plain.peak_running == plain.peak_building + IMAGE_CACHE
+    assert small.peak_running < 0.6 * plain.peak_running
+    assert small.peak_building == plain.peak_building  # the gate's
+    assert small.host_building == 4 * sum(small.parameters.values())  # the calibration's
+    assert plain.host_building == 2 * plain.stages["decoder"].weights
+    assert plan_of("nvlm-x-72b", "bf16", "tensorrt").image_cache == 0
+
+
+def test_fp8_is_small_on_disk_only_for_onnx_runtime() -> None:
+    plan, plain = (plan_of("nvlm-d-72b", precision, "onnxruntime") for precision in ("fp8", "fp32"))
+    assert sum(plan.weights.values()) < 0.5 * sum(plain.weights.values())
+    assert plan.stages["decoder"].weights == plain.stages["decoder"].weights

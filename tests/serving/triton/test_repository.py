@@ -1,0 +1,105 @@
+"""The rendered model repository, read with Triton's own schema of config.pbtxt."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+from nvlm_trt.engine import Engine
+from nvlm_trt.errors import ServerError
+from nvlm_trt.image.decoding import ImageLimits
+from nvlm_trt.serving.triton import repository
+from nvlm_trt.serving.triton.repository import (
+    RepositoryOptions,
+    available_cores,
+    check_shared_memory,
+    render_repository,
+)
+
+MODELS = {"tiling", "vision_encoder", "nvlm", "nvlm_ensemble"}
+Configs = dict[str, model_config_pb2.ModelConfig]
+
+
+@pytest.fixture
+def opened(engine: Callable[[str], Path]) -> Engine:
+    return Engine.open(engine("nvlm-h-tiny"))
+
+
+def render(engine: Engine, directory: Path, options: RepositoryOptions | None = None) -> Configs:
+    render_repository(engine, directory, directory / "draining", options or RepositoryOptions())
+    return {
+        folder.name: text_format.Parse((folder / "config.pbtxt").read_text(), model_config_pb2.ModelConfig())
+        for folder in directory.iterdir()
+    }
+
+
+def parameter(config: model_config_pb2.ModelConfig, name: str) -> str:
+    return config.parameters[name].string_value
+
+
+def test_every_model_is_rendered_with_its_code(opened: Engine, tmp_path: Path) -> None:
+    configs = render(opened, tmp_path)
+    assert configs.keys() == MODELS
+    for name, config in configs.items():
+        assert config.name == name
+        assert (tmp_path / name / "1").is_dir()
+        assert (tmp_path / name / "1" / "model.py").is_file() == (config.backend == "python")
+
+
+def test_shapes_are_those_of_the_engine(opened: Engine, tmp_path: Path) -> None:
+    configs = render(opened, tmp_path)
+    model = opened.config
+    encoder = configs["vision_encoder"]
+    assert list(encoder.input[0].dims) == [3, model.vision.image_size, model.vision.image_size]
+    assert list(encoder.output[0].dims) == [model.tokens_per_tile, model.llm.hidden_size]
+    assert encoder.max_batch_size == 4 * (opened.limits.max_tiles + 1)
+    assert encoder.HasField("dynamic_batching")
+    assert configs["nvlm"].model_transaction_policy.decoupled
+
+
+def test_the_ensemble_connects_tensors_that_exist_and_agree(opened: Engine, tmp_path: Path) -> None:
+    configs = render(opened, tmp_path)
+    ensemble = configs["nvlm_ensemble"]
+    steps = ensemble.ensemble_scheduling.step
+    assert [step.model_name for step in steps] == ["tiling", "vision_encoder", "nvlm"]
+    types = {tensor.name: tensor.data_type for tensor in ensemble.input}
+    for step in steps:
+        inputs = {tensor.name: tensor for tensor in configs[step.model_name].input}
+        outputs = {tensor.name: tensor for tensor in configs[step.model_name].output}
+        for name, tensor in step.input_map.items():
+            assert inputs[name].data_type == types[tensor], (step.model_name, name)
+        required = {name for name, tensor in inputs.items() if not tensor.optional}
+        assert required <= step.input_map.keys()
+        types |= {tensor: outputs[name].data_type for name, tensor in step.output_map.items()}
+    assert {tensor.name: tensor.data_type for tensor in ensemble.output}.items() <= types.items()
+    assert [tensor.name for tensor in ensemble.output] == [tensor.name for tensor in configs["nvlm"].output]
+
+
+def test_paths_and_options_arrive_as_they_are(opened: Engine, tmp_path: Path) -> None:
+    odd = tmp_path / 'it\'s "an" engine, 5$ ${x} \\n ü'
+    shutil.copytree(opened.path, odd)
+    options = RepositoryOptions(threads=3, max_queue=5, image_limits=ImageLimits(max_pixels=7, max_images=2))
+    configs = render(Engine.open(odd), tmp_path / "models", options)
+    for name in ("vision_encoder", "nvlm"):
+        assert parameter(configs[name], "engine") == str(odd)
+        assert parameter(configs[name], "threads") == "3"
+    assert parameter(configs["nvlm"], "max_queue") == "5"
+    assert parameter(configs["nvlm"], "drain_file") == str(tmp_path / "models" / "draining")
+    for name in ("tiling", "nvlm"):
+        assert (parameter(configs[name], "max_pixels"), parameter(configs[name], "max_images")) == ("7", "2")
+
+
+def test_threads_are_the_cores_at_hand(opened: Engine, tmp_path: Path) -> None:
+    assert parameter(render(opened, tmp_path)["nvlm"], "threads") == str(available_cores())
+
+
+def test_too_little_shared_memory_is_an_error(opened: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_shared_memory(opened)
+    monkeypatch.setattr(repository, "_SHARED_MEMORY_SLACK", 1 << 60)
+    with pytest.raises(ServerError, match="--shm-size"):
+        check_shared_memory(opened)
