@@ -1,36 +1,41 @@
-"""A checkpoint -> an engine for ONNX Runtime: calibrate, write, try it, measure what quantising costs, publish."""
+"""A checkpoint -> a published engine: calibrate, write, try it, measure what quantising costs, publish.
+
+A backend supplies the steps that are its own (`BuildSteps`).
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Protocol
 
-from nvlm_trt.builders.engine_writer import EngineWriter
-from nvlm_trt.builders.quantization.calibrate import calibrate, document_samples, read_first_samples
+from nvlm_trt.backends.spec import BackendSpec
+from nvlm_trt.backends.table import DEFAULT_BACKEND, find_backend
+from nvlm_trt.builders.quantization.calibrate import document_samples, read_first_samples
 from nvlm_trt.builders.quantization.calibration import Calibration, is_calibration, read_calibration
-from nvlm_trt.builders.quantization.formats import OBSERVING, quantised
+from nvlm_trt.builders.quantization.formats import Recipe, quantised
 from nvlm_trt.builders.quantization.gate import NOT_MEASURED, AccuracyGate, GateOptions
 from nvlm_trt.builders.smoke_test import SmokeTest
+from nvlm_trt.builders.source import EngineSource
 from nvlm_trt.checkpoint.reader import Checkpoint
-from nvlm_trt.engine import CALIBRATION, Engine, Manifest, publish, save_manifest, temporary_sibling
-from nvlm_trt.errors import EngineError
-from nvlm_trt.model.precision import (
-    components_of,
-    needs_calibration,
-    parse_precision,
-    quantised_components,
-)
+from nvlm_trt.engine import CALIBRATION, Engine, Manifest, publish, save_manifest, tool_versions, write_manifest
+from nvlm_trt.errors import DeviceMemoryError, EngineError
+from nvlm_trt.evaluation.samples import Sample
+from nvlm_trt.model.precision import components_of, needs_calibration, quantised_components
+from nvlm_trt.planner.memory import plan_engine
 from nvlm_trt.progress import Progress, no_progress
 
 CALIBRATION_SAMPLES = 128  # of the document tasks
 SMOOTHQUANT_ALPHA = 0.5
 
+Precisions = Mapping[str, str]  # component -> precision
+
 
 @dataclass(frozen=True)
 class QuantizationOptions:
-    """What a quantised build measures before it publishes; ignored by an fp32 one."""
+    """What a quantised build measures before it publishes; ignored by an unquantised one."""
 
     calibration: Path | None = None  # JSONL of samples or a saved calibration.json; None: the document tasks
     calibration_samples: int | None = None  # None: all of a file, CALIBRATION_SAMPLES of the document tasks
@@ -45,6 +50,35 @@ class QuantizationOptions:
             )
 
 
+@dataclass(frozen=True)
+class BuildJob:
+    """One build, as a backend sees it."""
+
+    source: EngineSource
+    options: Mapping[str, Any]  # the backend's own
+    staging: Path  # the engine; temporary engines are its siblings
+    progress: Progress
+
+
+class BuildSteps(Protocol):
+    """The steps of a build that a backend decides."""
+
+    tools: Sequence[str]  # packages whose versions the manifest notes
+    fold_fp8: bool  # the form of fp8 weights that ONNX Runtime folds
+
+    def unquantised(self, precisions: Precisions) -> str:
+        """The precision that a quantised engine is compared with."""
+        ...
+
+    def write_stages(self, directory: Path, recipe: Recipe) -> dict[str, Any] | None:
+        """Write the files of all stages; return what the manifest notes for the backend."""
+        ...
+
+    def calibrate(self, samples: Sequence[Sample]) -> Calibration:
+        """Measure the inputs of the checkpoint's linear layers."""
+        ...
+
+
 def build_engine(
     checkpoint_dir: Path | str,
     output: Path | str,
@@ -52,32 +86,39 @@ def build_engine(
     overwrite: bool = False,
     progress: Progress | None = None,
     smoke_test: bool = True,
-    precision: str = "fp32",
+    precision: str | None = None,
     quantization: QuantizationOptions | None = None,
+    backend: str = DEFAULT_BACKEND,
+    options: Mapping[str, Any] | None = None,
 ) -> Engine:
     """Publish the engine of a checkpoint as the directory `output`; on any failure nothing is left there.
 
-    `overrides` replaces fields of `default_limits`; `precision` is what `parse_precision` reads. Memory does not grow
-    with the model, save for the smoke test, the calibration and the gate, which load an engine each.
-    Raises CheckpointError, ConfigError for the checkpoint; EngineError for precision, limits, an existing `output`, a
-    full disk, a calibration that does not fit or an engine that speaks nonsense; AccuracyError if the gate refuses it;
-    RequestError, ImageError for samples."""
+    `overrides` replaces fields of `default_limits`; `precision` is what the backend's PrecisionTable parses, None its
+    default; `options` are the backend's own. Memory does not grow with the model, save for the smoke test, the
+    calibration and the gate, which load an engine each.
+    Raises CheckpointError, ConfigError for the checkpoint; EngineError for backend, precision, limits, an existing
+    `output`, a full disk, a calibration that does not fit or an engine that speaks nonsense; AccuracyError if the gate
+    refuses it; RequestError, ImageError for samples."""
+    spec = find_backend(backend)
+    chosen = spec.precisions.parse(precision)
+    spec.probe()
     progress = progress or no_progress
-    options = quantization or QuantizationOptions(gate=None)
-    precisions = parse_precision(precision)
+    quantization = quantization or QuantizationOptions(gate=None)
     with publish(output, overwrite) as staging:
-        writer = EngineWriter(checkpoint_dir, overrides or {})
-        precisions = {name: precisions[name] for name in components_of(writer.config)}
-        trial = SmokeTest(writer.prompts, writer.limits, writer.config)
-        builder = _Builder(writer, options, staging, progress)
+        source = EngineSource(checkpoint_dir, overrides or {})
+        precisions = {name: chosen[name] for name in components_of(source.config)}
+        trial = SmokeTest(source.prompts, source.limits, source.config)
+        spec.check_limits(source.config, source.limits, precisions)
+        steps = spec.build(BuildJob(source, {**spec.build_options, **(options or {})}, staging, progress))
+        builder = _Builder(spec, source, steps, quantization, progress)
         is_quantised = bool(quantised_components(precisions))
         gate = None
-        if options.gate and is_quantised:
-            gate = AccuracyGate(options.gate, builder.write, staging, progress)
+        if quantization.gate and is_quantised:
+            gate = AccuracyGate(quantization.gate, builder.write, staging, progress, steps.unquantised(precisions))
         manifest = builder.write(precisions, staging)
         if smoke_test:
             progress("smoke test", 0, 1)
-            trial.run(Engine.open(staging))
+            builder.try_out(trial, staging, precisions)
             progress("smoke test", 1, 1)
         if is_quantised:
             manifest.accuracy_gate = gate.check(staging, precisions) if gate else NOT_MEASURED
@@ -89,39 +130,74 @@ def build_engine(
 class _Builder:
     """Engines of one checkpoint in any precision, all from one calibration, which is made when it is first needed."""
 
-    writer: EngineWriter
-    options: QuantizationOptions
-    beside: Path  # temporary engines are its siblings
+    spec: BackendSpec
+    source: EngineSource
+    steps: BuildSteps
+    quantization: QuantizationOptions
     progress: Progress
 
-    def write(self, precisions: Mapping[str, str], directory: Path) -> Manifest:
-        calibration = self.calibration if needs_calibration(precisions) else None
+    def write(self, chosen: Precisions, directory: Path) -> Manifest:
+        """Fill an empty directory."""
+        precisions = {name: chosen[name] for name in components_of(self.source.config)}
+        recipe = self._recipe(precisions, directory)
+        return write_engine(self.source, directory, recipe, self.spec.name, self.steps.tools, self.steps.write_stages)
+
+    def try_out(self, trial: SmokeTest, directory: Path, precisions: Precisions) -> None:
+        try:
+            trial.run(Engine.open(directory))
+        except DeviceMemoryError as error:
+            source = self.source
+            planned = plan_engine(source.config, source.limits, precisions, self.spec, source.prompts.tag_length)
+            raise EngineError(
+                f"{error}. The whole engine was expected to take {planned.peak_building / 1e9:.2f} GB on the GPU"
+            ) from error
+
+    def _recipe(self, precisions: Precisions, directory: Path) -> Recipe:
+        calibration = self._calibration if needs_calibration(precisions) else None
         if calibration:
             calibration.save(directory / CALIBRATION)
-        with Checkpoint.open(self.writer.checkpoint_dir) as checkpoint:
-            recipe = quantised(checkpoint, precisions, calibration, self.options.smoothquant_alpha)
-        return self.writer.write(directory, recipe, self.progress)
+        with Checkpoint.open(self.source.checkpoint_dir) as checkpoint:
+            alpha = self.quantization.smoothquant_alpha
+            return quantised(checkpoint, precisions, calibration, alpha, self.steps.fold_fp8)
 
     @functools.cached_property
-    def calibration(self) -> Calibration:
-        return make_calibration(self.writer, self.options, self.beside, self.progress)
+    def _calibration(self) -> Calibration:
+        """Raises EngineError for a saved one that does not fit; RequestError, ImageError for samples."""
+        path, count = self.quantization.calibration, self.quantization.calibration_samples
+        if path and is_calibration(path):
+            calibration = read_calibration(path)
+            calibration.check_checkpoint(self.source.digest, path)
+            return calibration
+        if path:
+            samples = read_first_samples(path, count)
+        else:
+            samples = document_samples("train", count or CALIBRATION_SAMPLES, self.progress)
+        return self.steps.calibrate(samples)
 
 
-def make_calibration(
-    writer: EngineWriter, options: QuantizationOptions, beside: Path, progress: Progress
-) -> Calibration:
-    """Read the calibration that `options` names, or measure one with an engine that is a temporary sibling of `beside`.
+def write_engine(
+    source: EngineSource,
+    directory: Path,
+    recipe: Recipe,
+    backend: str,
+    tools: Sequence[str],
+    write_stages: Callable[[Path, Recipe], dict[str, Any] | None],
+) -> Manifest:
+    """Fill an empty directory with configuration, tokenizer, stages and manifest. Memory does not grow with the model.
 
-    Raises EngineError for one that does not fit; RequestError, ImageError for samples."""
-    source, count = options.calibration, options.calibration_samples
-    if source and is_calibration(source):
-        calibration = read_calibration(source)
-        calibration.check_checkpoint(writer.digest, source)
-        return calibration
-    if source:
-        samples = read_first_samples(source, count)
-    else:
-        samples = document_samples("train", count or CALIBRATION_SAMPLES, progress)
-    with temporary_sibling(beside) as directory:
-        writer.write(directory, OBSERVING, progress)
-        return calibrate(directory, samples, progress)
+    Raises EngineError for a full disk."""
+    source.write_model_files(directory)
+    record = write_stages(directory, recipe)
+    manifest = Manifest(
+        model_name=source.config.name,
+        architecture=source.config.architecture,
+        backend=backend,
+        precision={component: recipe.precisions[component] for component in components_of(source.config)},
+        limits=source.limits,
+        checkpoint_digest=source.digest,
+        tool_versions=tool_versions(*tools),
+        calibration=recipe.calibration,
+        backend_record=record,
+    )
+    write_manifest(directory, manifest)
+    return manifest

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from nvlm_trt.backends import open_backend
-from nvlm_trt.backends.base import Backend, FloatArray
-from nvlm_trt.engine import Engine, EngineLimits
+from nvlm_trt.api import Message
+from nvlm_trt.backends.base import FloatArray, StepBackend
+from nvlm_trt.backends.opening import open_backend
+from nvlm_trt.engine import Engine
 from nvlm_trt.errors import EngineError
+from nvlm_trt.limits import EngineLimits
 from nvlm_trt.model.config import NvlmConfig
-from nvlm_trt.prompt.encoder import EncodedPrompt, Message, PromptEncoder, split_tiles
+from nvlm_trt.prompt.encoder import EncodedPrompt, PromptEncoder
 
 _TOKENS = 4
 
@@ -45,19 +47,19 @@ def _encode(prompts: PromptEncoder, tiles: int) -> EncodedPrompt:
     return prompts.encode([Message("user", "Hello")], [tiles] if tiles else [])
 
 
-def _generate(backend: Backend, prompt: EncodedPrompt, pixel_values: FloatArray) -> None:
+def _generate(backend: StepBackend, prompt: EncodedPrompt, pixel_values: FloatArray) -> None:
     """Greedy tokens of one request; pixel_values [tiles, 3, E, E] of its one image, or no tiles."""
-    config = backend.config
-    image_tokens = backend.encode(pixel_values)
-    _check_finite("image tokens", image_tokens)
-    in_llm, in_cross = split_tiles(config.architecture, len(pixel_values))
-    if prompt.cross_tokens:
-        cross_kv = backend.cross_kv(image_tokens[in_cross])
-        _check_finite("cross-attention keys and values", cross_kv)
-        backend.write_cross_kv(0, 0, cross_kv)
-    llm_tokens = image_tokens[in_llm].reshape(-1, config.llm.hidden_size)
-    logits = backend.prefill(0, 0, prompt.input_ids, llm_tokens, prompt.cross_ranges)
-    ranges = np.array([PromptEncoder.decode_range(prompt)], np.int32)
+    config, images = backend.config, []
+    if len(pixel_values):
+        image_tokens = backend.encode(pixel_values)
+        _check_finite("image tokens", backend.to_host(image_tokens))
+        images = [backend.features(image_tokens)]
+        if images[0].cross_kv is not None:
+            _check_finite("cross-attention keys and values", backend.to_host(images[0].cross_kv))
+        backend.write_cross_kv(0, 0, images[0])
+    embeddings = backend.embeddings(images, 0, prompt.placeholders)
+    logits = backend.prefill(0, 0, prompt.input_ids, embeddings, prompt.cross_ranges)
+    ranges = np.array([prompt.decode_range], np.int32)
     for position in range(len(prompt.input_ids), len(prompt.input_ids) + _TOKENS):
         _check_finite("logits", logits)
         logits[config.image_token_id] = -np.inf

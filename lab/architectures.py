@@ -17,12 +17,14 @@ from collections.abc import Mapping
 import numpy as np
 from common import Contender, Rounds, built_engine, parser, run_main, settings_of
 
-from nvlm_trt.backends import open_backend
+from nvlm_trt.api import Message
 from nvlm_trt.backends.base import Backend
+from nvlm_trt.backends.opening import open_backend
 from nvlm_trt.benchmark.prompts import PromptWriter
 from nvlm_trt.engine import Engine
 from nvlm_trt.model.config import NvlmConfig
-from nvlm_trt.prompt.encoder import EncodedPrompt, Message, PromptEncoder, split_tiles
+from nvlm_trt.prompt.encoder import EncodedPrompt, PromptEncoder
+from nvlm_trt.prompt.image_tokens import split_tiles
 from nvlm_trt.prompt.tokenizer import Tokenizer
 from nvlm_trt.runtime.pipeline import RuntimeOptions
 

@@ -29,8 +29,8 @@ from common import Contender, Rounds, built_engine, parser, random_checkpoint, r
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers_model import language_model
 
-from nvlm_trt.backends import open_backend
 from nvlm_trt.backends.base import Backend
+from nvlm_trt.backends.opening import open_backend
 from nvlm_trt.engine import Engine
 
 PEERS = {"llama.cpp Q8_0": "llama_cpp_worker.py", "OpenVINO int8": "openvino_worker.py"}

@@ -29,7 +29,7 @@ import torch
 from common import run_main
 from decode_peers import Peer, decoding_parser, engine_decoder, open_peers, prepare, prompts
 
-from nvlm_trt.backends import open_backend
+from nvlm_trt.backends.opening import open_backend
 from nvlm_trt.engine import Engine
 
 OPENVINO = "OpenVINO int8"

@@ -28,8 +28,9 @@ from typing import Any
 
 import numpy as np
 
-from nvlm_trt.backends import open_backend
+from nvlm_trt.api import Message
 from nvlm_trt.backends.base import Backend
+from nvlm_trt.backends.opening import open_backend
 from nvlm_trt.builders.engine_build import QuantizationOptions, build_engine
 from nvlm_trt.checkpoint.reader import Checkpoint
 from nvlm_trt.engine import CALIBRATION, Engine
@@ -40,7 +41,8 @@ from nvlm_trt.evaluation.samples import Sample, digest_of
 from nvlm_trt.evaluation.tinydocs import TASKS, TEXT_TASKS, generate
 from nvlm_trt.image.decoding import load_image
 from nvlm_trt.image.tiling import tile_image
-from nvlm_trt.prompt.encoder import EncodedPrompt, Message, PromptEncoder, split_tiles
+from nvlm_trt.prompt.encoder import EncodedPrompt, PromptEncoder
+from nvlm_trt.prompt.image_tokens import split_tiles
 from nvlm_trt.prompt.tokenizer import Tokenizer
 from nvlm_trt.terminal import progress as draw_progress
 

@@ -21,14 +21,12 @@ from typing import Any
 import numpy as np
 from common import Contender, Rounds, Spread, built_engine, parser, run_main, settings_of
 
+from nvlm_trt.api import ChatRequest, Delta, Message, SamplingParams
 from nvlm_trt.benchmark.images import encode
 from nvlm_trt.benchmark.prompts import PromptWriter
 from nvlm_trt.benchmark.workload import ImageSize, Picture
-from nvlm_trt.prompt.encoder import Message
 from nvlm_trt.prompt.tokenizer import Tokenizer
-from nvlm_trt.runtime.generation import Delta
-from nvlm_trt.runtime.pipeline import ChatRequest, Pipeline
-from nvlm_trt.runtime.sampling import SamplingParams
+from nvlm_trt.runtime.pipeline import Pipeline
 from nvlm_trt.serving.client import Client
 from nvlm_trt.serving.triton.repository import RepositoryOptions
 from nvlm_trt.serving.triton.server import ServerOptions, TritonServer

@@ -21,18 +21,18 @@ from common import Contender, Rounds, built_engine, parser, random_checkpoint, r
 from transformers import PreTrainedModel
 from transformers_model import whole_model
 
-from nvlm_trt.backends import open_backend
+from nvlm_trt.api import ChatRequest, Message, SamplingParams
 from nvlm_trt.backends.base import FloatArray
+from nvlm_trt.backends.opening import open_backend
 from nvlm_trt.benchmark.images import encode
 from nvlm_trt.benchmark.prompts import PromptWriter
 from nvlm_trt.benchmark.workload import ImageSize, Picture
 from nvlm_trt.engine import Engine
 from nvlm_trt.image.decoding import load_image
 from nvlm_trt.image.tiling import tile_image
-from nvlm_trt.prompt.encoder import Message, PromptEncoder
+from nvlm_trt.prompt.encoder import PromptEncoder
 from nvlm_trt.prompt.tokenizer import Tokenizer
-from nvlm_trt.runtime.pipeline import ChatRequest, Pipeline
-from nvlm_trt.runtime.sampling import SamplingParams
+from nvlm_trt.runtime.pipeline import Pipeline
 
 TTFT = "TTFT ms"
 SIZE = ImageSize(1344, 896)  # three by two tiles

@@ -139,8 +139,7 @@ def ask(
     """
     if (engine is None) == (url is None):
         raise NvlmError("name either an engine or a server: pass one of --engine DIR and --url grpc://host:port")
-    from nvlm_trt.prompt.encoder import Message
-    from nvlm_trt.runtime.sampling import SamplingParams
+    from nvlm_trt.api import Message, SamplingParams
 
     sampling = SamplingParams(
         max_tokens=max_tokens,
@@ -156,7 +155,8 @@ def ask(
     messages.append(Message("user", question))
     pictures = tuple(_read_picture(path) for path in image or ())
     if engine is not None:
-        from nvlm_trt.runtime.pipeline import ChatRequest, Pipeline
+        from nvlm_trt.api import ChatRequest
+        from nvlm_trt.runtime.pipeline import Pipeline
 
         with Pipeline.open(engine, threads=threads) as pipeline:
             stream = pipeline.generate(ChatRequest(messages, pictures, sampling, max_tiles))

@@ -22,10 +22,11 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nvlm_trt.errors import EngineError
+from nvlm_trt.limits import EngineLimits
 from nvlm_trt.model.config import NvlmConfig
 from nvlm_trt.model.hf_config import read_config
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 CALIBRATION = "calibration.json"
 # Files up to this size are hashed whenever an engine is opened; larger ones when it is served or verified.
@@ -36,34 +37,9 @@ class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class EngineLimits(_Record):
-    """What the engine was built to hold; requests beyond are rejected with the number that was exceeded."""
-
-    max_slots: int = Field(default=8, gt=0)  # requests decoded at once
-    max_seq_len: int = Field(default=2048, gt=0)  # tokens of prompt and answer in the LLM's sequence
-    max_image_tokens: int = Field(default=0, ge=0)  # cross-attended tokens per request (X, H)
-    max_tiles: int = Field(default=6, gt=0)  # tiles per image, thumbnail not counted
-
-
 class FileRecord(_Record):
     size: int
     sha256: str
-
-
-class TensorRtRecord(_Record):
-    """What an engine of the backend "tensorrt" can run on, and how its plans are to be fed."""
-
-    version: str  # of TensorRT, which reads its own plans only
-    capability: int  # compute capability of the GPU: 90 for 9.0
-    gpu: str
-    container: str  # that has this version
-    dtype: str  # "fp32", "fp16" or "bf16", of everything that is not quantised
-    plugin: str  # name and version of the plugin that cross-attends
-    aliased: dict[str, str]  # output of the decoder -> the input whose memory it is
-    # component -> for each optimisation profile, input -> smallest, usual and largest shape
-    profiles: dict[str, list[dict[str, list[list[int]]]]]
-    stripped: bool = False  # weights are in the ONNX files beside the plans
-    weight_streaming: bool = False
 
 
 class Manifest(_Record):
@@ -71,6 +47,7 @@ class Manifest(_Record):
     model_name: str
     architecture: str
     backend: str
+    runtimes: dict[str, str] = Field(default_factory=dict)  # stage -> the backend that runs it, where it is another
     precision: dict[str, str]  # component -> "fp32", "int8", ...
     limits: EngineLimits
     checkpoint_digest: str
@@ -78,7 +55,7 @@ class Manifest(_Record):
     files: dict[str, FileRecord] = Field(default_factory=dict)
     calibration: dict[str, Any] | None = None
     verification: dict[str, Any] | None = None
-    tensorrt: TensorRtRecord | None = None
+    backend_record: dict[str, Any] | None = None  # what the backend notes for itself
     accuracy_gate: dict[str, Any] | None = None  # of a quantised engine that was measured before it was published
 
 
@@ -204,7 +181,8 @@ def _read_manifest(path: Path) -> Manifest:
         raise EngineError(f"{path} is not an engine directory (no {MANIFEST}); run `nvlm-trt build`") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise EngineError(f"{file} is not JSON ({error}); rebuild the engine with `nvlm-trt build`") from None
-    version = raw.get("schema_version") if isinstance(raw, dict) else None
+    raw = _upgraded(raw) if isinstance(raw, dict) else {}
+    version = raw.get("schema_version")
     if version != SCHEMA_VERSION:
         raise EngineError(
             f"{file} has schema version {version}, this nvlm-trt reads {SCHEMA_VERSION}; rebuild with `nvlm-trt build`"
@@ -215,6 +193,14 @@ def _read_manifest(path: Path) -> Manifest:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise EngineError(f"{file}: {where}: {first['msg']}; rebuild the engine with `nvlm-trt build`") from None
+
+
+def _upgraded(raw: dict[str, Any]) -> dict[str, Any]:
+    """A manifest of schema version 1 in today's form: it named the record of one backend by a key of its own."""
+    if raw.get("schema_version") != 1:
+        return raw
+    record = raw.pop("tensorrt", None)
+    return {**raw, "schema_version": SCHEMA_VERSION, "backend_record": record}
 
 
 def _check_file(path: Path, record: FileRecord, full_check: bool) -> None:

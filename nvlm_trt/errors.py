@@ -17,6 +17,10 @@ class EngineError(NvlmError):
     """An engine directory cannot be built, published or loaded."""
 
 
+class DeviceMemoryError(EngineError):
+    """A device has no memory for an engine that is whole."""
+
+
 class ImageError(NvlmError):
     """Encoded bytes are not an image that we accept."""
 

@@ -20,9 +20,9 @@ from rich.table import Table
 from nvlm_trt.progress import Progress
 
 if TYPE_CHECKING:
+    from nvlm_trt.api import Delta, Usage
     from nvlm_trt.evaluation.accuracy import GroupScore, Summary, TaskScore
     from nvlm_trt.evaluation.parity import ParityReport
-    from nvlm_trt.runtime.generation import Delta, Usage
 
 
 _stderr = Console(stderr=True, highlight=False)

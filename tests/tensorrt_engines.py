@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from nvlm_trt.backends.tensorrt.profiles import profiles_of
-from nvlm_trt.engine import Engine, TensorRtRecord, save_manifest
+from nvlm_trt.backends.tensorrt.record import TensorRtRecord
+from nvlm_trt.engine import Engine, save_manifest
 
 
 def for_tensorrt(engine: Engine, dtype: str, path: Path | None = None, stripped: bool = False) -> Engine:

@@ -19,13 +19,12 @@ matplotlib.use("Agg")
 import torch
 from matplotlib import pyplot
 
+from nvlm_trt.api import ChatRequest, Message, SamplingParams, Usage
 from nvlm_trt.evaluation.tinydocs import TEXT_TASKS, generate
 from nvlm_trt.evaluation.tinydocs.kinds import Question
-from nvlm_trt.prompt.encoder import Message, PromptEncoder
+from nvlm_trt.prompt.encoder import PromptEncoder
 from nvlm_trt.prompt.tokenizer import Tokenizer
-from nvlm_trt.runtime.generation import Usage
-from nvlm_trt.runtime.pipeline import ChatRequest, Pipeline
-from nvlm_trt.runtime.sampling import SamplingParams
+from nvlm_trt.runtime.pipeline import Pipeline
 from training.ablation import VARIANTS
 from training.language_stage import right_answers
 from training.run import Run

@@ -17,10 +17,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from nvlm_trt.api import Message
 from nvlm_trt.evaluation.tinydocs import TEXT_TASKS
 from nvlm_trt.evaluation.tinydocs.kinds import Question
 from nvlm_trt.model.config import NvlmConfig
-from nvlm_trt.prompt.encoder import Message, PromptEncoder, split_tiles
+from nvlm_trt.prompt.encoder import PromptEncoder
+from nvlm_trt.prompt.image_tokens import split_tiles
 from nvlm_trt.prompt.tokenizer import MESSAGE_END, THUMBNAIL_TAG, Tokenizer, tile_tag
 from training.labels import Labels
 from training.pointing import TEXT, TOKENS, Point, points, text_points

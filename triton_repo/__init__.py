@@ -1,8 +1,7 @@
-"""The model repository that Triton loads. Each config.pbtxt is a template that
-nvlm_trt.serving.triton.repository fills in.
+"""The model repository that Triton loads.
 
-tiling -> vision_encoder -> nvlm are the steps of nvlm_ensemble. Clients call `nvlm`, which streams the answer itself
-and sends images that it has not seen yet through the ensemble.
-
-An engine for TensorRT has its `vision_encoder` from vision_encoder_tensorrt.
+Each config.pbtxt is a template that nvlm_trt.serving.triton.repository fills in. Clients call `nvlm`, which streams the
+answer and sends new images through `image_encoder`, an ensemble of `tiling` and `vision_encoder`. The ensemble
+`nvlm_ensemble` chains all three. A backend may name another folder for `vision_encoder`: TensorRT's is
+vision_encoder_tensorrt.
 """

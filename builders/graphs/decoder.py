@@ -28,7 +28,7 @@ from nvlm_trt.builders.graphs.common import (
     WeightSource,
 )
 from nvlm_trt.builders.graphs.tensorrt_functions import CAUSAL, causal_trt_attention, trt_cache_update
-from nvlm_trt.engine import EngineLimits
+from nvlm_trt.limits import EngineLimits
 from nvlm_trt.model.config import LlmConfig, NvlmConfig
 from nvlm_trt.model.layout import EMBEDDING
 from nvlm_trt.plugins.gated_cross_attention.onnx_function import PLUGIN_ATTRIBUTES, gated_cross_attention

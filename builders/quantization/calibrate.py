@@ -1,54 +1,16 @@
-"""Calibration: an observing engine answers samples through the real pipeline, tiling, prefill and decoding included."""
+"""The samples that a build asks: those of the built-in document tasks, or a file's."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nvlm_trt.backends.onnxruntime.observing import ObservingBackend
-from nvlm_trt.builders.quantization.calibration import Calibration
-from nvlm_trt.engine import Engine
-from nvlm_trt.errors import ImageError, RequestError
-from nvlm_trt.evaluation.samples import Sample, digest_of, read_samples
+from nvlm_trt.evaluation.samples import Sample, read_samples
 from nvlm_trt.progress import Progress
-from nvlm_trt.prompt.encoder import Message
-from nvlm_trt.prompt.tokenizer import Tokenizer
-from nvlm_trt.runtime.pipeline import ChatRequest, Pipeline
-from nvlm_trt.runtime.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from nvlm_trt.evaluation.tinydocs import Split
-
-_MAX_TOKENS = 16  # an answer's tokens are few beside a prompt's, and each takes a run
-
-
-def calibrate(engine_dir: Path, samples: Sequence[Sample], progress: Progress) -> Calibration:
-    """Ask an engine of the recipe OBSERVING; what it answers is not looked at.
-
-    Raises RequestError for a sample that the engine cannot hold, ImageError for a picture that does not decode, and
-    EngineError for inputs that are not finite or all zero."""
-    engine = Engine.open(engine_dir)
-    digest = digest_of(samples, progress)
-    backend = ObservingBackend(engine)
-    with Pipeline(engine, backend, Tokenizer.from_directory(engine_dir)) as pipeline:
-        for done, sample in enumerate(samples):
-            progress("calibrating", done, len(samples))
-            request = ChatRequest(
-                [Message("user", sample.prompt)], tuple(sample.images), SamplingParams(max_tokens=_MAX_TOKENS)
-            )
-            try:
-                for _ in pipeline.generate(request):
-                    pass
-            except (RequestError, ImageError) as error:
-                raise type(error)(f"calibration sample {sample.name}: {error}") from None
-    progress("calibrating", len(samples), len(samples))
-    return Calibration(
-        checkpoint_digest=engine.manifest.checkpoint_digest,
-        samples={"count": len(samples), "digest": digest},
-        linears=backend.linears(),
-    )
 
 
 def document_samples(split: Split, count: int, progress: Progress) -> list[Sample]:

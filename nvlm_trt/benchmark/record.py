@@ -6,7 +6,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from nvlm_trt.runtime.generation import Usage
+from nvlm_trt.api import Usage
 
 # ok: answered to the end, with as many tokens as asked
 # rejected: the server's queue was full

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from nvlm_trt import terminal
+from nvlm_trt.backends.table import DEFAULT_BACKEND, backend_summaries, find_backend, precision_summaries
 from nvlm_trt.errors import NvlmError
+from nvlm_trt.model.precision import COMPONENTS, needs_calibration, quantised_components
 
 if TYPE_CHECKING:
     from nvlm_trt.builders.engine_build import QuantizationOptions
-    from nvlm_trt.engine import Engine
 
 
 def build(
@@ -22,16 +21,13 @@ def build(
     output: Annotated[Path, typer.Option(help="Engine directory to publish.")],
     backend: Annotated[
         str,
-        typer.Option(
-            help="Runs the engine: onnxruntime (CPU), or tensorrt (the GPU of this machine, docs/tensorrt.md)."
-        ),
-    ] = "onnxruntime",
+        typer.Option(help=f"Runs the engine: {backend_summaries()}."),
+    ] = DEFAULT_BACKEND,
     precision: Annotated[
         str | None,
         typer.Option(
-            help="onnxruntime: fp32, int8, int8-weight-only, int4-weight-only or fp8 [fp32]. tensorrt: fp32, fp16, "
-            "bf16, int8 or fp8 [bf16]. Components apart with component=NAME,...: "
-            "vision_encoder, projector, decoder, lm_head, cross_attention (docs/quantization.md)."
+            help=f"{precision_summaries()} Components apart with component=NAME,...: {', '.join(COMPONENTS)} "
+            "(docs/quantization.md)."
         ),
     ] = None,
     calibration: Annotated[
@@ -79,20 +75,15 @@ def build(
 
     Example: nvlm-trt build --checkpoint checkpoints/nvlm-h --output engines/nvlm-h --precision int8
     """
-    from nvlm_trt.model.precision import (
-        default_precision,
-        needs_calibration,
-        parse_precision,
-        quantised_components,
-    )
-
-    precision = precision or default_precision(backend)
-    if backend != "tensorrt" and (strip_weights or weight_streaming):
-        raise NvlmError("--strip-weights and --weight-streaming are of the backend tensorrt; leave them out")
+    spec = find_backend(backend)
+    precisions = spec.precisions.parse(precision)
+    options = {"strip_weights": strip_weights, "weight_streaming": weight_streaming}
+    for name, given in options.items():
+        if given and name not in spec.build_options:
+            raise NvlmError(f"{_dashed(name)} is no option of the backend {spec.name}; leave it out")
     from nvlm_trt.builders.engine_build import build_engine
     from nvlm_trt.builders.quantization.gate import AccuracyError
 
-    precisions = parse_precision(precision, backend)
     judging = {"samples": gate, "count": gate_samples, "max_drop": max_accuracy_drop}
     calibrating = {
         "calibration": calibration,
@@ -108,14 +99,7 @@ def build(
     limits = {"max_slots": max_slots, "max_seq_len": max_seq_len, "max_image_tokens": max_image_tokens}
     try:
         with terminal.progress() as progress:
-            build_for_backend: Callable[..., Engine] = build_engine
-            if backend == "tensorrt":
-                from nvlm_trt.backends.tensorrt.build import build_tensorrt_engine
-                from nvlm_trt.backends.tensorrt.plan import PlanOptions
-
-                plan = PlanOptions(strip_weights, weight_streaming)
-                build_for_backend = functools.partial(build_tensorrt_engine, options=plan)
-            engine = build_for_backend(
+            engine = build_engine(
                 checkpoint,
                 output,
                 overrides=_given(limits),
@@ -123,6 +107,8 @@ def build(
                 progress=progress,
                 precision=precision,
                 quantization=_options(calibrating, judging, no_gate),
+                backend=backend,
+                options={name: value for name, value in options.items() if name in spec.build_options},
             )
     except AccuracyError as error:
         for cost in error.costs:
@@ -144,6 +130,10 @@ def _options(calibrating: dict[str, Any], judging: dict[str, Any], no_gate: bool
 def _given(options: dict[str, Any]) -> dict[str, Any]:
     """Those that were typed; the others keep the defaults of whoever takes them."""
     return {name: value for name, value in options.items() if value is not None}
+
+
+def _dashed(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _option(options: dict[str, Any]) -> str:

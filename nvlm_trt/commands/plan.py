@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from nvlm_trt.backends.table import DEFAULT_BACKEND, backend_names, default_precisions, find_backend
 from nvlm_trt.errors import ConfigError, EngineError, NvlmError
 from nvlm_trt.model.config import PRESETS, NvlmConfig
 
 if TYPE_CHECKING:
-    from nvlm_trt.engine import EngineLimits
-    from nvlm_trt.planner.memory import EnginePlan, Work
+    from nvlm_trt.limits import EngineLimits
+    from nvlm_trt.planner.memory import EnginePlan
+    from nvlm_trt.planner.roofline import Work
 
 _PRESET_TAG_LENGTH = 1  # of the tokenizer that `nvlm-trt init-checkpoint` writes
 
@@ -23,10 +25,8 @@ _PRESET_TAG_LENGTH = 1  # of the tokenizer that `nvlm-trt init-checkpoint` write
 def plan(
     checkpoint: Annotated[Path | None, typer.Option(help="Checkpoint directory in HF layout.")] = None,
     preset: Annotated[str | None, typer.Option(help=f"Instead of a checkpoint: {', '.join(PRESETS)}.")] = None,
-    backend: Annotated[str, typer.Option(help="onnxruntime or tensorrt.")] = "onnxruntime",
-    precision: Annotated[
-        str | None, typer.Option(help="As for `nvlm-trt build` [fp32 for onnxruntime, bf16 for tensorrt].")
-    ] = None,
+    backend: Annotated[str, typer.Option(help=f"{' or '.join(backend_names())}.")] = DEFAULT_BACKEND,
+    precision: Annotated[str | None, typer.Option(help=f"As for `nvlm-trt build` [{default_precisions()}].")] = None,
     max_slots: Annotated[int | None, typer.Option(min=1, help="Requests decoded at once [8].")] = None,
     max_seq_len: Annotated[
         int | None, typer.Option(min=1, help="Tokens of prompt and answer in the LLM [4096].")
@@ -50,17 +50,17 @@ def plan(
     """
     if (checkpoint is None) == (preset is None):
         raise NvlmError(f"name either a checkpoint or a preset: --checkpoint DIR, or --preset {next(iter(PRESETS))}")
-    from nvlm_trt.model.precision import default_precision, parse_precision
-
-    precision = precision or default_precision(backend)
+    spec = find_backend(backend)
+    precision = precision or spec.precisions.default
     rates = [rate for rate in (bandwidth, tflops) if rate is not None]
     if len(rates) == 1 or any(rate <= 0 for rate in rates):
         raise NvlmError("a time follows from both --bandwidth and --tflops, above 0; give both or none")
-    from nvlm_trt.builders.engine_writer import engine_limits
-    from nvlm_trt.planner.memory import Roofline, plan_engine
-    from nvlm_trt.prompt.encoder import count_image_tokens
+    from nvlm_trt.planner.limits import engine_limits
+    from nvlm_trt.planner.memory import plan_engine
+    from nvlm_trt.planner.roofline import Roofline
+    from nvlm_trt.prompt.image_tokens import count_image_tokens
 
-    precisions = parse_precision(precision, backend)
+    precisions = spec.precisions.parse(precision)
     config, tag_length, checkpoint_bytes = _model(checkpoint, preset)
     chosen = {"max_slots": max_slots, "max_seq_len": max_seq_len, "max_image_tokens": max_image_tokens}
     given = {name: value for name, value in chosen.items() if value is not None}
@@ -68,8 +68,8 @@ def plan(
     tiles = config.tiles_per_image if tiles is None else tiles
     if tiles > config.tiles_per_image:
         raise EngineError(f"an image has at most {config.tiles_per_image} tiles, not {tiles}; lower --tiles")
-    planned = plan_engine(config, limits, precisions, backend, tag_length, checkpoint_bytes)
-    roofline = Roofline(config, limits, precisions, backend, tag_length)
+    planned = plan_engine(config, limits, precisions, spec, tag_length, checkpoint_bytes)
+    roofline = Roofline(config, limits, precisions, spec, tag_length)
     prefill = roofline.prefill(text_tokens, tiles)
     in_llm, cross = count_image_tokens(config, tiles, tag_length)
     decode = roofline.decode(1, text_tokens + in_llm + 1, cross)

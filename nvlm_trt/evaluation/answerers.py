@@ -13,13 +13,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Protocol
 
+from nvlm_trt.api import Delta, Message, SamplingParams
 from nvlm_trt.checkpoint.reader import Checkpoint
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import EngineError, ImageError, NvlmError, QueueFullError, RequestError, ServerError
 from nvlm_trt.evaluation.samples import Sample
-from nvlm_trt.prompt.encoder import Message
-from nvlm_trt.runtime.generation import Delta
-from nvlm_trt.runtime.sampling import SamplingParams
 from nvlm_trt.serving.triton.repository import available_cores
 
 Answers = Iterator[tuple[Sample, str]]
@@ -89,7 +87,7 @@ class EngineAnswerer:
         return _answer_concurrently(self._ask, samples, self._concurrency)
 
     def _ask(self, sample: Sample) -> str:
-        from nvlm_trt.runtime.pipeline import ChatRequest
+        from nvlm_trt.api import ChatRequest
 
         request = ChatRequest([Message("user", sample.prompt)], tuple(sample.images), self._sampling)
         with contextlib.closing(self._pipeline.generate(request)) as stream:  # type: ignore[type-var]  # a generator

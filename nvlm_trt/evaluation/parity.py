@@ -15,18 +15,19 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-from nvlm_trt.backends import open_backend
-from nvlm_trt.backends.base import Backend
+from nvlm_trt.api import ChatRequest, Message, SamplingParams
+from nvlm_trt.backends.base import ImageFeatures, StepBackend
+from nvlm_trt.backends.opening import open_backend
 from nvlm_trt.checkpoint.reader import Checkpoint
 from nvlm_trt.engine import Engine, save_manifest
 from nvlm_trt.errors import EngineError, NvlmError
 from nvlm_trt.image.decoding import load_image
 from nvlm_trt.image.tiling import tile_image
 from nvlm_trt.progress import Progress, no_progress
-from nvlm_trt.prompt.encoder import EncodedPrompt, Message, PromptEncoder, split_tiles
+from nvlm_trt.prompt.encoder import EncodedPrompt, PromptEncoder
+from nvlm_trt.prompt.image_tokens import split_tiles
 from nvlm_trt.prompt.tokenizer import Tokenizer
-from nvlm_trt.runtime.pipeline import ChatRequest, Pipeline
-from nvlm_trt.runtime.sampling import SamplingParams
+from nvlm_trt.runtime.pipeline import Pipeline
 
 if TYPE_CHECKING:
     from nvlm_trt.reference.model import ReferenceModel
@@ -121,7 +122,7 @@ def verify_engine(
 
 
 def _compare_stages(
-    report: ParityReport, engine: Engine, backend: Backend, reference: ReferenceModel, data: bytes
+    report: ParityReport, engine: Engine, backend: StepBackend, reference: ReferenceModel, data: bytes
 ) -> tuple[EncodedPrompt, Any, Any]:
     """Tiles, image tokens, cross K/V and prefill logits; returns what the reference generates from."""
     import torch
@@ -136,17 +137,21 @@ def _compare_stages(
 
     with torch.inference_mode():
         image_tokens = reference.encode(tiles)  # [n, T, hidden]
-        report.compare("image tokens", backend.encode(tiles.numpy()), image_tokens.numpy())
+        report.compare("image tokens", backend.to_host(backend.encode(tiles.numpy())), image_tokens.numpy())
         llm_tiles, cross_tiles = split_tiles(config.architecture, len(tiles))
         llm_tokens = image_tokens[llm_tiles].reshape(-1, config.llm.hidden_size)  # [M, hidden]
         cross_kv = None
+        # the reference's own tokens, through this backend: its embeddings, and its keys and values
+        features = backend.features(backend.import_tokens(image_tokens.contiguous().numpy()))
         if config.cross_attention is not None:
             crossed = image_tokens[cross_tiles]
             tags = torch.from_numpy(encoder.tag_ids(len(crossed))) if config.architecture == "H" else None
             cross_kv = reference.cross_kv(crossed, tags)
             expected = torch.stack([torch.stack(pair) for pair in cross_kv]).numpy()
-            backend.write_cross_kv(0, 0, expected)
-            report.compare("cross K/V", backend.cross_kv(crossed.contiguous().numpy()), expected)
+            assert features.cross_kv is not None, "an image of several tiles is cross-attended"
+            report.compare("cross K/V", backend.to_host(features.cross_kv), expected)
+            features = ImageFeatures(features.embeddings, backend.import_tokens(expected), features.tiles)
+            backend.write_cross_kv(0, 0, features)
 
         prompt = encoder.encode([Message("user", QUESTION)], [len(tiles)])
         text = encoder.encode([Message("user", QUESTION)], [])
@@ -154,8 +159,8 @@ def _compare_stages(
             ids = torch.from_numpy(encoded.input_ids)[None]
             ranges = torch.from_numpy(encoded.cross_ranges)[None]
             logits, _ = reference(ids, tokens, cross_kv, ranges, None)
-            spliced = np.zeros((0, config.llm.hidden_size), np.float32) if tokens is None else tokens.numpy()
-            actual = backend.prefill(0, 0, encoded.input_ids, spliced, encoded.cross_ranges)
+            embeddings = backend.embeddings([features], 0, encoded.placeholders)
+            actual = backend.prefill(0, 0, encoded.input_ids, embeddings, encoded.cross_ranges)
             report.compare(name, actual, logits[0, -1].numpy())
     return prompt, llm_tokens, cross_kv
 

@@ -7,10 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nvlm_trt.api import Message
 from nvlm_trt.evaluation.samples import Sample
 from nvlm_trt.image.decoding import load_image
 from nvlm_trt.model.config import NvlmConfig
-from nvlm_trt.prompt.encoder import Message, PromptEncoder, split_tiles
+from nvlm_trt.prompt.encoder import PromptEncoder
+from nvlm_trt.prompt.image_tokens import split_tiles
 from nvlm_trt.prompt.tokenizer import Tokenizer
 from nvlm_trt.reference.decoder import KeyValue
 from nvlm_trt.reference.model import ReferenceModel

@@ -13,7 +13,7 @@ from nvlm_trt.errors import ImageError, NvlmError, RequestError
 from nvlm_trt.evaluation.scoring import number_in
 from nvlm_trt.image.decoding import load_image
 from nvlm_trt.progress import Progress, no_progress
-from nvlm_trt.prompt.encoder import IMAGE_MARK
+from nvlm_trt.prompt.conversation import IMAGE_MARK
 
 Metric = Literal["exact", "contains", "anls", "numeric"]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from nvlm_trt.errors import ConfigError, ImageError
+from nvlm_trt.errors import ConfigError, ImageError, RequestError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
@@ -39,6 +39,11 @@ class ImageLimits:
                 raise ConfigError(f"image limit {item.name} = {value!r} must be a positive integer")
         if self.max_pixels > _PILLOW_CEILING:
             raise ConfigError(f"image limit max_pixels {self.max_pixels} is above {_PILLOW_CEILING}, Pillow's ceiling")
+
+    def check_count(self, images: int) -> None:
+        """Check the number of images of a request. Raises RequestError."""
+        if images > self.max_images:
+            raise RequestError(f"the request has {images} images, at most {self.max_images} are allowed; send fewer")
 
 
 def load_image(data: bytes, limits: ImageLimits | None = None) -> Image.Image:

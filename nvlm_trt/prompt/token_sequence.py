@@ -8,6 +8,7 @@ import numpy.typing as npt
 from nvlm_trt.prompt.tokenizer import Tokenizer
 
 Range = tuple[int, int]
+Tokenised = tuple[list[int], list[tuple[int, int]]]  # ids, and for each the (start, end) of its characters
 
 
 class TokenSequence:
@@ -17,9 +18,11 @@ class TokenSequence:
     A part reads `reads`, by default all of `seen`. A token that parts share goes with the part of its last character.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, tokenised: dict[str, Tokenised] | None = None) -> None:
+        """`tokenised` keeps what each stretch of text became, for the next sequence that has it."""
         self.seen = 0  # cross-attended tokens of the images that are complete
         self._tokenizer = tokenizer
+        self._tokenised = {} if tokenised is None else tokenised
         self._ids: list[int] = []
         self._ranges: list[Range] = []
         self._parts: list[tuple[str, Range]] = []  # text not yet encoded
@@ -50,7 +53,10 @@ class TokenSequence:
             return
         texts, ranges = zip(*self._parts, strict=True)
         self._parts = []
-        ids, offsets = self._tokenizer.encode_with_offsets("".join(texts))
+        text = "".join(texts)
+        if text not in self._tokenised:
+            self._tokenised[text] = self._tokenizer.encode_with_offsets(text)
+        ids, offsets = self._tokenised[text]
         if not ids:
             return
         last_characters = np.array([max(end - 1, 0) for _, end in offsets])

@@ -1,25 +1,30 @@
-"""The thread that runs the engine: it sleeps while there is nothing to do and ends all requests if the engine fails."""
+"""Makes a text generator of a step backend: one thread runs the engine, and sleeps while there is nothing to do."""
 
 from __future__ import annotations
 
 import logging
 import threading
-from concurrent.futures import Future
+from typing import Any
 
-from nvlm_trt.backends.base import Backend
+from nvlm_trt.backends.base import BackendArray, FloatArray, ImageFeatures, StepBackend
 from nvlm_trt.errors import EngineError
 from nvlm_trt.prompt.tokenizer import Tokenizer
-from nvlm_trt.runtime.generation import GenerationRequest, Handle, OnDelta, OnError, Submission
-from nvlm_trt.runtime.scheduler import Scheduler, SchedulerMetrics
+from nvlm_trt.runtime.request import Request
+from nvlm_trt.runtime.scheduler import Scheduler
+from nvlm_trt.runtime.text_generator import GeneratorMetrics
 
 logger = logging.getLogger(__name__)
 
 
 class Batcher:
-    """Drives one backend. `on_delta` and `on_error` are called on its thread, between two steps: they must be quick."""
+    """Implements `TextGenerator`. Requests are told their deltas on the batcher's thread, between two steps."""
 
-    def __init__(self, backend: Backend, tokenizer: Tokenizer, max_queue: int = 64, prefill_chunk: int = 256) -> None:
-        """At most `max_queue` requests wait for a slot; decoding waits for at most `prefill_chunk` prompt tokens."""
+    def __init__(
+        self, backend: StepBackend, tokenizer: Tokenizer, max_queue: int = 64, prefill_chunk: int = 256
+    ) -> None:
+        """Takes over `backend`. At most `max_queue` requests wait for a slot; decoding waits for at most
+        `prefill_chunk` prompt tokens."""
+        self._backend = backend
         self._scheduler = Scheduler(backend, tokenizer, max_queue, prefill_chunk)
         self._changed = threading.Condition()  # guards the three fields below and the queue's being empty at the end
         self._closing = False
@@ -28,44 +33,46 @@ class Batcher:
         self._thread = threading.Thread(target=self._run, name="nvlm-batcher", daemon=True)
         self._thread.start()
 
-    def submit(
-        self,
-        request: GenerationRequest | Future[GenerationRequest],
-        on_delta: OnDelta,
-        on_error: OnError,
-        request_id: str | None = None,
-    ) -> Handle:
-        """Queue a request, or the future of one whose images are being encoded; its prompt leaves room for an answer.
-
-        `on_delta` is called until a delta has a finish_reason, unless `on_error` is: once, and last. Slots are given
-        in the order of submission to requests that are ready. A future is cancelled with its request.
-        Raises QueueFullError, and EngineError after `close` or a failure of the engine.
-        """
-        submission = Submission(_as_future(request), on_delta, on_error, Handle(self._wake, request_id))
+    def submit(self, request: Request) -> None:
+        """See `TextGenerator.submit`."""
         with self._changed:
             if self._failure:
                 raise self._failure
             if self._closing:
                 raise EngineError("the engine is closed; open it again to submit requests")
-            self._scheduler.enqueue(submission)
-        submission.prepared.add_done_callback(lambda _: self._wake())
-        return submission.handle
+            request.submitted_to(self._wake)
+            self._scheduler.enqueue(request)
+        self._wake()
+
+    def encode(self, pixel_values: FloatArray) -> BackendArray:
+        return self._backend.encode(pixel_values)
+
+    def import_tokens(self, tokens: Any) -> BackendArray:
+        return self._backend.import_tokens(tokens)
+
+    def features(self, image_tokens: BackendArray) -> ImageFeatures:
+        return self._backend.features(image_tokens)
 
     @property
     def healthy(self) -> bool:
         """False once the engine has failed: every request was told, and no new one is accepted."""
         return self._failure is None
 
-    def metrics(self) -> SchedulerMetrics:
+    def metrics(self) -> GeneratorMetrics:
         return self._scheduler.metrics()
 
-    def close(self, drain: bool = True) -> None:
-        """Accept nothing more; finish what was submitted, or cancel it unless `drain`; return when that is done."""
+    def finish(self, drain: bool = True) -> None:
+        """See `TextGenerator.finish`."""
         with self._changed:
             self._closing = True
             self._aborting = self._aborting or not drain
             self._changed.notify_all()
         self._thread.join()
+
+    def close(self, drain: bool = True) -> None:
+        """See `TextGenerator.close`."""
+        self.finish(drain)
+        self._backend.close()
 
     def _run(self) -> None:
         try:
@@ -92,11 +99,3 @@ class Batcher:
     def _wake(self) -> None:
         with self._changed:
             self._changed.notify_all()
-
-
-def _as_future(request: GenerationRequest | Future[GenerationRequest]) -> Future[GenerationRequest]:
-    if isinstance(request, Future):
-        return request
-    future: Future[GenerationRequest] = Future()
-    future.set_result(request)
-    return future

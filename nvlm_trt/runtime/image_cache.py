@@ -1,14 +1,15 @@
-"""Features of images seen before, so that a picture asked about twice is encoded once."""
+"""Features of images seen before, so that an image asked about twice is encoded once."""
 
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from nvlm_trt.runtime.generation import ImageFeatures
+from cachetools import LRUCache
+
+from nvlm_trt.backends.base import ImageFeatures
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,7 @@ class ImageCache:
 
     def __init__(self, capacity: int) -> None:
         """`capacity` in bytes; 0 keeps nothing. Features larger than the capacity are not kept."""
-        self._capacity = capacity
-        self._features: OrderedDict[str, ImageFeatures] = OrderedDict()
-        self._nbytes = 0
+        self._features: LRUCache[str, ImageFeatures] = LRUCache(capacity, getsizeof=lambda features: features.nbytes)
         self._in_progress: dict[str, Future[ImageFeatures]] = {}
         self._hits = 0
         self._misses = 0
@@ -42,7 +41,6 @@ class ImageCache:
         with self._lock:
             if key in self._features:
                 self._hits += 1
-                self._features.move_to_end(key)
                 return self._features[key], True
             shared = self._in_progress.get(key)
             if shared is None:
@@ -56,7 +54,7 @@ class ImageCache:
 
     def metrics(self) -> ImageCacheMetrics:
         with self._lock:
-            return ImageCacheMetrics(self._hits, self._misses, len(self._features), self._nbytes)
+            return ImageCacheMetrics(self._hits, self._misses, len(self._features), self._features.currsize)
 
     def _encode(
         self, key: str, encode: Callable[[], ImageFeatures], in_progress: Future[ImageFeatures]
@@ -72,15 +70,7 @@ class ImageCache:
         with self._lock:
             self._misses += 1
             del self._in_progress[key]
-            self._keep(key, features)
+            if features.nbytes <= self._features.maxsize:
+                self._features[key] = features
         in_progress.set_result(features)
         return features
-
-    def _keep(self, key: str, features: ImageFeatures) -> None:
-        if features.nbytes > self._capacity:
-            return
-        self._features[key] = features
-        self._nbytes += features.nbytes
-        while self._nbytes > self._capacity:
-            _, oldest = self._features.popitem(last=False)
-            self._nbytes -= oldest.nbytes

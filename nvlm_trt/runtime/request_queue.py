@@ -6,32 +6,32 @@ import threading
 from collections.abc import Callable
 
 from nvlm_trt.errors import QueueFullError
-from nvlm_trt.runtime.generation import Submission
+from nvlm_trt.runtime.request import Request
 
-Condition = Callable[[Submission], bool]
+Condition = Callable[[Request], bool]
 
 
 class RequestQueue:
-    """Submissions in the order of their arrival; any thread may use it."""
+    """Requests in the order of their arrival; any thread may use it."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
-        self._waiting: list[Submission] = []
+        self._waiting: list[Request] = []
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def put(self, submission: Submission) -> None:
+    def put(self, request: Request) -> None:
         """Raises QueueFullError, at once."""
         with self._lock:
             if len(self._waiting) >= self._capacity:
                 raise QueueFullError(
                     f"{len(self._waiting)} requests are waiting and the queue holds {self._capacity}; try again later"
                 )
-            self._waiting.append(submission)
+            self._waiting.append(request)
 
-    def snapshot(self) -> list[Submission]:
+    def snapshot(self) -> list[Request]:
         with self._lock:
             return list(self._waiting)
 
@@ -39,18 +39,18 @@ class RequestQueue:
         with self._lock:
             return any(map(condition, self._waiting))
 
-    def take_first(self, condition: Condition) -> Submission | None:
-        """Remove and return the oldest submission for which the condition holds."""
+    def take_first(self, condition: Condition) -> Request | None:
+        """Remove and return the oldest request for which the condition holds."""
         with self._lock:
-            for index, submission in enumerate(self._waiting):
-                if condition(submission):
+            for index, request in enumerate(self._waiting):
+                if condition(request):
                     return self._waiting.pop(index)
         return None
 
-    def take_all(self, condition: Condition) -> list[Submission]:
-        """Remove and return all submissions for which the condition holds."""
+    def take_all(self, condition: Condition) -> list[Request]:
+        """Remove and return all requests for which the condition holds."""
         with self._lock:
             # asked once for each, since it may begin to hold at any time
-            verdicts = [(submission, condition(submission)) for submission in self._waiting]
-            self._waiting = [submission for submission, holds in verdicts if not holds]
-        return [submission for submission, holds in verdicts if holds]
+            verdicts = [(request, condition(request)) for request in self._waiting]
+            self._waiting = [request for request, holds in verdicts if not holds]
+        return [request for request, holds in verdicts if holds]

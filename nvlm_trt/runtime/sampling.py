@@ -1,98 +1,20 @@
-"""From logits to a token: what a request may ask for, and how its tokens are drawn.
+"""From logits to a token.
 
 The order is that of Hugging Face's generate: repetition penalty, temperature, top-k, top-p, min-p.
 """
 
 from __future__ import annotations
 
-import reprlib
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Collection
 
 import numpy as np
 import numpy.typing as npt
 
+from nvlm_trt.api import SamplingParams, TokenLogprob
 from nvlm_trt.backends.base import FloatArray, IntArray
-from nvlm_trt.errors import EngineError, RequestError
+from nvlm_trt.errors import EngineError
 
-MAX_STOP_STRINGS = 16
-MAX_STOP_LENGTH = 256
-MAX_LOGPROBS = 20
 _BLOCK = 512
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How one request's tokens are chosen; every value is checked, RequestError names the one that is wrong."""
-
-    max_tokens: int = 256  # cut at the engine's max_seq_len
-    temperature: float = 0.0  # 0: greedy, and the filters below change nothing
-    top_k: int = 0  # 0: off
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0  # over the ids of prompt and answer
-    seed: int | None = None  # None: another answer every time
-    stop: tuple[str, ...] = ()  # a single string is accepted too; none of them is part of the answer
-    logprobs: int = 0  # alternatives reported beside each token; 0: no logprobs at all
-    ignore_eos: bool = False  # go on to max_tokens
-
-    def __post_init__(self) -> None:
-        if isinstance(self.stop, (str, list)):
-            object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        for name, (allowed, is_allowed) in _ALLOWED.items():
-            value = getattr(self, name)
-            if not is_allowed(value):
-                raise RequestError(f"sampling parameter {name} = {reprlib.repr(value)} is not allowed; it is {allowed}")
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> SamplingParams:
-        """Parameters as a client sends them. A key that is not one of ours is an error, never ignored."""
-        known = [item.name for item in fields(cls)]
-        for key in values:
-            if key not in known:
-                raise RequestError(f"unknown sampling parameter {reprlib.repr(key)}; known are {', '.join(known)}")
-        return cls(**values)
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _are_stop_strings(value: Any) -> bool:
-    return (
-        isinstance(value, tuple)
-        and len(value) <= MAX_STOP_STRINGS
-        and all(isinstance(stop, str) and 0 < len(stop) <= MAX_STOP_LENGTH for stop in value)
-    )
-
-
-# A comparison with NaN is false, so each of these also rejects NaN.
-_ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "max_tokens": ("an integer of at least 1", lambda v: _is_integer(v) and v >= 1),
-    "temperature": ("a number from 0 to 100", lambda v: _is_number(v) and 0 <= v <= 100),
-    "top_k": ("an integer of at least 0 (0: off)", lambda v: _is_integer(v) and v >= 0),
-    "top_p": ("a number above 0, at most 1", lambda v: _is_number(v) and 0 < v <= 1),
-    "min_p": ("a number from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1),
-    "repetition_penalty": ("a number from 0.01 to 100", lambda v: _is_number(v) and 0.01 <= v <= 100),
-    "seed": ("none or an integer from 0 to 2**64 - 1", lambda v: v is None or (_is_integer(v) and 0 <= v < 1 << 64)),
-    "stop": (f"up to {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_LENGTH} characters", _are_stop_strings),
-    "logprobs": (f"an integer from 0 to {MAX_LOGPROBS}", lambda v: _is_integer(v) and 0 <= v <= MAX_LOGPROBS),
-    "ignore_eos": ("true or false", lambda v: isinstance(v, bool)),
-}
-
-
-@dataclass(frozen=True)
-class TokenLogprob:
-    """Natural-log probabilities under the model's own distribution: temperature, penalty and filters not applied."""
-
-    token_id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]  # the most probable (token id, logprob), best first
 
 
 class Sampler:

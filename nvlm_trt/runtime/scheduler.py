@@ -3,49 +3,39 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from collections.abc import Sequence as Rows
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 
-from nvlm_trt.backends.base import Backend, FloatArray
+from nvlm_trt.api import Delta
+from nvlm_trt.backends.base import FloatArray, StepBackend
 from nvlm_trt.errors import RequestError
 from nvlm_trt.prompt.tokenizer import Tokenizer
-from nvlm_trt.runtime.generation import Delta, Submission
+from nvlm_trt.runtime.request import Request, State
 from nvlm_trt.runtime.request_queue import RequestQueue
-from nvlm_trt.runtime.sequence import Sequence
 from nvlm_trt.runtime.slots import Slots
+from nvlm_trt.runtime.text_generator import GeneratorMetrics
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class SchedulerMetrics:
-    """A snapshot, possibly of the middle of a step. Counters run from the start."""
-
-    queued: int  # submitted, without a slot
-    active: int  # being decoded
-    free_slots: int
-    tokens_generated: int
-    requests_finished: Mapping[str, int]  # by "stop", "length", "cancelled" and "error"
 
 
 class Scheduler:
     """Decides what the backend runs next. Not thread-safe but for `enqueue` and `metrics`."""
 
-    def __init__(self, backend: Backend, tokenizer: Tokenizer, max_queue: int, prefill_chunk: int) -> None:
+    def __init__(self, backend: StepBackend, tokenizer: Tokenizer, max_queue: int, prefill_chunk: int) -> None:
         self._backend = backend
         self._tokenizer = tokenizer
         self._prefill_chunk = prefill_chunk
+        assert backend.config.image_token_id is not None, "read_config finds it in the tokenizer"
+        self._placeholder_id = backend.config.image_token_id
         self._queue = RequestQueue(max_queue)
         self._slots = Slots(backend)
         self._tokens_generated = 0
         self._finished = dict.fromkeys(("stop", "length", "cancelled", "error"), 0)
 
-    def enqueue(self, submission: Submission) -> None:
+    def enqueue(self, request: Request) -> None:
         """Raises QueueFullError."""
-        self._queue.put(submission)
+        self._queue.put(request)
 
     @property
     def is_empty(self) -> bool:
@@ -54,7 +44,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether `step` would do anything: there may be only requests whose images are still being encoded."""
-        return bool(self._slots.occupants) or self._queue.any(lambda s: s.is_ready or s.handle.cancelled)
+        return bool(self._slots.occupants) or self._queue.any(_needs_a_step)
 
     def step(self) -> None:
         """One round: at most one chunk of one prompt, then one token for every active request."""
@@ -68,21 +58,18 @@ class Scheduler:
 
     def cancel_all(self) -> None:
         """Every request ends with the next step."""
-        for sequence in self._slots.occupants:
-            sequence.submission.handle.cancel()
-        for submission in self._queue.snapshot():
-            submission.handle.cancel()
+        for request in (*self._slots.occupants, *self._queue.snapshot()):
+            request.cancel()
 
     def fail_all(self, error: Exception) -> None:
         """End every request with an error, without another call of the backend."""
-        submissions = [sequence.submission for sequence in self._slots.occupants]
-        submissions += self._queue.take_all(lambda _: True)
+        requests = [*self._slots.occupants, *self._queue.take_all(lambda _: True)]
         self._slots = Slots(self._backend)
-        for submission in submissions:
-            self._fail(submission, error)
+        for request in requests:
+            self._fail(request, error)
 
-    def metrics(self) -> SchedulerMetrics:
-        return SchedulerMetrics(
+    def metrics(self) -> GeneratorMetrics:
+        return GeneratorMetrics(
             queued=len(self._queue),
             active=len(self._slots.active),
             free_slots=self._slots.free,
@@ -93,103 +80,108 @@ class Scheduler:
     # --- the parts of a step -----------------------------------------------------------------------------------------
 
     def _drop_ended(self) -> None:
-        """Take out what was cancelled, wherever it is, and what waits although its images could not be encoded."""
-        for submission in self._queue.take_all(lambda s: s.handle.cancelled):
-            submission.prepared.cancel()
-            self._complete(submission, Delta("", [], finish_reason="cancelled"))
-        for submission in self._queue.take_all(lambda s: s.failure is not None):
-            assert submission.failure is not None
-            self._fail(submission, submission.failure)
-        cancelled = [sequence for sequence in self._slots.occupants if sequence.submission.handle.cancelled]
+        """Take out the cancelled requests, wherever they are, and those that wait for images that failed."""
+        for request in self._queue.take_all(lambda waiting: waiting.cancelled):
+            self._complete(request, request.cancelled_delta())
+        for request in self._queue.take_all(lambda waiting: waiting.failure is not None):
+            assert request.failure is not None
+            self._fail(request, request.failure)
+        cancelled = [request for request in self._slots.occupants if request.cancelled]
         self._slots.retire(cancelled)
-        for sequence in cancelled:
-            self._complete(sequence.submission, Delta("", [], finish_reason="cancelled", usage=sequence.usage()))
+        for request in cancelled:
+            self._complete(request, request.cancelled_delta())
 
     def _admit(self) -> None:
         """Give a slot to the oldest request whose images are encoded."""
-        submission = self._queue.take_first(lambda s: s.is_ready and s.failure is None)
-        if submission is None:
+        request = self._queue.take_first(lambda waiting: waiting.state is State.READY)
+        if request is None:
             return
         try:
-            sequence = Sequence(submission, self._backend, self._tokenizer)
+            request.admit(self._backend.limits, self._placeholder_id, self._tokenizer)
         except Exception as error:
-            self._fail(submission, error)
+            self._fail(request, error)
             return
         try:
-            self._slots.admit(sequence)
-        except RequestError as error:  # what the backend says of this request; anything else is its own failure
-            self._drop(sequence, error)
+            self._slots.admit(request)
+        except RequestError as error:  # the backend refuses this request; any other error is the backend's own failure
+            self._drop(request, error)
 
-    def _prefill(self, sequence: Sequence) -> None:
-        chunk = sequence.next_chunk(self._prefill_chunk)
+    def _prefill(self, request: Request) -> None:
+        chunk = request.next_chunk(self._prefill_chunk)
         try:
+            embeddings = self._backend.embeddings(request.images, chunk.first_embedding, chunk.last_embedding)
             logits = self._backend.prefill(
-                sequence.slot, chunk.position, chunk.input_ids, chunk.image_tokens, chunk.cross_ranges
+                request.slot, chunk.position, chunk.input_ids, embeddings, chunk.cross_ranges
             )  # [vocab]
         except RequestError as error:
-            self._drop(sequence, error)
+            self._drop(request, error)
             return
-        if sequence.is_prefilled:
-            self._accept([sequence], [logits])
-        if sequence.is_prefilled and self._slots.prefilling:  # it may have ended with its first token
+        if request.is_prefilled:
+            self._accept([request], [logits])
+        if request.is_prefilled and self._slots.prefilling:  # it may have ended with its first token
             self._slots.activate()
 
-    def _decode(self, active: Rows[Sequence]) -> None:
-        sequences = tuple(active)
-        token_ids, positions, ranges = zip(*(sequence.next_token() for sequence in sequences), strict=True)
+    def _decode(self, active: Sequence[Request]) -> None:
+        requests = tuple(active)
+        token_ids, positions, ranges = zip(*(request.next_token() for request in requests), strict=True)
         logits = self._backend.decode(
             np.array(token_ids, np.int64), np.array(positions, np.int64), np.array(ranges, np.int32)
         )  # [n, vocab]
-        self._accept(sequences, logits)
+        self._accept(requests, logits)
 
-    def _accept(self, sequences: Rows[Sequence], logits: Rows[FloatArray] | FloatArray) -> None:
-        """Draw a token for each sequence, logits [vocab] each. Slots are freed before anybody is told of an end."""
-        results = [_next_delta(sequence, row) for sequence, row in zip(sequences, logits, strict=True)]
-        self._slots.retire([sequence for sequence, result in zip(sequences, results, strict=True) if _is_last(result)])
-        for sequence, result in zip(sequences, results, strict=True):
+    def _accept(self, requests: Sequence[Request], logits: Sequence[FloatArray] | FloatArray) -> None:
+        """Draw a token for each request, logits [vocab] each. Slots are freed before anybody is told of an end."""
+        results = [_next_delta(request, row) for request, row in zip(requests, logits, strict=True)]
+        self._slots.retire([request for request, result in zip(requests, results, strict=True) if _is_last(result)])
+        for request, result in zip(requests, results, strict=True):
             if isinstance(result, Exception):
-                self._fail(sequence.submission, result)
+                self._fail(request, result)
             elif result.finish_reason:
-                self._complete(sequence.submission, result)
+                self._complete(request, result)
             else:
-                self._show(sequence, result)
+                self._show(request, result)
 
     # --- telling the caller ------------------------------------------------------------------------------------------
 
-    def _show(self, sequence: Sequence, delta: Delta) -> None:
+    def _show(self, request: Request, delta: Delta) -> None:
         self._tokens_generated += len(delta.token_ids)
         try:
-            sequence.submission.on_delta(delta)
+            request.on_delta(delta)
         except Exception as error:
-            logger.exception("request %s is dropped: its on_delta raised", sequence.submission.handle.request_id)
-            self._drop(sequence, error)
+            logger.exception("request %s is dropped: its on_delta raised", request.request_id)
+            self._drop(request, error)
 
-    def _drop(self, sequence: Sequence, error: Exception) -> None:
-        self._slots.retire([sequence])
-        self._fail(sequence.submission, error)
+    def _drop(self, request: Request, error: Exception) -> None:
+        self._slots.retire([request])
+        self._fail(request, error)
 
-    def _complete(self, submission: Submission, delta: Delta) -> None:
+    def _complete(self, request: Request, delta: Delta) -> None:
         assert delta.finish_reason
+        request.end()
         self._tokens_generated += len(delta.token_ids)
         self._finished[delta.finish_reason] += 1
         try:
-            submission.on_delta(delta)
+            request.on_delta(delta)
         except Exception:
-            logger.exception("request %s: on_delta raised at its end", submission.handle.request_id)
+            logger.exception("request %s: on_delta raised at its end", request.request_id)
 
-    def _fail(self, submission: Submission, error: Exception) -> None:
-        submission.prepared.cancel()
+    def _fail(self, request: Request, error: Exception) -> None:
+        request.end()
         self._finished["error"] += 1
         try:
-            submission.on_error(error)
+            request.on_error(error)
         except Exception:
-            logger.exception("request %s: on_error raised when told: %s", submission.handle.request_id, error)
+            logger.exception("request %s: on_error raised when told: %s", request.request_id, error)
 
 
-def _next_delta(sequence: Sequence, logits: FloatArray) -> Delta | Exception:
+def _needs_a_step(waiting: Request) -> bool:
+    return waiting.state is State.READY or waiting.cancelled or waiting.failure is not None
+
+
+def _next_delta(request: Request, logits: FloatArray) -> Delta | Exception:
     """What goes wrong with one request's token stays with that request."""
     try:
-        return sequence.accept(logits)
+        return request.accept(logits)
     except Exception as error:
         return error
 

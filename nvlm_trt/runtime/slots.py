@@ -4,55 +4,60 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from nvlm_trt.backends.base import Backend
-from nvlm_trt.runtime.sequence import Sequence
+from nvlm_trt.backends.base import StepBackend
+from nvlm_trt.runtime.request import Request, State
 
 
 class Slots:
-    """Active sequences in rows 0 .. n-1, and at most one that is being prefilled in a row behind them."""
+    """Active requests in rows 0 .. n-1, and at most one that is being prefilled in a row behind them."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: StepBackend) -> None:
         self._backend = backend
         self.size = backend.limits.max_slots
-        self.active: list[Sequence] = []  # active[i].slot == i
-        self.prefilling: Sequence | None = None
+        self.active: list[Request] = []  # active[i].slot == i
+        self.prefilling: Request | None = None
 
     @property
     def free(self) -> int:
         return self.size - len(self.active) - (self.prefilling is not None)
 
     @property
-    def occupants(self) -> list[Sequence]:
+    def occupants(self) -> list[Request]:
         return [*self.active, self.prefilling] if self.prefilling else list(self.active)
 
-    def admit(self, sequence: Sequence) -> None:
-        """Give a sequence a row and fill the row's cross-attention cache."""
+    def admit(self, request: Request) -> None:
+        """Give a request a row and fill the row's cross-attention cache."""
         assert self.prefilling is None
         assert self.free > 0
-        sequence.slot = len(self.active)
-        self.prefilling = sequence
-        sequence.write_cross_kv(self._backend)
+        request.slot = len(self.active)
+        self.prefilling = request
+        start = 0
+        for image in request.images:
+            self._backend.write_cross_kv(request.slot, start, image)
+            start += image.cross_tokens
+        assert start == request.prompt.cross_tokens, (start, request.prompt.cross_tokens)
 
     def activate(self) -> None:
-        """The prefilled sequence joins the active ones; its row is moved up if some of them retired meanwhile."""
-        sequence = self.prefilling
-        assert sequence is not None
-        self._place(sequence, len(self.active))
+        """The prefilled request joins the active ones; its row is moved up if some of them retired meanwhile."""
+        request = self.prefilling
+        assert request is not None
+        self._place(request, len(self.active))
         self.prefilling = None
-        self.active.append(sequence)
+        request.state = State.DECODING
+        self.active.append(request)
 
-    def retire(self, sequences: Collection[Sequence]) -> None:
-        """Free the rows of these sequences; active ones from the end move into the holes."""
-        if self.prefilling in sequences:
+    def retire(self, requests: Collection[Request]) -> None:
+        """Free the rows of these requests; active ones from the end move into the holes."""
+        if self.prefilling in requests:
             self.prefilling = None
-        kept = [sequence for sequence in self.active if sequence not in sequences]
-        holes = [sequence.slot for sequence in self.active[: len(kept)] if sequence in sequences]
-        behind = [sequence for sequence in kept if sequence.slot >= len(kept)]
-        for sequence, hole in zip(behind, holes, strict=True):
-            self._place(sequence, hole)
-        self.active = sorted(kept, key=lambda sequence: sequence.slot)
+        kept = [request for request in self.active if request not in requests]
+        holes = [request.slot for request in self.active[: len(kept)] if request in requests]
+        behind = [request for request in kept if request.slot >= len(kept)]
+        for request, hole in zip(behind, holes, strict=True):
+            self._place(request, hole)
+        self.active = sorted(kept, key=lambda request: request.slot)
 
-    def _place(self, sequence: Sequence, slot: int) -> None:
-        if sequence.slot != slot:
-            self._backend.move_slot(sequence.slot, slot, sequence.cached, sequence.cross_length)
-            sequence.slot = slot
+    def _place(self, request: Request, slot: int) -> None:
+        if request.slot != slot:
+            self._backend.move_slot(request.slot, slot, request.cached, request.prompt.cross_tokens)
+            request.slot = slot

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from nvlm_trt.api import Delta, Message, SamplingParams, TokenLogprob, Usage
 from nvlm_trt.errors import ImageError, NvlmError, QueueFullError, RequestError, ServerError
-from nvlm_trt.prompt.encoder import Message, parse_messages
-from nvlm_trt.runtime.generation import Delta, Usage
-from nvlm_trt.runtime.sampling import SamplingParams, TokenLogprob
+from nvlm_trt.prompt.conversation import parse_messages
 
 MODEL = "nvlm"
 ENSEMBLE = "nvlm_ensemble"
+IMAGE_ENCODER = "image_encoder"
 
 # Triton streams an error as its message alone, so the message begins with what the client can do about it.
 _INVALID_REQUEST = "invalid request: "
 _QUEUE_FULL = "queue full: "
+_OF_AN_ENSEMBLE = re.compile(rf"^in ensemble '(?:{ENSEMBLE}|{IMAGE_ENCODER})', ")
 
 
 def parse_conversation(prompt: bytes | None, messages: bytes | None) -> list[Message]:
@@ -41,17 +43,6 @@ def parse_sampling(data: bytes | None) -> SamplingParams:
     if not isinstance(values, dict):
         raise RequestError('sampling_parameters must be a JSON object, {"temperature": 0.7} for example')
     return SamplingParams.from_dict(values)
-
-
-def merge_deltas(deltas: Sequence[Delta]) -> Delta:
-    """Consecutive deltas of one answer as one; only the last may have a finish_reason."""
-    return Delta(
-        text="".join(delta.text for delta in deltas),
-        token_ids=[token_id for delta in deltas for token_id in delta.token_ids],
-        logprobs=[item for delta in deltas for item in delta.logprobs],
-        finish_reason=deltas[-1].finish_reason,
-        usage=deltas[-1].usage,
-    )
 
 
 def encode_delta(delta: Delta) -> dict[str, npt.NDArray[Any]]:
@@ -89,7 +80,7 @@ def encode_error(error: NvlmError) -> str:
 
 def decode_error(message: str) -> NvlmError:
     """The inverse of `encode_error`; other errors of ours and those of Triton itself become a ServerError."""
-    message = " ".join(message.split()).removeprefix(f"in ensemble '{ENSEMBLE}', ")
+    message = _OF_AN_ENSEMBLE.sub("", " ".join(message.split()))
     for prefix, kind in ((_INVALID_REQUEST, RequestError), (_QUEUE_FULL, QueueFullError)):
         if message.startswith(prefix):
             return kind(message.removeprefix(prefix))

@@ -5,41 +5,27 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import grpc.aio
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
+from nvlm_trt.api import Answer, Delta, EncodedImage, Message, SamplingParams, merge_deltas
 from nvlm_trt.errors import RequestError, ServerError
-from nvlm_trt.prompt.encoder import Message
-from nvlm_trt.runtime.generation import Delta, FinishReason, Usage
-from nvlm_trt.runtime.sampling import SamplingParams, TokenLogprob
-from nvlm_trt.serving.chat_tensors import MODEL, merge_deltas
+from nvlm_trt.prompt.conversation import lift_images
+from nvlm_trt.serving.chat_tensors import MODEL
 from nvlm_trt.serving.grpc_messages import delta_of, infer_request
 
-Messages = Sequence[Message | Mapping[str, str]]
-Image = bytes | str | os.PathLike[str]
+Messages = Sequence[Message | Mapping[str, Any]]
 Sampling = SamplingParams | Mapping[str, Any]
 
 _SCHEME = "grpc://"
 _READY_SECONDS = 5
 _CHANNEL_OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
 _LOOPBACK = ("127.", "localhost:", "[::1]:")
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A whole answer."""
-
-    text: str
-    token_ids: list[int]
-    logprobs: list[TokenLogprob]
-    finish_reason: FinishReason | None
-    usage: Usage | None
 
 
 class Client:
@@ -57,7 +43,7 @@ class Client:
         prompt: str | None = None,
         *,
         messages: Messages | None = None,
-        images: Iterable[Image] = (),
+        images: Iterable[EncodedImage] = (),
         sampling: Sampling | None = None,
         max_tiles: int | None = None,
     ) -> Iterator[Delta]:
@@ -66,7 +52,7 @@ class Client:
         Either `prompt`, a single user turn, or `messages`. Raises RequestError for what the server does not accept,
         QueueFullError if it has too much to do, ServerError if it cannot be reached or fails.
         """
-        request = infer_request(prompt, messages, _read(images), sampling, max_tiles)
+        request = _request(prompt, messages, images, sampling, max_tiles)
         call = self._stub.ModelStreamInfer(iter([request]))
         try:
             for response in call:
@@ -83,7 +69,7 @@ class Client:
         prompt: str | None = None,
         *,
         messages: Messages | None = None,
-        images: Iterable[Image] = (),
+        images: Iterable[EncodedImage] = (),
         sampling: Sampling | None = None,
         max_tiles: int | None = None,
     ) -> Answer:
@@ -141,12 +127,12 @@ class AsyncClient:
         prompt: str | None = None,
         *,
         messages: Messages | None = None,
-        images: Iterable[Image] = (),
+        images: Iterable[EncodedImage] = (),
         sampling: Sampling | None = None,
         max_tiles: int | None = None,
     ) -> AsyncIterator[Delta]:
         """See `Client.stream`. Closing the iterator, or cancelling the task that reads it, cancels the answer."""
-        request = infer_request(prompt, messages, _read(images), sampling, max_tiles)
+        request = _request(prompt, messages, images, sampling, max_tiles)
         call = self._stub.ModelStreamInfer(iter([request]))
         try:
             async for response in call:
@@ -163,7 +149,7 @@ class AsyncClient:
         prompt: str | None = None,
         *,
         messages: Messages | None = None,
-        images: Iterable[Image] = (),
+        images: Iterable[EncodedImage] = (),
         sampling: Sampling | None = None,
         max_tiles: int | None = None,
     ) -> Answer:
@@ -204,17 +190,32 @@ def _options(target: str) -> list[tuple[str, int]]:
     return [*_CHANNEL_OPTIONS, ("grpc.enable_http_proxy", 0 if target.startswith(_LOOPBACK) else 1)]
 
 
-def _read(images: Iterable[Image]) -> list[bytes]:
+def _request(
+    prompt: str | None,
+    messages: Messages | None,
+    images: Iterable[EncodedImage],
+    sampling: Sampling | None,
+    max_tiles: int | None,
+) -> service_pb2.ModelInferRequest:
+    """The images of message parts travel beside the messages."""
+    beside: Sequence[EncodedImage] = _as_list(images)
+    if messages is not None and all(isinstance(message, Message) for message in messages):
+        messages, beside = lift_images(cast("Sequence[Message]", messages), beside)
+    encoded = [image if isinstance(image, bytes) else _read_file(Path(image)) for image in beside]
+    return infer_request(prompt, messages, encoded, sampling, max_tiles)
+
+
+def _as_list(images: Iterable[EncodedImage]) -> list[EncodedImage]:
     if isinstance(images, (bytes, str, os.PathLike)):
         raise RequestError("`images` is a single image; pass a list of images")
-    return [image if isinstance(image, bytes) else _read_file(Path(image)) for image in images]
+    return list(images)
 
 
 def _read_file(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise RequestError(f"cannot read image {path} ({error.strerror}); name a readable picture file") from None
+        raise RequestError(f"cannot read image {path} ({error.strerror}); name a readable image file") from None
 
 
 def _answer(deltas: Sequence[Delta]) -> Answer:

@@ -5,30 +5,28 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from tritonclient.grpc import service_pb2
+from tritonclient.utils import deserialize_bytes_tensor, serialize_byte_tensor
 
+from nvlm_trt.api import Delta, ImagePart, Message, SamplingParams, TextPart
 from nvlm_trt.errors import RequestError
-from nvlm_trt.prompt.encoder import Message
-from nvlm_trt.runtime.generation import Delta
-from nvlm_trt.runtime.sampling import SamplingParams
 from nvlm_trt.serving.chat_tensors import MODEL, decode_delta, decode_error
 
 
 def infer_request(
     prompt: str | None = None,
-    messages: Sequence[Message | Mapping[str, str]] | None = None,
+    messages: Sequence[Message | Mapping[str, Any]] | None = None,
     images: Sequence[bytes] = (),
     sampling: SamplingParams | Mapping[str, Any] | None = None,
     max_tiles: int | None = None,
     request_id: str = "",
     model: str = MODEL,
 ) -> service_pb2.ModelInferRequest:
-    """The server checks what is in it: every fault is reported by one place.
+    """Image parts of `messages` are without data. The server checks the content: one place reports every fault.
 
     Raises RequestError for what does not fit the message.
     """
@@ -36,12 +34,12 @@ def infer_request(
     if prompt is not None:
         _add_strings(request, "prompt", [prompt.encode(errors="surrogatepass")])
     if messages is not None:
-        turns = [asdict(message) if isinstance(message, Message) else dict(message) for message in messages]
+        turns = [_json_message(message) if isinstance(message, Message) else dict(message) for message in messages]
         _add_strings(request, "messages", [json.dumps(turns).encode()])
     if images:
         _add_strings(request, "image", images)
     if sampling is not None:
-        values = asdict(sampling) if isinstance(sampling, SamplingParams) else dict(sampling)
+        values = sampling.model_dump() if isinstance(sampling, SamplingParams) else dict(sampling)
         _add_strings(request, "sampling_parameters", [json.dumps(values).encode()])
     if max_tiles is not None:
         try:
@@ -68,9 +66,18 @@ def delta_of(response: service_pb2.ModelStreamInferResponse) -> Delta | None:
     )
 
 
+def _json_message(message: Message) -> dict[str, Any]:
+    if isinstance(message.content, str):
+        return {"role": message.role, "content": message.content}
+    return {"role": message.role, "content": [_json_part(part) for part in message.content]}
+
+
+def _json_part(part: TextPart | ImagePart) -> dict[str, str]:
+    return {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": "image"}
+
+
 def _add_strings(request: service_pb2.ModelInferRequest, name: str, values: Sequence[bytes]) -> None:
-    # a string is its length, 4 bytes little-endian, then its bytes
-    raw = b"".join(part for value in values for part in (struct.pack("<I", len(value)), value))
+    raw = serialize_byte_tensor(np.array([*values, None], np.object_)[:-1]).item()  # the None keeps bytes from merging
     _add_input(request, name, "BYTES", len(values), raw)
 
 
@@ -86,9 +93,4 @@ def _array(datatype: str, raw: bytes) -> npt.NDArray[Any]:
     if datatype == "INT32":
         return np.frombuffer(raw, np.int32)
     assert datatype == "BYTES", datatype
-    strings, start = [], 0
-    while start < len(raw):
-        (length,) = struct.unpack_from("<I", raw, start)
-        strings.append(raw[start + 4 : start + 4 + length])
-        start += 4 + length
-    return np.array(strings, np.object_)
+    return deserialize_bytes_tensor(raw)

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from nvlm_trt.backends import open_backend
+from nvlm_trt.api import Message
 from nvlm_trt.backends.base import Backend
+from nvlm_trt.backends.opening import open_backend
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import EngineError, RequestError
-from nvlm_trt.prompt.encoder import EncodedPrompt, Message, PromptEncoder, split_tiles
+from nvlm_trt.prompt.encoder import EncodedPrompt, PromptEncoder
+from nvlm_trt.prompt.image_tokens import split_tiles
 from nvlm_trt.prompt.tokenizer import Tokenizer
 from nvlm_trt.reference.model import ReferenceModel
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from nvlm_trt.api import Usage
 from nvlm_trt.benchmark.load import ClosedLoop, Load
 from nvlm_trt.benchmark.metrics import Slo
 from nvlm_trt.benchmark.record import Record
@@ -13,7 +14,6 @@ from nvlm_trt.benchmark.report import Document, Report
 from nvlm_trt.benchmark.runner import ClientUse, Ending, Outcome, Plan, Point
 from nvlm_trt.benchmark.target import Target
 from nvlm_trt.benchmark.workload import ImageSize, Lengths, Workload
-from nvlm_trt.runtime.generation import Usage
 
 WORKLOAD = Workload(Lengths(8, 8), Lengths(3, 3), 1, (ImageSize(56, 56),), False, None, 4, None, 0)
 TARGET = Target("grpc://127.0.0.1:8001", "2.51.0", "engines/h", "nvlm-h-tiny", "0123")

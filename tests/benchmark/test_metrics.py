@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nvlm_trt.api import Usage
 from nvlm_trt.benchmark import metrics
 from nvlm_trt.benchmark.metrics import Distribution, Slo, summarize
 from nvlm_trt.benchmark.record import Record
-from nvlm_trt.runtime.generation import Usage
 
 finite = st.floats(-1e6, 1e6)
 

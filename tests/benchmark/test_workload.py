@@ -13,13 +13,14 @@ import pytest
 from PIL import Image
 from trained_tokenizers import train_qwen2_like, train_yi_like
 
+from nvlm_trt.api import Message
 from nvlm_trt.benchmark import images as pictures
 from nvlm_trt.benchmark.prompts import PromptWriter
 from nvlm_trt.benchmark.record import Record
 from nvlm_trt.benchmark.workload import ImageSize, Lengths, Picture, Question, Workload, questions
 from nvlm_trt.errors import RequestError
 from nvlm_trt.model.config import PRESETS
-from nvlm_trt.prompt.encoder import Message, PromptEncoder
+from nvlm_trt.prompt.encoder import PromptEncoder
 from nvlm_trt.prompt.tokenizer import Tokenizer, write_byte_tokenizer
 
 WORKLOAD = Workload(

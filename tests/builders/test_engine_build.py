@@ -15,20 +15,22 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from nvlm_trt.builders.engine_build import build_engine
-from nvlm_trt.builders.engine_writer import default_limits, save_model
 from nvlm_trt.builders.graphs import streamed
 from nvlm_trt.builders.graphs.common import Unquantised, WeightFormat
 from nvlm_trt.builders.graphs.decoder import decoder_graph
+from nvlm_trt.builders.model_file import save_model
 from nvlm_trt.builders.quantization.calibration import LinearInput
 from nvlm_trt.builders.quantization.fp8 import Fp8
 from nvlm_trt.builders.quantization.int8 import Int8
 from nvlm_trt.builders.quantization.weight_only import WeightOnly
 from nvlm_trt.checkpoint.reader import Checkpoint
 from nvlm_trt.checkpoint.writer import write_checkpoint
-from nvlm_trt.engine import Engine, EngineLimits
+from nvlm_trt.engine import Engine
 from nvlm_trt.errors import CheckpointError, EngineError
+from nvlm_trt.limits import EngineLimits
 from nvlm_trt.model.config import PRESETS, NvlmConfig
 from nvlm_trt.model.layout import EMBEDDING, Shapes, checkpoint_layout
+from nvlm_trt.planner.limits import default_limits
 
 Directory = Callable[[str], Path]
 

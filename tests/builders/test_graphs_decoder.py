@@ -10,7 +10,7 @@ from stages import IMAGE_TOKEN, ReferenceWeights, assert_close, random_reference
 
 from nvlm_trt.builders.graphs.cross_kv import cross_kv_graph
 from nvlm_trt.builders.graphs.decoder import decoder_graph
-from nvlm_trt.engine import EngineLimits
+from nvlm_trt.limits import EngineLimits
 from nvlm_trt.model.config import NvlmConfig
 from nvlm_trt.reference.model import ReferenceModel
 

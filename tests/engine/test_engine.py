@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from nvlm_trt.builders.engine_build import build_engine
-from nvlm_trt.engine import MANIFEST, Engine, EngineLimits, publish, storage_errors
+from nvlm_trt.engine import MANIFEST, Engine, publish, storage_errors
 from nvlm_trt.errors import EngineError
+from nvlm_trt.limits import EngineLimits
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image, ImageDraw
 from safetensors.numpy import load_file, save_file
 
+from nvlm_trt.api import ChatRequest, Message, SamplingParams
 from nvlm_trt.builders.engine_build import build_engine
 from nvlm_trt.errors import EngineError, NvlmError, RequestError
 from nvlm_trt.evaluation.accuracy import (
@@ -26,10 +27,8 @@ from nvlm_trt.evaluation.accuracy import (
 from nvlm_trt.evaluation.answerers import Answerer, Answers, EngineAnswerer, ReferenceAnswerer
 from nvlm_trt.evaluation.results import ResultsFile, read_results
 from nvlm_trt.evaluation.samples import Sample, digest_of
-from nvlm_trt.prompt.encoder import Message
 from nvlm_trt.prompt.tokenizer import Tokenizer
-from nvlm_trt.runtime.pipeline import ChatRequest, Pipeline
-from nvlm_trt.runtime.sampling import SamplingParams
+from nvlm_trt.runtime.pipeline import Pipeline
 
 Directory = Callable[[str], Path]
 OPTIONS = EvalOptions(max_tokens=32)  # enough for every sample below to have an answer of its own

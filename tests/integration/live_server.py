@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from nvlm_trt.runtime.generation import Delta
+from nvlm_trt.api import Delta
 from nvlm_trt.serving.grpc_messages import delta_of
 from nvlm_trt.serving.triton.server import TritonServer
 

@@ -13,9 +13,8 @@ import pytest
 import tritonclient.grpc
 from live_server import ServerByName, ask_raw, picture
 
-from nvlm_trt.prompt.encoder import Message
-from nvlm_trt.runtime.pipeline import ChatRequest, Pipeline
-from nvlm_trt.runtime.sampling import SamplingParams
+from nvlm_trt.api import ChatRequest, Message, SamplingParams
+from nvlm_trt.runtime.pipeline import Pipeline
 from nvlm_trt.serving.client import Answer, AsyncClient, Client
 from nvlm_trt.serving.grpc_messages import infer_request
 

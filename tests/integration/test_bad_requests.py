@@ -17,8 +17,8 @@ from PIL import Image
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import InferenceServerException
 
+from nvlm_trt.api import Message
 from nvlm_trt.errors import RequestError, ServerError
-from nvlm_trt.prompt.encoder import Message
 from nvlm_trt.serving.client import Client
 from nvlm_trt.serving.grpc_messages import infer_request
 from nvlm_trt.serving.triton.server import TritonServer

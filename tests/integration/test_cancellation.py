@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from live_server import ENDLESS, MAX_QUEUE, ServerByName, metric, picture, wait_until, wait_until_idle
 
+from nvlm_trt.api import Delta
 from nvlm_trt.errors import QueueFullError
-from nvlm_trt.runtime.generation import Delta
 from nvlm_trt.serving.client import AsyncClient, Client
 from nvlm_trt.serving.triton.server import TritonServer
 

@@ -16,13 +16,12 @@ import torch
 from live_server import picture
 from tensorrt_engines import for_tensorrt
 
-from nvlm_trt.backends import open_backend
+from nvlm_trt.api import ChatRequest, Message, SamplingParams
+from nvlm_trt.backends.opening import open_backend
 from nvlm_trt.engine import Engine
 from nvlm_trt.image.decoding import load_image
 from nvlm_trt.image.tiling import tile_image
-from nvlm_trt.prompt.encoder import Message
-from nvlm_trt.runtime.pipeline import ChatRequest, Pipeline
-from nvlm_trt.runtime.sampling import SamplingParams
+from nvlm_trt.runtime.pipeline import Pipeline
 from nvlm_trt.serving.client import Client
 from nvlm_trt.serving.triton import server as server_module
 from nvlm_trt.serving.triton.repository import RepositoryOptions, render_repository

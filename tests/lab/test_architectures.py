@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from architectures import contender, encode_prompt, prefill, request_size
 
-from nvlm_trt.backends import open_backend
+from nvlm_trt.backends.opening import open_backend
 from nvlm_trt.engine import Engine
-from nvlm_trt.prompt.encoder import split_tiles
+from nvlm_trt.prompt.image_tokens import split_tiles
 
 Directories = Callable[[str], Path]
 

@@ -17,18 +17,20 @@ from safetensors import safe_open
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from nvlm_trt.backends import open_backend
+from nvlm_trt.backends.opening import open_backend
 from nvlm_trt.backends.tensorrt.build import write_graphs
 from nvlm_trt.backends.tensorrt.profiles import profiles_of
 from nvlm_trt.builders.engine_build import build_engine
-from nvlm_trt.builders.engine_writer import EngineWriter
 from nvlm_trt.builders.quantization.calibration import LinearInput
 from nvlm_trt.builders.quantization.formats import quantised
+from nvlm_trt.builders.source import EngineWriter
 from nvlm_trt.checkpoint.reader import Checkpoint
-from nvlm_trt.engine import Engine, EngineLimits
+from nvlm_trt.engine import Engine
+from nvlm_trt.limits import EngineLimits
 from nvlm_trt.model.config import PRESETS
 from nvlm_trt.model.precision import floating_type, parse_precision
-from nvlm_trt.planner.memory import IMAGE_CACHE, PREFILL_CHUNK, EnginePlan, Roofline, Work, plan_engine
+from nvlm_trt.planner.memory import IMAGE_CACHE, PREFILL_CHUNK, EnginePlan, plan_engine
+from nvlm_trt.planner.roofline import Roofline, Work
 from nvlm_trt.progress import no_progress
 from nvlm_trt.reference.model import ReferenceModel
 from nvlm_trt.runtime.pipeline import RuntimeOptions

@@ -12,9 +12,12 @@ from hypothesis import strategies as st
 from trained_tokenizers import QWEN2_SPECIAL, reference, train_qwen2_like, train_yi_like
 from transformers import AutoTokenizer
 
+from nvlm_trt.api import Message
 from nvlm_trt.errors import ConfigError, RequestError
 from nvlm_trt.model.config import PRESETS, NvlmConfig
-from nvlm_trt.prompt.encoder import EncodedPrompt, Message, PromptEncoder, parse_messages, split_tiles
+from nvlm_trt.prompt.conversation import parse_messages
+from nvlm_trt.prompt.encoder import EncodedPrompt, PromptEncoder
+from nvlm_trt.prompt.image_tokens import split_tiles
 from nvlm_trt.prompt.tokenizer import Tokenizer, write_byte_tokenizer
 
 D, X, H = (PRESETS[f"nvlm-{architecture}-tiny"] for architecture in "dxh")

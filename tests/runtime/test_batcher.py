@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from toy_backend import Receiver, ToyBackend, byte_tokenizer, request, tokens_alone
 
+from nvlm_trt.api import Delta, SamplingParams
 from nvlm_trt.errors import EngineError, QueueFullError
 from nvlm_trt.prompt.tokenizer import Tokenizer
 from nvlm_trt.runtime.batcher import Batcher
-from nvlm_trt.runtime.generation import Delta, GenerationRequest, Handle
-from nvlm_trt.runtime.sampling import SamplingParams
+from nvlm_trt.runtime.request import GenerationRequest, Handle
 
 LONG = SamplingParams(max_tokens=10_000, ignore_eos=True)
 WAIT = 30.0  # seconds until a test gives up

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nvlm_trt.backends.base import ImageFeatures
 from nvlm_trt.errors import ImageError
-from nvlm_trt.runtime.generation import ImageFeatures
 from nvlm_trt.runtime.image_cache import ImageCache
 
 

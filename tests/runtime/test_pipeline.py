@@ -13,19 +13,19 @@ import pytest
 import torch
 from PIL import Image
 
-from nvlm_trt.backends import open_backend
+from nvlm_trt.api import ChatRequest, Delta, Message, SamplingParams, Usage
 from nvlm_trt.backends.base import FloatArray
+from nvlm_trt.backends.opening import open_backend
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import EngineError, ImageError, NvlmError, QueueFullError, RequestError
 from nvlm_trt.image.decoding import load_image
 from nvlm_trt.image.tiling import tile_image
-from nvlm_trt.prompt.encoder import Message, PromptEncoder, split_tiles
+from nvlm_trt.prompt.encoder import PromptEncoder
+from nvlm_trt.prompt.image_tokens import split_tiles
 from nvlm_trt.prompt.tokenizer import Tokenizer
 from nvlm_trt.reference.model import ReferenceModel
 from nvlm_trt.reference.preprocess import reference_tiles
-from nvlm_trt.runtime.generation import Delta, Usage
-from nvlm_trt.runtime.pipeline import ChatRequest, Pipeline, RuntimeOptions
-from nvlm_trt.runtime.sampling import SamplingParams
+from nvlm_trt.runtime.pipeline import Pipeline, RuntimeOptions
 
 DirectoryByName = Callable[[str], Path]
 ALL = [pytest.param(f"nvlm-{letter}-tiny", id=letter.upper()) for letter in "dxh"]

@@ -17,8 +17,9 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from nvlm_trt.api import SamplingParams
 from nvlm_trt.errors import EngineError, RequestError
-from nvlm_trt.runtime.sampling import Sampler, SamplingParams, candidates, draw
+from nvlm_trt.runtime.sampling import Sampler, candidates, draw
 
 NOTHING = np.empty(0, dtype=np.int64)
 

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_backend import POISON, Receiver, ToyBackend, byte_tokenizer, request, tokens_alone
 
+from nvlm_trt.api import SamplingParams
 from nvlm_trt.errors import EngineError, ImageError, QueueFullError, RequestError
 from nvlm_trt.prompt.tokenizer import Tokenizer
-from nvlm_trt.runtime.generation import GenerationRequest, Handle, Submission
-from nvlm_trt.runtime.sampling import SamplingParams
+from nvlm_trt.runtime.request import GenerationRequest, Handle, Submission
 from nvlm_trt.runtime.scheduler import Scheduler
 
 

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
-from nvlm_trt.engine import EngineLimits
+from nvlm_trt.api import SamplingParams
+from nvlm_trt.backends.base import ImageFeatures
+from nvlm_trt.limits import EngineLimits
 from nvlm_trt.model.config import PRESETS
 from nvlm_trt.prompt.encoder import EncodedPrompt
 from nvlm_trt.prompt.tokenizer import Tokenizer, write_byte_tokenizer
-from nvlm_trt.runtime.generation import GenerationRequest, ImageFeatures
-from nvlm_trt.runtime.sampling import Sampler, SamplingParams
+from nvlm_trt.runtime.request import GenerationRequest
+from nvlm_trt.runtime.sampling import Sampler
 
 CONFIG = PRESETS["nvlm-x-tiny"]
 HIDDEN = CONFIG.llm.hidden_size

@@ -6,16 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nvlm_trt.api import Delta, Message, SamplingParams, TokenLogprob, Usage, merge_deltas
 from nvlm_trt.errors import EngineError, ImageError, QueueFullError, RequestError, ServerError
-from nvlm_trt.prompt.encoder import Message
-from nvlm_trt.runtime.generation import Delta, Usage
-from nvlm_trt.runtime.sampling import SamplingParams, TokenLogprob
 from nvlm_trt.serving.chat_tensors import (
     decode_delta,
     decode_error,
     encode_delta,
     encode_error,
-    merge_deltas,
     parse_conversation,
     parse_sampling,
 )

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from nvlm_trt.api import Message
 from nvlm_trt.evaluation.tinydocs.kinds import Question
 from nvlm_trt.model.config import PRESETS
-from nvlm_trt.prompt.encoder import Message, split_tiles
+from nvlm_trt.prompt.image_tokens import split_tiles
 from nvlm_trt.reference.model import ReferenceModel
 from training.forward import decode, encode_patches
 from training.sequences import NOT_ANSWERED, Packer, collate

@@ -1,29 +1,69 @@
-"""The ONNX Runtime backend over observing graphs: it answers as ever, and adds up what every run reports."""
+"""Calibration: an observing engine answers samples through the real pipeline, tiling, prefill and decoding included.
+
+It answers as ever, and adds up what every run reports of the inputs of its linear layers.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime
 
-from nvlm_trt.backends.base import COMPONENTS, FloatArray, IntArray, RangeArray
+from nvlm_trt.api import ChatRequest, Message, SamplingParams
+from nvlm_trt.backends.base import BackendArray, FloatArray, IntArray, RangeArray, stages_of
 from nvlm_trt.backends.onnxruntime.backend import OnnxRuntimeBackend
-from nvlm_trt.builders.quantization.calibration import LinearInput
+from nvlm_trt.backends.onnxruntime.session import InferenceSession, IOBinding
+from nvlm_trt.builders.quantization.calibration import Calibration, LinearInput
 from nvlm_trt.builders.quantization.magnitudes import int8_clip
 from nvlm_trt.builders.quantization.observer import CHANNELS, COUNTS
 from nvlm_trt.engine import Engine
-from nvlm_trt.errors import EngineError
+from nvlm_trt.errors import EngineError, ImageError, RequestError
+from nvlm_trt.evaluation.samples import Sample, digest_of
 from nvlm_trt.model.precision import component_of
+from nvlm_trt.progress import Progress
+from nvlm_trt.prompt.tokenizer import Tokenizer
+from nvlm_trt.runtime.batcher import Batcher
+from nvlm_trt.runtime.pipeline import Pipeline
+
+_MAX_TOKENS = 16  # an answer's tokens are few beside a prompt's, and each takes a run
+
+
+def observe(engine_dir: Path, samples: Sequence[Sample], progress: Progress) -> Calibration:
+    """Ask an engine of the recipe OBSERVING; what it answers is not looked at.
+
+    Raises RequestError for a sample that the engine cannot hold, ImageError for an image that does not decode, and
+    EngineError for inputs that are not finite or all zero."""
+    engine = Engine.open(engine_dir)
+    digest = digest_of(samples, progress)
+    backend = ObservingBackend(engine)
+    tokenizer = Tokenizer.from_directory(engine_dir)
+    with Pipeline(engine, Batcher(backend, tokenizer), tokenizer) as pipeline:
+        for done, sample in enumerate(samples):
+            progress("calibrating", done, len(samples))
+            request = ChatRequest(
+                [Message("user", sample.prompt)], tuple(sample.images), SamplingParams(max_tokens=_MAX_TOKENS)
+            )
+            try:
+                for _ in pipeline.generate(request):
+                    pass
+            except (RequestError, ImageError) as error:
+                raise type(error)(f"calibration sample {sample.name}: {error}") from None
+    progress("calibrating", len(samples), len(samples))
+    return Calibration(
+        checkpoint_digest=engine.manifest.checkpoint_digest,
+        samples={"count": len(samples), "digest": digest},
+        linears=backend.linears(),
+    )
 
 
 class ObservingBackend(OnnxRuntimeBackend):
     """Opened on an engine whose layers have the format Observer."""
 
     def __init__(self, engine: Engine) -> None:
-        super().__init__(engine, COMPONENTS, threads=None)
+        super().__init__(engine, stages_of(engine.config), threads=None)
         self._reports = {component: _report_arrays(session) for component, session in self._sessions.items()}
         self._channels: dict[str, FloatArray] = {}
         self._counts: dict[str, npt.NDArray[np.int64]] = {}
@@ -49,14 +89,14 @@ class ObservingBackend(OnnxRuntimeBackend):
         first_slot: int,
         input_ids: IntArray,
         positions: IntArray,
-        image_tokens: FloatArray,
+        embeddings: BackendArray,
         cross_ranges: RangeArray,
     ) -> FloatArray:
         # the blocks of an observing graph run always; what they make of text alone is thrown away, and not looked at
         self._cross_attends = bool((cross_ranges[..., 0] < cross_ranges[..., 1]).any())
-        return super()._step(first_slot, input_ids, positions, image_tokens, cross_ranges)
+        return super()._step(first_slot, input_ids, positions, embeddings, cross_ranges)
 
-    def _run(self, component: str, binding: onnxruntime.IOBinding) -> None:
+    def _run(self, component: str, binding: IOBinding) -> None:
         reports = self._reports[component]
         for name, array in reports.items():
             binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
@@ -81,7 +121,7 @@ class ObservingBackend(OnnxRuntimeBackend):
         return self._cross_attends or not in_block
 
 
-def _report_arrays(session: onnxruntime.InferenceSession) -> dict[str, npt.NDArray[Any]]:
+def _report_arrays(session: InferenceSession) -> dict[str, npt.NDArray[Any]]:
     """Where a session's extra outputs are written."""
     outputs = session.get_outputs()
     return {

@@ -1,0 +1,84 @@
+"""TensorRT on a GPU: plans built for one version of TensorRT and one compute capability."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING
+
+from nvlm_trt.backends.spec import BackendSpec, MemoryModel, OpenOptions, TritonPlacement
+from nvlm_trt.engine import Engine
+from nvlm_trt.limits import EngineLimits
+from nvlm_trt.model.config import NvlmConfig
+from nvlm_trt.model.precision import PrecisionTable
+
+if TYPE_CHECKING:
+    from nvlm_trt.backends.base import StepBackend
+    from nvlm_trt.builders.engine_build import BuildJob, BuildSteps
+
+NAME = "tensorrt"
+PREFILL_CHUNK = 1024  # longer prompts are run in parts: activations take memory by the largest
+
+# An engine has one floating-point type. fp16 overflows where bf16 does not, so bf16 is the default.
+# fmt: off
+PRECISIONS = PrecisionTable(NAME, default="bf16", names={
+    # name   vision_encoder projector decoder lm_head cross_attention
+    "fp32": ("fp32",        "fp32",   "fp32", "fp32", "fp32"),
+    "fp16": ("fp16",        "fp16",   "fp16", "fp16", "fp16"),
+    "bf16": ("bf16",        "bf16",   "bf16", "bf16", "bf16"),
+    "int8": ("bf16",        "bf16",   "int8", "bf16", "int8"),
+    "fp8":  ("bf16",        "bf16",   "fp8",  "bf16", "fp8"),
+})
+# fmt: on
+
+
+def _host_building(largest_stage: int, parameters: int, calibrated: bool) -> int:
+    """The builder holds its network's weights and those of the plan (developer guide, "The Build Phase"); a
+    calibration runs on the CPU in fp32."""
+    return max(2 * largest_stage, 4 * parameters if calibrated else 0)
+
+
+def _probe() -> str:
+    from nvlm_trt.backends.tensorrt.target import find_target
+
+    target = find_target()
+    return f"TensorRT {target.tensorrt} on {target.gpu}"
+
+
+def _check_limits(config: NvlmConfig, limits: EngineLimits, precisions: Mapping[str, str]) -> None:
+    from nvlm_trt.backends.tensorrt.cache_rows import check_rows
+
+    check_rows(config.llm, limits, precisions)
+
+
+def _open(engine: Engine, stages: Collection[str], options: OpenOptions) -> StepBackend:
+    from nvlm_trt.backends.tensorrt.backend import TensorRtBackend
+
+    return TensorRtBackend(engine, stages, options.device or "cuda")
+
+
+def _build(job: BuildJob) -> BuildSteps:
+    from nvlm_trt.backends.tensorrt.build import TensorRtSteps
+
+    return TensorRtSteps(job)
+
+
+def _placement(engine: Engine) -> TritonPlacement:
+    from nvlm_trt.backends.tensorrt.placement import placement
+
+    return placement(engine)
+
+
+SPEC = BackendSpec(
+    name=NAME,
+    summary="tensorrt (the GPU of this machine, docs/tensorrt.md)",
+    device="cuda",
+    precisions=PRECISIONS,
+    prefill_chunk=PREFILL_CHUNK,
+    memory=MemoryModel(device="gpu", host_building=_host_building),
+    probe=_probe,
+    open=_open,
+    build=_build,
+    build_options={"strip_weights": False, "weight_streaming": False},
+    check_limits=_check_limits,
+    placement=_placement,
+)

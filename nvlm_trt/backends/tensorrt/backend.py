@@ -1,4 +1,4 @@
-"""TensorRT on a GPU: a plan per component, caches on the GPU that the decoder updates in place.
+"""TensorRT on a GPU: a plan per stage, caches on the GPU that the decoder updates in place.
 
 A slot is a row of every cache: rows [slot : slot + 1] are bound to prefill one, rows [0 : n] to decode. Prefill and
 decoding are two optimisation profiles; a decoding step of n slots is one CUDA graph, recorded when first needed.
@@ -7,7 +7,7 @@ decoding are two optimisation profiles; a decoding step of n slots is one CUDA g
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,27 +15,35 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nvlm_trt.backends.base import COMPONENTS, FloatArray, IntArray, RangeArray
-from nvlm_trt.backends.request_checks import check_cross_tokens, check_step, check_tiles
-from nvlm_trt.backends.tensorrt.device_tokens import DeviceTokens
-from nvlm_trt.backends.tensorrt.loaded_plan import GpuMemoryError, Stage
+from nvlm_trt.backends.base import (
+    STAGES,
+    BackendArray,
+    FloatArray,
+    ImageFeatures,
+    IntArray,
+    RangeArray,
+    embedding_rows,
+)
+from nvlm_trt.backends.tensorrt.loaded_plan import LoadedPlan
+from nvlm_trt.backends.tensorrt.record import record_of
 from nvlm_trt.backends.tensorrt.target import check_target, find_target, import_torch
-from nvlm_trt.engine import Engine, EngineLimits
-from nvlm_trt.errors import EngineError
+from nvlm_trt.engine import Engine
+from nvlm_trt.errors import DeviceMemoryError, EngineError
+from nvlm_trt.limits import EngineLimits, check_embeddings
 from nvlm_trt.model.config import NvlmConfig
+from nvlm_trt.prompt.image_tokens import check_cross_tiles, split_tiles
 
 _PREFILL, _DECODE = 0, 1  # the decoder's optimisation profiles
 
 
 class TensorRtBackend:
-    """Implements `Backend` for an engine of the backend "tensorrt"."""
+    """Implements `StepBackend`. Image tokens and features are torch's tensors on the GPU."""
 
-    def __init__(self, engine: Engine, components: Collection[str], device: str) -> None:
+    def __init__(self, engine: Engine, stages: Collection[str], device: str) -> None:
         """Raises EngineError without TensorRT or a GPU, for an engine of another version or GPU, and for want of
         memory."""
         check_target(engine, find_target(device))
-        assert engine.manifest.tensorrt is not None, "check_target has looked"
-        self._record = engine.manifest.tensorrt
+        self._record = record_of(engine)
         self._torch = import_torch()
         self._device = device
         self.config: NvlmConfig = engine.config
@@ -43,13 +51,147 @@ class TensorRtBackend:
         self._dtype = {"fp32": self._torch.float32, "fp16": self._torch.float16, "bf16": self._torch.bfloat16}[
             self._record.dtype
         ]
-        wanted = [name for name in COMPONENTS if name in components and name in self._record.profiles]
-        self._stages = {name: self._open(engine.path, name) for name in wanted}
+        wanted = [stage for stage in STAGES if stage in stages and stage in self._record.profiles]
+        self._plans = {stage: self._open(engine.path, stage) for stage in wanted}
         self._graphs: dict[int, tuple[Any, dict[str, Any]]] = {}  # slots -> CUDA graph, its tensors
         self._cache: dict[str, Any] = {}
-        if "decoder" in self._stages:
+        if "decoder" in self._plans:
             self._check_aliases(engine.path)
             self._allocate()
+
+    # --- images ------------------------------------------------------------------------------------------------------
+
+    def encode(self, pixel_values: FloatArray) -> BackendArray:
+        """[tiles, 3, E, E] -> image tokens [tiles, T, hidden]."""
+        plan, torch = self._plan("vision_encoder"), self._torch
+        shape = (len(pixel_values), self.config.tokens_per_tile, self.config.llm.hidden_size)
+        most = self._record.profiles["vision_encoder"][0]["pixel_values"][-1][0]
+        with torch.cuda.stream(plan.stream):
+            image_tokens: BackendArray = torch.empty(shape, dtype=self._dtype, device=self._device)
+            rows: Any = image_tokens
+            for start in range(0, len(pixel_values), most):
+                pixels = self._upload(pixel_values[start : start + most])
+                plan.run(0, {"pixel_values": pixels, "image_tokens": rows[start : start + most]})
+                plan.stream.synchronize()  # before the pixels' memory is used again, and for whoever reads the tokens
+        return image_tokens
+
+    def import_tokens(self, tokens: Any) -> BackendArray:
+        """Copy image tokens [tiles, T, hidden] from outside, in the engine's type."""
+        torch = self._torch
+        source = torch.from_numpy(np.ascontiguousarray(tokens)) if isinstance(tokens, np.ndarray) else tokens
+        copy: BackendArray = torch.from_dlpack(source).to(self._device, self._dtype, copy=True)
+        torch.cuda.current_stream(self._device).synchronize()  # the memory that was copied may be used again
+        return copy
+
+    def features(self, image_tokens: BackendArray) -> ImageFeatures:
+        """[tiles, T, hidden] of one image -> its features, which stay on the GPU."""
+        tokens: Any = image_tokens
+        in_llm, in_cross = split_tiles(self.config.architecture, len(tokens))
+        # a copy: a view would keep the tokens of all tiles in memory for as long as the features are cached
+        embeddings = tokens[in_llm].reshape(-1, tokens.shape[2]).clone()  # [m, hidden]
+        self._torch.cuda.current_stream(self._device).synchronize()
+        crossed = tokens[in_cross]
+        return ImageFeatures(embeddings, self.cross_kv(crossed) if len(crossed) else None, len(tokens))
+
+    def cross_kv(self, image_tokens: Any) -> BackendArray:
+        """One image's cross-attended tiles [n, T, hidden] -> [cross layers, 2, kv_heads, C, head_dim]."""
+        check_cross_tiles(self.config, len(image_tokens))
+        plan, torch = self._plan("cross_kv"), self._torch
+        layers = len(self.config.cross_layers)
+        with torch.cuda.stream(plan.stream):
+            tensors = {"image_tokens": self._upload(image_tokens)}
+            shape = plan.output_shape(0, tensors, "cross_key.0")  # [kv_heads, C, head_dim]
+            # one by one: TensorRT wants addresses that are multiples of 256, as those of allocations are
+            names = [f"cross_{kind}.{j}" for j in range(layers) for kind in ("key", "value")]
+            outputs = {name: torch.empty(shape, dtype=self._dtype, device=self._device) for name in names}
+            plan.run(0, tensors | outputs)
+            stacked: BackendArray = torch.stack(list(outputs.values())).reshape(layers, 2, *shape)
+            plan.stream.synchronize()  # the decoder's stream reads it next
+        return stacked
+
+    # --- slots -------------------------------------------------------------------------------------------------------
+
+    def write_cross_kv(self, slot: int, start: int, features: ImageFeatures) -> None:
+        """Copy [cross layers, 2, kv_heads, C, head_dim] into a slot from token `start` on, from GPU to GPU."""
+        stop = start + features.cross_tokens
+        self.limits.check_cross_tokens(stop)
+        if features.cross_kv is None:
+            return
+        stream = self._plan("decoder").stream
+        with self._torch.cuda.stream(stream):
+            for j, (key, value) in enumerate(self._upload(features.cross_kv)):
+                self._cache[f"cross_key.{j}"][slot, :, start:stop] = key
+                self._cache[f"cross_value.{j}"][slot, :, start:stop] = value
+            stream.synchronize()  # the features may be given up while the copy is queued
+
+    def embeddings(self, images: Sequence[ImageFeatures], start: int, stop: int) -> BackendArray:
+        """Rows start .. stop - 1 of all images' embeddings -> [M, hidden]."""
+        torch = self._torch
+        none = torch.empty((0, self.config.llm.hidden_size), dtype=self._dtype, device=self._device)
+        with torch.cuda.stream(self._plan("decoder").stream):
+            joined: BackendArray = torch.cat([none, *map(self._upload, embedding_rows(images, start, stop))])
+        return joined
+
+    def prefill(
+        self, slot: int, position: int, input_ids: IntArray, embeddings: BackendArray, cross_ranges: RangeArray
+    ) -> FloatArray:
+        """input_ids [S] of one slot from `position` on -> the last token's logits [vocab]."""
+        is_image = input_ids == self.config.image_token_id
+        check_embeddings(int(is_image.sum()), len(embeddings))
+        self.limits.check_sequence(position + len(input_ids))
+        chunk = self._record.profiles["decoder"][_PREFILL]["input_ids"][-1][1]
+        plan, rows = self._plan("decoder"), self._upload(embeddings)  # [M, hidden]
+        with self._torch.cuda.stream(plan.stream):
+            used = 0
+            for start in range(0, len(input_ids), chunk):
+                here = slice(start, start + chunk)
+                images = rows[used : used + int(is_image[here].sum())]
+                used += len(images)
+                tensors = self._step_tensors(1, len(input_ids[here]), max(len(images), 1))
+                step: dict[str, npt.NDArray[Any]] = {
+                    "input_ids": input_ids[None, here],
+                    "write_indices": np.array([position + start]),
+                    "logit_index": np.array([len(input_ids[here]) - 1]),
+                    "cross_ranges": cross_ranges[None, here],
+                }
+                self._fill(tensors, step)
+                if len(images):
+                    tensors["image_tokens"].copy_(images)
+                plan.run(_PREFILL, tensors | self._rows(slot, slot + 1))
+                plan.stream.synchronize()  # before the step's memory is used again
+            logits: FloatArray = _numpy(tensors["logits"])[0]
+            return logits
+
+    def decode(self, input_ids: IntArray, positions: IntArray, cross_ranges: RangeArray) -> FloatArray:
+        """One token of each of the slots 0 .. n-1 -> logits [n, vocab], valid until the next call."""
+        slots = len(input_ids)
+        check_embeddings(int((input_ids == self.config.image_token_id).sum()), 0)
+        self.limits.check_sequence(int(positions.max()) + 1)
+        plan = self._plan("decoder")
+        step: dict[str, npt.NDArray[Any]] = {
+            "input_ids": input_ids[:, None],
+            "write_indices": positions,
+            "cross_ranges": cross_ranges[:, None],
+        }
+        with self._torch.cuda.stream(plan.stream):
+            recorded = self._graphs.get(slots)
+            tensors = recorded[1] if recorded else self._step_tensors(slots, 1, 1)
+            self._fill(tensors, step)
+            if recorded is None:
+                # the run before recording writes the very keys and values that the replay writes again
+                recorded = plan.record(_DECODE, tensors | self._rows(0, slots)), tensors
+                self._graphs[slots] = recorded
+            recorded[0].replay()
+            return _numpy(tensors["logits"])
+
+    def move_slot(self, source: int, target: int, length: int, cross_length: int) -> None:
+        """Copy the tokens in use of one slot over another."""
+        with self._torch.cuda.stream(self._plan("decoder").stream):
+            for name, cache in self._cache.items():
+                used = cross_length if name.startswith("cross_") else length
+                cache[target, :, :used] = cache[source, :, :used]
+
+    # --- lifetime ----------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> TensorRtBackend:
         return self
@@ -62,121 +204,25 @@ class TensorRtBackend:
     def close(self) -> None:
         """Free plans and caches; no method may be called afterwards."""
         self._graphs.clear()
-        for stage in self._stages.values():
-            stage.close()
-        self._stages.clear()
+        for plan in self._plans.values():
+            plan.close()
+        self._plans.clear()
         self._cache.clear()
         self._torch.cuda.empty_cache()  # TensorRT's builder, for one, allocates beside torch
 
-    # --- images ------------------------------------------------------------------------------------------------------
-
-    def encode(self, pixel_values: FloatArray) -> FloatArray:
-        """[tiles, 3, E, E] -> image tokens [tiles, T, hidden]."""
-        stage, torch = self._stage("vision_encoder"), self._torch
-        shape = (len(pixel_values), self.config.tokens_per_tile, self.config.llm.hidden_size)
-        most = self._record.profiles["vision_encoder"][0]["pixel_values"][-1][0]
-        with torch.cuda.stream(stage.stream):
-            image_tokens = torch.empty(shape, dtype=self._dtype, device=self._device)
-            for start in range(0, len(pixel_values), most):
-                pixels = self._upload(pixel_values[start : start + most])
-                tensors = {"pixel_values": pixels, "image_tokens": image_tokens[start : start + most]}
-                stage.run(0, tensors)
-                stage.stream.synchronize()  # before the pixels' memory is used again
-            return _numpy(image_tokens)
-
-    def cross_kv(self, image_tokens: FloatArray) -> FloatArray:
-        """One image's cross-attended tiles [n, T, hidden] -> [cross layers, 2, kv_heads, C, head_dim]."""
-        tiles = len(image_tokens)
-        check_tiles(self.config, tiles)
-        stage, torch = self._stage("cross_kv"), self._torch
-        layers = len(self.config.cross_layers)
-        with torch.cuda.stream(stage.stream):
-            tensors = {"image_tokens": self._upload(image_tokens)}
-            shape = stage.output_shape(0, tensors, "cross_key.0")  # [kv_heads, C, head_dim]
-            # one by one: TensorRT wants addresses that are multiples of 256, as those of allocations are
-            names = [f"cross_{kind}.{j}" for j in range(layers) for kind in ("key", "value")]
-            outputs = {name: torch.empty(shape, dtype=self._dtype, device=self._device) for name in names}
-            stage.run(0, tensors | outputs)
-            return _numpy(torch.stack(list(outputs.values()))).reshape(layers, 2, *shape)
-
-    def write_cross_kv(self, slot: int, start: int, cross_kv: FloatArray) -> None:
-        """Copy [cross layers, 2, kv_heads, C, head_dim] into a slot from token `start` on."""
-        stop = start + cross_kv.shape[3]
-        check_cross_tokens(self.limits, stop)
-        with self._torch.cuda.stream(self._stage("decoder").stream):
-            for j, (key, value) in enumerate(self._upload(cross_kv)):
-                self._cache[f"cross_key.{j}"][slot, :, start:stop] = key
-                self._cache[f"cross_value.{j}"][slot, :, start:stop] = value
-
-    # --- text --------------------------------------------------------------------------------------------------------
-
-    def prefill(
-        self, slot: int, position: int, input_ids: IntArray, image_tokens: FloatArray, cross_ranges: RangeArray
-    ) -> FloatArray:
-        """input_ids [S] of one slot from `position` on -> the last token's logits [vocab]."""
-        is_image = input_ids == self.config.image_token_id
-        check_step(self.limits, int(is_image.sum()), len(image_tokens), position + len(input_ids))
-        chunk = self._record.profiles["decoder"][_PREFILL]["input_ids"][-1][1]
-        stage, torch = self._stage("decoder"), self._torch
-        with torch.cuda.stream(stage.stream):
-            used = 0
-            for start in range(0, len(input_ids), chunk):
-                here = slice(start, start + chunk)
-                images = image_tokens[used : used + int(is_image[here].sum())]
-                used += len(images)
-                tensors = self._step_tensors(1, len(input_ids[here]), max(len(images), 1))
-                step: dict[str, npt.NDArray[Any]] = {
-                    "input_ids": input_ids[None, here],
-                    "write_indices": np.array([position + start]),
-                    "logit_index": np.array([len(input_ids[here]) - 1]),
-                    "cross_ranges": cross_ranges[None, here],
-                }
-                self._fill(tensors, step)
-                if len(images):
-                    tensors["image_tokens"].copy_(self._upload(images))
-                stage.run(_PREFILL, tensors | self._rows(slot, slot + 1))
-                stage.stream.synchronize()  # before the step's memory is used again
-            logits: FloatArray = _numpy(tensors["logits"])[0]
-            return logits
-
-    def decode(self, input_ids: IntArray, positions: IntArray, cross_ranges: RangeArray) -> FloatArray:
-        """One token of each of the slots 0 .. n-1 -> logits [n, vocab], valid until the next call."""
-        slots = len(input_ids)
-        check_step(self.limits, int((input_ids == self.config.image_token_id).sum()), 0, int(positions.max()) + 1)
-        stage = self._stage("decoder")
-        step: dict[str, npt.NDArray[Any]] = {
-            "input_ids": input_ids[:, None],
-            "write_indices": positions,
-            "cross_ranges": cross_ranges[:, None],
-        }
-        with self._torch.cuda.stream(stage.stream):
-            recorded = self._graphs.get(slots)
-            tensors = recorded[1] if recorded else self._step_tensors(slots, 1, 1)
-            self._fill(tensors, step)
-            if recorded is None:
-                # the run before recording writes the very keys and values that the replay writes again
-                recorded = stage.record(_DECODE, tensors | self._rows(0, slots)), tensors
-                self._graphs[slots] = recorded
-            recorded[0].replay()
-            return _numpy(tensors["logits"])
-
-    def move_slot(self, source: int, target: int, length: int, cross_length: int) -> None:
-        """Copy the tokens in use of one slot over another."""
-        with self._torch.cuda.stream(self._stage("decoder").stream):
-            for name, cache in self._cache.items():
-                used = cross_length if name.startswith("cross_") else length
-                cache[target, :, :used] = cache[source, :, :used]
+    def to_host(self, array: BackendArray) -> FloatArray:
+        return _numpy(array)
 
     # --- plans and buffers -------------------------------------------------------------------------------------------
 
-    def _open(self, directory: Path, component: str) -> Stage:
-        weights = directory / f"{component}.onnx" if self._record.stripped else None
-        plan = directory / f"{component}.plan"
+    def _open(self, directory: Path, stage: str) -> LoadedPlan:
+        weights = directory / f"{stage}.onnx" if self._record.stripped else None
+        plan = directory / f"{stage}.plan"
         with _memory_errors(self._torch, str(plan)):
-            return Stage(plan, self._device, weights, self._record.weight_streaming)
+            return LoadedPlan(plan, self._device, weights, self._record.weight_streaming)
 
     def _check_aliases(self, directory: Path) -> None:
-        aliased = self._stages["decoder"].aliased()
+        aliased = self._plans["decoder"].aliased()
         if aliased != self._record.aliased:
             odd = sorted(set(aliased.items()) ^ set(self._record.aliased.items()))[0][0]
             raise EngineError(
@@ -218,18 +264,14 @@ class TensorRtBackend:
             if name in tensors:
                 tensors[name].copy_(self._torch.from_numpy(np.ascontiguousarray(array)))
 
-    def _upload(self, array: FloatArray | DeviceTokens) -> Any:
-        """On the GPU and in the engine's type; the very memory of tokens that are so already."""
-        if isinstance(array, DeviceTokens):
-            cuda = self._torch.cuda
-            # they were made on the default stream, which torch's other streams do not wait for
-            cuda.current_stream(self._device).wait_stream(cuda.default_stream(self._device))
-            return array.tensor.to(self._device, self._dtype)
-        return self._torch.from_numpy(np.ascontiguousarray(array, np.float32)).to(self._device, self._dtype)
+    def _upload(self, array: Any) -> Any:
+        """On the GPU and in the engine's type; the very memory of a tensor that is so already."""
+        tensor = self._torch.from_numpy(np.ascontiguousarray(array)) if isinstance(array, np.ndarray) else array
+        return tensor.to(self._device, self._dtype)
 
-    def _stage(self, component: str) -> Stage:
-        assert component in self._stages, f"{component} was not opened"
-        return self._stages[component]
+    def _plan(self, stage: str) -> LoadedPlan:
+        assert stage in self._plans, f"{stage} was not opened"
+        return self._plans[stage]
 
 
 @contextlib.contextmanager
@@ -237,7 +279,7 @@ def _memory_errors(torch: Any, what: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise GpuMemoryError(
+        raise DeviceMemoryError(
             f"no GPU memory for {what}; free the GPU, or rebuild with a smaller --max-slots or --max-seq-len"
         ) from error
 

@@ -11,16 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from nvlm_trt.backends.tensorrt.target import import_tensorrt, import_torch
-from nvlm_trt.errors import EngineError
+from nvlm_trt.errors import DeviceMemoryError, EngineError
 
 Tensors = Mapping[str, Any]  # input or output name -> torch.Tensor
 
 
-class GpuMemoryError(EngineError):
-    """The GPU has no memory for an engine that is whole."""
-
-
-class Stage:
+class LoadedPlan:
     """A deserialised plan. Not thread-safe, but several stages may run on threads of their own."""
 
     def __init__(self, plan: Path, device: str, weights: Path | None = None, weight_streaming: bool = False) -> None:
@@ -119,7 +115,7 @@ class Stage:
     def _context(self, profile: int) -> Any:
         context = self.engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if context is None:
-            raise GpuMemoryError(
+            raise DeviceMemoryError(
                 f"no GPU memory for running {self._plan}; free the GPU, or rebuild with smaller limits"
             )
         # runs of one stage follow each other on one stream, so they share their working memory

@@ -4,27 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nvlm_trt.engine import EngineLimits
+from nvlm_trt.backends.tensorrt import PREFILL_CHUNK
+from nvlm_trt.limits import EngineLimits
 from nvlm_trt.model.config import NvlmConfig
 from nvlm_trt.plugins.gated_cross_attention import cache_length
-from nvlm_trt.prompt.encoder import split_tiles
+from nvlm_trt.prompt.image_tokens import split_tiles
 
 # input -> smallest, usual and largest shape
 Profile = dict[str, list[list[int]]]
 
-_USUAL_CHUNK = 256  # tokens that a prompt is prefilled by, between two decoding steps
-_LARGEST_CHUNK = 1024  # longer ones are run in parts: activations take memory by the largest
 
+def profiles_of(
+    config: NvlmConfig, limits: EngineLimits, prefill_chunk: int = PREFILL_CHUNK
+) -> dict[str, list[Profile]]:
+    """Stage -> its profiles. The decoder has two: a prompt's chunk of one slot, and one token of every slot.
 
-def profiles_of(config: NvlmConfig, limits: EngineLimits) -> dict[str, list[Profile]]:
-    """Component -> its profiles. The decoder has two: a prompt's chunk of one slot, and one token of every slot."""
+    TensorRT tunes the first for `prefill_chunk` tokens: all chunks of a prompt but its last have so many."""
     vision, tiles = config.vision, config.tiles_per_image
     tokens = (config.tokens_per_tile, config.llm.hidden_size)
-    chunk = min(limits.max_seq_len, _LARGEST_CHUNK)
+    chunk = min(limits.max_seq_len, prefill_chunk)
     profiles = {
         "vision_encoder": [{"pixel_values": _range((1, tiles), (3, vision.image_size, vision.image_size))}],
         "decoder": [
-            _decoder(config, limits, (1, 1, 1), (1, min(chunk, _USUAL_CHUNK), chunk)),
+            _decoder(config, limits, (1, 1, 1), (1, chunk, chunk)),
             _decoder(config, limits, (1, limits.max_slots, limits.max_slots), (1, 1, 1)),
         ],
     }

@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from nvlm_trt.backends.tensorrt.record import record_of
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import EngineError
 
@@ -80,9 +81,7 @@ def container_with(version: str) -> str:
 
 def check_target(engine: Engine, target: Target) -> None:
     """Raises EngineError if the engine was built with another TensorRT or for another GPU, naming both."""
-    record = engine.manifest.tensorrt
-    if record is None:
-        raise EngineError(f"engine {engine.path} does not say what it was built for; rebuild it with `nvlm-trt build`")
+    record = record_of(engine)
     if record.version != target.tensorrt:
         raise EngineError(
             f"engine {engine.path} was built with TensorRT {record.version}, this is {target.tensorrt}; run it in "

@@ -6,7 +6,7 @@ import io
 
 from PIL import Image
 
-from nvlm_trt.runtime.sampling import SamplingParams
+from nvlm_trt.api import SamplingParams
 from nvlm_trt.serving.client import Client
 
 _SAMPLING = SamplingParams(max_tokens=1)

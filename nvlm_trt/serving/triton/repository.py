@@ -10,7 +10,8 @@ import string
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nvlm_trt.backends.tensorrt.placement import link_plan, most_tiles, placement
+from nvlm_trt.backends.opening import backend_of
+from nvlm_trt.backends.spec import TritonPlacement
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import ServerError
 from nvlm_trt.image.decoding import ImageLimits
@@ -25,6 +26,8 @@ _BATCHED_IMAGES = 4
 _BATCHING_DELAY_US = 1000
 _MAX_TILING_INSTANCES = 4
 
+_VISION_ENCODER = "vision_encoder"  # the model, whichever folder it comes from
+
 _SHARED_MEMORY = Path("/dev/shm")
 _SHARED_MEMORY_SLACK = 32 << 20
 
@@ -36,29 +39,39 @@ class RepositoryOptions:
     image_limits: ImageLimits = field(default_factory=ImageLimits)
 
 
-def render_repository(engine: Engine, directory: Path, drain_file: Path, options: RepositoryOptions) -> None:
-    """Write the models into `directory`, made for it. While `drain_file` exists, `nvlm` accepts no new request.
+def placement_of(engine: Engine) -> TritonPlacement:
+    """How Triton runs the stages of an engine. Raises ServerError for one that Triton cannot run."""
+    return backend_of(engine, "vision_encoder").placement(engine)
 
-    Raises ServerError for an engine whose plans Triton cannot load."""
-    values = _template_values(engine, drain_file, options)
-    for name, model in _sources(engine.manifest.backend).items():
-        target = directory / name
-        (target / "1").mkdir(parents=True)
+
+def render_repository(
+    engine: Engine, placement: TritonPlacement, directory: Path, drain_file: Path, options: RepositoryOptions
+) -> None:
+    """Write the models into `directory`, made for it. While `drain_file` exists, `nvlm` accepts no new request."""
+    values = _template_values(engine, placement, drain_file, options)
+    for name, model in _sources(placement.vision_model).items():
+        version = directory / name / "1"
+        version.mkdir(parents=True)
         template = string.Template((model / "config.pbtxt").read_text(encoding="utf-8"))
-        (target / "config.pbtxt").write_text(template.substitute(values), encoding="utf-8")
+        (directory / name / "config.pbtxt").write_text(template.substitute(values), encoding="utf-8")
         for source in (model / "1").glob("*.py"):
-            shutil.copy(source, target / "1")
-    if engine.manifest.backend == "tensorrt":
-        link_plan(engine, directory / "vision_encoder" / "1")
+            shutil.copy(source, version)
+    for name, file in placement.files.items():
+        (directory / _VISION_ENCODER / "1" / name).symlink_to(file)
 
 
-def max_batch_tiles(engine: Engine) -> int:
-    """Tiles that vision_encoder takes at once: some images of the most tiles, thumbnails included; for TensorRT what
-    its plan was built for."""
-    if engine.manifest.tensorrt:
-        return most_tiles(engine.manifest.tensorrt)
-    most = engine.limits.max_tiles
-    return _BATCHED_IMAGES * (most + (most > 1))
+def max_batch_tiles(engine: Engine, placement: TritonPlacement) -> int:
+    """Tiles that vision_encoder takes at once: some images of the most tiles, unless the backend says how many."""
+    return placement.max_tiles or _BATCHED_IMAGES * engine.limits.tiles_per_image
+
+
+def check_backend(engine: Engine, placement: TritonPlacement, backends: Path) -> None:
+    """Raise ServerError if this tritonserver lacks the backend that runs the vision encoder; `backends`: its folder."""
+    if placement.needs_backend and not (backends / placement.needs_backend).is_dir():
+        raise ServerError(
+            f"engine {engine.path} needs Triton's backend {placement.needs_backend}, which this tritonserver lacks "
+            f"({backends}); {placement.remedy}"
+        )
 
 
 def available_cores() -> int:
@@ -71,19 +84,23 @@ def available_cores() -> int:
         return cores
 
 
-def _template_values(engine: Engine, drain_file: Path, options: RepositoryOptions) -> dict[str, str]:
+def _template_values(
+    engine: Engine, placement: TritonPlacement, drain_file: Path, options: RepositoryOptions
+) -> dict[str, str]:
     cores = available_cores()
     config, limits = engine.config, options.image_limits
     return {
         # a JSON string is a protobuf text string, quotes and escapes included
         "engine": json.dumps(str(engine.path.absolute()), ensure_ascii=False),
         "drain_file": json.dumps(str(drain_file), ensure_ascii=False),
-        **placement(engine),
+        "image_type": placement.image_type,
+        "decoder_kind": placement.decoder_kind,
+        "graph_specs": placement.graph_specs,
         "tile_size": str(config.vision.image_size),
         "tokens_per_tile": str(config.tokens_per_tile),
         "hidden_size": str(config.llm.hidden_size),
         "max_tiles": str(engine.limits.max_tiles),
-        "max_batch_tiles": str(max_batch_tiles(engine)),
+        "max_batch_tiles": str(max_batch_tiles(engine, placement)),
         "batching_delay_us": str(_BATCHING_DELAY_US),
         # an image is decoded and resized on one core; half of them are left to the encoder and the decoder
         "tiling_instances": str(max(1, min(_MAX_TILING_INSTANCES, cores // 2))),
@@ -96,22 +113,18 @@ def _template_values(engine: Engine, drain_file: Path, options: RepositoryOption
     }
 
 
-def _sources(backend: str) -> dict[str, Path]:
-    """Model -> its folder in triton_repo, in a checkout or in an installed wheel. A folder that ends in the name of a
-    backend has that model for it."""
+def _sources(vision_model: str) -> dict[str, Path]:
+    """Model -> its folder in triton_repo, in a checkout or in an installed wheel."""
     root = Path(str(importlib.resources.files("nvlm_trt.triton_repo")))
     folders = {folder.name: folder for folder in root.iterdir() if (folder / "config.pbtxt").is_file()}
-    special = {name: folder for name, folder in folders.items() if name.endswith("_tensorrt")}
-    models = {name: folder for name, folder in folders.items() if name not in special}
-    if backend == "tensorrt":
-        models |= {name.removesuffix("_tensorrt"): folder for name, folder in special.items()}
-    return models
+    models = {name: folder for name, folder in folders.items() if not name.startswith(_VISION_ENCODER)}
+    return {**models, _VISION_ENCODER: folders[vision_model]}
 
 
-def check_shared_memory(engine: Engine) -> None:
+def check_shared_memory(engine: Engine, placement: TritonPlacement) -> None:
     """Raise ServerError if the models could not pass each other full batches of tiles."""
     tile_bytes = 3 * engine.config.vision.image_size**2 * 4
-    needed = 3 * max_batch_tiles(engine) * tile_bytes + _SHARED_MEMORY_SLACK
+    needed = 3 * max_batch_tiles(engine, placement) * tile_bytes + _SHARED_MEMORY_SLACK
     try:
         status = os.statvfs(_SHARED_MEMORY)
     except OSError:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
-from nvlm_trt.backends.tensorrt.placement import check_backend
+from nvlm_trt.backends.spec import TritonPlacement
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import NvlmError, ServerError
 from nvlm_trt.serving.client import Client
@@ -24,7 +24,13 @@ from nvlm_trt.serving.triton.command import triton_command
 from nvlm_trt.serving.triton.install import TritonInstall, find_triton
 from nvlm_trt.serving.triton.ports import choose_ports, listen_address, port_in_use
 from nvlm_trt.serving.triton.process import TritonProcess
-from nvlm_trt.serving.triton.repository import RepositoryOptions, check_shared_memory, render_repository
+from nvlm_trt.serving.triton.repository import (
+    RepositoryOptions,
+    check_backend,
+    check_shared_memory,
+    placement_of,
+    render_repository,
+)
 
 _PORT_ATTEMPTS = 5
 _POLL_SECONDS = 0.1
@@ -97,14 +103,15 @@ class TritonServer:
         """
         engine = Engine.open(self._engine_path, full_check=True)
         install = find_triton()
-        check_backend(engine, install.backends)
+        placement = placement_of(engine)
+        check_backend(engine, placement, install.backends)
         self._listen = listen_address(self._options.host)
         self._host = _LOOPBACK.get(self._listen, self._listen)
-        check_shared_memory(engine)
+        check_shared_memory(engine, placement)
         give_up = give_up or threading.Event()
         try:
             for attempt in range(1, _PORT_ATTEMPTS + 1):
-                self._launch(engine, install)
+                self._launch(engine, placement, install)
                 if self._wait_until_loaded(give_up, retry_ports=attempt < _PORT_ATTEMPTS):
                     break
                 self.kill()
@@ -150,13 +157,13 @@ class TritonServer:
 
     # --- starting ----------------------------------------------------------------------------------------------------
 
-    def _launch(self, engine: Engine, install: TritonInstall) -> None:
+    def _launch(self, engine: Engine, placement: TritonPlacement, install: TritonInstall) -> None:
         options = self._options
         self._grpc_port, self._http_port, self._metrics_port = ports = choose_ports(self._listen, options.ports)
         self._directory = Path(tempfile.mkdtemp(prefix="nvlm-trt-"))
         shm_prefix = f"nvlm_trt_{secrets.token_hex(4)}_"
         models = self._directory / "models"
-        render_repository(engine, models, self._drain_file, options.repository)
+        render_repository(engine, placement, models, self._drain_file, options.repository)
         backends, environment = install.prepare(self._directory)
         command = triton_command(install.executable, models, backends, self._listen, ports, shm_prefix)
         self._stopping.clear()

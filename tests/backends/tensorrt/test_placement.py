@@ -17,8 +17,8 @@ from tritonclient.grpc import model_config_pb2
 
 from nvlm_trt.backends.tensorrt.build import write_graphs
 from nvlm_trt.backends.tensorrt.profiles import profiles_of
-from nvlm_trt.builders.engine_writer import EngineWriter
 from nvlm_trt.builders.quantization.formats import quantised
+from nvlm_trt.builders.source import EngineWriter
 from nvlm_trt.checkpoint.reader import Checkpoint
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import ServerError

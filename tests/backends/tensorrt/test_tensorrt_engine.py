@@ -20,8 +20,9 @@ from command_line import Run, assert_one_line_error
 
 from nvlm_trt.backends.tensorrt.target import Target, check_target, container_with
 from nvlm_trt.builders.engine_build import build_engine
-from nvlm_trt.engine import Engine, EngineLimits
+from nvlm_trt.engine import Engine
 from nvlm_trt.errors import EngineError
+from nvlm_trt.limits import EngineLimits
 from nvlm_trt.model.config import PRESETS
 from nvlm_trt.model.precision import parse_precision
 from nvlm_trt.planner.memory import plan_engine

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from nvlm_trt.backends import open_backend
+from nvlm_trt.api import ChatRequest, Message, SamplingParams
+from nvlm_trt.backends.opening import open_backend
 from nvlm_trt.backends.tensorrt.device_tokens import DeviceTokens
 from nvlm_trt.engine import Engine
-from nvlm_trt.prompt.encoder import Message
-from nvlm_trt.runtime.pipeline import ChatRequest, Pipeline
-from nvlm_trt.runtime.sampling import SamplingParams
+from nvlm_trt.runtime.pipeline import Pipeline
 
 Directory = Callable[[str], Path]
 

@@ -12,15 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from one_linear import NAME, OneWeight, session
 
-from nvlm_trt.backends import open_backend
+from nvlm_trt.backends.opening import open_backend
 from nvlm_trt.builders.engine_build import QuantizationOptions, build_engine
-from nvlm_trt.builders.engine_writer import EngineWriter
 from nvlm_trt.builders.graphs.common import FLOAT, StageGraph
 from nvlm_trt.builders.quantization.calibrate import calibrate, document_samples
 from nvlm_trt.builders.quantization.calibration import is_calibration, read_calibration
 from nvlm_trt.builders.quantization.formats import OBSERVING
 from nvlm_trt.builders.quantization.magnitudes import BINS, bin_edges, count, int8_clip
 from nvlm_trt.builders.quantization.observer import CHANNELS, COUNTS, Observer
+from nvlm_trt.builders.source import EngineWriter
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import EngineError, ImageError, RequestError
 from nvlm_trt.evaluation.samples import read_samples

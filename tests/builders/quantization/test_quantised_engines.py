@@ -9,14 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nvlm_trt.backends import open_backend
+from nvlm_trt.api import Message
 from nvlm_trt.backends.base import Backend
+from nvlm_trt.backends.opening import open_backend
 from nvlm_trt.builders.engine_build import QuantizationOptions, build_engine
 from nvlm_trt.checkpoint.random_checkpoint import write_random_checkpoint
 from nvlm_trt.checkpoint.reader import Checkpoint
 from nvlm_trt.engine import Engine
 from nvlm_trt.model.config import PRESETS
-from nvlm_trt.prompt.encoder import Message, PromptEncoder, split_tiles
+from nvlm_trt.prompt.encoder import PromptEncoder
+from nvlm_trt.prompt.image_tokens import split_tiles
 from nvlm_trt.prompt.tokenizer import Tokenizer
 
 QuantisedEngine = Callable[[str, str], Path]

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from one_linear import NAME, calibration_of, linear_model
 
-from nvlm_trt.builders.engine_writer import save_model
 from nvlm_trt.builders.graphs import streamed
 from nvlm_trt.builders.graphs.common import LinearWeight, WeightFormat
+from nvlm_trt.builders.model_file import save_model
 from nvlm_trt.builders.quantization.fp8 import Fp8
 from nvlm_trt.builders.quantization.int8 import Int8
 from nvlm_trt.builders.quantization.rows import QuantisedWeight

@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nvlm_trt.backends import open_backend
-from nvlm_trt.builders.engine_writer import EngineWriter
+from nvlm_trt.api import Message
+from nvlm_trt.backends.opening import open_backend
 from nvlm_trt.builders.graphs import streamed
 from nvlm_trt.builders.graphs.common import Unquantised
 from nvlm_trt.builders.quantization.calibration import Calibration, LinearInput
 from nvlm_trt.builders.quantization.formats import Recipe
 from nvlm_trt.builders.quantization.smoothquant import Factors, MigratedWeights, migrate, migrations
+from nvlm_trt.builders.source import EngineWriter
 from nvlm_trt.checkpoint.random_checkpoint import write_random_checkpoint
 from nvlm_trt.checkpoint.reader import Checkpoint
 from nvlm_trt.engine import Engine
@@ -23,7 +24,8 @@ from nvlm_trt.model.config import PRESETS, CrossAttentionConfig, NvlmConfig
 from nvlm_trt.model.layout import checkpoint_layout
 from nvlm_trt.model.precision import COMPONENTS
 from nvlm_trt.progress import no_progress
-from nvlm_trt.prompt.encoder import Message, PromptEncoder, split_tiles
+from nvlm_trt.prompt.encoder import PromptEncoder
+from nvlm_trt.prompt.image_tokens import split_tiles
 from nvlm_trt.prompt.tokenizer import Tokenizer
 
 INT8 = dict.fromkeys(COMPONENTS, "int8")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-import triton_python_backend_utils as pb_utils
-
 from nvlm_trt.runtime.pipeline import PipelineMetrics
 
 _DESCRIPTIONS = {
@@ -24,11 +22,15 @@ _DESCRIPTIONS = {
 }
 
 
-class ServerMetrics:
+class ModelMetrics:
     """One metric per name and reason: counters end in _total, the others are gauges."""
 
-    def __init__(self) -> None:
-        self._families = {name: pb_utils.MetricFamily(name, text, _kind(name)) for name, text in _DESCRIPTIONS.items()}
+    def __init__(self, pb_utils: Any) -> None:
+        family = pb_utils.MetricFamily
+        self._families = {
+            name: family(name, text, family.COUNTER if name.endswith("_total") else family.GAUGE)
+            for name, text in _DESCRIPTIONS.items()
+        }
         self._metrics: dict[tuple[str, str], Any] = {}
         self._sent: dict[tuple[str, str], float] = {}
         self._late_tokens = 0
@@ -40,17 +42,17 @@ class ServerMetrics:
 
     def report(self, pipeline: PipelineMetrics, open_requests: int) -> None:
         """Send what has changed: every value is a round trip to the server."""
-        scheduler, cache = pipeline.scheduler, pipeline.image_cache
-        self._set("nvlm_active_slots", scheduler.active)
-        self._set("nvlm_free_slots", scheduler.free_slots)
-        self._set("nvlm_queued_requests", scheduler.queued)
+        generator, cache = pipeline.generator, pipeline.image_cache
+        self._set("nvlm_active_slots", generator.active)
+        self._set("nvlm_free_slots", generator.free_slots)
+        self._set("nvlm_queued_requests", generator.queued)
         self._set("nvlm_image_cache_images", cache.images)
         self._set("nvlm_image_cache_bytes", cache.nbytes)
         self._set("nvlm_image_cache_hits_total", cache.hits)
         self._set("nvlm_image_cache_misses_total", cache.misses)
-        self._set("nvlm_generated_tokens_total", scheduler.tokens_generated)
+        self._set("nvlm_generated_tokens_total", generator.tokens_generated)
         self._set("nvlm_late_tokens_total", self._late_tokens)
-        for reason, count in scheduler.requests_finished.items():
+        for reason, count in generator.requests_finished.items():
             self._set("nvlm_finished_requests_total", count, reason)
         self._set("nvlm_open_requests", open_requests)
 
@@ -66,7 +68,3 @@ class ServerMetrics:
         else:
             self._metrics[key].set(value)
         self._sent[key] = value
-
-
-def _kind(name: str) -> Any:
-    return pb_utils.MetricFamily.COUNTER if name.endswith("_total") else pb_utils.MetricFamily.GAUGE

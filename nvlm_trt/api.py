@@ -1,0 +1,185 @@
+"""The types that a caller sees: messages, sampling parameters, chats, answers. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import os
+import reprlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from nvlm_trt.errors import RequestError
+
+Role = Literal["system", "user", "assistant"]
+FinishReason = Literal["stop", "length", "cancelled"]
+EncodedImage = bytes | str | os.PathLike[str]  # an image file's bytes; a client also takes its path
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_LENGTH = 256
+MAX_LOGPROBS = 20
+
+# --- what is asked ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TextPart:
+    """Text of a message. Nothing in it is ever markup: `<image>` is seven letters."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class ImagePart:
+    """An image in a user's message, at its place among the other parts.
+
+    Without `image`, the part stands for the next of the images that are sent beside the messages."""
+
+    image: EncodedImage | None = None
+
+
+Part = TextPart | ImagePart
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation. `content` is a list of parts in order, or a plain string.
+
+    A user's plain string marks the places of images that are sent beside the messages by `<image>`; write `\\<image>`
+    for the text itself. Marks count only if there are such images and no message has an ImagePart."""
+
+    role: Role
+    content: str | Sequence[Part]
+
+
+def _as_tuple(value: Any) -> Any:
+    """Accepts a single stop string, and the list that JSON has."""
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+_StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+_StopStrings = Annotated[tuple[_StopString, ...], BeforeValidator(_as_tuple), Field(max_length=MAX_STOP_STRINGS)]
+
+
+class SamplingParams(BaseModel):
+    """How one request's tokens are chosen. Raises RequestError naming the value that is wrong.
+
+    The descriptions complete the sentence "it is ..." of that error."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    # cut at the engine's max_seq_len
+    max_tokens: int = Field(256, ge=1, description="an integer of at least 1")
+    # 0: greedy, and the filters below change nothing
+    temperature: float = Field(0.0, ge=0, le=100, description="a number from 0 to 100")
+    top_k: int = Field(0, ge=0, description="an integer of at least 0 (0: off)")
+    top_p: float = Field(1.0, gt=0, le=1, description="a number above 0, at most 1")
+    min_p: float = Field(0.0, ge=0, le=1, description="a number from 0 to 1")
+    # over the ids of prompt and answer
+    repetition_penalty: float = Field(1.0, ge=0.01, le=100, description="a number from 0.01 to 100")
+    # None: another answer every time
+    seed: int | None = Field(None, ge=0, lt=1 << 64, description="none or an integer from 0 to 2**64 - 1")
+    # a single string is accepted too; none of them is part of the answer
+    stop: _StopStrings = Field((), description=f"up to {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_LENGTH} characters")
+    # alternatives reported beside each token; 0: no logprobs at all
+    logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS, description=f"an integer from 0 to {MAX_LOGPROBS}")
+    # go on to max_tokens
+    ignore_eos: bool = Field(False, description="true or false")
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise _sampling_error(values, str(error.errors()[0]["loc"][0])) from None
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SamplingParams:
+        """Parameters as a client sends them. A key that is not one of ours is an error, never ignored."""
+        return cls(**values)
+
+
+def _sampling_error(values: Mapping[str, Any], name: str) -> RequestError:
+    known = SamplingParams.model_fields
+    unknown = next((key for key in values if key not in known), None)
+    if unknown is not None:
+        return RequestError(f"unknown sampling parameter {reprlib.repr(unknown)}; known are {', '.join(known)}")
+    allowed = known[name].description
+    return RequestError(f"sampling parameter {name} = {reprlib.repr(values[name])} is not allowed; it is {allowed}")
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """A conversation that ends with the user's turn.
+
+    `images` are sent beside the messages: encoded files (PNG, JPEG, ... bytes), or image tokens [tiles, T, hidden] in
+    the memory of the backend, of an image that the caller has encoded; those are not cached."""
+
+    messages: Sequence[Message]
+    images: Sequence[Any] = ()
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    max_tiles: int | None = None  # per image, thumbnail not counted; None: the engine's limit
+
+
+# --- what is answered ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Natural-log probabilities under the model's own distribution: temperature, penalty and filters not applied."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]  # the most probable (token id, logprob), best first
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a request took. Times are seconds; those that start with submission include waiting."""
+
+    prompt_tokens: int  # in the LLM's sequence, image placeholders included
+    completion_tokens: int
+    image_tiles: int
+    cross_tokens: int  # image tokens (and tags, NVLM-H) that are cross-attended
+    cached_images: int  # images whose features were in the cache
+    encode_s: float  # tiling, encoding and cross-attention keys and values of the images
+    queue_s: float  # from submission until a slot was given, encoding included
+    ttft_s: float | None  # from submission to the first token; None: there was none
+    total_s: float  # from submission to the end
+
+
+@dataclass(frozen=True)
+class Delta:
+    """One step of an answer: a token, and the text that it completes (often none).
+
+    The last delta has a finish_reason: "stop" (end-of-text token or stop string), "length" (max_tokens or the
+    engine's max_seq_len) or "cancelled" (without a token). The end-of-text token is reported, its text is empty.
+    """
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] = field(default_factory=list)  # one per token id, if the request asked for them
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None  # with the last delta; None if the request was cancelled before it had a slot
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A whole answer."""
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprob]
+    finish_reason: FinishReason | None
+    usage: Usage | None
+
+
+def merge_deltas(deltas: Sequence[Delta]) -> Delta:
+    """Consecutive deltas of one answer as one; only the last may have a finish_reason."""
+    return Delta(
+        text="".join(delta.text for delta in deltas),
+        token_ids=[token_id for delta in deltas for token_id in delta.token_ids],
+        logprobs=[item for delta in deltas for item in delta.logprobs],
+        finish_reason=deltas[-1].finish_reason,
+        usage=deltas[-1].usage,
+    )

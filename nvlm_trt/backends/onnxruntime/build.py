@@ -1,0 +1,77 @@
+"""The steps of a build for ONNX Runtime: graphs in the forms that it runs fastest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from nvlm_trt.backends.onnxruntime import NAME
+from nvlm_trt.backends.onnxruntime.observing import observe
+from nvlm_trt.builders.engine_build import BuildJob, write_engine
+from nvlm_trt.builders.graphs.cross_kv import cross_kv_graph
+from nvlm_trt.builders.graphs.decoder import decoder_graph
+from nvlm_trt.builders.graphs.vision_encoder import vision_encoder_graph
+from nvlm_trt.builders.model_file import save_model
+from nvlm_trt.builders.quantization.calibration import Calibration
+from nvlm_trt.builders.quantization.formats import OBSERVING, Recipe
+from nvlm_trt.builders.quantization.smoothquant import MigratedWeights
+from nvlm_trt.builders.source import EngineSource
+from nvlm_trt.checkpoint.reader import Checkpoint
+from nvlm_trt.engine import temporary_sibling
+from nvlm_trt.evaluation.samples import Sample
+from nvlm_trt.progress import Progress
+
+_TOOLS = ("onnx", "onnx-ir", "onnxscript", "onnxruntime")
+
+
+class OnnxRuntimeSteps:
+    """Implements `BuildSteps`."""
+
+    tools: Sequence[str] = _TOOLS
+    fold_fp8 = True
+
+    def __init__(self, job: BuildJob) -> None:
+        self._job = job
+
+    def unquantised(self, precisions: Mapping[str, str]) -> str:
+        return "fp32"
+
+    def write_stages(self, directory: Path, recipe: Recipe) -> dict[str, Any] | None:
+        write_graphs(self._job.source, self._job.progress, directory, recipe)
+        return None
+
+    def calibrate(self, samples: Sequence[Sample]) -> Calibration:
+        return calibrate(self._job, samples)
+
+
+def write_graphs(source: EngineSource, progress: Progress, directory: Path, recipe: Recipe) -> None:
+    """Write one ONNX file per stage; every tensor of the checkpoint is in one of them."""
+    config, linear = source.config, recipe.weight_format
+    with Checkpoint.open(source.checkpoint_dir) as checkpoint:
+        weights = MigratedWeights(checkpoint, recipe.factors)
+        graphs = {"vision_encoder": vision_encoder_graph(config, weights, linear, attention="mha")}
+        if config.cross_layers:
+            graphs["cross_kv"] = cross_kv_graph(config, weights, source.tag_embeddings(checkpoint), linear)
+        graphs["decoder"] = decoder_graph(
+            config,
+            weights,
+            source.limits,
+            linear,
+            attention="gqa",
+            skip_unused_blocks=recipe.skip_unused_blocks,
+        )
+        checkpoint.finish()
+        for stage, model in graphs.items():
+            save_model(model, directory / f"{stage}.onnx", progress)
+
+
+def calibrate(job: BuildJob, samples: Sequence[Sample]) -> Calibration:
+    """Measure a calibration with a temporary engine that observes, beside the one that is built.
+
+    Other backends calibrate here too: the scales belong to the checkpoint, not to the engine."""
+    with temporary_sibling(job.staging) as directory:
+        write_stages = partial(write_graphs, job.source, job.progress)
+        write_engine(job.source, directory, OBSERVING, NAME, _TOOLS, write_stages)
+        return observe(directory, samples, job.progress)

@@ -1,0 +1,67 @@
+"""Sessions of ONNX Runtime on the CPU: their options, bindings by pointer, and errors."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+
+from nvlm_trt.errors import EngineError
+
+# ONNX Runtime 1.32 keeps a telemetry session file unless told not to before it is imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state as runtime_errors
+
+InferenceSession = onnxruntime.InferenceSession
+IOBinding = onnxruntime.IOBinding
+
+RUNTIME_ERRORS = (
+    runtime_errors.EPFail,
+    runtime_errors.Fail,
+    runtime_errors.InvalidArgument,
+    runtime_errors.InvalidGraph,
+    runtime_errors.InvalidProtobuf,
+    runtime_errors.NoModel,
+    runtime_errors.NoSuchFile,
+    runtime_errors.NotImplemented,
+    runtime_errors.RuntimeException,
+    RuntimeError,
+)
+
+# A thread without work waits this long before it sleeps, long enough for the gap between two operators. Unbounded
+# spinning would take the cores from other processes: beside a busy one, a decoding step took 1.7 times as long.
+_SPIN_US = 100
+_CAN_BOUND_SPINNING = tuple(map(int, onnxruntime.__version__.split(".")[:2])) >= (1, 32)
+
+
+def open_session(path: Path, threads: int | None) -> InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if _CAN_BOUND_SPINNING else "0")
+    if _CAN_BOUND_SPINNING:
+        options.add_session_config_entry("session.intra_op.spin_duration_us", str(_SPIN_US))
+    options.log_severity_level = 3
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except RUNTIME_ERRORS as error:
+        raise EngineError(
+            f"engine file {path} cannot be loaded ({first_line(error)}); rebuild the engine with `nvlm-trt build`"
+        ) from error
+
+
+def bind_input(binding: IOBinding, name: str, array: npt.NDArray[Any]) -> None:
+    """By pointer: `array` is contiguous and outlives the run."""
+    binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+
+def bind_output(binding: IOBinding, name: str, array: npt.NDArray[Any]) -> None:
+    binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

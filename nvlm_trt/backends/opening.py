@@ -1,0 +1,57 @@
+"""Opens an engine: every stage with the backend that the manifest names for it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from nvlm_trt.backends.base import STAGES, StepBackend, stages_of
+from nvlm_trt.backends.spec import BackendSpec, OpenOptions
+from nvlm_trt.backends.split import SplitBackend
+from nvlm_trt.backends.table import backend_names, find_backend
+from nvlm_trt.engine import Engine
+from nvlm_trt.errors import EngineError
+
+
+def backend_of(engine: Engine, stage: str = "decoder") -> BackendSpec:
+    """The backend that runs a stage of an engine. Raises EngineError for one that this nvlm-trt does not have."""
+    name = engine.manifest.runtimes.get(stage, engine.manifest.backend)
+    if name not in backend_names():
+        raise EngineError(
+            f"engine {engine.path} was built for the backend {name!r}, which this nvlm-trt does not have; rebuild it "
+            "with `nvlm-trt build`"
+        )
+    return find_backend(name)
+
+
+def open_backend(
+    engine: Engine,
+    stages: Collection[str] = STAGES,
+    threads: int | None = None,
+    device: str | None = None,
+) -> StepBackend:
+    """Load the named stages of an engine; the others' methods may not be called. Close it, or use `with`.
+
+    `threads` per stage on a CPU; None: all cores that this process may use. `device`: "cpu", or "cuda" or "cuda:1" for
+    a GPU; None: the backend's own.
+    Raises EngineError when a stage cannot be loaded, or the backend or the device is not known."""
+    unknown = set(stages) - set(STAGES)
+    assert not unknown, f"stages are {STAGES}, not {unknown}"
+    stages = [stage for stage in stages_of(engine.config) if stage in stages]
+    images, text = set(stages) & {"vision_encoder"}, set(stages) - {"vision_encoder"}
+    options = OpenOptions(threads, device)
+    if images and text and backend_of(engine, "vision_encoder") != backend_of(engine):
+        vision = _open(engine, images, OpenOptions(threads))
+        return SplitBackend(vision, _open(engine, text, options))
+    return _open(engine, stages, options)
+
+
+def _open(engine: Engine, stages: Collection[str], options: OpenOptions) -> StepBackend:
+    spec = backend_of(engine, next(iter(stages)))
+    if options.device and options.device.split(":")[0] != spec.device:
+        raise EngineError(
+            f"engine {engine.path} runs on the device {spec.device!r}, not on {options.device!r}; open it with "
+            f"{spec.device!r}"
+        )
+    if spec.open is None:
+        raise EngineError(f"the backend {spec.name} of engine {engine.path} batches by itself and runs no single steps")
+    return spec.open(engine, stages, options)

@@ -1,0 +1,59 @@
+"""Two backends as one: a vision encoder that runs elsewhere than the decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+from nvlm_trt.backends.base import BackendArray, FloatArray, ImageFeatures, IntArray, RangeArray, StepBackend
+
+
+class SplitBackend:
+    """Implements `StepBackend`: `vision` encodes, `text` does everything else. Image tokens pass through the host."""
+
+    def __init__(self, vision: StepBackend, text: StepBackend) -> None:
+        """Takes over both backends."""
+        self.config, self.limits = text.config, text.limits
+        self._vision, self._text = vision, text
+
+    def encode(self, pixel_values: FloatArray) -> BackendArray:
+        return self._text.import_tokens(self._vision.to_host(self._vision.encode(pixel_values)))
+
+    def import_tokens(self, tokens: Any) -> BackendArray:
+        return self._text.import_tokens(tokens)
+
+    def features(self, image_tokens: BackendArray) -> ImageFeatures:
+        return self._text.features(image_tokens)
+
+    def write_cross_kv(self, slot: int, start: int, features: ImageFeatures) -> None:
+        self._text.write_cross_kv(slot, start, features)
+
+    def embeddings(self, images: Sequence[ImageFeatures], start: int, stop: int) -> BackendArray:
+        return self._text.embeddings(images, start, stop)
+
+    def prefill(
+        self, slot: int, position: int, input_ids: IntArray, embeddings: BackendArray, cross_ranges: RangeArray
+    ) -> FloatArray:
+        return self._text.prefill(slot, position, input_ids, embeddings, cross_ranges)
+
+    def decode(self, input_ids: IntArray, positions: IntArray, cross_ranges: RangeArray) -> FloatArray:
+        return self._text.decode(input_ids, positions, cross_ranges)
+
+    def move_slot(self, source: int, target: int, length: int, cross_length: int) -> None:
+        self._text.move_slot(source, target, length, cross_length)
+
+    def to_host(self, array: BackendArray) -> FloatArray:
+        return self._text.to_host(array)
+
+    def close(self) -> None:
+        self._vision.close()
+        self._text.close()
+
+    def __enter__(self) -> SplitBackend:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

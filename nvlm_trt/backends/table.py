@@ -1,0 +1,60 @@
+"""The table of backends: each folder beside this file exports one `SPEC`."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from nvlm_trt.backends.spec import BackendSpec
+from nvlm_trt.errors import EngineError
+
+DEFAULT_BACKEND = "onnxruntime"
+
+# name -> the module whose SPEC describes the backend; imported when the backend is asked for
+_ROOMS = {
+    "onnxruntime": "nvlm_trt.backends.onnxruntime",
+    "tensorrt": "nvlm_trt.backends.tensorrt",
+}
+_added: dict[str, BackendSpec] = {}
+
+
+def backend_names() -> tuple[str, ...]:
+    return (*_ROOMS, *_added)
+
+
+def find_backend(name: str) -> BackendSpec:
+    """Raises EngineError for a backend that there is not."""
+    if name in _added:
+        return _added[name]
+    if name not in _ROOMS:
+        raise EngineError(f"backend {name!r} is not one of: {', '.join(backend_names())}; choose with --backend")
+    spec: BackendSpec = importlib.import_module(_ROOMS[name]).SPEC
+    return spec
+
+
+def backend_summaries() -> str:
+    """For --help."""
+    return " or ".join(find_backend(name).summary for name in _ROOMS)
+
+
+def precision_summaries() -> str:
+    """For --help: the precisions of every backend, and the default of each."""
+    tables = [find_backend(name).precisions for name in _ROOMS]
+    return " ".join(f"{table.backend}: {', '.join(table.names)} [{table.default}]." for table in tables)
+
+
+def default_precisions() -> str:
+    """For --help."""
+    return ", ".join(f"{find_backend(name).precisions.default} for {name}" for name in _ROOMS)
+
+
+@contextmanager
+def added_backend(spec: BackendSpec) -> Iterator[BackendSpec]:
+    """Have one more backend in the table, whose code is outside this package, while the context lasts."""
+    assert spec.name not in backend_names(), f"there is a backend {spec.name} already"
+    _added[spec.name] = spec
+    try:
+        yield spec
+    finally:
+        del _added[spec.name]

@@ -1,0 +1,74 @@
+"""The limits of an engine, and what is said to a request that does not fit them: every check is made here."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from nvlm_trt.errors import RequestError
+
+
+class EngineLimits(BaseModel):
+    """What the engine was built to hold. The checks raise RequestError with the number that was exceeded."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    max_slots: int = Field(default=8, gt=0)  # requests decoded at once
+    max_seq_len: int = Field(default=2048, gt=0)  # tokens of prompt and answer in the LLM's sequence
+    max_image_tokens: int = Field(default=0, ge=0)  # cross-attended tokens per request (X, H)
+    max_tiles: int = Field(default=6, gt=0)  # tiles per image, thumbnail not counted
+
+    @property
+    def tiles_per_image(self) -> int:
+        """The most tiles that one image becomes, thumbnail included."""
+        return self.max_tiles + (self.max_tiles > 1)
+
+    def check_max_tiles(self, max_tiles: object) -> None:
+        """Check the option of a request."""
+        if not (type(max_tiles) is int and 1 <= max_tiles <= self.max_tiles):
+            raise RequestError(f"max_tiles = {max_tiles!r} is not allowed; it is an integer from 1 to {self.max_tiles}")
+
+    def check_encoded_tiles(self, tiles: int) -> None:
+        """Check the tiles of an image that the caller has encoded."""
+        if not 1 <= tiles <= self.tiles_per_image:
+            raise RequestError(f"image_tokens of {tiles} tiles in one image, 1 to {self.tiles_per_image} are allowed")
+
+    def check_characters(self, characters: int, most: int) -> None:
+        """Check a text before it is tokenised; `most` characters can be as few as max_seq_len tokens."""
+        if characters > most:
+            raise RequestError(
+                f"the prompt has {characters} characters, more than the {self.max_seq_len} tokens that the engine "
+                "holds; shorten it, or rebuild with --max-seq-len"
+            )
+
+    def check_prompt(self, tokens: int, image_embeddings: int) -> None:
+        """Check that the engine holds a prompt of `tokens`, image embeddings included, and one token of an answer."""
+        if tokens >= self.max_seq_len:
+            raise RequestError(
+                f"the prompt has {tokens} tokens ({image_embeddings} of images), the engine holds "
+                f"{self.max_seq_len} with the answer; shorten it, lower max_tiles, or rebuild with --max-seq-len"
+            )
+
+    def check_sequence(self, tokens: int) -> None:
+        """Check the tokens that are cached once a step has run."""
+        if tokens > self.max_seq_len:
+            raise RequestError(
+                f"the sequence would have {tokens} tokens, the engine holds {self.max_seq_len}; shorten the prompt, or "
+                "rebuild with --max-seq-len"
+            )
+
+    def check_cross_tokens(self, tokens: int) -> None:
+        """Check the cross-attended tokens of all images of a request."""
+        if tokens > self.max_image_tokens:
+            raise RequestError(
+                f"the images have {tokens} cross-attended tokens, the engine holds {self.max_image_tokens}; send "
+                "fewer images, lower max_tiles, or rebuild with --max-image-tokens"
+            )
+
+
+def check_embeddings(placeholders: int, embeddings: int) -> None:
+    """Check that every image placeholder of a prompt has its image embedding. Raises RequestError."""
+    if placeholders != embeddings:
+        raise RequestError(
+            f"{placeholders} image placeholders in the prompt, {embeddings} image embeddings were given; encode the "
+            "prompt with the images that it is sent with"
+        )

@@ -1,0 +1,110 @@
+"""The least time of a prompt and of a token: FLOPs, and bytes of weights and caches moved."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from nvlm_trt.backends.spec import BackendSpec
+from nvlm_trt.limits import EngineLimits
+from nvlm_trt.model.config import NvlmConfig
+from nvlm_trt.model.layout import checkpoint_layout
+from nvlm_trt.model.precision import FLOAT_BYTES, floating_type
+from nvlm_trt.planner.memory import component_of_tensor, is_linear, plan_engine, stage_of_tensor
+from nvlm_trt.prompt.image_tokens import count_image_tokens
+
+
+@dataclass(frozen=True)
+class Work:
+    """Floating-point (or integer) operations, a multiply-add being two, and bytes of weights and caches moved."""
+
+    flops: float
+    nbytes: float
+
+    def seconds(self, bandwidth: float, flop_rate: float) -> float:
+        """The least time at `bandwidth` bytes and `flop_rate` operations per second."""
+        return max(self.flops / flop_rate, self.nbytes / bandwidth)
+
+
+class Roofline:
+    """What requests cost at least. Activations are counted as if they stayed in the processor's own memory."""
+
+    def __init__(
+        self,
+        config: NvlmConfig,
+        limits: EngineLimits,
+        precisions: Mapping[str, str],
+        backend: BackendSpec,
+        tag_length: int,
+    ) -> None:
+        """Arguments as for `plan_engine`."""
+        self._config, self._tag_length, self._chunk = config, tag_length, backend.prefill_chunk
+        self._size = FLOAT_BYTES[floating_type(precisions)]
+        plan = plan_engine(config, limits, precisions, backend, tag_length)
+        self._weights = {stage: memory.weights for stage, memory in plan.stages.items()}
+        # rows of the table are looked up; only a tied lm_head reads it whole
+        if not config.llm.tie_word_embeddings or precisions["lm_head"] not in FLOAT_BYTES:
+            self._weights["decoder"] -= plan.weights["embedding"]
+        self._multiplied = dict.fromkeys(("patches", "layers", "projector", "cross_kv", "decoder"), 0)
+        for name, shape in checkpoint_layout(config).items():
+            if is_linear(name, shape) and component_of_tensor(name) != "lm_head":
+                self._multiplied[_rows_of(name)] += math.prod(shape)
+
+    def prefill(self, text_tokens: int, tiles: int) -> dict[str, Work]:
+        """By stage, one request of one image of `tiles` tiles (0: none), thumbnail included, and `text_tokens` that
+        all read the whole image."""
+        image_tokens, cross_tokens = count_image_tokens(self._config, tiles, self._tag_length)
+        work = {"vision_encoder": self._encode(tiles)} if tiles else {}
+        if cross_tokens:
+            flops = 2 * cross_tokens * self._multiplied["cross_kv"]
+            work["cross_kv"] = Work(flops, self._weights["cross_kv"] + cross_tokens * self._cross_token)
+        tokens = text_tokens + image_tokens
+        ends = [*range(self._chunk, tokens, self._chunk), tokens]
+        nbytes = sum(
+            self._weights["decoder"] + end * self._self_token + cross_tokens * self._cross_token for end in ends
+        )
+        pairs = tokens * (tokens + 1) // 2
+        work["decoder"] = Work(self._decoder_flops(tokens, pairs, tokens * cross_tokens, rows=1), nbytes)
+        return work
+
+    def decode(self, sequences: int, tokens: int, cross_tokens: int) -> Work:
+        """One token of each of `sequences` that have `tokens` in the cache, the new one included, and read
+        `cross_tokens` of their images."""
+        nbytes = tokens * self._self_token + cross_tokens * self._cross_token
+        flops = self._decoder_flops(sequences, sequences * tokens, sequences * cross_tokens, sequences)
+        return Work(flops, self._weights["decoder"] + sequences * nbytes)
+
+    @property
+    def _self_token(self) -> int:
+        """Bytes of a token's keys and values, of all layers."""
+        llm = self._config.llm
+        return 2 * llm.num_layers * llm.num_kv_heads * llm.head_dim * self._size
+
+    @property
+    def _cross_token(self) -> int:
+        llm = self._config.llm
+        return 2 * len(self._config.cross_layers) * llm.num_kv_heads * llm.head_dim * self._size
+
+    def _encode(self, tiles: int) -> Work:
+        vision, multiplied = self._config.vision, self._multiplied
+        patches, tokens = vision.grid**2, vision.grid**2 + 1
+        linear = patches * multiplied["patches"] + tokens * multiplied["layers"]
+        linear += self._config.tokens_per_tile * multiplied["projector"]
+        attention = 2 * tokens**2 * vision.hidden_size * vision.num_layers
+        return Work(2 * tiles * (linear + attention), self._weights["vision_encoder"])
+
+    def _decoder_flops(self, tokens: int, pairs: int, cross_pairs: int, rows: int) -> float:
+        """`pairs` of a token and one that it attends to, by self- and by cross-attention; `rows` of logits."""
+        llm = self._config.llm
+        attention = pairs * llm.num_layers + cross_pairs * len(self._config.cross_layers)
+        linear = tokens * self._multiplied["decoder"] + rows * llm.vocab_size * llm.hidden_size
+        return 2 * (linear + 2 * attention * llm.num_heads * llm.head_dim)
+
+
+def _rows_of(name: str) -> str:
+    """What a linear layer is run for each row of."""
+    if ".patch_embedding." in name:
+        return "patches"
+    component, stage = component_of_tensor(name), stage_of_tensor(name)
+    return {"vision_encoder": "layers", "projector": "projector"}.get(component, stage)

@@ -1,0 +1,27 @@
+"""Opens an engine as a text generator, whichever way its backend batches."""
+
+from __future__ import annotations
+
+from nvlm_trt.backends.opening import backend_of, open_backend
+from nvlm_trt.backends.spec import OpenOptions
+from nvlm_trt.engine import Engine
+from nvlm_trt.prompt.tokenizer import Tokenizer
+from nvlm_trt.runtime.batcher import Batcher
+from nvlm_trt.runtime.text_generator import GeneratorOptions, TextGenerator
+
+
+def open_generator(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    options: GeneratorOptions,
+    encodes_images: bool = True,
+    threads: int | None = None,
+    device: str | None = None,
+) -> TextGenerator:
+    """Load an engine; without `encodes_images`, its image tokens come from elsewhere. Raises EngineError."""
+    spec = backend_of(engine)
+    if spec.open_generator is not None:
+        return spec.open_generator(engine, OpenOptions(threads, device), options)
+    stages = ["cross_kv", "decoder", *(["vision_encoder"] if encodes_images else [])]
+    backend = open_backend(engine, stages, threads=threads, device=device)
+    return Batcher(backend, tokenizer, options.max_queue, options.prefill_chunk or spec.prefill_chunk)

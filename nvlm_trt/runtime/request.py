@@ -1,0 +1,197 @@
+"""One request on its way through the engine, from submission to its last delta."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+
+from nvlm_trt.api import Delta, FinishReason, SamplingParams, Usage
+from nvlm_trt.backends.base import FloatArray, ImageFeatures, IntArray, RangeArray
+from nvlm_trt.limits import EngineLimits, check_embeddings
+from nvlm_trt.prompt.detokenizer import IncrementalDecoder
+from nvlm_trt.prompt.encoder import EncodedPrompt
+from nvlm_trt.prompt.tokenizer import Tokenizer
+from nvlm_trt.runtime.sampling import Sampler
+from nvlm_trt.runtime.text_stream import TextStream
+
+OnDelta = Callable[[Delta], None]
+OnError = Callable[[Exception], None]
+
+
+class State(Enum):
+    ENCODING = "its images are being encoded"
+    READY = "it waits for a slot"
+    PREFILLING = "its prompt is being cached"
+    DECODING = "it generates"
+    ENDED = "its last delta or its error was told"
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive tokens of a prompt, and which of the image embeddings replace placeholders among them."""
+
+    position: int
+    input_ids: IntArray  # [S]
+    first_embedding: int
+    last_embedding: int  # exclusive
+    cross_ranges: RangeArray  # [S, 2]
+
+
+class Request:
+    """The images are encoded on other threads, which call `provide` or `fail`; any thread may `cancel`. Everything else
+    belongs to the thread of the text generator that the request was submitted to."""
+
+    def __init__(
+        self, sampling: SamplingParams, on_delta: OnDelta, on_error: OnError, request_id: str | None = None
+    ) -> None:
+        """`on_delta` is called until a delta has a finish_reason, unless `on_error` is: once, and last. Both must be
+        quick. `request_id` names the request in the log."""
+        self.request_id = request_id
+        self.sampling = sampling
+        self.on_delta, self.on_error = on_delta, on_error
+        self.state = State.ENCODING
+        self.failure: Exception | None = None  # why its images could not be encoded
+        self.slot = -1
+        self.cached = 0  # tokens in the KV cache
+        self.prompt: EncodedPrompt  # once the state is READY
+        self.images: Sequence[ImageFeatures] = ()
+        self._cached_images = 0
+        self._encode_s = 0.0
+        self._ending = threading.Lock()  # a request may end while its images are provided
+        self._cancelled = threading.Event()
+        self._wake: Callable[[], None] = lambda: None
+        self._submitted = time.monotonic()
+        self._first_token: float | None = None
+        self._generated = 0
+
+    # --- any thread --------------------------------------------------------------------------------------------------
+
+    def provide(
+        self,
+        prompt: EncodedPrompt,
+        images: Sequence[ImageFeatures] = (),
+        cached_images: int = 0,
+        encode_s: float = 0.0,
+    ) -> None:
+        """The prompt and the features of its images, in order; `cached_images` of them were known before."""
+        with self._ending:
+            if self.state is not State.ENCODING:
+                return
+            self.prompt, self.images = prompt, images
+            self._cached_images, self._encode_s = cached_images, encode_s
+            self.state = State.READY
+        self._wake()
+
+    def fail(self, error: Exception) -> None:
+        """The images cannot be encoded."""
+        self.failure = error
+        self._wake()
+
+    def cancel(self) -> None:
+        """End the request within one step; its last delta then says "cancelled", unless it finished before."""
+        self._cancelled.set()
+        self._wake()
+
+    @property
+    def cancelled(self) -> bool:
+        return self._cancelled.is_set()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nobody waits for its images any more."""
+        return self.cancelled or self.state is State.ENDED
+
+    # --- the text generator ------------------------------------------------------------------------------------------
+
+    def submitted_to(self, wake: Callable[[], None]) -> None:
+        """`wake` is called whenever the request changes on another thread."""
+        self._submitted = time.monotonic()
+        self._wake = wake
+
+    @property
+    def is_prefilled(self) -> bool:
+        return self.cached >= len(self.prompt.input_ids)
+
+    def admit(self, limits: EngineLimits, placeholder_id: int, tokenizer: Tokenizer) -> None:
+        """Prepare to generate. Raises RequestError for a prompt that the engine does not hold."""
+        prompt, sampling = self.prompt, self.sampling
+        limits.check_prompt(len(prompt.input_ids), prompt.placeholders)
+        check_embeddings(prompt.placeholders, sum(len(image.embeddings) for image in self.images))
+        self._placeholder_id = placeholder_id
+        self._embeddings_used = 0
+        self._stop_ids: Collection[int] = () if sampling.ignore_eos else tokenizer.stop_ids
+        # a placeholder in the answer would be replaced by an image's embeddings
+        self._sampler = Sampler(sampling, prompt.input_ids, banned_ids={placeholder_id})
+        self._text = TextStream(IncrementalDecoder(tokenizer), sampling.stop)
+        self._last_id = -1
+        self._max_tokens = min(sampling.max_tokens, limits.max_seq_len - len(prompt.input_ids))
+        self._admitted = time.monotonic()
+        self.state = State.PREFILLING
+
+    def next_chunk(self, size: int) -> Chunk:
+        """The next `size` tokens of the prompt, or what is left of it; counted as cached from now on."""
+        start, first = self.cached, self._embeddings_used
+        input_ids = self.prompt.input_ids[start : start + size]
+        self._embeddings_used += int(np.count_nonzero(input_ids == self._placeholder_id))
+        self.cached += len(input_ids)
+        ranges = self.prompt.cross_ranges[start : start + size]
+        return Chunk(start, input_ids, first, self._embeddings_used, ranges)
+
+    def next_token(self) -> tuple[int, int, tuple[int, int]]:
+        """What one decoding step needs: (token id, its position, its cross-attention range); then it is cached."""
+        self.cached += 1
+        return self._last_id, self.cached - 1, self.prompt.decode_range
+
+    def accept(self, logits: FloatArray) -> Delta:
+        """Draw the next token from logits [vocab]. Raises EngineError if they are not finite."""
+        token_id, logprob = self._sampler.sample(logits)
+        self._first_token = self._first_token or time.monotonic()
+        self._last_id = token_id
+        self._generated += 1
+        text, finish_reason = self._advance_text(token_id)
+        return Delta(
+            text=text,
+            token_ids=[token_id],
+            logprobs=[logprob] if logprob else [],
+            finish_reason=finish_reason,
+            usage=self.usage() if finish_reason else None,
+        )
+
+    def _advance_text(self, token_id: int) -> tuple[str, FinishReason | None]:
+        if token_id in self._stop_ids:
+            return self._text.flush(), "stop"
+        text = self._text.push(token_id)
+        if self._text.stopped:
+            return text, "stop"
+        if self._generated >= self._max_tokens:
+            return text + self._text.flush(), "length"
+        return text, None
+
+    def cancelled_delta(self) -> Delta:
+        """The last delta of a cancelled request."""
+        has_slot = self.state in (State.PREFILLING, State.DECODING)
+        return Delta("", [], finish_reason="cancelled", usage=self.usage() if has_slot else None)
+
+    def end(self) -> None:
+        """Nobody is told anything from now on."""
+        with self._ending:
+            self.state = State.ENDED
+
+    def usage(self) -> Usage:
+        """What the request has taken up to now."""
+        return Usage(
+            prompt_tokens=len(self.prompt.input_ids),
+            completion_tokens=self._generated,
+            image_tiles=sum(image.tiles for image in self.images),
+            cross_tokens=self.prompt.cross_tokens,
+            cached_images=self._cached_images,
+            encode_s=self._encode_s,
+            queue_s=self._admitted - self._submitted,
+            ttft_s=self._first_token - self._submitted if self._first_token else None,
+            total_s=time.monotonic() - self._submitted,
+        )

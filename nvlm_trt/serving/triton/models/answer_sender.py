@@ -1,0 +1,159 @@
+"""The thread that sends all answers: the text generator must not wait for the server."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from nvlm_trt.api import Delta, merge_deltas
+from nvlm_trt.runtime.request import Request
+from nvlm_trt.serving.triton.models.responses import Responses
+
+# Asks the server this often whether a client is still there whose request has nothing to send (queued, encoding,
+# prefilling).
+_POLL_SECONDS = 0.05
+
+Event: TypeAlias = Delta | Exception  # a delta with a finish_reason or an exception is the last
+Submit = Callable[[Callable[[Event], None]], Request]
+
+
+@dataclass(eq=False)
+class _Answer:
+    """One request that is not answered to the end. The sender's thread alone writes to it, once it is submitted."""
+
+    response_sender: Any
+    request: Request | None = None  # set once the request is submitted; until then nobody can cancel it
+    cancelled: bool = False
+    asked: float = field(default_factory=time.monotonic)  # when the server was last asked whether it is cancelled
+
+
+class AnswerSender:
+    """Sends what the text generator hands over, and tells it which requests are cancelled.
+
+    Both are round trips to the server's process, each with several changes of thread. One thread serves all requests:
+    a thread per request woke up after every step, and took the cores from the next step half as often again. A client
+    that reads slowly holds up nobody: the server keeps its responses.
+    """
+
+    def __init__(self, pb_utils: Any, responses: Responses, count_late_tokens: Callable[[int], None]) -> None:
+        """`count_late_tokens` is told of tokens made after a cancel was noticed."""
+        self._pb_utils = pb_utils
+        self._responses = responses
+        self._count_late_tokens = count_late_tokens
+        self._events: queue.SimpleQueue[tuple[_Answer, Event] | None] = queue.SimpleQueue()  # None: the end
+        self._open: set[_Answer] = set()
+        self._thread = threading.Thread(target=self._run, name="nvlm-answers", daemon=True)
+        self._thread.start()
+
+    @property
+    def open_requests(self) -> int:
+        return len(self._open)
+
+    def answer(self, response_sender: Any, submit: Submit) -> None:
+        """Send through `response_sender` the events of the request that `submit` submits; `submit` is given the
+        function that takes the events."""
+        answer = _Answer(response_sender)
+        self._open.add(answer)
+        try:
+            answer.request = submit(lambda event: self._put(answer, event))
+        except BaseException:
+            self._open.discard(answer)
+            raise
+
+    def close(self) -> None:
+        """Return when everything is sent that was handed over before."""
+        self._events.put(None)
+        self._thread.join()
+        self._responses.close()
+
+    # --- the text generator's thread ---------------------------------------------------------------------------------
+
+    def _put(self, answer: _Answer, event: Event) -> None:
+        if answer.cancelled and isinstance(event, Delta):
+            self._count_late_tokens(len(event.token_ids))
+        self._events.put((answer, event))
+
+    # --- the sender's thread -----------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        closing = False
+        while not closing:
+            events, closing = self._collect()
+            for answer, of_answer in events.items():
+                if answer in self._open:  # not dropped
+                    self._forward(answer, of_answer)
+            self._ask_for_idle()
+
+    def _collect(self) -> tuple[dict[_Answer, list[Event]], bool]:
+        """Everything handed over since, by request, and whether it is the last; nothing if nothing comes for long."""
+        events: dict[_Answer, list[Event]] = {}
+        with contextlib.suppress(queue.Empty):
+            item = self._events.get(timeout=_POLL_SECONDS)
+            while item is not None:
+                answer, event = item
+                events.setdefault(answer, []).append(event)
+                item = self._events.get_nowait()
+            return events, True
+        return events, False
+
+    def _forward(self, answer: _Answer, events: list[Event]) -> None:
+        """Send the events, if the client still listens.
+
+        A cancelled request ends when the text generator says so: then its slot is free."""
+        last = events[-1]
+        ended = isinstance(last, Exception) or last.finish_reason is not None
+        with self._dropping(answer):
+            if not self._is_cancelled(answer):
+                self._send(answer, events)
+            elif ended:
+                answer.response_sender.send(flags=self._pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            if ended:
+                self._open.discard(answer)
+
+    def _send(self, answer: _Answer, events: list[Event]) -> None:
+        """One response for all deltas there are, and the error if there is one."""
+        final = self._pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+        deltas = [event for event in events if isinstance(event, Delta)]
+        if deltas:
+            delta = merge_deltas(deltas)
+            answer.response_sender.send(self._responses.of_delta(delta), flags=final if delta.finish_reason else 0)
+        last = events[-1]
+        if isinstance(last, Exception):
+            answer.response_sender.send(self._responses.of_error(last), flags=final)
+
+    def _is_cancelled(self, answer: _Answer) -> bool:
+        """Whether the client has cancelled or vanished; then the request is cancelled. A round trip to the server."""
+        answer.asked = time.monotonic()
+        if answer.request is not None and not answer.cancelled and answer.response_sender.is_cancelled():
+            answer.cancelled = True
+            answer.request.cancel()
+        return answer.cancelled
+
+    def _ask_for_idle(self) -> None:
+        """Ask for requests that were not asked for lately, but send first what there is to send."""
+        due = time.monotonic() - _POLL_SECONDS
+        answers = list(self._open)  # others add to the set
+        for answer in sorted(answers, key=lambda answer: answer.asked):
+            if answer.asked > due:
+                return
+            with self._dropping(answer):
+                self._is_cancelled(answer)
+            if not self._events.empty():
+                return
+
+    @contextlib.contextmanager
+    def _dropping(self, answer: _Answer) -> Iterator[None]:
+        """End a request whose answer cannot be sent; the others go on."""
+        try:
+            yield
+        except Exception:
+            self._open.discard(answer)
+            if answer.request is not None:
+                answer.request.cancel()
+            self._pb_utils.Logger.log_error(f"a request is dropped: {traceback.format_exc()}")

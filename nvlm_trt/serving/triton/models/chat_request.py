@@ -1,0 +1,54 @@
+"""Reads a Triton request of the model `nvlm`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nvlm_trt.api import ChatRequest
+from nvlm_trt.backends.base import BackendArray
+from nvlm_trt.errors import RequestError
+from nvlm_trt.serving.chat_tensors import parse_conversation, parse_sampling
+
+ImportTokens = Callable[[Any], BackendArray]
+
+
+def read_chat(pb_utils: Any, request: Any, import_tokens: ImportTokens) -> ChatRequest:
+    """Raises RequestError for what is wrong with the messages, the sampling parameters or the image tokens."""
+    images = _array(pb_utils, request, "image")  # [images] bytes
+    max_tiles = _array(pb_utils, request, "max_tiles")  # [1]
+    encoded = _image_tokens(pb_utils, request, import_tokens)
+    if images is not None and encoded:
+        raise RequestError("`image_tokens` are sent by the ensemble's earlier steps only; send images as `image`")
+    return ChatRequest(
+        messages=parse_conversation(_string(pb_utils, request, "prompt"), _string(pb_utils, request, "messages")),
+        images=encoded if images is None else images.tolist(),
+        sampling=parse_sampling(_string(pb_utils, request, "sampling_parameters")),
+        max_tiles=None if max_tiles is None else int(max_tiles[0]),
+    )
+
+
+def _image_tokens(pb_utils: Any, request: Any, import_tokens: ImportTokens) -> list[Any]:
+    """Tokens [n, T, hidden] of each image, if the request came through nvlm_ensemble; copied: the request may go."""
+    tensor = pb_utils.get_input_tensor_by_name(request, "image_tokens")  # [tiles of all images, T, hidden]
+    tiles = _array(pb_utils, request, "tiles_per_image")  # [images]
+    if tensor is None or tiles is None:
+        return []
+    tokens: Any = import_tokens(tensor)
+    if tiles.min(initial=1) < 1 or tiles.sum() != len(tokens):
+        raise RequestError(f"tiles_per_image {tiles.tolist()} does not describe image_tokens of {len(tokens)} tiles")
+    ends = np.cumsum(tiles)
+    return [tokens[end - count : end] for count, end in zip(tiles, ends, strict=True)]
+
+
+def _string(pb_utils: Any, request: Any, name: str) -> bytes | None:
+    array = _array(pb_utils, request, name)
+    return None if array is None else array[0]
+
+
+def _array(pb_utils: Any, request: Any, name: str) -> npt.NDArray[Any] | None:
+    tensor = pb_utils.get_input_tensor_by_name(request, name)
+    return None if tensor is None else tensor.as_numpy()

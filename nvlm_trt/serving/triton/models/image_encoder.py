@@ -1,0 +1,43 @@
+"""Encodes images through the ensemble `image_encoder`: tiling and vision_encoder run in processes of their own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from nvlm_trt.errors import EngineError, ImageError, RequestError
+from nvlm_trt.serving.chat_tensors import IMAGE_ENCODER, decode_error
+
+
+class ImageEncoder:
+    """Sends one image through the ensemble; Triton batches the tiles of several. Waits on the caller's thread."""
+
+    def __init__(self, pb_utils: Any) -> None:
+        self._pb_utils = pb_utils
+
+    def encode(self, data: bytes, max_tiles: int) -> Any:
+        """Encoded bytes -> Triton's tensor of image tokens [tiles, T, hidden], where the vision encoder left it.
+
+        Raises ImageError and EngineError."""
+        pb_utils = self._pb_utils
+        request = pb_utils.InferenceRequest(
+            model_name=IMAGE_ENCODER,
+            requested_output_names=["image_tokens"],
+            inputs=[
+                pb_utils.Tensor("image", np.array([data], np.object_)),
+                pb_utils.Tensor("max_tiles", np.array([max_tiles], np.int32)),
+            ],
+        )
+        response = request.exec()
+        if response.has_error():
+            raise _error(response.error().message())
+        return pb_utils.get_output_tensor_by_name(response, "image_tokens")
+
+
+def _error(message: str) -> Exception:
+    """An error of the ensemble by its message: between models Triton keeps no more of it than that."""
+    error = decode_error(message)
+    if isinstance(error, RequestError):
+        return ImageError(str(error))
+    return EngineError(f"the image was not encoded ({error}); the server's log has the details")

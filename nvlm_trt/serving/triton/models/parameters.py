@@ -1,0 +1,18 @@
+"""The parameters that a rendered config.pbtxt gives to a python model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from nvlm_trt.image.decoding import ImageLimits
+
+
+def read_parameters(args: Mapping[str, str]) -> dict[str, str]:
+    """`args` is what Triton hands to `initialize`."""
+    entries = json.loads(args["model_config"])["parameters"]
+    return {name: entry["string_value"] for name, entry in entries.items()}
+
+
+def image_limits(parameters: Mapping[str, str]) -> ImageLimits:
+    return ImageLimits(**{name: int(parameters[name]) for name in ("max_pixels", "max_bytes", "max_images")})

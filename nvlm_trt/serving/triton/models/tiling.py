@@ -1,0 +1,77 @@
+"""The model `tiling`: encoded images -> tiles [n, 3, E, E] of all images in order, and how many each image became."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nvlm_trt.errors import ImageError, NvlmError, RequestError
+from nvlm_trt.image.decoding import load_image
+from nvlm_trt.image.tiling import tile_image
+from nvlm_trt.limits import EngineLimits
+from nvlm_trt.serving.triton.models.parameters import image_limits, read_parameters
+from nvlm_trt.serving.triton.models.responses import Responses
+
+
+class TilingModel:
+    """A python model without state: one image is decoded and resized on one core."""
+
+    def __init__(self, pb_utils: Any) -> None:
+        self._pb_utils = pb_utils
+        self._responses = Responses(pb_utils)
+
+    def initialize(self, args: dict[str, str]) -> None:
+        parameters = read_parameters(args)
+        self._image_type = parameters["image_type"]
+        self._tile_size = int(parameters["tile_size"])
+        self._engine_limits = EngineLimits(max_tiles=int(parameters["max_tiles"]))
+        self._image_limits = image_limits(parameters)
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        return [self._respond(request) for request in requests]
+
+    def _respond(self, request: Any) -> Any:
+        pb_utils = self._pb_utils
+        image = pb_utils.get_input_tensor_by_name(request, "image")
+        images = [] if image is None else image.as_numpy().tolist()  # [images] bytes
+        max_tiles = pb_utils.get_input_tensor_by_name(request, "max_tiles")
+        most = self._engine_limits.max_tiles if max_tiles is None else int(max_tiles.as_numpy()[0])
+        try:
+            tiles = self._tile(images, most)
+        except NvlmError as error:
+            return self._responses.of_error(error)
+        counts = np.array([len(image) for image in tiles], np.int32)
+        return pb_utils.InferenceResponse(
+            [
+                self._pixel_tensor(np.concatenate(tiles)),  # [n, 3, E, E]
+                pb_utils.Tensor("tiles_per_image", counts),  # [images]
+            ]
+        )
+
+    def _tile(self, images: list[bytes], max_tiles: int) -> list[npt.NDArray[np.float32]]:
+        """One array [tiles, 3, E, E] per image."""
+        if not images:
+            raise RequestError(f"the request has 0 images, 1 to {self._image_limits.max_images} are allowed")
+        self._image_limits.check_count(len(images))
+        self._engine_limits.check_max_tiles(max_tiles)
+        tiles = []
+        for index, data in enumerate(images, start=1):
+            try:
+                image = load_image(data, self._image_limits)
+            except ImageError as error:
+                where = "image: " if len(images) == 1 else f"image {index}: "
+                raise ImageError(where + str(error).removeprefix("image: ")) from error
+            tiles.append(tile_image(image, self._tile_size, max_tiles))
+        return tiles
+
+    def _pixel_tensor(self, pixels: npt.NDArray[np.float32]) -> Any:
+        """pixels [n, 3, E, E] as the tensor `pixel_values`, in the type that the vision encoder takes."""
+        if self._image_type == "TYPE_BF16":  # which numpy does not have
+            import torch
+
+            tensor = torch.from_numpy(pixels).to(torch.bfloat16)
+            return self._pb_utils.Tensor.from_dlpack("pixel_values", torch.utils.dlpack.to_dlpack(tensor))
+        dtype = np.float16 if self._image_type == "TYPE_FP16" else np.float32
+        return self._pb_utils.Tensor("pixel_values", pixels.astype(dtype, copy=False))

@@ -1,0 +1,43 @@
+"""The model `vision_encoder` of backends that Triton does not run itself: tiles of several requests, one batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from nvlm_trt.backends.opening import open_backend
+from nvlm_trt.engine import Engine
+from nvlm_trt.errors import NvlmError
+from nvlm_trt.serving.triton.models.parameters import read_parameters
+
+
+class VisionEncoderModel:
+    """A python model. Triton's dynamic batcher hands it the requests of one batch."""
+
+    def __init__(self, pb_utils: Any) -> None:
+        self._pb_utils = pb_utils
+
+    def initialize(self, args: dict[str, str]) -> None:
+        parameters = read_parameters(args)
+        engine = Engine.open(parameters["engine"])
+        self._backend = open_backend(engine, ["vision_encoder"], threads=int(parameters["threads"]))
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        pb_utils = self._pb_utils
+        batches = [
+            pb_utils.get_input_tensor_by_name(request, "pixel_values").as_numpy() for request in requests
+        ]  # [n, 3, E, E] each
+        try:
+            encoded = self._backend.encode(np.concatenate(batches))
+            image_tokens = self._backend.to_host(encoded)  # [tiles, T, hidden]
+        except NvlmError as error:
+            return [pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error))) for _ in requests]
+        ends = np.cumsum([len(batch) for batch in batches])[:-1]
+        return [
+            pb_utils.InferenceResponse([pb_utils.Tensor("image_tokens", tokens)])
+            for tokens in np.split(image_tokens, ends)
+        ]
+
+    def finalize(self) -> None:
+        self._backend.close()
