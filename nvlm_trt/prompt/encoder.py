@@ -85,9 +85,10 @@ class PromptEncoder:
     def draft(self, messages: Sequence[Message], images: int) -> PromptDraft:
         """A conversation whose images are not tiled yet. Raises RequestError as `place_images` does."""
         turns = place_images(messages, images)
+        characters = sum(len(turn.text) for turn in turns)
         if turns[0].role != "system":
             turns = [Turn("system", (SYSTEM_MESSAGE,)), *turns]
-        return PromptDraft(self, turns, images)
+        return PromptDraft(self, turns, characters)
 
     def encode(self, messages: Sequence[Message], tiles_per_image: Sequence[int] = ()) -> EncodedPrompt:
         """Encode a conversation; `tiles_per_image`: each image's tiles, thumbnail included.
@@ -106,15 +107,11 @@ class PromptDraft:
 
     Every stretch of text is tokenised once, however often the prompt is encoded."""
 
-    def __init__(self, encoder: PromptEncoder, turns: Sequence[Turn], images: int) -> None:
-        self.images = images
+    def __init__(self, encoder: PromptEncoder, turns: Sequence[Turn], characters: int) -> None:
+        self.characters = characters  # of the messages that were sent
         self._encoder = encoder
         self._turns = turns
         self._tokenised: dict[str, Tokenised] = {}
-
-    @property
-    def characters(self) -> int:
-        return sum(len(turn.text) for turn in self._turns)
 
     def encode(self, tiles_per_image: Sequence[int]) -> EncodedPrompt:
         """Raises RequestError for text that is not valid Unicode or becomes a control token."""

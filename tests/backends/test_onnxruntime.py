@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from nvlm_trt.api import Message
-from nvlm_trt.backends.base import Backend
+from nvlm_trt.backends.base import ImageFeatures, StepBackend
 from nvlm_trt.backends.opening import open_backend
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import EngineError, RequestError
@@ -32,7 +32,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def backend(engine: Directory, name: str) -> Iterator[Backend]:
+def backend(engine: Directory, name: str) -> Iterator[StepBackend]:
     with open_backend(Engine.open(engine(name)), threads=2) as opened:
         yield opened
 
@@ -40,24 +40,23 @@ def backend(engine: Directory, name: str) -> Iterator[Backend]:
 class Request:
     """A prompt with encoded images, and greedy decoding of it through a backend."""
 
-    def __init__(self, backend: Backend, engine_dir: Path, text: str, tiles_per_image: list[int], seed: int) -> None:
+    def __init__(
+        self, backend: StepBackend, engine_dir: Path, text: str, tiles_per_image: list[int], seed: int
+    ) -> None:
         config = backend.config
         self.backend = backend
         self.encoder = PromptEncoder(config, Tokenizer.from_directory(engine_dir))
         self.prompt: EncodedPrompt = self.encoder.encode([Message("user", text)], tiles_per_image)
         rng = np.random.default_rng(seed)
         edge = config.vision.image_size
-        self.images = [
+        tokens = [
             backend.encode(rng.standard_normal((tiles, 3, edge, edge), dtype=np.float32)) for tiles in tiles_per_image
         ]
-        self.cross_tiles = [image[split_tiles(config.architecture, len(image))[1]] for image in self.images]
-        llm_tiles = [image[split_tiles(config.architecture, len(image))[0]] for image in self.images]
-        self.llm_tokens = np.concatenate(
-            [
-                np.zeros((0, config.llm.hidden_size), np.float32),
-                *(t.reshape(-1, config.llm.hidden_size) for t in llm_tiles),
-            ]
-        )
+        self.cross_tiles = [
+            image[split_tiles(config.architecture, len(image))[1]] for image in map(backend.to_host, tokens)
+        ]
+        self.images = [backend.features(image) for image in tokens]
+        self.embeddings = backend.embeddings(self.images, 0, self.prompt.placeholders)
 
     @property
     def length(self) -> int:
@@ -65,45 +64,43 @@ class Request:
 
     @property
     def decode_range(self) -> tuple[int, int]:
-        return self.encoder.decode_range(self.prompt)
+        return self.prompt.decode_range
 
     def prefill(self, slot: int) -> np.ndarray:
         start = 0
-        for tiles in self.cross_tiles:
-            if len(tiles):
-                cross_kv = self.backend.cross_kv(tiles)
-                self.backend.write_cross_kv(slot, start, cross_kv)
-                start += cross_kv.shape[3]
+        for image in self.images:
+            self.backend.write_cross_kv(slot, start, image)
+            start += image.cross_tokens
         assert start == self.prompt.cross_tokens
-        return self.backend.prefill(slot, 0, self.prompt.input_ids, self.llm_tokens, self.prompt.cross_ranges)
+        return self.backend.prefill(slot, 0, self.prompt.input_ids, self.embeddings, self.prompt.cross_ranges)
 
 
-def decode(backend: Backend, requests: list[Request], tokens: np.ndarray, step: int) -> np.ndarray:
+def decode(backend: StepBackend, requests: list[Request], tokens: np.ndarray, step: int) -> np.ndarray:
     """Slot i decodes requests[i]; `step` tokens were generated before."""
     positions = np.array([request.length + step for request in requests])
     return backend.decode(tokens, positions, np.array([request.decode_range for request in requests], np.int32))
 
 
-def test_equals_reference(backend: Backend, engine: Directory, checkpoint: Directory, name: str) -> None:
+def test_equals_reference(backend: StepBackend, engine: Directory, checkpoint: Directory, name: str) -> None:
     """Image tokens, cross-attention keys and values, prefill logits, and 12 greedy tokens."""
     model = ReferenceModel.from_checkpoint(checkpoint(name))
     request = Request(backend, engine(name), "Compare <image> with <image>.", [3, 1], seed=1)
     pixels = np.random.default_rng(1).standard_normal((3, 3, 56, 56), dtype=np.float32)
     np.testing.assert_allclose(backend.encode(pixels), model.encode(torch.from_numpy(pixels)), rtol=0, atol=2e-5)
     reference_kv = []
-    for tiles in request.cross_tiles:
+    for tiles, image in zip(request.cross_tiles, request.images, strict=True):
         if len(tiles):
             is_h = backend.config.architecture == "H"
             tags = torch.from_numpy(request.encoder.tag_ids(len(tiles))) if is_h else None
             expected = model.cross_kv(torch.from_numpy(tiles), tags)
             reference_kv.append(expected)
             stacked = torch.stack([torch.stack(pair) for pair in expected])
-            np.testing.assert_allclose(backend.cross_kv(tiles), stacked, rtol=0, atol=2e-5)
+            np.testing.assert_allclose(image.cross_kv, stacked, rtol=0, atol=2e-5)
     joined = [
         (torch.cat([image[j][0] for image in reference_kv], 1), torch.cat([image[j][1] for image in reference_kv], 1))
         for j in range(len(backend.config.cross_layers))
     ]
-    llm_tokens = torch.from_numpy(request.llm_tokens)
+    llm_tokens = torch.from_numpy(request.embeddings)
     logits = request.prefill(0)
     assert np.isfinite(logits).all()
     expected_logits, _ = model(
@@ -116,7 +113,7 @@ def test_equals_reference(backend: Backend, engine: Directory, checkpoint: Direc
     assert greedy(backend, request, logits, 12) == model.generate(request.prompt, llm_tokens, joined or None, 12)
 
 
-def greedy(backend: Backend, request: Request, logits: np.ndarray, count: int) -> list[int]:
+def greedy(backend: StepBackend, request: Request, logits: np.ndarray, count: int) -> list[int]:
     tokens: list[int] = []
     while len(tokens) < count:
         logits = logits.copy()
@@ -126,7 +123,9 @@ def greedy(backend: Backend, request: Request, logits: np.ndarray, count: int) -
     return tokens
 
 
-def test_slots_are_independent_of_their_neighbours_bit_for_bit(backend: Backend, engine: Directory, name: str) -> None:
+def test_slots_are_independent_of_their_neighbours_bit_for_bit(
+    backend: StepBackend, engine: Directory, name: str
+) -> None:
     """Prefill through a slot's view and decode in a batch of three: the logits are those of a request alone."""
     prompts = [("Hello", []), ("What is <image>?", [3]), ("Compare <image> with <image>.", [1, 5])]
     requests = [Request(backend, engine(name), text, tiles, seed) for seed, (text, tiles) in enumerate(prompts)]
@@ -144,7 +143,7 @@ def test_slots_are_independent_of_their_neighbours_bit_for_bit(backend: Backend,
     assert np.array_equal(np.array(alone), np.array(together))
 
 
-def test_prefill_leaves_other_slots_alone(backend: Backend, engine: Directory, name: str) -> None:
+def test_prefill_leaves_other_slots_alone(backend: StepBackend, engine: Directory, name: str) -> None:
     first = Request(backend, engine(name), "What is <image>?", [3], seed=0)
     second = Request(backend, engine(name), "And <image>, a longer question about another image?", [5], seed=1)
     first.prefill(0)
@@ -153,7 +152,7 @@ def test_prefill_leaves_other_slots_alone(backend: Backend, engine: Directory, n
     assert np.array_equal(decode(backend, [first], np.array([65]), 0), expected)
 
 
-def test_chunked_prefill_equals_whole_prefill(backend: Backend, engine: Directory, name: str) -> None:
+def test_chunked_prefill_equals_whole_prefill(backend: StepBackend, engine: Directory, name: str) -> None:
     request = Request(backend, engine(name), "What is <image> and <image>?", [3, 2], seed=0)
     whole = request.prefill(0)
     prompt, taken = request.prompt, 0
@@ -162,13 +161,13 @@ def test_chunked_prefill_equals_whole_prefill(backend: Backend, engine: Director
         chunk = slice(start, start + 13)
         ids = prompt.input_ids[chunk]
         count = int((ids == backend.config.image_token_id).sum())
-        tokens = request.llm_tokens[taken : taken + count]
+        tokens = request.embeddings[taken : taken + count]
         logits = backend.prefill(1, start, ids, tokens, prompt.cross_ranges[chunk])
         taken += count
     np.testing.assert_allclose(logits, whole, rtol=0, atol=2e-5)
 
 
-def test_move_slot(backend: Backend, engine: Directory, name: str) -> None:
+def test_move_slot(backend: StepBackend, engine: Directory, name: str) -> None:
     request = Request(backend, engine(name), "<image><image>", [7, 7], seed=0)
     if backend.config.cross_layers:
         assert request.prompt.cross_tokens > request.length  # so that neither number passes for the other
@@ -182,7 +181,7 @@ def test_move_slot(backend: Backend, engine: Directory, name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES[1:])
 def test_text_only_is_bit_identical_to_the_llm_without_cross_attention(
-    backend: Backend, engine: Directory, name: str
+    backend: StepBackend, engine: Directory, name: str
 ) -> None:
     """Checkpoints of one seed share their LLM, so the D engine is the X or H engine's LLM alone."""
     with open_backend(Engine.open(engine("nvlm-d-tiny")), ("decoder",), threads=1) as llm_alone:
@@ -190,7 +189,7 @@ def test_text_only_is_bit_identical_to_the_llm_without_cross_attention(
             request = Request(backend, engine(name), text, [], seed=0)
             logits = request.prefill(0)
             prompt = request.prompt
-            expected = llm_alone.prefill(0, 0, prompt.input_ids, request.llm_tokens, prompt.cross_ranges)
+            expected = llm_alone.prefill(0, 0, prompt.input_ids, request.embeddings, prompt.cross_ranges)
             assert np.array_equal(logits, expected)
             for step in range(3):
                 token, position = np.array([int(logits.argmax())]), np.array([request.length + step])
@@ -199,17 +198,17 @@ def test_text_only_is_bit_identical_to_the_llm_without_cross_attention(
                 assert np.array_equal(logits, llm_alone.decode(token, position, NO_RANGE)[0])
 
 
-def test_refuses_image_tokens_that_do_not_match(backend: Backend, engine: Directory, name: str) -> None:
+def test_refuses_image_embeddings_that_do_not_match(backend: StepBackend, engine: Directory, name: str) -> None:
     tokens = np.zeros((2, backend.config.llm.hidden_size), np.float32)
     ids = np.array([65, backend.config.image_token_id, 66])
     ranges = np.zeros((3, 2), np.int32)
-    with pytest.raises(RequestError, match="1 image tokens in the prompt, 2 were given"):
+    with pytest.raises(RequestError, match="1 image placeholders in the prompt, 2 image embeddings were given"):
         backend.prefill(0, 0, ids, tokens, ranges)
-    with pytest.raises(RequestError, match="1 image tokens in the prompt, 0 were given"):
+    with pytest.raises(RequestError, match="1 image placeholders in the prompt, 0 image embeddings were given"):
         backend.decode(ids[1:2], np.array([3]), NO_RANGE)
 
 
-def test_refuses_more_than_a_slot_holds(backend: Backend, name: str) -> None:
+def test_refuses_more_than_a_slot_holds(backend: StepBackend, name: str) -> None:
     none = np.zeros((0, backend.config.llm.hidden_size), np.float32)
     last = backend.limits.max_seq_len - 1
     with pytest.raises(RequestError, match=f"{last + 2} tokens.*{last + 1}"):
@@ -221,15 +220,15 @@ def test_refuses_more_than_a_slot_holds(backend: Backend, name: str) -> None:
         llm = backend.config.llm
         too_long = np.zeros((3, 2, llm.num_kv_heads, backend.limits.max_image_tokens, llm.head_dim), np.float32)
         with pytest.raises(RequestError, match="max-image-tokens"):
-            backend.write_cross_kv(0, 1, too_long)
+            backend.write_cross_kv(0, 1, ImageFeatures(none, too_long, tiles=7))
 
 
 @pytest.mark.parametrize("name", NAMES[1:])
-def test_refuses_an_image_of_too_many_tiles(backend: Backend, name: str) -> None:
+def test_refuses_an_image_of_too_many_tiles(backend: StepBackend, name: str) -> None:
     config = backend.config
     tiles = np.zeros((8, config.tokens_per_tile, config.llm.hidden_size), np.float32)
-    with pytest.raises(RequestError, match="8 tiles"):
-        backend.cross_kv(tiles)
+    with pytest.raises(RequestError, match="8 cross-attended tiles"):
+        backend.features(np.concatenate([tiles, tiles[:1]]) if config.architecture == "H" else tiles)  # H: a thumbnail
 
 
 def test_opens_only_what_is_asked_for(engine: Directory) -> None:
@@ -241,7 +240,7 @@ def test_opens_only_what_is_asked_for(engine: Directory) -> None:
             vision.decode(np.array([1]), np.array([0]), NO_RANGE)
 
 
-def test_encodes_more_tiles_than_are_run_at_once(backend: Backend, name: str) -> None:
+def test_encodes_more_tiles_than_are_run_at_once(backend: StepBackend, name: str) -> None:
     edge = backend.config.vision.image_size
     pixels = np.random.default_rng(0).standard_normal((9, 3, edge, edge), dtype=np.float32)
     one_by_one = np.concatenate([backend.encode(tile[None]) for tile in pixels])
@@ -282,3 +281,24 @@ def test_refuses_another_backend_or_device(engine: Directory) -> None:
         open_backend(foreign)
     with pytest.raises(EngineError, match="device"):
         open_backend(opened, device="cuda:0")
+
+
+def test_features_are_read_only_and_know_their_size(backend: StepBackend, engine: Directory, name: str) -> None:
+    (features,) = Request(backend, engine(name), "<image>", [3], seed=0).images
+    assert features.nbytes == sum(
+        array.nbytes for array in (features.embeddings, features.cross_kv) if array is not None
+    )
+    for array in (features.embeddings, features.cross_kv):
+        if array is not None and array.nbytes:
+            with pytest.raises(ValueError, match="read-only"):
+                array[0] = 1  # type: ignore[index]
+
+
+def test_embeddings_of_several_images_are_rows_one_behind_the_other(backend: StepBackend, name: str) -> None:
+    rng = np.random.default_rng(0)
+    arrays = [rng.random((rows, backend.config.llm.hidden_size), np.float32) for rows in (3, 0, 2, 4)]
+    images = [ImageFeatures(array, None, tiles=1) for array in arrays]
+    joined = np.concatenate(arrays)
+    for start in range(10):
+        for stop in range(start, 10):
+            assert np.array_equal(backend.to_host(backend.embeddings(images, start, stop)), joined[start:stop])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from trained_tokenizers import QWEN2_SPECIAL, reference, train_qwen2_like, train_yi_like
 from transformers import AutoTokenizer
 
-from nvlm_trt.api import Message
+from nvlm_trt.api import ImagePart, Message, TextPart
 from nvlm_trt.errors import ConfigError, RequestError
 from nvlm_trt.model.config import PRESETS, NvlmConfig
 from nvlm_trt.prompt.conversation import parse_messages
@@ -99,7 +99,7 @@ def assert_golden(prompt: EncodedPrompt, golden: Golden) -> None:
 def test_text_only(config: NvlmConfig, byte_tokenizer: Tokenizer) -> None:
     prompt = PromptEncoder(config, byte_tokenizer).encode(user("Hi"))
     assert_golden(prompt, head("Hi") + tail(0))
-    assert (prompt.llm_image_tokens, prompt.cross_tokens) == (0, 0)
+    assert (prompt.placeholders, prompt.cross_tokens) == (0, 0)
 
 
 def test_d_with_two_tiles_and_thumbnail(byte_tokenizer: Tokenizer) -> None:
@@ -108,7 +108,7 @@ def test_d_with_two_tiles_and_thumbnail(byte_tokenizer: Tokenizer) -> None:
     image = [("<Image>", 1, none), ("<tile_1>", 1, none), (PAD, T, none), ("<tile_2>", 1, none), (PAD, T, none)]
     image += [(THUMBNAIL, 1, none), (PAD, T, none), ("</Image>", 1, none), (", ok?", 1, none)]
     assert_golden(prompt, head("See ") + image + tail(0))
-    assert (prompt.llm_image_tokens, prompt.cross_tokens) == (3 * T, 0)
+    assert (prompt.placeholders, prompt.cross_tokens) == (3 * T, 0)
 
 
 def test_x_with_two_tiles_and_thumbnail(byte_tokenizer: Tokenizer) -> None:
@@ -122,7 +122,7 @@ def test_x_with_two_tiles_and_thumbnail(byte_tokenizer: Tokenizer) -> None:
         (", ok?", 1, (0, 48)),
     ]
     assert_golden(prompt, head("See ") + image + tail(48))
-    assert (prompt.llm_image_tokens, prompt.cross_tokens) == (0, 48)
+    assert (prompt.placeholders, prompt.cross_tokens) == (0, 48)
 
 
 def test_h_with_two_tiles_and_thumbnail(byte_tokenizer: Tokenizer) -> None:
@@ -130,7 +130,7 @@ def test_h_with_two_tiles_and_thumbnail(byte_tokenizer: Tokenizer) -> None:
     seen = (0, 2 * (1 + T))  # a tile's tag is one token of this tokenizer
     image = [("<Image>", 1, (0, 0)), (THUMBNAIL, 1, (0, 0)), (PAD, T, seen), ("</Image>", 1, seen), (", ok?", 1, seen)]
     assert_golden(prompt, head("See ") + image + tail(seen[1]))
-    assert (prompt.llm_image_tokens, prompt.cross_tokens) == (T, 34)
+    assert (prompt.placeholders, prompt.cross_tokens) == (T, 34)
 
 
 @pytest.mark.parametrize(("config", "pads", "cross"), [(D, T, 0), (X, 0, T), (H, T, 0)], ids=["D", "X", "H"])
@@ -140,7 +140,7 @@ def test_one_tile_image_is_only_a_thumbnail(
     prompt = PromptEncoder(config, byte_tokenizer).encode(user("<image>"), [1])
     image = [("<Image>", 1, (0, 0)), (THUMBNAIL, 1, (0, cross)), (PAD, pads, (0, 0)), ("</Image>", 1, (0, cross))]
     assert_golden(prompt, head("") + image + tail(cross))
-    assert (prompt.llm_image_tokens, prompt.cross_tokens) == (pads, cross)
+    assert (prompt.placeholders, prompt.cross_tokens) == (pads, cross)
 
 
 def test_x_conversation_with_images_in_two_turns(byte_tokenizer: Tokenizer) -> None:
@@ -164,7 +164,7 @@ def test_x_conversation_with_images_in_two_turns(byte_tokenizer: Tokenizer) -> N
     golden += [("\n", 1, first), ("<|im_start|>", 1, first), ("user\nB", 1, first), ("<Image>", 1, first)]
     golden += [("<tile_1>", 1, (16, 32)), ("<tile_2>", 1, (32, 48)), (THUMBNAIL, 1, (48, 64)), ("</Image>", 1, both)]
     assert_golden(prompt, golden + tail(64))
-    assert PromptEncoder.decode_range(prompt) == (0, 64)
+    assert prompt.decode_range == (0, 64)
 
 
 def test_h_image_without_cross_attended_tiles_leaves_the_ranges_of_the_one_before(byte_tokenizer: Tokenizer) -> None:
@@ -187,8 +187,104 @@ def test_mark_without_images_is_text(byte_tokenizer: Tokenizer) -> None:
     assert_golden(prompt, head("What does <image> mean in HTML?") + tail(0))
 
 
+# --- content parts -----------------------------------------------------------------------------------------------
+
+
+def test_parts_are_a_marked_string(byte_tokenizer: Tokenizer) -> None:
+    encoder = PromptEncoder(H, byte_tokenizer)
+    parts = [TextPart("A"), ImagePart(), TextPart("B"), ImagePart(), TextPart("C?")]
+    expected = encoder.encode(user("A<image>B<image>C?"), [3, 1])
+    prompt = encoder.encode([Message("user", parts)], [3, 1])
+    np.testing.assert_array_equal(prompt.input_ids, expected.input_ids)
+    np.testing.assert_array_equal(prompt.cross_ranges, expected.cross_ranges)
+
+
+def test_a_mark_in_a_part_is_text(byte_tokenizer: Tokenizer) -> None:
+    """One image, and a question about the tag: the image stays where it was put."""
+    encoder = PromptEncoder(X, byte_tokenizer)
+    question = "how do I write an <image> tag?"
+    prompt = encoder.encode([Message("user", [ImagePart(), TextPart(question)])], [1])
+    image = [("<Image>", 1, (0, 0)), (THUMBNAIL, 1, (0, T)), ("</Image>", 1, (0, T)), (question, 1, (0, T))]
+    assert_golden(prompt, head("") + image + tail(T))
+    earlier = [Message("user", question), Message("assistant", "so."), Message("user", [TextPart("And"), ImagePart()])]
+    assert_golden_text(encoder.encode(earlier, [1]), question)
+
+
+def assert_golden_text(prompt: EncodedPrompt, text: str) -> None:
+    ids = prompt.input_ids.tolist()
+    wanted = list(text.encode())
+    assert any(ids[start : start + len(wanted)] == wanted for start in range(len(ids)))
+
+
+def test_a_backslash_makes_a_mark_text(byte_tokenizer: Tokenizer) -> None:
+    encoder = PromptEncoder(D, byte_tokenizer)
+    prompt = encoder.encode(user("<image> is a \\<image>, \\\\ too"), [1])
+    parts = [ImagePart(), TextPart(" is a <image>, \\\\ too")]
+    np.testing.assert_array_equal(prompt.input_ids, encoder.encode([Message("user", parts)], [1]).input_ids)
+    unmarked = encoder.encode(user("What is \\<image>?"), [1])
+    parts = [ImagePart(), TextPart("\nWhat is <image>?")]
+    np.testing.assert_array_equal(unmarked.input_ids, encoder.encode([Message("user", parts)], [1]).input_ids)
+
+
+part_lists = st.lists(st.one_of(st.builds(TextPart, st.text(max_size=9)), st.just(ImagePart())), max_size=6)
+
+
+@every_architecture
+@given(contents=st.lists(part_lists, min_size=1, max_size=3), data=st.data())
+def test_images_stand_where_the_parts_say(
+    config: NvlmConfig, byte_tokenizer: Tokenizer, contents: list[list[TextPart | ImagePart]], data: st.DataObject
+) -> None:
+    """Every image between the texts of its neighbours, whatever these spell; nothing else becomes an image."""
+    contents[-1].append(TextPart("?"))
+    images = sum(isinstance(part, ImagePart) for content in contents for part in content)
+    tiles = data.draw(st.lists(st.integers(1, 3), min_size=images, max_size=images))
+    messages = [Message("user", content) for content in contents]
+    prompt = PromptEncoder(config, byte_tokenizer).encode(messages, tiles)
+    start, end = (byte_tokenizer.token_id(name) for name in ("<Image>", "</Image>"))
+    spelled, inside = [], False
+    for token_id in prompt.input_ids.tolist():
+        inside = token_id == start or (inside and token_id != end)
+        if token_id == start:
+            spelled.append(None)
+        elif not inside and token_id < 256:
+            spelled.append(token_id)
+    wanted: list[int | None] = list(b"system\nAnswer the questions.\n")
+    for content in contents:
+        wanted += b"user\n"
+        for part in content:
+            wanted += [None] if isinstance(part, ImagePart) else list(part.text.encode())
+        wanted += b"\n"
+    assert spelled == [*wanted, *b"assistant\n"]
+
+
+@given(st.lists(st.tuples(st.sampled_from(["a b", "<image>", "é", ""]), st.integers(1, 7)), max_size=4))
+def test_a_draft_tokenises_each_text_once(images: list[tuple[str, int]]) -> None:
+    """However often it is encoded, it becomes what is encoded at once."""
+    parts = [part for text, _ in images for part in (TextPart(text), ImagePart())]
+    messages = [Message("user", [*parts, TextPart("what?")])]
+    encoder = PromptEncoder(X, counting := CountingTokenizer(train_qwen2_like()))
+    draft = encoder.draft(messages, len(images))
+    draft.encode([1] * len(images))
+    before = list(counting.texts)
+    tiles = [n for _, n in images]
+    prompt = draft.encode(tiles)
+    np.testing.assert_array_equal(prompt.input_ids, PromptEncoder(X, QWEN2).encode(messages, tiles).input_ids)
+    assert len(set(counting.texts)) == len(counting.texts)
+    assert all(n == 1 for n in tiles) <= (counting.texts == before)
+
+
+class CountingTokenizer(Tokenizer):
+    """Notes every text that it tokenises once it is made."""
+
+    texts: list[str] = []  # noqa: RUF012
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        self.texts = [*self.texts, text]
+        return super().encode_with_offsets(text)
+
+
 def test_image_alone_is_a_prompt(byte_tokenizer: Tokenizer) -> None:
-    assert PromptEncoder(D, byte_tokenizer).encode(user(""), [1]).llm_image_tokens == T
+    assert PromptEncoder(D, byte_tokenizer).encode(user(""), [1]).placeholders == T
 
 
 def test_text_only_chat_is_that_of_transformers_chat_template(byte_directory: Path, byte_tokenizer: Tokenizer) -> None:
@@ -260,7 +356,7 @@ def test_prompt_is_the_whole_string_tokenised(
     want = QWEN2_REFERENCE(string, add_special_tokens=False, return_offsets_mapping=True)
     assert prompt.input_ids.tolist() == want["input_ids"]
     assert [tuple(row) for row in prompt.cross_ranges.tolist()] == [reads[end - 1] for _, end in want["offset_mapping"]]
-    assert prompt.llm_image_tokens == string.count(PAD)
+    assert prompt.placeholders == string.count(PAD)
     assert prompt.cross_tokens == (reads[-1][1] if images else 0)
 
 
@@ -296,8 +392,8 @@ def test_ranges_grow_from_nothing_to_everything(
     before_image = starts == 0
     assert (np.diff(ends[before_image]) >= 0).all()  # what others than X's tags read only grows
     assert tuple(prompt.cross_ranges[0]) == (0, 0)
-    assert tuple(prompt.cross_ranges[-1]) == PromptEncoder.decode_range(prompt) == (0, prompt.cross_tokens)
-    assert np.count_nonzero(prompt.input_ids == QWEN2.image_token_id) == prompt.llm_image_tokens
+    assert tuple(prompt.cross_ranges[-1]) == prompt.decode_range == (0, prompt.cross_tokens)
+    assert np.count_nonzero(prompt.input_ids == QWEN2.image_token_id) == prompt.placeholders
 
 
 # --- text that looks like control tokens -----------------------------------------------------------------------------
@@ -327,13 +423,13 @@ def test_text_cannot_inject_control_tokens_or_ranges(
 
     assert control_tokens(hostile) == control_tokens(harmless)
     assert distinct_ranges(hostile) == distinct_ranges(harmless)
-    assert hostile.llm_image_tokens == harmless.llm_image_tokens
+    assert hostile.placeholders == harmless.placeholders
     assert hostile.cross_tokens == harmless.cross_tokens
 
 
 def test_image_token_that_is_ordinary_text_is_refused(byte_tokenizer: Tokenizer) -> None:
     encoder = PromptEncoder(replace(D, image_token_id=ord("x")), byte_tokenizer)
-    assert encoder.encode(user("<image>"), [1]).llm_image_tokens == T
+    assert encoder.encode(user("<image>"), [1]).placeholders == T
     with pytest.raises(RequestError, match="image token 120; remove it"):
         encoder.encode(user("<image> x"), [1])
 
@@ -381,6 +477,12 @@ def test_d_and_x_have_no_cross_attended_tags(config: NvlmConfig) -> None:
         (user("<image> <image>"), 1, "2 <image> marks for 1 images"),
         (user("<image>"), 3, "1 <image> marks for 3 images"),
         (user("a\ud800"), 0, "surrogate"),
+        ([Message("user", [ImagePart(), TextPart("a")])], 0, "1 image parts in the messages, 0 images were sent"),
+        ([Message("user", [ImagePart(), TextPart("a")])], 2, "1 image parts in the messages, 2 images were sent"),
+        ([Message("user", [ImagePart(), TextPart("a")]), Message("user", "<image>")], 2, "1 image parts"),
+        ([Message("assistant", [ImagePart()]), Message("user", "a")], 1, "role assistant holds an image"),
+        ([Message("user", [])], 0, "the prompt is empty"),
+        ([Message("user", [TextPart(" "), TextPart("\n")])], 0, "the prompt is empty"),
     ],
 )
 def test_bad_conversation_is_a_request_error(
@@ -408,6 +510,9 @@ def test_bad_conversation_is_a_request_error(
         ([{"role": "x" * 10_000, "content": "a"}], r"^messages\[0\]\.role .{,100}$"),
         ([{"role": "user", "content": ["a"]}], r"messages\[0\]\.content must be a string"),
         ([{"role": "user", "content": None}], r"messages\[0\]\.content must be a string"),
+        ([{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "picture"}]}], r"part 1 must be \{"),
+        ([{"role": "user", "content": [{"type": "text", "text": 1}]}], r"part 0 must be \{"),
+        ([{"role": "user", "content": [{"type": "image", "image": "/etc/passwd"}]}], r"part 0 must be \{"),
     ],
 )
 def test_malformed_messages_are_request_errors(messages: object, message: str) -> None:
@@ -420,6 +525,12 @@ def test_parse_messages() -> None:
     assert parsed == [Message("system", "a"), Message("user", "b")]
 
 
+def test_parse_messages_with_parts() -> None:
+    content = [{"type": "text", "text": "a"}, {"type": "image"}, {"type": "text", "text": "b"}]
+    parsed = parse_messages([{"role": "user", "content": content}])
+    assert parsed == [Message("user", [TextPart("a"), ImagePart(), TextPart("b")])]
+
+
 def test_tokenizer_larger_than_the_models_vocabulary_is_a_config_error(byte_tokenizer: Tokenizer) -> None:
     small = replace(D, llm=replace(D.llm, vocab_size=268))
     with pytest.raises(ConfigError, match="269 ids, the model's vocab_size is 268"):
@@ -430,4 +541,4 @@ def test_tokenizer_without_image_token_needs_it_in_the_config() -> None:
     yi, _ = YI
     with pytest.raises(ConfigError, match="set image_token_id in config"):
         PromptEncoder(D, yi)
-    assert PromptEncoder(replace(D, image_token_id=500), yi).encode(user("a <image>"), [1]).llm_image_tokens == T
+    assert PromptEncoder(replace(D, image_token_id=500), yi).encode(user("a <image>"), [1]).placeholders == T

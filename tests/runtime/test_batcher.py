@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import random
 import threading
-from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
 import pytest
-from toy_backend import Receiver, ToyBackend, byte_tokenizer, request, tokens_alone
+from toy_backend import Asked, Receiver, ToyBackend, ask, byte_tokenizer, tokens_alone
 
 from nvlm_trt.api import Delta, SamplingParams
 from nvlm_trt.errors import EngineError, QueueFullError
 from nvlm_trt.prompt.tokenizer import Tokenizer
 from nvlm_trt.runtime.batcher import Batcher
-from nvlm_trt.runtime.request import GenerationRequest, Handle
+from nvlm_trt.runtime.request import Request
 
 LONG = SamplingParams(max_tokens=10_000, ignore_eos=True)
 WAIT = 30.0  # seconds until a test gives up
@@ -45,9 +44,12 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return byte_tokenizer(directory)
 
 
-def submit(batcher: Batcher, asked: GenerationRequest | Future[GenerationRequest]) -> tuple[Listener, Handle]:
+def submit(batcher: Batcher, asked: Asked, ready: bool = True) -> tuple[Listener, Request]:
+    """Unless `ready`, the images of the request are still being encoded."""
     listener = Listener()
-    return listener, batcher.submit(asked, listener.on_delta, listener.on_error)
+    request = asked.request(listener, ready)
+    batcher.submit(request)
+    return listener, request
 
 
 def test_requests_from_many_threads_get_their_own_tokens(tokenizer: Tokenizer) -> None:
@@ -55,18 +57,18 @@ def test_requests_from_many_threads_get_their_own_tokens(tokenizer: Tokenizer) -
     batcher = Batcher(backend, tokenizer, max_queue=100, prefill_chunk=7)
     token = tokenizer.image_token_id
     asked = [
-        request(token, i, length=8 + i, images=i % 3, sampling=SamplingParams(max_tokens=12, temperature=1, seed=i))
+        ask(token, i, length=8 + i, images=i % 3, sampling=SamplingParams(max_tokens=12, temperature=1, seed=i))
         for i in range(24)
     ]
     results: dict[int, tuple[Listener, bool]] = {}
 
     def client(index: int) -> None:
-        listener, handle = submit(batcher, asked[index])
+        listener, request = submit(batcher, asked[index])
         if index % 4 == 3:
             if random.random() < 0.5:
                 listener.started.wait(WAIT)
-            handle.cancel()
-        results[index] = listener, handle.cancelled
+            request.cancel()
+        results[index] = listener, request.cancelled
 
     threads = [threading.Thread(target=client, args=(index,)) for index in range(len(asked))]
     for thread in threads:
@@ -97,9 +99,12 @@ def test_cancelling_frees_the_slot_before_the_caller_is_told(tokenizer: Tokenize
             free.append(batcher.metrics().free_slots)
         listener.on_delta(delta)
 
-    handle = batcher.submit(request(tokenizer.image_token_id, 0, sampling=LONG), on_delta, listener.on_error)
+    asked = ask(tokenizer.image_token_id, 0, sampling=LONG)
+    request = Request(asked.sampling, on_delta, listener.on_error)
+    asked.provide(request)
+    batcher.submit(request)
     assert listener.started.wait(WAIT)
-    handle.cancel()
+    request.cancel()
     assert listener.done.wait(WAIT)
     assert listener.finish_reason == "cancelled"
     assert free == [1]
@@ -109,16 +114,15 @@ def test_cancelling_frees_the_slot_before_the_caller_is_told(tokenizer: Tokenize
 def test_a_callback_may_cancel_its_own_request(tokenizer: Tokenizer) -> None:
     batcher = Batcher(ToyBackend(tokenizer.image_token_id, max_seq_len=10_000), tokenizer)
     listener = Listener()
-    handles: list[Handle] = []
-    ready = threading.Event()
 
     def on_delta(delta: Delta) -> None:
-        ready.wait(WAIT)
         listener.on_delta(delta)
-        handles[0].cancel()
+        request.cancel()
 
-    handles.append(batcher.submit(request(tokenizer.image_token_id, 0, sampling=LONG), on_delta, listener.on_error))
-    ready.set()
+    asked = ask(tokenizer.image_token_id, 0, sampling=LONG)
+    request = Request(asked.sampling, on_delta, listener.on_error)
+    asked.provide(request)
+    batcher.submit(request)
     assert listener.done.wait(WAIT)
     # the first token comes with prefill, the second with the same step's decoding; the next step ends it
     assert len(listener.token_ids) == 2
@@ -127,10 +131,10 @@ def test_a_callback_may_cancel_its_own_request(tokenizer: Tokenizer) -> None:
 
 def test_a_request_that_becomes_ready_wakes_the_thread(tokenizer: Tokenizer) -> None:
     batcher = Batcher(ToyBackend(tokenizer.image_token_id), tokenizer)
-    future: Future[GenerationRequest] = Future()
-    listener, _ = submit(batcher, future)
+    asked = ask(tokenizer.image_token_id, 0)
+    listener, request = submit(batcher, asked, ready=False)
     assert batcher.metrics().queued == 1
-    future.set_result(request(tokenizer.image_token_id, 0))
+    asked.provide(request)
     assert listener.done.wait(WAIT)
     assert listener.finish_reason in ("stop", "length")
     batcher.close()
@@ -138,23 +142,21 @@ def test_a_request_that_becomes_ready_wakes_the_thread(tokenizer: Tokenizer) -> 
 
 def test_cancelling_a_request_that_is_not_ready_wakes_the_thread(tokenizer: Tokenizer) -> None:
     batcher = Batcher(ToyBackend(tokenizer.image_token_id), tokenizer)
-    future: Future[GenerationRequest] = Future()
-    listener, handle = submit(batcher, future)
-    handle.cancel()
+    listener, request = submit(batcher, ask(tokenizer.image_token_id, 0), ready=False)
+    request.cancel()
     assert listener.done.wait(WAIT)
     assert (listener.finish_reason, listener.usage) == ("cancelled", None)
-    assert future.cancelled()
+    assert request.is_over
     batcher.close()
 
 
 def test_a_failing_backend_ends_every_request_and_is_unhealthy(tokenizer: Tokenizer) -> None:
     backend = ToyBackend(tokenizer.image_token_id, max_slots=1, max_seq_len=10_000)
     batcher = Batcher(backend, tokenizer)
-    active, _ = submit(batcher, request(tokenizer.image_token_id, 0, sampling=LONG))
+    active, _ = submit(batcher, ask(tokenizer.image_token_id, 0, sampling=LONG))
     assert active.started.wait(WAIT)
-    queued, _ = submit(batcher, request(tokenizer.image_token_id, 1))
-    encoding: Future[GenerationRequest] = Future()
-    waiting, _ = submit(batcher, encoding)
+    queued, _ = submit(batcher, ask(tokenizer.image_token_id, 1))
+    waiting, encoding = submit(batcher, ask(tokenizer.image_token_id, 3), ready=False)
     assert batcher.healthy
     backend.fail_with = RuntimeError("out of memory")
     for listener in (active, queued, waiting):
@@ -162,21 +164,21 @@ def test_a_failing_backend_ends_every_request_and_is_unhealthy(tokenizer: Tokeni
         assert isinstance(listener.error, EngineError)
         assert str(listener.error) == "the engine failed (out of memory); restart it"
     assert not batcher.healthy
-    assert encoding.cancelled()
+    assert encoding.is_over
     with pytest.raises(EngineError, match="out of memory"):
-        submit(batcher, request(tokenizer.image_token_id, 2))
+        submit(batcher, ask(tokenizer.image_token_id, 2))
     assert batcher.metrics().requests_finished["error"] == 3
     batcher.close()
 
 
 def test_the_queue_is_bounded(tokenizer: Tokenizer) -> None:
     batcher = Batcher(ToyBackend(tokenizer.image_token_id, max_slots=1, max_seq_len=10_000), tokenizer, max_queue=2)
-    active, handle = submit(batcher, request(tokenizer.image_token_id, 0, sampling=LONG))
+    active, request = submit(batcher, ask(tokenizer.image_token_id, 0, sampling=LONG))
     assert active.started.wait(WAIT)
-    queued = [submit(batcher, request(tokenizer.image_token_id, seed))[0] for seed in (1, 2)]
+    queued = [submit(batcher, ask(tokenizer.image_token_id, seed))[0] for seed in (1, 2)]
     with pytest.raises(QueueFullError, match="2 requests are waiting"):
-        submit(batcher, request(tokenizer.image_token_id, 3))
-    handle.cancel()
+        submit(batcher, ask(tokenizer.image_token_id, 3))
+    request.cancel()
     batcher.close()
     assert all(listener.finish_reason in ("stop", "length") for listener in queued)
 
@@ -184,21 +186,20 @@ def test_the_queue_is_bounded(tokenizer: Tokenizer) -> None:
 def test_close_drains_or_cancels(tokenizer: Tokenizer) -> None:
     for drain in (True, False):
         batcher = Batcher(ToyBackend(tokenizer.image_token_id, max_slots=1, max_seq_len=200), tokenizer)
-        listeners = [submit(batcher, request(tokenizer.image_token_id, i, sampling=LONG))[0] for i in range(3)]
-        future: Future[GenerationRequest] = Future()
+        listeners = [submit(batcher, ask(tokenizer.image_token_id, i, sampling=LONG))[0] for i in range(3)]
         if not drain:
-            listeners.append(submit(batcher, future)[0])
+            listeners.append(submit(batcher, ask(tokenizer.image_token_id, 3), ready=False)[0])
         batcher.close(drain)
         batcher.close(drain)
         expected = {"length"} if drain else {"cancelled"}
         assert {listener.finish_reason for listener in listeners[1:]} == expected
         with pytest.raises(EngineError, match="closed"):
-            submit(batcher, request(tokenizer.image_token_id, 9))
+            submit(batcher, ask(tokenizer.image_token_id, 9))
 
 
 def test_usage_counts_what_the_request_took(tokenizer: Tokenizer) -> None:
     batcher = Batcher(ToyBackend(tokenizer.image_token_id), tokenizer)
-    asked = request(tokenizer.image_token_id, 5, images=2, sampling=SamplingParams(max_tokens=4, ignore_eos=True))
+    asked = ask(tokenizer.image_token_id, 5, images=2, sampling=SamplingParams(max_tokens=4, ignore_eos=True))
     listener, _ = submit(batcher, asked)
     assert listener.done.wait(WAIT)
     usage = listener.usage
@@ -221,7 +222,10 @@ def test_logprobs_come_with_their_tokens(tokenizer: Tokenizer) -> None:
             done.set()
 
     sampling = SamplingParams(max_tokens=5, ignore_eos=True, logprobs=3)
-    batcher.submit(request(tokenizer.image_token_id, 0, sampling=sampling), on_delta, print)
+    asked = ask(tokenizer.image_token_id, 0, sampling=sampling)
+    request = Request(asked.sampling, on_delta, print)
+    asked.provide(request)
+    batcher.submit(request)
     assert done.wait(WAIT)
     batcher.close()
     assert [[info.token_id for info in delta.logprobs] for delta in deltas] == [delta.token_ids for delta in deltas]

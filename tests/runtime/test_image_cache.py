@@ -57,11 +57,6 @@ def test_bytes_of_keys_and_values_count() -> None:
     assert not holds(cache, "a")
 
 
-def test_features_are_read_only() -> None:
-    with pytest.raises(ValueError, match="read-only"):
-        features(3).llm_tokens[0] = 1
-
-
 def test_requests_for_the_same_image_share_one_encoding() -> None:
     cache = ImageCache(1000)
     calls = []

@@ -134,7 +134,7 @@ def test_neighbours_do_not_change_an_answer(engine: DirectoryByName, name: str) 
                 together = [future.result(WAIT) for future in futures]
             assert [tokens for tokens, _, _ in together] == [tokens for tokens, _, _ in alone]
             assert [text for _, text, _ in together] == [text for _, text, _ in alone]
-        assert pipeline.metrics().scheduler.free_slots == 8
+        assert pipeline.metrics().generator.free_slots == 8
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -255,11 +255,11 @@ def test_usage_counts_tiles_and_tokens(engine: DirectoryByName, pipeline: Pipeli
 def test_closing_the_iterator_frees_the_slot(pipeline: Pipeline) -> None:
     stream = pipeline.generate(chat("Go on.", sampling=LONG))
     next(stream)
-    assert pipeline.metrics().scheduler.free_slots == 7
+    assert pipeline.metrics().generator.free_slots == 7
     stream.close()
     answer(pipeline, chat("Next."))  # at least one step later
-    assert pipeline.metrics().scheduler.free_slots == 8
-    assert pipeline.metrics().scheduler.requests_finished["cancelled"] == 1
+    assert pipeline.metrics().generator.free_slots == 8
+    assert pipeline.metrics().generator.requests_finished["cancelled"] == 1
 
 
 def test_a_cancelled_request_gets_no_more_than_the_step_in_progress(pipeline: Pipeline) -> None:
@@ -272,15 +272,15 @@ def test_a_cancelled_request_gets_no_more_than_the_step_in_progress(pipeline: Pi
         listener.on_delta(delta)
         if len(listener.deltas) == 5:
             handle.cancel()
-            tokens_at_cancel.append(pipeline.metrics().scheduler.tokens_generated)
+            tokens_at_cancel.append(pipeline.metrics().generator.tokens_generated)
 
     handle = pipeline.submit(chat("Go on.", sampling=LONG), on_delta, listener.on_error, request_id="a")
     submitted.set()
     assert listener.done.wait(WAIT)
     assert listener.deltas[-1].finish_reason == "cancelled"
     assert len(listener.deltas) == 6
-    assert pipeline.metrics().scheduler.tokens_generated == tokens_at_cancel[0]
-    assert pipeline.metrics().scheduler.free_slots == 8
+    assert pipeline.metrics().generator.tokens_generated == tokens_at_cancel[0]
+    assert pipeline.metrics().generator.free_slots == 8
 
 
 def test_cancelling_stops_between_images(pipeline: Pipeline, encoder: CountingEncoder) -> None:
@@ -375,7 +375,7 @@ def test_a_bad_request_is_a_one_line_error(
     assert "\n" not in str(caught.value)
     assert pipeline.healthy
     assert answer(pipeline, chat("Still there?"))[0]
-    assert pipeline.metrics().scheduler.free_slots == 8
+    assert pipeline.metrics().generator.free_slots == 8
 
 
 def test_too_many_image_tokens_are_found_before_all_images_are_encoded(

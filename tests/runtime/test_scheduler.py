@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -8,12 +7,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_backend import POISON, Receiver, ToyBackend, byte_tokenizer, request, tokens_alone
+from toy_backend import POISON, Asked, Receiver, ToyBackend, ask, byte_tokenizer, tokens_alone
 
 from nvlm_trt.api import SamplingParams
 from nvlm_trt.errors import EngineError, ImageError, QueueFullError, RequestError
 from nvlm_trt.prompt.tokenizer import Tokenizer
-from nvlm_trt.runtime.request import GenerationRequest, Handle, Submission
+from nvlm_trt.runtime.request import Request
 from nvlm_trt.runtime.scheduler import Scheduler
 
 
@@ -27,23 +26,24 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 class Client:
     """One request of a schedule: what it asks, when it comes, is prepared and is cancelled (in steps)."""
 
-    asked: GenerationRequest
+    asked: Asked
     arrives: int = 0
     prepared_after: int = 0
     cancelled_after: int | None = None
     receiver: Receiver = field(default_factory=Receiver)
-    future: Future[GenerationRequest] = field(default_factory=Future)
-    handle: Handle = field(default_factory=lambda: Handle(lambda: None))
     rejected: bool = False
 
-    def submission(self) -> Submission:
-        return Submission(self.future, self.receiver.on_delta, self.receiver.on_error, self.handle)
+    def __post_init__(self) -> None:
+        self.request: Request = self.asked.request(self.receiver, ready=False)
+
+    def provide(self) -> None:
+        self.asked.provide(self.request)
 
 
-def submit(scheduler: Scheduler, asked: GenerationRequest) -> Client:
+def submit(scheduler: Scheduler, asked: Asked) -> Client:
     client = Client(asked)
-    client.future.set_result(asked)
-    scheduler.enqueue(client.submission())
+    client.provide()
+    scheduler.enqueue(client.request)
     return client
 
 
@@ -63,7 +63,7 @@ def clients(draw: st.DrawFn, image_token_id: int) -> list[Client]:
             repetition_penalty=draw(st.sampled_from([1.0, 1.3])),
             ignore_eos=draw(st.booleans()),
         )
-        asked = request(
+        asked = ask(
             image_token_id,
             seed=draw(st.integers(0, 99)),
             length=draw(st.integers(8, 45)),
@@ -89,14 +89,14 @@ def test_every_schedule_gives_each_request_its_own_tokens(tokenizer: Tokenizer, 
             if client.arrives == now:
                 full = scheduler.metrics().queued == max_queue
                 try:
-                    scheduler.enqueue(client.submission())
+                    scheduler.enqueue(client.request)
                 except QueueFullError:
                     client.rejected = True
                 assert client.rejected == full
-            if client.arrives + client.prepared_after == now and client.future.set_running_or_notify_cancel():
-                client.future.set_result(client.asked)
+            if client.arrives + client.prepared_after == now:
+                client.provide()
             if client.cancelled_after is not None and client.arrives + client.cancelled_after == now:
-                client.handle.cancel()
+                client.request.cancel()
         decoding = scheduler.metrics().active
         backend.calls.clear()
         scheduler.step()
@@ -105,13 +105,13 @@ def test_every_schedule_gives_each_request_its_own_tokens(tokenizer: Tokenizer, 
         kinds = [kind for kind, _ in backend.calls]
         assert kinds in ([], ["prefill"], ["decode"], ["prefill", "decode"])
         assert all(size <= (chunk if kind == "prefill" else slots) for kind, size in backend.calls)
-        stays = decoding - sum(client.handle.cancelled for client in schedule)
+        stays = decoding - sum(client.request.cancelled for client in schedule)
         assert stays <= 0 or kinds[-1] == "decode"
         metrics = scheduler.metrics()
         assert metrics.queued <= max_queue
         assert 0 <= metrics.free_slots <= slots - metrics.active
         for client in schedule:
-            assert client.receiver.ended or not client.handle.cancelled or client.rejected
+            assert client.receiver.ended or not client.request.cancelled or client.rejected
         if now > 20 and scheduler.is_empty:
             break
 
@@ -124,7 +124,7 @@ def test_every_schedule_gives_each_request_its_own_tokens(tokenizer: Tokenizer, 
         if client.rejected:
             assert not client.receiver.ended
         elif reason == "cancelled":
-            assert client.handle.cancelled
+            assert client.request.cancelled
             assert got == alone[: len(got)]
         else:
             assert got == alone
@@ -140,21 +140,21 @@ def test_slots_are_given_in_the_order_of_arrival(tokenizer: Tokenizer) -> None:
     backend = ToyBackend(tokenizer.image_token_id, max_slots=2)
     scheduler = Scheduler(backend, tokenizer, max_queue=20, prefill_chunk=5)
     for index in range(9):
-        submit(scheduler, request(tokenizer.image_token_id, index, length=8 + index, first_token=100 + index))
+        submit(scheduler, ask(tokenizer.image_token_id, index, length=8 + index, first_token=100 + index))
     run(scheduler)
     assert backend.admitted == list(range(100, 109))
 
 
 def test_a_request_whose_images_are_being_encoded_does_not_hold_up_those_behind_it(tokenizer: Tokenizer) -> None:
     scheduler = Scheduler(ToyBackend(tokenizer.image_token_id, max_slots=1), tokenizer, 20, 64)
-    slow = Client(request(tokenizer.image_token_id, 0))
-    scheduler.enqueue(slow.submission())
+    slow = Client(ask(tokenizer.image_token_id, 0))
+    scheduler.enqueue(slow.request)
     assert not scheduler.has_work
-    quick = submit(scheduler, request(tokenizer.image_token_id, 1))
+    quick = submit(scheduler, ask(tokenizer.image_token_id, 1))
     run(scheduler)
     assert quick.receiver.ended
     assert not slow.receiver.ended
-    slow.future.set_result(slow.asked)
+    slow.provide()
     run(scheduler)
     assert slow.receiver.ended
 
@@ -162,16 +162,16 @@ def test_a_request_whose_images_are_being_encoded_does_not_hold_up_those_behind_
 def test_a_full_queue_says_how_full(tokenizer: Tokenizer) -> None:
     scheduler = Scheduler(ToyBackend(tokenizer.image_token_id), tokenizer, max_queue=2, prefill_chunk=8)
     for seed in range(2):
-        submit(scheduler, request(tokenizer.image_token_id, seed))
+        submit(scheduler, ask(tokenizer.image_token_id, seed))
     with pytest.raises(QueueFullError, match=r"^2 requests are waiting and the queue holds 2; try again later$"):
-        submit(scheduler, request(tokenizer.image_token_id, 2))
+        submit(scheduler, ask(tokenizer.image_token_id, 2))
 
 
 def test_only_rows_that_stay_are_moved(tokenizer: Tokenizer) -> None:
     backend = ToyBackend(tokenizer.image_token_id, max_slots=4)
     scheduler = Scheduler(backend, tokenizer, max_queue=8, prefill_chunk=64)
     together = [
-        submit(scheduler, request(tokenizer.image_token_id, i, sampling=SamplingParams(max_tokens=n, ignore_eos=True)))
+        submit(scheduler, ask(tokenizer.image_token_id, i, sampling=SamplingParams(max_tokens=n, ignore_eos=True)))
         for i, n in enumerate([9, 8, 20, 6])  # the first, second and fourth end in the same step
     ]
     run(scheduler)
@@ -183,11 +183,11 @@ def test_decoding_waits_for_one_chunk_at_most(tokenizer: Tokenizer) -> None:
     backend = ToyBackend(tokenizer.image_token_id, max_slots=2)
     scheduler = Scheduler(backend, tokenizer, max_queue=20, prefill_chunk=4)
     sampling = SamplingParams(max_tokens=40, ignore_eos=True)
-    submit(scheduler, request(tokenizer.image_token_id, 0, length=8, sampling=sampling))
+    submit(scheduler, ask(tokenizer.image_token_id, 0, length=8, sampling=sampling))
     scheduler.step()
     scheduler.step()
     backend.calls.clear()
-    submit(scheduler, request(tokenizer.image_token_id, 1, length=40, sampling=SamplingParams(max_tokens=1)))
+    submit(scheduler, ask(tokenizer.image_token_id, 1, length=40, sampling=SamplingParams(max_tokens=1)))
     run(scheduler)
     kinds = ["".join(kind[0] for kind, _ in group) for _, group in groupby(backend.calls, key=lambda call: call[0])]
     assert kinds == ["p", "d"] * 9 + ["p", "d" * 29]  # 10 chunks, 38 tokens that were still to come
@@ -197,23 +197,23 @@ def test_the_answer_ends_where_the_engine_is_full(tokenizer: Tokenizer) -> None:
     backend = ToyBackend(tokenizer.image_token_id, max_seq_len=32)
     scheduler = Scheduler(backend, tokenizer, 4, 256)
     sampling = SamplingParams(max_tokens=1000, ignore_eos=True)
-    client = submit(scheduler, request(tokenizer.image_token_id, 0, length=30, sampling=sampling))
-    full = submit(scheduler, request(tokenizer.image_token_id, 1, length=32, sampling=sampling))
+    client = submit(scheduler, ask(tokenizer.image_token_id, 0, length=30, sampling=sampling))
+    full = submit(scheduler, ask(tokenizer.image_token_id, 1, length=32, sampling=sampling))
     run(scheduler)
     assert (len(client.receiver.token_ids), client.receiver.finish_reason) == (2, "length")
     assert isinstance(full.receiver.error, RequestError)
-    assert "32 tokens, the engine holds 32" in str(full.receiver.error)
+    assert "32 tokens (0 of images), the engine holds 32" in str(full.receiver.error)
 
 
 def test_a_stop_string_ends_the_answer_and_is_not_shown(tokenizer: Tokenizer) -> None:
     scheduler = Scheduler(ToyBackend(tokenizer.image_token_id), tokenizer, 4, 256)
     everything = SamplingParams(max_tokens=40, ignore_eos=True)
-    whole = submit(scheduler, request(tokenizer.image_token_id, 3, sampling=everything))
+    whole = submit(scheduler, ask(tokenizer.image_token_id, 3, sampling=everything))
     run(scheduler)
     stop = whole.receiver.text[5:8]
     cut = submit(
         scheduler,
-        request(tokenizer.image_token_id, 3, sampling=SamplingParams(max_tokens=40, ignore_eos=True, stop=(stop,))),
+        ask(tokenizer.image_token_id, 3, sampling=SamplingParams(max_tokens=40, ignore_eos=True, stop=(stop,))),
     )
     run(scheduler)
     assert cut.receiver.finish_reason == "stop"
@@ -226,9 +226,9 @@ def test_logits_that_are_not_finite_end_only_their_own_request(tokenizer: Tokeni
     scheduler = Scheduler(backend, tokenizer, 8, 256)
     sampling = SamplingParams(max_tokens=15, ignore_eos=True)
     token = tokenizer.image_token_id
-    before = submit(scheduler, request(token, 0, sampling=sampling))
-    poisoned = submit(scheduler, request(token, 1, sampling=sampling, first_token=POISON))
-    after = submit(scheduler, request(token, 2, sampling=sampling))
+    before = submit(scheduler, ask(token, 0, sampling=sampling))
+    poisoned = submit(scheduler, ask(token, 1, sampling=sampling, first_token=POISON))
+    after = submit(scheduler, ask(token, 2, sampling=sampling))
     run(scheduler)
     assert isinstance(poisoned.receiver.error, EngineError)
     assert len(poisoned.receiver.token_ids) == 10  # 10 of the prompt, then up to the 20th cached
@@ -241,9 +241,9 @@ def test_logits_that_are_not_finite_end_only_their_own_request(tokenizer: Tokeni
 def test_a_request_that_the_backend_refuses_ends_alone(tokenizer: Tokenizer) -> None:
     backend = ToyBackend(tokenizer.image_token_id)
     scheduler = Scheduler(backend, tokenizer, 8, 256)
-    running = submit(scheduler, request(tokenizer.image_token_id, 0, sampling=SamplingParams(max_tokens=9)))
+    running = submit(scheduler, ask(tokenizer.image_token_id, 0, sampling=SamplingParams(max_tokens=9)))
     scheduler.step()
-    refused = submit(scheduler, request(tokenizer.image_token_id, 1))
+    refused = submit(scheduler, ask(tokenizer.image_token_id, 1))
     backend.refuse_prefill = RequestError("too long")
     scheduler.step()
     assert refused.receiver.error is backend.refuse_prefill
@@ -257,7 +257,7 @@ def test_callbacks_that_raise_end_only_their_own_request(tokenizer: Tokenizer) -
     backend = ToyBackend(tokenizer.image_token_id)
     scheduler = Scheduler(backend, tokenizer, 8, 256)
     sampling = SamplingParams(max_tokens=15, ignore_eos=True)
-    good = submit(scheduler, request(tokenizer.image_token_id, 0, sampling=sampling))
+    good = submit(scheduler, ask(tokenizer.image_token_id, 0, sampling=sampling))
     errors = []
 
     def raise_at_once(_: object) -> None:
@@ -268,9 +268,10 @@ def test_callbacks_that_raise_end_only_their_own_request(tokenizer: Tokenizer) -
         raise ValueError("another one")
 
     for seed, most in ((1, 15), (2, 1)):
-        bad = Client(request(tokenizer.image_token_id, seed, sampling=SamplingParams(max_tokens=most)))
-        bad.future.set_result(bad.asked)
-        scheduler.enqueue(Submission(bad.future, raise_at_once, note_and_raise, bad.handle))
+        asked = ask(tokenizer.image_token_id, seed, sampling=SamplingParams(max_tokens=most))
+        bad = Request(asked.sampling, raise_at_once, note_and_raise)
+        asked.provide(bad)
+        scheduler.enqueue(bad)
     run(scheduler)
     assert good.receiver.token_ids == tokens_alone(backend, tokenizer, good.asked)
     assert [str(error) for error in errors] == ["a bug of the caller"]  # the other's only delta was its last
@@ -279,11 +280,11 @@ def test_callbacks_that_raise_end_only_their_own_request(tokenizer: Tokenizer) -
 
 def test_a_request_whose_images_fail_is_told_while_all_slots_are_taken(tokenizer: Tokenizer) -> None:
     scheduler = Scheduler(ToyBackend(tokenizer.image_token_id, max_slots=1), tokenizer, 8, 256)
-    busy = submit(scheduler, request(tokenizer.image_token_id, 0, sampling=SamplingParams(ignore_eos=True)))
+    busy = submit(scheduler, ask(tokenizer.image_token_id, 0, sampling=SamplingParams(ignore_eos=True)))
     scheduler.step()
-    failing = Client(request(tokenizer.image_token_id, 1))
-    scheduler.enqueue(failing.submission())
-    failing.future.set_exception(ImageError("not an image"))
+    failing = Client(ask(tokenizer.image_token_id, 1))
+    scheduler.enqueue(failing.request)
+    failing.request.fail(ImageError("not an image"))
     scheduler.step()
     assert isinstance(failing.receiver.error, ImageError)
     assert not busy.receiver.ended
@@ -291,14 +292,15 @@ def test_a_request_whose_images_fail_is_told_while_all_slots_are_taken(tokenizer
 
 def test_images_may_fail_at_any_moment_of_a_step(tokenizer: Tokenizer) -> None:
     scheduler = Scheduler(ToyBackend(tokenizer.image_token_id), tokenizer, 8, 256)
-    first, second = (Client(request(tokenizer.image_token_id, seed)) for seed in range(2))
+    first, second = (Client(ask(tokenizer.image_token_id, seed)) for seed in range(2))
 
     def fail_second(error: Exception) -> None:
-        second.future.set_exception(ImageError("not an image either"))
+        second.request.fail(ImageError("not an image either"))
 
-    scheduler.enqueue(Submission(first.future, first.receiver.on_delta, fail_second, first.handle))
-    scheduler.enqueue(second.submission())
-    first.future.set_exception(ImageError("not an image"))
+    first.request.on_error = fail_second
+    scheduler.enqueue(first.request)
+    scheduler.enqueue(second.request)
+    first.request.fail(ImageError("not an image"))
     run(scheduler)
     assert str(second.receiver.error) == "not an image either"
     assert scheduler.metrics().requests_finished["error"] == 2
@@ -306,12 +308,12 @@ def test_images_may_fail_at_any_moment_of_a_step(tokenizer: Tokenizer) -> None:
 
 def test_cancelling_cancels_the_encoding_of_the_images(tokenizer: Tokenizer) -> None:
     scheduler = Scheduler(ToyBackend(tokenizer.image_token_id), tokenizer, 8, 256)
-    client = Client(request(tokenizer.image_token_id, 0))
-    scheduler.enqueue(client.submission())
-    client.handle.cancel()
-    client.handle.cancel()
+    client = Client(ask(tokenizer.image_token_id, 0))
+    scheduler.enqueue(client.request)
+    client.request.cancel()
+    client.request.cancel()
     assert scheduler.has_work
     scheduler.step()
-    assert client.future.cancelled()
+    assert client.request.is_over
     assert client.receiver.finish_reason == "cancelled"
     assert scheduler.is_empty

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from nvlm_trt.api import SamplingParams
-from nvlm_trt.backends.base import ImageFeatures
+from nvlm_trt.backends.base import ImageFeatures, embedding_rows
 from nvlm_trt.limits import EngineLimits
 from nvlm_trt.model.config import PRESETS
 from nvlm_trt.prompt.encoder import EncodedPrompt
 from nvlm_trt.prompt.tokenizer import Tokenizer, write_byte_tokenizer
-from nvlm_trt.runtime.request import GenerationRequest
+from nvlm_trt.runtime.request import Request
 from nvlm_trt.runtime.sampling import Sampler
 
 CONFIG = PRESETS["nvlm-x-tiny"]
@@ -33,7 +35,8 @@ def byte_tokenizer(directory: Path) -> Tokenizer:
 
 
 class ToyBackend:
-    """Implements `Backend`; keeps a log of calls. `image_token_id` is the tokenizer's."""
+    """Implements the part of `StepBackend` that the batcher uses; keeps a log of calls. `image_token_id` is the
+    tokenizer's."""
 
     def __init__(self, image_token_id: int, max_slots: int = 3, max_seq_len: int = 64, max_image_tokens: int = 24):
         self.config = dataclasses.replace(CONFIG, image_token_id=image_token_id)
@@ -49,11 +52,15 @@ class ToyBackend:
         self.fail_with: Exception | None = None  # in any call
         self.refuse_prefill: Exception | None = None
 
-    def write_cross_kv(self, slot: int, start: int, cross_kv: np.ndarray) -> None:
-        self._memory[slot, start : start + cross_kv.shape[3]] = cross_kv[0, 0, 0, :, 0]
+    def write_cross_kv(self, slot: int, start: int, features: ImageFeatures) -> None:
+        assert features.cross_kv is not None
+        self._memory[slot, start : start + features.cross_tokens] = features.cross_kv[0, 0, 0, :, 0]
+
+    def embeddings(self, images: Sequence[ImageFeatures], start: int, stop: int) -> np.ndarray:
+        return np.concatenate([np.empty((0, HIDDEN), np.float32), *embedding_rows(images, start, stop)])
 
     def prefill(
-        self, slot: int, position: int, input_ids: np.ndarray, image_tokens: np.ndarray, cross_ranges: np.ndarray
+        self, slot: int, position: int, input_ids: np.ndarray, embeddings: np.ndarray, cross_ranges: np.ndarray
     ) -> np.ndarray:
         self._begin("prefill", len(input_ids))
         if self.refuse_prefill:
@@ -61,7 +68,7 @@ class ToyBackend:
         if position == 0:
             self.admitted.append(int(input_ids[0]))
             self._poisoned[slot] = input_ids[0] == POISON
-        images = list(image_tokens)
+        images = list(embeddings)
         for offset, (token_id, (start, end)) in enumerate(zip(input_ids, cross_ranges, strict=True)):
             content = images.pop(0).tobytes() if token_id == self.config.image_token_id else int(token_id)
             self._values[slot, position + offset] = value(content, self._memory[slot, start:end])
@@ -112,14 +119,33 @@ def logits_of(values: np.ndarray) -> np.ndarray:
     return logits
 
 
-def request(
+@dataclass(frozen=True)
+class Asked:
+    """One request as its caller means it."""
+
+    prompt: EncodedPrompt
+    sampling: SamplingParams
+    images: list[ImageFeatures]
+
+    def request(self, receiver: Receiver, ready: bool = True) -> Request:
+        """As it is submitted; unless `ready`, its images are still being encoded."""
+        request = Request(self.sampling, receiver.on_delta, receiver.on_error)
+        if ready:
+            self.provide(request)
+        return request
+
+    def provide(self, request: Request) -> None:
+        request.provide(self.prompt, self.images)
+
+
+def ask(
     image_token_id: int,
     seed: int,
     length: int = 10,
     images: int = 0,
     sampling: SamplingParams | None = None,
     first_token: int = 65,
-) -> GenerationRequest:
+) -> Asked:
     """A random prompt of `length` tokens with `images` images of several tokens in sequence and memory each."""
     random = np.random.default_rng(seed)
     features = []
@@ -127,21 +153,21 @@ def request(
         tokens = random.random((random.integers(1, 4), HIDDEN), np.float32)
         cross_kv = random.random((1, 2, 1, random.integers(1, 6), 1), np.float32)
         features.append(ImageFeatures(tokens, cross_kv, tiles=2))
-    in_llm = sum(len(image.llm_tokens) for image in features)
-    in_memory = sum(image.cross_kv.shape[3] for image in features if image.cross_kv is not None)
+    in_llm = sum(len(image.embeddings) for image in features)
+    in_memory = sum(image.cross_tokens for image in features)
     input_ids = random.integers(32, 127, length + in_llm)
     input_ids[random.choice(np.arange(1, length + in_llm), in_llm, replace=False)] = image_token_id
     input_ids[0] = first_token
     ranges = np.sort(random.integers(0, in_memory + 1, (length + in_llm, 2)), axis=1).astype(np.int32)
     prompt = EncodedPrompt(input_ids.astype(np.int64), ranges, in_llm, in_memory)
-    return GenerationRequest(prompt, sampling or SamplingParams(), features, decode_range=(0, in_memory))
+    return Asked(prompt, sampling or SamplingParams(), features)
 
 
-def tokens_alone(backend: ToyBackend, tokenizer: Tokenizer, asked: GenerationRequest) -> list[int]:
+def tokens_alone(backend: ToyBackend, tokenizer: Tokenizer, asked: Asked) -> list[int]:
     """The request's tokens by the toy's definition: no slots, no chunks, no neighbours, no stop strings."""
     prompt, image_token_id = asked.prompt, backend.config.image_token_id
     memory = np.concatenate([np.empty(0, np.float32), *(kv.cross_kv[0, 0, 0, :, 0] for kv in asked.images)])  # type: ignore[index]
-    images = iter(asked.llm_image_tokens(HIDDEN))
+    images = (row for image in asked.images for row in image.embeddings)  # type: ignore[attr-defined]
     values = [
         value(next(images).tobytes() if token_id == image_token_id else int(token_id), memory[start:end])
         for token_id, (start, end) in zip(prompt.input_ids, prompt.cross_ranges, strict=True)
