@@ -15,6 +15,8 @@ from pydantic import ValidationError
 from nvlm_trt.backends.base import FloatArray
 from nvlm_trt.builders.graphs.cross_kv import cross_kv_graph
 from nvlm_trt.builders.graphs.decoder import decoder_graph
+from nvlm_trt.builders.graphs.self_attention import GroupQueryAttention
+from nvlm_trt.builders.graphs.vision_attention import multi_head_vision_attention
 from nvlm_trt.builders.graphs.vision_encoder import vision_encoder_graph
 from nvlm_trt.builders.quantization.formats import Recipe
 from nvlm_trt.builders.quantization.smoothquant import MigratedWeights
@@ -78,7 +80,9 @@ class EngineWriter:
         """The graphs by file, in the forms that ONNX Runtime runs fastest; every tensor of the checkpoint in one."""
         config, linear = self.config, recipe.weight_format
         weights = MigratedWeights(checkpoint, recipe.factors)
-        graphs = {"vision_encoder": vision_encoder_graph(config, weights, linear, attention="mha")}
+        graphs = {
+            "vision_encoder": vision_encoder_graph(config, weights, linear, attention=multi_head_vision_attention)
+        }
         if config.cross_layers:
             tags = self.tag_embeddings(checkpoint)
             graphs["cross_kv"] = cross_kv_graph(config, weights, tags, linear)
@@ -87,7 +91,7 @@ class EngineWriter:
             weights,
             self.limits,
             linear,
-            attention="gqa",
+            attention=GroupQueryAttention,
             skip_unused_blocks=recipe.skip_unused_blocks,
         )
         checkpoint.finish()

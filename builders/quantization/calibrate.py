@@ -1,4 +1,4 @@
-"""Calibration: an observing engine answers samples through the real pipeline, tiling, prefill and decoding included."""
+"""Calibrates: an observing engine answers samples through the real pipeline, with tiling, prefill and decoding."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from nvlm_trt.runtime.sampling import SamplingParams
 if TYPE_CHECKING:
     from nvlm_trt.evaluation.tinydocs import Split
 
-_MAX_TOKENS = 16  # an answer's tokens are few beside a prompt's, and each takes a run
+_MAX_TOKENS = 16  # more would cost a run each, and an answer adds few tokens to those of its prompt
 
 
 def calibrate(engine_dir: Path, samples: Sequence[Sample], progress: Progress) -> Calibration:
-    """Ask an engine of the recipe OBSERVING; what it answers is not looked at.
+    """Ask the samples of an engine of the recipe OBSERVING and return what it observed. The answers are not used.
 
-    Raises RequestError for a sample that the engine cannot hold, ImageError for a picture that does not decode, and
-    EngineError for inputs that are not finite or all zero."""
+    Raises RequestError for a sample that the engine cannot hold, ImageError for an image that does not decode, and
+    EngineError for inputs of a layer that are not finite or all zero."""
     engine = Engine.open(engine_dir)
     digest = digest_of(samples, progress)
     backend = ObservingBackend(engine)
@@ -52,7 +52,7 @@ def calibrate(engine_dir: Path, samples: Sequence[Sample], progress: Progress) -
 
 
 def document_samples(split: Split, count: int, progress: Progress) -> list[Sample]:
-    """`count` samples of the built-in document tasks, spread evenly over them."""
+    """Draw `count` samples of the built-in document tasks, spread evenly over the tasks."""
     from nvlm_trt.evaluation.tinydocs import TASKS, TEXT_TASKS, generate
 
     tasks = (*TASKS, *TEXT_TASKS)
@@ -66,5 +66,5 @@ def document_samples(split: Split, count: int, progress: Progress) -> list[Sampl
 
 
 def read_first_samples(path: Path, count: int | None) -> list[Sample]:
-    """The first `count` samples of a JSONL file, or all. Raises RequestError naming the line that is not one."""
+    """Read the first `count` samples of a JSONL file, or all. Raises RequestError naming the line that is no sample."""
     return list(islice(read_samples(path), count))

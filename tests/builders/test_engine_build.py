@@ -19,6 +19,7 @@ from nvlm_trt.builders.engine_writer import default_limits, save_model
 from nvlm_trt.builders.graphs import streamed
 from nvlm_trt.builders.graphs.common import Unquantised, WeightFormat
 from nvlm_trt.builders.graphs.decoder import decoder_graph
+from nvlm_trt.builders.graphs.self_attention import GroupQueryAttention
 from nvlm_trt.builders.quantization.calibration import LinearInput
 from nvlm_trt.builders.quantization.fp8 import Fp8
 from nvlm_trt.builders.quantization.int8 import Int8
@@ -235,7 +236,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path, weight_format: Weig
     largest = 4 * max(
         int(np.prod(shape)) for name, shape in weights.shapes.items() if name.startswith("language_model")
     )
-    model = decoder_graph(config, weights, EngineLimits(max_seq_len=64), weight_format, attention="gqa")
+    model = decoder_graph(config, weights, EngineLimits(max_seq_len=64), weight_format, attention=GroupQueryAttention)
     tracemalloc.start()
     save_model(model, tmp_path / "decoder.onnx", lambda *_: None)
     peak = tracemalloc.get_traced_memory()[1]
@@ -261,7 +262,7 @@ def test_memory_does_not_grow_with_a_tensor(
     config = replace(tiny, image_token_id=259, llm=replace(tiny.llm, num_layers=1, vocab_size=1 << 15))
     weights = WeightsOnDemand(config)
     table = 4 * int(np.prod(weights.shapes[EMBEDDING]))
-    model = decoder_graph(config, weights, EngineLimits(max_seq_len=64), weight_format, attention="gqa")
+    model = decoder_graph(config, weights, EngineLimits(max_seq_len=64), weight_format, attention=GroupQueryAttention)
     tracemalloc.start()
     save_model(model, tmp_path / "decoder.onnx", lambda *_: None)
     peak = tracemalloc.get_traced_memory()[1]

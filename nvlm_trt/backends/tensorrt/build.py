@@ -20,6 +20,8 @@ from nvlm_trt.builders.engine_build import QuantizationOptions, make_calibration
 from nvlm_trt.builders.engine_writer import EngineWriter, save_model
 from nvlm_trt.builders.graphs.cross_kv import cross_kv_graph
 from nvlm_trt.builders.graphs.decoder import decoder_graph
+from nvlm_trt.builders.graphs.self_attention import TensorRtAttention
+from nvlm_trt.builders.graphs.vision_attention import tensorrt_vision_attention
 from nvlm_trt.builders.graphs.vision_encoder import vision_encoder_graph
 from nvlm_trt.builders.quantization.calibration import Calibration
 from nvlm_trt.builders.quantization.formats import Recipe, quantised
@@ -112,10 +114,10 @@ def write_graphs(
     config, dtype, linear = writer.config, DTYPES[dtype_name], recipe.weight_format
     with Checkpoint.open(writer.checkpoint_dir) as checkpoint:
         weights = MigratedWeights(checkpoint, recipe.factors)
-        graphs = {"vision_encoder": vision_encoder_graph(config, weights, linear, "tensorrt", dtype)}
+        graphs = {"vision_encoder": vision_encoder_graph(config, weights, linear, tensorrt_vision_attention, dtype)}
         if config.cross_layers:
             graphs["cross_kv"] = cross_kv_graph(config, weights, writer.tag_embeddings(checkpoint), linear, dtype)
-        graphs["decoder"] = decoder_graph(config, weights, writer.limits, linear, "tensorrt", dtype=dtype)
+        graphs["decoder"] = decoder_graph(config, weights, writer.limits, linear, TensorRtAttention, dtype=dtype)
         checkpoint.finish()
         for component, model in graphs.items():
             save_model(model, directory / f"{component}.onnx", progress)

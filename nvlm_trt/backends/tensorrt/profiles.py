@@ -1,4 +1,4 @@
-"""The optimisation profiles of an engine's plans: which shapes TensorRT has to accept, and which it tunes for."""
+"""The optimisation profiles of an engine's plans: the shapes that TensorRT accepts, and those that it tunes for."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from nvlm_trt.model.config import NvlmConfig
 from nvlm_trt.plugins.gated_cross_attention import cache_length
 from nvlm_trt.prompt.encoder import split_tiles
 
-# input -> smallest, usual and largest shape
+# input -> [smallest, usual, largest] shape
 Profile = dict[str, list[list[int]]]
 
-_USUAL_CHUNK = 256  # tokens that a prompt is prefilled by, between two decoding steps
-_LARGEST_CHUNK = 1024  # longer ones are run in parts: activations take memory by the largest
+_USUAL_CHUNK = 256  # tokens of a prompt that are prefilled between two decoding steps
+_LARGEST_CHUNK = 1024  # tokens; the memory of activations grows with the largest chunk
 
 
 def profiles_of(config: NvlmConfig, limits: EngineLimits) -> dict[str, list[Profile]]:
-    """Component -> its profiles. The decoder has two: a prompt's chunk of one slot, and one token of every slot."""
+    """Return stage -> profiles. The decoder has two: a chunk of one slot's prompt, and one token of every slot."""
     vision, tiles = config.vision, config.tiles_per_image
     tokens = (config.tokens_per_tile, config.llm.hidden_size)
     chunk = min(limits.max_seq_len, _LARGEST_CHUNK)
@@ -30,19 +30,19 @@ def profiles_of(config: NvlmConfig, limits: EngineLimits) -> dict[str, list[Prof
     }
     if config.cross_layers:
         _, in_cross = split_tiles(config.architecture, tiles)
-        most = max(len(range(tiles)[in_cross]), 1)  # NVLM-H has no tag for the thumbnail, and of one tile crosses none
+        most = max(len(range(tiles)[in_cross]), 1)  # NVLM-H cross-attends to no thumbnail, nor to a single tile
         profiles["cross_kv"] = [{"image_tokens": _range((1, most), tokens)}]
     return profiles
 
 
 def _range(tiles: tuple[int, int], rest: Sequence[int]) -> list[list[int]]:
-    """From the fewest to the most tiles, tuned for the most."""
+    """Return the shapes of an input of `tiles` (fewest, most), tuned for the most."""
     fewest, most = tiles
     return [[count, *rest] for count in (fewest, most, most)]
 
 
 def _decoder(config: NvlmConfig, limits: EngineLimits, batches: Sequence[int], tokens: Sequence[int]) -> Profile:
-    """`batches` and `tokens` are smallest, usual and largest. The caches' lengths are fixed."""
+    """Return a decoder profile for `batches` and `tokens` (smallest, usual, largest). The caches' lengths are fixed."""
     llm = config.llm
     cross_tokens = cache_length(limits.max_image_tokens)
     profile: Profile = {
