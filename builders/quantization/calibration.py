@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -35,6 +35,12 @@ class LinearInput(_Record):
     abs_max: _Magnitude  # the largest
     clip: _Magnitude  # where 8-bit integers saturate for the least squared error, at most abs_max
     channels: list[Annotated[float, Field(ge=0, allow_inf_nan=False)]]  # the largest of each input channel
+
+
+class LinearInputs(Protocol):
+    """The magnitudes of linear layers' inputs: a `Calibration`."""
+
+    def of(self, weight: str, inputs: int) -> LinearInput: ...
 
 
 class Calibration(_Record):

@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from nvlm_trt.backends.base import FloatArray
 from nvlm_trt.builders.graphs.common import FLOAT, FLOAT8, Embedding, LinearWeight, StageGraph
-from nvlm_trt.builders.quantization.calibration import Calibration
+from nvlm_trt.builders.quantization.calibration import LinearInputs
 from nvlm_trt.builders.quantization.rows import QuantisedWeight, nonzero, rounded
 
 LARGEST = 448
@@ -30,7 +30,7 @@ class Fp8:
     DequantizeLinear anew in every run, at 20 times the cost, and would multiply one row in another order than several
     rows, so that the last bits of a request would depend on its neighbours."""
 
-    def __init__(self, calibration: Calibration, fold_weights: bool) -> None:
+    def __init__(self, calibration: LinearInputs, fold_weights: bool) -> None:
         self._calibration = calibration
         self._fold_weights = fold_weights
 

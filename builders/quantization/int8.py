@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from nvlm_trt.backends.base import FloatArray
 from nvlm_trt.builders.graphs.common import INT8, UINT8, Embedding, LinearWeight, StageGraph
-from nvlm_trt.builders.quantization.calibration import Calibration
+from nvlm_trt.builders.quantization.calibration import LinearInputs
 from nvlm_trt.builders.quantization.rows import QuantisedWeight, nonzero, rounded
 
 LARGEST = 127
@@ -29,7 +29,7 @@ class Int8:
     activations to unsigned numbers, for which its kernel is 60 times as fast. ONNX Runtime does neither for weights in
     an If branch, so this class writes the fused node there: the same numbers, shifted by 128."""
 
-    def __init__(self, calibration: Calibration) -> None:
+    def __init__(self, calibration: LinearInputs) -> None:
         self._calibration = calibration
 
     def matmul(self, graph: StageGraph, x: ir.Value, weight: LinearWeight) -> ir.Value:

@@ -8,6 +8,7 @@ import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -271,9 +272,7 @@ def test_memory_does_not_grow_with_a_tensor(
     assert peak < table / 5  # a 32nd of it are the scales of a weight-only lm_head
 
 
-def copy_checkpoint(
-    source: Path, target: Path, edit: Callable[[str, np.ndarray], np.ndarray], **changes: object
-) -> Path:
+def copy_checkpoint(source: Path, target: Path, edit: Callable[[str, np.ndarray], np.ndarray], **changes: Any) -> Path:
     """A checkpoint with edited tensors and config fields; tensors that the new config has no use for are left out."""
     with Checkpoint.open(source) as checkpoint:
         config = replace(checkpoint.config, **changes)

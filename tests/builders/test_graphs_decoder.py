@@ -1,4 +1,4 @@
-"""decoder against the PyTorch reference, in all forms of its attention."""
+"""Compares the decoder, in all forms of its attention, with the PyTorch reference."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nvlm_trt.builders.graphs.self_attention import (
     TensorRtAttention,
 )
 from nvlm_trt.engine import EngineLimits
-from nvlm_trt.model.config import NvlmConfig
+from nvlm_trt.model.config import Architecture, NvlmConfig
 from nvlm_trt.reference.model import ReferenceModel
 
 LIMITS = EngineLimits(max_slots=4, max_seq_len=48, max_image_tokens=40)
@@ -36,7 +36,7 @@ CONFIGS = {
 
 
 class DecoderRunner:
-    """A decoder session with the caches of `slots` sequences, and the cross-attention inputs they share."""
+    """A decoder session with the caches of `slots` sequences, and the cross-attention inputs that all slots share."""
 
     def __init__(self, model: ReferenceModel, attention: type[SelfAttention], slots: int = 1) -> None:
         self.model, self.config = model, model.config
@@ -89,7 +89,7 @@ class DecoderRunner:
     def reference_logits(
         self, input_ids: np.ndarray, ranges: np.ndarray, image_tokens: np.ndarray | None = None
     ) -> torch.Tensor:
-        """[B, S, vocab] of whole sequences."""
+        """Compute the reference's logits [B, S, vocab] of whole sequences."""
         logits, _ = self.model(
             torch.from_numpy(input_ids),
             None if image_tokens is None else torch.from_numpy(image_tokens),
@@ -100,7 +100,7 @@ class DecoderRunner:
 
 
 def random_prompt(batch: int, tokens: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Text ids [B, S] and ranges [B, S, 2]: text before the image, tags that read their tile, text that reads all."""
+    """Make text ids [B, S] and ranges [B, S, 2]: text without image, tags that read their tile, text that reads all."""
     rng = np.random.default_rng(seed)
     ranges = np.zeros((batch, tokens, 2), np.int32)
     third = tokens // 3
@@ -199,7 +199,8 @@ def test_text_only_is_bit_identical_to_the_llm_alone(attention: type[SelfAttenti
 
 
 def test_every_weight_is_in_exactly_one_graph() -> None:
-    for architecture in "DXH":
+    architectures: tuple[Architecture, ...] = ("D", "X", "H")
+    for architecture in architectures:
         runner = DecoderRunner(random_reference(tiny_config(architecture)), GroupQueryAttention)
         left = {name for name in runner.untaken if name.startswith("language_model")}
         if runner.config.cross_layers:

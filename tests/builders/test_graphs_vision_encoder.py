@@ -1,4 +1,4 @@
-"""vision_encoder against the PyTorch reference, for every option of the config that it reads."""
+"""Compares vision_encoder with the PyTorch reference, for every option of the config that the graph depends on."""
 
 from __future__ import annotations
 
