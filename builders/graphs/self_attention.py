@@ -1,6 +1,6 @@
-"""The decoder's self-attention over a KV cache, in three forms. The room of a backend passes the one that it runs.
+"""The decoder's self-attention over a KV cache, in three forms. Each backend passes the form that it runs.
 
-A form says by its attributes which operators the rest of the decoder may use.
+The attributes of a form say which operators the rest of the decoder may use.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class SelfAttention(ABC):
     """One form, for all layers of one graph."""
 
     opset: ClassVar[int] = CACHE_OPSET
-    # False: every shape in the decoder follows from the shapes of its inputs, as recording a CUDA graph needs.
+    # Whether shapes in the decoder may depend on values. A CUDA graph needs shapes that follow from the inputs' shapes.
     value_dependent_shapes: ClassVar[bool] = True
     # Whether cross-attention blocks may stand in an If, which skips the blocks that no token of a batch needs. TensorRT
     # takes plugins in the main graph only, so a portable graph has the blocks there.
@@ -29,13 +29,13 @@ class SelfAttention(ABC):
     def __init__(
         self, graph: StageGraph, llm: LlmConfig, input_ids: ir.Value, write_indices: ir.Value, max_seq_len: int
     ) -> None:
-        """Build what all layers share, from input_ids [B, S] and write_indices [B]."""
+        """Build the nodes that all layers share, from input_ids [B, S] and write_indices [B]."""
         self.graph, self.llm = graph, llm
         self.cos, self.sin = _rope_tables(graph, llm, max_seq_len)
 
     @abstractmethod
     def attend(self, qkv: ir.Value, past_key: ir.Value, past_value: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """Causal attention of the new tokens, one layer.
+        """Attend causally with the new tokens of one layer.
 
         qkv [B, S, (heads + 2 * kv_heads) * head_dim]; past_key, past_value [B, kv_heads, L, head_dim]
         -> (output [B, S, heads * head_dim], updated key cache, updated value cache)."""

@@ -1,4 +1,4 @@
-"""The vision encoder's self-attention, in three forms. The room of a backend passes the one that it runs."""
+"""The vision encoder's self-attention, in three forms. Each backend passes the form that it runs."""
 
 from __future__ import annotations
 

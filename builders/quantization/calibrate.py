@@ -21,7 +21,7 @@ from nvlm_trt.runtime.sampling import SamplingParams
 if TYPE_CHECKING:
     from nvlm_trt.evaluation.tinydocs import Split
 
-_MAX_TOKENS = 16  # more would cost a run each, and an answer adds few tokens to those of its prompt
+_MAX_TOKENS = 16  # each token costs a run, and an answer adds few tokens to its prompt's
 
 
 def calibrate(engine_dir: Path, samples: Sequence[Sample], progress: Progress) -> Calibration:

@@ -50,11 +50,11 @@ class ByComponent:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Says how the linear layers of an engine are written."""
+    """The way in which the linear layers of an engine are written."""
 
     precisions: Mapping[str, str]  # by component
     weight_format: WeightFormat
-    factors: Mapping[str, Factors] = field(default_factory=dict)  # of SmoothQuant, by tensor
+    factors: Mapping[str, Factors] = field(default_factory=dict)  # SmoothQuant's, by tensor
     calibration: dict[str, Any] | None = None  # for the manifest
     skip_unused_blocks: bool = True
 
@@ -73,7 +73,7 @@ def quantised(
     """Make the recipe for `precisions`, by component.
 
     `calibration` is for the precisions that need one. `fold_fp8` takes the form of fp8 weights that ONNX Runtime folds.
-    `checkpoint` is another handle than the one that graphs take weights from: SmoothQuant reads it here.
+    `checkpoint` is a handle of its own, because graphs take each weight once: SmoothQuant reads some weights here.
     Raises EngineError for a calibration that lacks a layer."""
     formats = {name: _WITHOUT_CALIBRATION[name]() for name in precisions.values() if name in _WITHOUT_CALIBRATION}
     factors: dict[str, Factors] = {}

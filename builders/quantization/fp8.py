@@ -26,9 +26,9 @@ class Fp8:
     """Writes QuantizeLinear and DequantizeLinear around a float32 MatMul.
 
     `fold_weights` writes the weight's DequantizeLinear as Cast and Mul, which give the same numbers. TensorRT fuses
-    DequantizeLinear. ONNX Runtime folds Cast and Mul into a constant when it loads the model. It would compute
-    DequantizeLinear anew in every run, at 20 times the cost, and would multiply one row in another order than several
-    rows, so that the last bits of a request would depend on its neighbours."""
+    DequantizeLinear. ONNX Runtime folds Cast and Mul into a constant when it loads the model. With
+    DequantizeLinear, ONNX Runtime would compute the weight anew in every run, at 20 times the cost, and would multiply
+    one row in another order than several rows, so that the last bits of a request would depend on its neighbours."""
 
     def __init__(self, calibration: LinearInputs, fold_weights: bool) -> None:
         self._calibration = calibration

@@ -99,7 +99,7 @@ class AccuracyGate:
         record = {
             "samples": {"count": len(self._samples), "digest": self._digest},
             "unquantised": self._unquantised,
-            "fp32_score": reference.score,  # of the unquantised engine, whatever its precision
+            "fp32_score": reference.score,  # the unquantised engine's score, also if it is not fp32
             "score": quantised.score,
             "tasks": {
                 task.task: {"fp32_score": task.score, "score": after.score}

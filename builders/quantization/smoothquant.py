@@ -90,8 +90,8 @@ def migrate(
 ) -> tuple[dict[str, Factors], Calibration]:
     """Compute the factors of every tensor that a migration changes, and the calibration of the migrated model.
 
-    Only components in int8 are migrated: fp8's precision does not depend on a channel's size. `weights` is another
-    handle than the one that graphs take weights from: this function reads it, some rows at a time."""
+    Only components in int8 are migrated: fp8's precision does not depend on a channel's size. `weights` is a
+    handle of its own, because graphs take each weight once: this function reads weights too, some rows at a time."""
     rows: dict[str, FloatArray] = {}
     columns: dict[str, FloatArray] = {}
     linears = dict(calibration.linears)

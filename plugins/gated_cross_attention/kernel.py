@@ -86,11 +86,11 @@ def range_bounds(start, end, cross_tokens):
 @triton.jit
 def attend(
     query,  # [ROWS, PADDED_DIM], zero in padded dims
-    keys,  # of this key head, rows of HEAD_DIM
+    keys,  # pointer to this key head: rows of HEAD_DIM
     values,
     start,  # [ROWS]
     end,
-    bounds,  # of start and end
+    bounds,  # (lowest start, highest start, lowest end, highest end)
     HEAD_DIM: tl.constexpr,
     KEYS: tl.constexpr,
 ):

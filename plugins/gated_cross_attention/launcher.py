@@ -28,8 +28,8 @@ def gated_cross_attention(
     empty range gives exactly zero. Values between the lowest and the highest key that neighbouring tokens read must be
     finite; the kernel does not use other values. All tensors are on one GPU (or on the CPU with TRITON_INTERPRET=1).
 
-    By default, the kernel is the one in hopper/ for prompts on Hopper, otherwise one with block sizes from the table;
-    `blocks` overrides this choice. Raises ValueError for tensors that do not fit this description."""
+    Prompts on Hopper take the kernel in hopper/; all other calls take block sizes from the table. `blocks` overrides
+    both. Raises ValueError for tensors that do not fit this description."""
     _check(query, key, value, cross_ranges, gate)
     batch, heads, tokens, head_dim = query.shape
     kv_heads, cross_tokens = key.shape[1:3]

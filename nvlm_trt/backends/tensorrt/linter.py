@@ -1,7 +1,8 @@
 """Refuses ONNX graphs that TensorRT's parser would misread, or whose engines could not run as this backend runs them.
 
-The parser ignores what it does not understand: it never reads nonpad_kv_seqlen, aligns is_causal to the upper left
-corner, and inlines a plugin's node wherever it does not look for plugins (onnx-tensorrt 10.14 to 11.1).
+The parser builds the parts of a graph that it knows and silently drops the rest: it never reads nonpad_kv_seqlen. It
+aligns is_causal to the upper left corner, and inlines a plugin's node wherever it does not look for plugins
+(onnx-tensorrt 10.14 to 11.1).
 """
 
 from __future__ import annotations

@@ -154,8 +154,8 @@ def _explain(expected: StageMemory, recorder: Any, trt: Any) -> str:
     out_of_memory = (trt.ErrorCodeTRT.FAILED_ALLOCATION,)
     if any(code in out_of_memory or "out of memory" in text.lower() for code, text in recorder.errors):
         return (
-            f": out of memory. It was expected to take {expected} on the GPU, and kernels are tried beside that; free "
-            "the GPU, choose smaller --max-slots or --max-seq-len, or try --weight-streaming"
+            f": out of memory. The plan was expected to take {expected} on the GPU, and trying kernels takes more; "
+            "free the GPU, choose smaller --max-slots or --max-seq-len, or try --weight-streaming"
         )
     return f": {_one_line(recorder.errors[0][1])}" if recorder.errors else "; run it with --debug for TensorRT's log"
 

@@ -1,4 +1,4 @@
-"""The partition that attends: it multiplies the scores of a block and the values of the block before at the same time.
+"""The partition that attends: multiplies the scores of a block and the values of the block before at the same time.
 
 The sums of a row do not depend on other rows. The partition skips blocks outside the tile's lowest start and highest
 end, and a block that a row does not see leaves the row's sums unchanged, bit for bit."""
@@ -26,7 +26,7 @@ def attend(
     sizes,
     HEADS: gl.constexpr,
     KV_HEADS: gl.constexpr,
-    SECOND: gl.constexpr,  # which 64 rows of a tile
+    SECOND: gl.constexpr,  # 0 or 1: the first or the last 64 rows of a tile
 ):
     """Attend with one warpgroup's 64 rows of every tile of this program."""
     query, cross_ranges, gate, output = tensors
@@ -76,7 +76,7 @@ def attend(
         state = (row_max, sums, gl.zeros([64, HEAD_DIM], gl.float32, total_layout), weights, decay)
 
         tile_end = n + count
-        block = first - n * KEYS  # of n = 0
+        block = first - n * KEYS  # the key at which block n = 0 would begin
         state = attend_blocks(q, blocks, start, end, block, n + 1, n + uncut, tile_end, state, SECOND, True)
         state = attend_blocks(q, blocks, start, end, block, n + uncut, n + uncut_end, tile_end, state, SECOND, False)
         state = attend_blocks(q, blocks, start, end, block, n + uncut_end, tile_end, tile_end, state, SECOND, True)
@@ -107,7 +107,7 @@ def attend_blocks(
     block_at,  # the first key of block 0, were it in this tile
     n_first,
     n_last,
-    n_end,  # of the tile
+    n_end,  # the tile's last block + 1
     state,
     SECOND: gl.constexpr,
     CUT: gl.constexpr,  # whether rows may begin or end within these blocks

@@ -40,7 +40,7 @@ def prefill_kernel(
     Tiles count with key heads fastest, so that the tiles at a prompt's begin, which need masks, start first."""
     dtype: gl.constexpr = query.dtype.element_ty
     query_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, HEAD_DIM], dtype)
-    queries = gl.allocate_shared_memory(dtype, [4, 64, HEAD_DIM], query_layout)  # of this tile and the next
+    queries = gl.allocate_shared_memory(dtype, [4, 64, HEAD_DIM], query_layout)  # for this tile and the next
     keys = gl.allocate_shared_memory(dtype, [KEY_STAGES, 1, KEYS, HEAD_DIM], key_blocks.layout)
     values = gl.allocate_shared_memory(dtype, [VALUE_STAGES, 1, KEYS, HEAD_DIM], value_blocks.layout)
     keys_full = gl.allocate_shared_memory(gl.int64, [KEY_STAGES, 1], mbarrier.MBarrierLayout())

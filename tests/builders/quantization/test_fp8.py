@@ -47,7 +47,7 @@ def test_weights_are_folded_when_the_model_is_loaded(tmp_path: Path, in_branch: 
         linear_model(WEIGHT, Fp8(calibration_of(X), fold_weights=True), in_branch), tmp_path
     )
     assert not {"Cast", "Mul"} & set(operators)
-    assert operators.count("DequantizeLinear") == 1  # of the activations
+    assert operators.count("DequantizeLinear") == 1  # on the activations
 
 
 def test_form_for_tensorrt() -> None:

@@ -1,4 +1,4 @@
-"""The accuracy gate, on the answers of a random fp32 engine: this engine knows all of them, a destroyed engine none."""
+"""The accuracy gate, on the answers of a random fp32 engine, all of which a destroyed engine gets wrong."""
 
 from __future__ import annotations
 
