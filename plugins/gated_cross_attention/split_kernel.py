@@ -1,6 +1,7 @@
 """nvlm::GatedCrossAttention in two kernels, for few rows: one attends to chunks of the keys, one adds the chunks.
 
-Only launcher.py starts these kernels, for decoding steps: only lab/gpu_check and the tests run them today.
+launcher.py starts these kernels for decoding steps. Nothing in the product calls it, only lab/gpu_check and the tests;
+a backend that runs the decoder in torch would.
 
 If each program read all keys of its key head, a decoding step of one request would be 8 programs for 132
 multiprocessors. Chunks count from key 0 and have one size, so the sums of a row do not depend on other rows. After
