@@ -1,8 +1,8 @@
-"""A Triton kernel as PTX that a C++ program can launch, made on any machine: no GPU is needed.
+"""Compiles a Triton kernel to PTX that a C++ program can launch, on any machine, without a GPU.
 
-TensorRT stores such PTX in the engine and launches it with the kernel's declared arguments. Triton 3.3 and later append
-two pointers of their own (global scratch and profile scratch), which TensorRT would not pass: they are taken off the
-entry after checking that nothing reads them.
+TensorRT stores the PTX in the engine and launches the kernel with its declared arguments. Triton 3.3 and later append
+two pointers (global scratch and profile scratch), which TensorRT would not pass. This module removes the two pointers
+from the entry after checking that nothing reads them.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import dataclasses
 import re
 from typing import Any
 
-# PTX of CUDA 12.8: the oldest that knows sm_100a, so that the oldest possible driver takes it.
+# PTX of CUDA 12.8, the oldest that knows sm_100a, so that drivers as old as possible take it.
 PTX_VERSION = 87
 
 
 @dataclasses.dataclass(frozen=True)
 class CompiledKernel:
-    """`ptx` with its entry `name`, to be launched with `threads` per block and `shared_bytes` of dynamic memory."""
+    """`ptx` with its entry `name`: launch it with `threads` per block and `shared_bytes` of dynamic shared memory."""
 
     name: str
     ptx: str
@@ -30,9 +30,9 @@ def compile_kernel(
 ) -> CompiledKernel:
     """Compile a @triton.jit function for one compute capability (80, 90, 100, ...; from 90 on for the "a" targets).
 
-    `arguments`: run-time argument -> Triton's type ("*fp16", "i32", ...) in the order of the kernel's signature;
-    pointers are taken to be 16-byte aligned. `constants`: the values of its tl.constexpr parameters. `options` are
-    Triton's: num_warps, num_stages, maxnreg.
+    `arguments`: run-time argument -> Triton's type ("*fp16", "i32", ...) in the order of the kernel's signature. The
+    compiler assumes that pointers are 16-byte aligned. `constants`: the values of the kernel's tl.constexpr parameters.
+    `options` are Triton's: num_warps, num_stages, maxnreg.
     Raises ValueError for a kernel that needs scratch memory."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -51,9 +51,9 @@ def compile_kernel(
 
 
 def strip_hidden_parameters(ptx: str, declared: int) -> str:
-    """PTX of one entry without the parameters after the first `declared`.
+    """Remove the parameters after the first `declared` from PTX with one entry.
 
-    Raises ValueError if there are fewer, or if one to be removed is not a pointer or is read by the kernel."""
+    Raises ValueError for fewer parameters, or for a parameter to remove that is no pointer or that the kernel reads."""
     entry = re.search(r"\.visible \.entry \w+\(\s*(.*?)\s*\)", ptx, re.DOTALL)
     parameters = [parameter.strip() for parameter in entry.group(1).split(",")] if entry else []
     if entry is None or len(parameters) < declared:

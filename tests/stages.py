@@ -1,4 +1,4 @@
-"""Random reference models of any config as a source of weights, and their stages as ONNX Runtime sessions."""
+"""Makes random reference models of any config, as sources of weights, and ONNX Runtime sessions of graphs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ IMAGE_TOKEN = 259
 
 
 def tiny_config(architecture: Architecture, **changes: object) -> NvlmConfig:
-    """The tiny preset; fields of `llm`, `vision` and `cross_attention` are changed by dictionaries."""
+    """Return the tiny preset with `changes`; a dictionary changes fields of `llm`, `vision` or `cross_attention`."""
     config = replace(PRESETS[f"nvlm-{architecture.lower()}-tiny"], image_token_id=IMAGE_TOKEN)
     for name, value in changes.items():
         config = replace(
@@ -27,7 +27,7 @@ def tiny_config(architecture: Architecture, **changes: object) -> NvlmConfig:
 
 
 def random_reference(config: NvlmConfig, seed: int = 0) -> ReferenceModel:
-    """Weights at which activations stay near 1 and every parameter counts."""
+    """Make a model with weights at which activations stay near 1 and every parameter matters."""
     generator = torch.Generator().manual_seed(seed)
     model = ReferenceModel(config).eval().requires_grad_(False)
     for parameter in model.parameters():
@@ -51,6 +51,8 @@ class ReferenceWeights:
 
 
 class ArrayTensor:
+    """`StoredTensor` over an array."""
+
     def __init__(self, values: np.ndarray) -> None:
         self.shape = values.shape
         self._values = values
@@ -60,6 +62,7 @@ class ArrayTensor:
 
 
 def session(model: ir.Model) -> onnxruntime.InferenceSession:
+    """Check a model and load it on one thread of the CPU."""
     proto = ir.to_proto(model)
     onnx.checker.check_model(proto)
     options = onnxruntime.SessionOptions()
@@ -69,7 +72,7 @@ def session(model: ir.Model) -> onnxruntime.InferenceSession:
 
 
 def assert_close(actual: np.ndarray, expected: torch.Tensor | np.ndarray, tolerance: float = 2e-5) -> None:
-    """Finite, of equal shape, and within `tolerance` everywhere."""
+    """Assert that `actual` is finite, has the shape of `expected`, and is within `tolerance` of it everywhere."""
     expected = np.asarray(expected)
     assert actual.shape == expected.shape
     assert np.isfinite(actual).all()

@@ -1,7 +1,7 @@
-"""A stage's ONNX graph under construction: lazily loaded weights, linear layers, norms and the gated MLP.
+"""Builds a stage's ONNX graph: lazily loaded weights, linear layers, norms and the gated MLP.
 
-Weights are named tensors of a checkpoint. They stay on disk until the finished model is saved, some rows at a time, so
-the memory of a build depends neither on the size of the model nor on that of its tensors.
+Weights are named tensors of a checkpoint. Weights stay on disk until the finished model is saved, some rows at a time,
+so the memory of a build depends neither on the size of the model nor on the size of a tensor.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from nvlm_trt.builders.graphs.streamed import StoredTensor, StreamedTensor, bloc
 
 Shape = Sequence[int | str]
 
-# 24 brought TensorScatter and Attention's nonpad_kv_seqlen. Graphs without them are stamped 23, because the last
-# ONNX Runtime for Python 3.10 (1.23) refuses 24.
+# Opset 24 brought TensorScatter and Attention's nonpad_kv_seqlen. A graph that needs neither is stamped 23, because the
+# last ONNX Runtime for Python 3.10 (1.23) refuses 24.
 OPSET = 23
 CACHE_OPSET = 24
 _IR_VERSION = 11
@@ -38,14 +38,14 @@ INT64 = ir.DataType.INT64
 
 
 class WeightSource(Protocol):
-    """Where weights come from: `nvlm_trt.checkpoint.Checkpoint`, which hands out every tensor once."""
+    """A source of named tensors, such as `nvlm_trt.checkpoint.reader.Checkpoint`, which hands out every tensor once."""
 
     def take(self, name: str) -> StoredTensor: ...
 
 
 @dataclass(frozen=True)
 class LinearWeight:
-    """The weight of one linear layer, [outputs, inputs] as torch.nn.Linear keeps it: tensors stacked by rows."""
+    """The weight of one linear layer, [outputs, inputs] as in torch.nn.Linear: tensors stacked by rows."""
 
     name: str
     parts: tuple[StoredTensor, ...]
@@ -55,44 +55,44 @@ class LinearWeight:
         return sum(part.shape[0] for part in self.parts), math.prod(self.parts[0].shape[1:])
 
     def blocks(self) -> Iterator[FloatArray]:
-        """The rows in order, [n, inputs] at a time."""
+        """Yield the rows in order, [n, inputs] at a time."""
         return (rows.reshape(len(rows), -1) for rows in blocks_of(*self.parts))
 
 
 @dataclass(frozen=True)
 class Embedding:
-    """The embedding table [vocab, hidden], which a tied lm_head multiplies with."""
+    """The embedding table [vocab, hidden], which is also the weight of a tied lm_head."""
 
     table: ir.Value
     weight: LinearWeight
 
 
 class WeightFormat(Protocol):
-    """How linear layers store and multiply their weight."""
+    """Stores and multiplies the weights of linear layers."""
 
     def matmul(self, graph: StageGraph, x: ir.Value, weight: LinearWeight) -> ir.Value:
-        """[..., inputs] -> [..., outputs]."""
+        """Multiply x [..., inputs] by the weight: [..., outputs]."""
         ...
 
     def tied_matmul(self, graph: StageGraph, x: ir.Value, embedding: Embedding) -> ir.Value:
-        """[B, hidden] -> [B, vocab], by a weight that the graph holds as a table already."""
+        """Multiply x [B, hidden] by a weight that the graph already holds as the embedding table: [B, vocab]."""
         ...
 
 
 class Unquantised:
-    """Weights as they are, transposed to MatMul's [inputs, outputs] on their way to disk."""
+    """Stores weights unchanged, transposed to MatMul's [inputs, outputs] on the way to disk."""
 
     def matmul(self, graph: StageGraph, x: ir.Value, weight: LinearWeight) -> ir.Value:
         outputs, inputs = weight.shape
         return graph.op.MatMul(x, graph.stored(weight.name, (inputs, outputs), weight.blocks, transposed=True))
 
     def tied_matmul(self, graph: StageGraph, x: ir.Value, embedding: Embedding) -> ir.Value:
-        # As fast as MatMul with a transposed copy, which would be stored beside the table.
+        # Gemm is as fast as MatMul with a transposed copy, and stores no copy beside the table.
         return graph.op.Gemm(x, embedding.table, transB=1)
 
 
 class StageGraph:
-    """One stage. `op` builds standard nodes and `microsoft` those of ONNX Runtime, into the graph or a branch of it."""
+    """The graph of one stage, or a branch of it. `op` builds standard nodes, `microsoft` nodes of ONNX Runtime."""
 
     def __init__(
         self,
@@ -102,11 +102,10 @@ class StageGraph:
         opset: int = OPSET,
         dtype: ir.DataType = FLOAT,
     ) -> None:
-        """`weight_format` of the linear layers: Unquantised by default. `dtype` of weights, inputs and all that is
-        computed."""
+        """`weight_format` of the linear layers, Unquantised by default. `dtype` of weights, inputs and computation."""
         self.opset = opset
         self.dtype = dtype
-        self.in_branch = False  # of an If: ONNX Runtime does not fuse what has its weights there
+        self.in_branch = False  # of an If: ONNX Runtime does not fuse nodes whose weights are in a branch
         graph = ir.Graph([], [], nodes=[], opset_imports={"": opset, "com.microsoft": 1, "nvlm": 1}, name=name)
         self._builder = GraphBuilder(graph)
         self._weights = weights
@@ -139,7 +138,7 @@ class StageGraph:
 
     @contextlib.contextmanager
     def scope(self, name: str) -> Iterator[None]:
-        """Prefix the names of nodes and values: profiles then show the layer, and branches cannot clash."""
+        """Prefix the names of nodes and values, so that profiles show the layer and names in branches are unique."""
         self._builder.push_module(name)
         try:
             yield
@@ -147,11 +146,11 @@ class StageGraph:
             self._builder.pop_module()
 
     def call(self, function: ir.Function, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
-        """One node that calls a model-local function."""
+        """Add one node that calls a model-local function."""
         return self._builder.call(function, *inputs, **attributes)
 
     def when(self, condition: ir.Value, then: Callable[[StageGraph], ir.Value], otherwise: ir.Value) -> ir.Value:
-        """If: run the nodes that `then` builds, or pass `otherwise` on."""
+        """Add an If that runs the nodes `then` builds where `condition` holds, and returns `otherwise` elsewhere."""
 
         def trace(op: Any) -> ir.Value:
             branch = copy.copy(self)
@@ -173,9 +172,9 @@ class StageGraph:
         dtype: ir.DataType | None = None,
         transposed: bool = False,
     ) -> ir.Value:
-        """An initializer that is made of `blocks` when the model is saved, as StreamedTensor has it.
+        """Add an initializer that is made of `blocks` when the model is saved: a StreamedTensor.
 
-        `dtype`: None is the graph's."""
+        `dtype`: None stands for the graph's."""
         tensor = StreamedTensor(name, dtype or self.dtype, shape, blocks, transposed)
         return self._builder.initializer(tensor, name, qualify=False)
 
@@ -183,16 +182,16 @@ class StageGraph:
         return self._builder.initializer(ir.Tensor(value, name=name), name, qualify=False)
 
     def float_constant(self, name: str, value: npt.ArrayLike) -> ir.Value:
-        """A constant in the graph's dtype."""
+        """Add a constant in the graph's dtype."""
         return self.constant(name, np.asarray(value).astype(self.dtype.numpy()))
 
     def weight(self, name: str) -> ir.Value:
-        """A tensor of the checkpoint as an initializer."""
+        """Add a tensor of the checkpoint as an initializer."""
         tensor = self._weights.take(name)
         return self.stored(name, tensor.shape, lambda: blocks_of(tensor))
 
     def linear(self, x: ir.Value, name: str, parts: Sequence[str] = (), bias: bool = False) -> ir.Value:
-        """torch.nn.Linear: [..., inputs] -> [..., outputs]. `parts` are layers of one input, stacked to one product."""
+        """Apply torch.nn.Linear: [..., inputs] -> [..., outputs]. `parts`: layers of one input, as one product."""
         names = parts or [name]
         weight = LinearWeight(f"{name}.weight", tuple(self._weights.take(f"{part}.weight") for part in names))
         y = self._format.matmul(self, x, weight)
@@ -206,7 +205,7 @@ class StageGraph:
         return Embedding(self.stored(name, weight.shape, weight.blocks), weight)
 
     def tied_linear(self, x: ir.Value, embedding: Embedding) -> ir.Value:
-        """[B, hidden] -> [B, vocab]."""
+        """Multiply x [B, hidden] by the transposed table: [B, vocab]."""
         return self._format.tied_matmul(self, x, embedding)
 
     # --- layers ------------------------------------------------------------------------------------------------------
@@ -219,16 +218,16 @@ class StageGraph:
         return self.op.LayerNormalization(x, scale, bias, axis=-1, epsilon=epsilon)
 
     def swiglu(self, x: ir.Value, name: str) -> ir.Value:
-        """down(silu(gate(x)) * up(x))."""
+        """Compute down(silu(gate(x)) * up(x))."""
         op = self.op
         gate = self.linear(x, f"{name}.gate_proj")
         up = self.linear(x, f"{name}.up_proj")
         return self.linear(op.Mul(op.Mul(gate, op.Sigmoid(gate)), up), f"{name}.down_proj")
 
     def split_heads(self, x: ir.Value, heads: int, head_dim: int) -> ir.Value:
-        """[B, S, heads * head_dim] -> [B, heads, S, head_dim]."""
+        """Turn [B, S, heads * head_dim] into [B, heads, S, head_dim]."""
         return self.op.Transpose(self.op.Reshape(x, [0, 0, heads, head_dim]), perm=[0, 2, 1, 3])
 
     def merge_heads(self, x: ir.Value, width: int) -> ir.Value:
-        """[B, heads, S, head_dim] -> [B, S, width], width = heads * head_dim."""
+        """Turn [B, heads, S, head_dim] into [B, S, width], width = heads * head_dim."""
         return self.op.Reshape(self.op.Transpose(x, perm=[0, 2, 1, 3]), [0, 0, width])

@@ -1,7 +1,7 @@
 """cross_kv (NVLM-X, NVLM-H): image_tokens [n, T, hidden] -> cross_key.{j}, cross_value.{j} [kv_heads, C, head_dim].
 
-One image's tiles in order. C = n * T for X. For H every tile's tokens follow its tag's text embeddings, which the
-graph holds because the tiles of an image are always tags 1 .. n: C = n * (tag_length + T).
+The n tiles are those of one image, in order. NVLM-X: C = n * T. NVLM-H: C = n * (tag_length + T), because the tokens of
+every tile follow the text embeddings of its tag. The graph holds these: the tiles of an image always have tags 1 .. n.
 """
 
 from __future__ import annotations
@@ -9,12 +9,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from nvlm_trt.backends.base import FloatArray
-from nvlm_trt.builders.graphs.common import (
-    FLOAT,
-    StageGraph,
-    WeightFormat,
-    WeightSource,
-)
+from nvlm_trt.builders.graphs.common import FLOAT, StageGraph, WeightFormat, WeightSource
 from nvlm_trt.model.config import NvlmConfig
 
 
@@ -25,9 +20,9 @@ def cross_kv_graph(
     weight_format: WeightFormat | None = None,
     dtype: ir.DataType = FLOAT,
 ) -> ir.Model:
-    """Build the graph. `tag_embeddings` [max_tiles, tag_length, hidden] of <tile_1> .. for H, None for X."""
+    """Build the graph. `tag_embeddings`: [max_tiles, tag_length, hidden] of <tile_1> .. for NVLM-H, None for NVLM-X."""
     assert config.cross_attention is not None, "NVLM-D has no cross-attention"
-    assert (tag_embeddings is not None) == (config.architecture == "H"), "tags stand beside the tiles of NVLM-H only"
+    assert (tag_embeddings is not None) == (config.architecture == "H"), "only NVLM-H has tile tags in cross-attention"
     graph = StageGraph("cross_kv", weights, weight_format, dtype=dtype)
     llm = config.llm
     x = graph.input("image_tokens", dtype, ["tiles", config.tokens_per_tile, llm.hidden_size])
@@ -48,6 +43,6 @@ def cross_kv_graph(
 
 
 def _heads(graph: StageGraph, config: NvlmConfig, x: ir.Value) -> ir.Value:
-    """[C, kv_heads * head_dim] -> [kv_heads, C, head_dim]."""
+    """Turn [C, kv_heads * head_dim] into [kv_heads, C, head_dim]."""
     x = graph.op.Reshape(x, [0, config.llm.num_kv_heads, config.llm.head_dim])
     return graph.op.Transpose(x, perm=[1, 0, 2])

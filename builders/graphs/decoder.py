@@ -1,9 +1,9 @@
-"""decoder: the LLM over a KV cache, with NVLM-X's and -H's gated cross-attention blocks.
+"""decoder: the LLM over a KV cache, with the gated cross-attention blocks of NVLM-X and NVLM-H.
 
 B sequences, S new tokens, L = max_seq_len, N cross-attended tokens, hd = head_dim:
 
     input_ids [B, S], write_indices [B] (tokens cached before), logit_index [B] (the row whose logits are wanted)
-    image_tokens [M, hidden]: replace the embeddings where input_ids is the image token, in order
+    image_tokens [M, hidden]: the image embeddings, which replace the image placeholders of input_ids in order
     past_key.{i}, past_value.{i} [B, kv_heads, L, hd]
     cross_key.{j}, cross_value.{j} [B, kv_heads, N, hd], cross_ranges [B, S, 2] int32   (X, H)
     -> logits [B, vocab], present_key.{i}, present_value.{i}: the caches, to be bound to the memory of past_*
@@ -11,29 +11,15 @@ B sequences, S new tokens, L = max_seq_len, N cross-attended tokens, hd = head_d
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
-
 import numpy as np
 import onnx_ir as ir
 
-from nvlm_trt.builders.graphs.common import (
-    CACHE_OPSET,
-    FLOAT,
-    INT32,
-    INT64,
-    OPSET,
-    Shape,
-    StageGraph,
-    WeightFormat,
-    WeightSource,
-)
-from nvlm_trt.builders.graphs.tensorrt_functions import CAUSAL, causal_trt_attention, trt_cache_update
+from nvlm_trt.builders.graphs.common import FLOAT, INT32, INT64, Shape, StageGraph, WeightFormat, WeightSource
+from nvlm_trt.builders.graphs.self_attention import SelfAttention, StandardAttention
 from nvlm_trt.limits import EngineLimits
 from nvlm_trt.model.config import LlmConfig, NvlmConfig
 from nvlm_trt.model.layout import EMBEDDING
 from nvlm_trt.plugins.gated_cross_attention.onnx_function import PLUGIN_ATTRIBUTES, gated_cross_attention
-
-DecoderAttention = Literal["standard", "gqa", "tensorrt"]
 
 
 def decoder_graph(
@@ -41,35 +27,27 @@ def decoder_graph(
     weights: WeightSource,
     limits: EngineLimits,
     weight_format: WeightFormat | None = None,
-    attention: DecoderAttention = "standard",
+    attention: type[SelfAttention] = StandardAttention,
     skip_unused_blocks: bool = True,
     dtype: ir.DataType = FLOAT,
 ) -> ir.Model:
-    """Build the graph. `attention`: "standard" is portable; "tensorrt" is TensorRT's operators; "gqa" is ONNX Runtime's
-    GroupQueryAttention, whose cost follows the tokens in use instead of L. Several sequences of several new tokens each
-    must then be of equal length with nothing cached, or a single sequence. "gqa" also skips cross-attention blocks that
-    no token of a batch needs, if `skip_unused_blocks`.
+    """Build the graph with self-attention in the form `attention`, which also decides the operators around it.
 
-    `dtype` of weights, image tokens and caches; logits are float32. In the form "tensorrt", image_tokens has at least
-    one row, which nothing reads where there is no image token."""
-    opset = OPSET if attention == "gqa" else CACHE_OPSET
-    graph = StageGraph("decoder", weights, weight_format, opset, dtype)
+    `skip_unused_blocks`: skip cross-attention blocks that no token of a batch needs, in the forms that allow it.
+    `dtype` of weights, image_tokens and caches; logits are float32. In a form without value-dependent shapes,
+    image_tokens has at least one row, which nothing reads if input_ids has no image placeholder."""
+    graph = StageGraph("decoder", weights, weight_format, attention.opset, dtype)
     llm = config.llm
     input_ids = graph.input("input_ids", INT64, ["batch", "sequence"])
     image_tokens = graph.input("image_tokens", dtype, ["image_tokens", llm.hidden_size])
     write_indices = graph.input("write_indices", INT64, ["batch"])
     logit_index = graph.input("logit_index", INT64, ["batch"])
-    forms: dict[str, type[_StandardAttention | _GroupQueryAttention]] = {
-        "standard": _StandardAttention,
-        "gqa": _GroupQueryAttention,
-        "tensorrt": _TensorRtAttention,
-    }
-    self_attention: _SelfAttention = forms[attention](graph, llm, input_ids, write_indices, limits.max_seq_len)
-    skip_when_unused = skip_unused_blocks and attention == "gqa"
+    self_attention = attention(graph, llm, input_ids, write_indices, limits.max_seq_len)
+    skip_when_unused = skip_unused_blocks and attention.skippable_blocks
     cross = _CrossAttention(graph, config, skip_when_unused) if config.cross_layers else None
 
     embedding = graph.embedding(EMBEDDING)
-    embed = _embed_by_position if attention == "tensorrt" else _embed
+    embed = _embed if attention.value_dependent_shapes else _embed_by_position
     x = embed(graph, config, embedding.table, input_ids, image_tokens)  # [B, S, hidden]
     for i in range(llm.num_layers):
         with graph.scope(f"layers.{i}"):
@@ -90,9 +68,9 @@ def decoder_graph(
 def _embed(
     graph: StageGraph, config: NvlmConfig, table: ir.Value, input_ids: ir.Value, image_tokens: ir.Value
 ) -> ir.Value:
-    """Text embeddings [B, S, hidden] with `image_tokens` [M, hidden] in the places of the image token, in order."""
+    """Text embeddings [B, S, hidden] with image_tokens [M, hidden] in place of the image placeholders, in order."""
     op = graph.op
-    assert config.image_token_id is not None, "read_config finds the image token's id"
+    assert config.image_token_id is not None, "read_config finds the id of the image placeholder"
     places = op.Transpose(op.NonZero(op.Equal(input_ids, config.image_token_id)), perm=[1, 0])  # [M, 2]
     return op.ScatterND(op.Gather(table, input_ids), places, image_tokens)
 
@@ -100,7 +78,7 @@ def _embed(
 def _embed_by_position(
     graph: StageGraph, config: NvlmConfig, table: ir.Value, input_ids: ir.Value, image_tokens: ir.Value
 ) -> ir.Value:
-    """As `_embed`, in operators whose shapes do not depend on values: those TensorRT records into a CUDA graph."""
+    """Compute what `_embed` does, in operators whose shapes do not depend on values."""
     op = graph.op
     is_image = op.Equal(input_ids, config.image_token_id)  # [B, S]
     # TensorRT's CumSum takes floating-point numbers only; float32 counts to 2 ** 24.
@@ -110,7 +88,7 @@ def _embed_by_position(
 
 
 def _layer(
-    graph: StageGraph, llm: LlmConfig, x: ir.Value, i: int, max_seq_len: int, attention: _SelfAttention
+    graph: StageGraph, llm: LlmConfig, x: ir.Value, i: int, max_seq_len: int, attention: SelfAttention
 ) -> ir.Value:
     op = graph.op
     name = f"language_model.model.layers.{i}"
@@ -128,109 +106,11 @@ def _layer(
     return op.Add(x, graph.swiglu(graph.rms_norm(x, f"{name}.post_attention_layernorm", llm.norm_eps), f"{name}.mlp"))
 
 
-# --- self-attention ----------------------------------------------------------------------------------------------
-
-
-class _SelfAttention(Protocol):
-    def attend(self, qkv: ir.Value, past_key: ir.Value, past_value: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """Causal attention of the new tokens -> (output [B, S, heads * head_dim], updated key and value cache)."""
-        ...
-
-
-class _StandardAttention:
-    """RotaryEmbedding, TensorScatter and Attention of opset 24."""
-
-    def __init__(
-        self, graph: StageGraph, llm: LlmConfig, input_ids: ir.Value, write_indices: ir.Value, max_seq_len: int
-    ) -> None:
-        op = graph.op
-        self.graph, self.llm = graph, llm
-        self.cos, self.sin = _rope_tables(graph, llm, max_seq_len)
-        self.write_indices = write_indices
-        tokens = op.Shape(input_ids, start=1, end=2)  # [1]
-        offsets = op.Range(0, op.Squeeze(tokens), 1)
-        self.positions = op.Add(op.Unsqueeze(write_indices, [1]), offsets)  # [B, S]
-        self.cached = op.Add(write_indices, tokens)  # [B], the new tokens included
-
-    def attend(self, qkv: ir.Value, past_key: ir.Value, past_value: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
-        op = self.graph.op
-        query, key, value = self._project(qkv)
-        key = op.TensorScatter(past_key, key, self.write_indices, axis=2, mode="linear")
-        value = op.TensorScatter(past_value, value, self.write_indices, axis=2, mode="linear")
-        y = op.Attention(query, key, value, None, None, None, self.cached, is_causal=1)
-        return self.graph.merge_heads(y, self.llm.num_heads * self.llm.head_dim), key, value
-
-    def _project(self, qkv: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """[B, S, (heads + 2 * kv_heads) * head_dim] -> rotated query and key, value: [B, heads, S, head_dim] each."""
-        graph, llm = self.graph, self.llm
-        width, kv_width = llm.num_heads * llm.head_dim, llm.num_kv_heads * llm.head_dim
-        query, key, value = graph.op.Split(qkv, [width, kv_width, kv_width], axis=-1, _outputs=3)
-        query = self._rotate(graph.split_heads(query, llm.num_heads, llm.head_dim))
-        key = self._rotate(graph.split_heads(key, llm.num_kv_heads, llm.head_dim))
-        return query, key, graph.split_heads(value, llm.num_kv_heads, llm.head_dim)
-
-    def _rotate(self, x: ir.Value) -> ir.Value:
-        return self.graph.op.RotaryEmbedding(x, self.cos, self.sin, self.positions)
-
-
-class _TensorRtAttention(_StandardAttention):
-    """RotaryEmbedding, TRT_KVCacheUpdate and TRT_Attention. Standard Attention is causal from the upper left corner
-    in TensorRT, and does not look at how much of the cache is in use."""
-
-    def __init__(
-        self, graph: StageGraph, llm: LlmConfig, input_ids: ir.Value, write_indices: ir.Value, max_seq_len: int
-    ) -> None:
-        super().__init__(graph, llm, input_ids, write_indices, max_seq_len)
-        self.attention, self.update = causal_trt_attention(graph.opset), trt_cache_update(graph.opset)
-        self.scale = graph.float_constant("attention_scale", llm.head_dim**-0.5)
-        self.first = graph.op.Cast(write_indices, to=INT32)
-        self.lengths = graph.op.Cast(self.cached, to=INT32)
-
-    def attend(self, qkv: ir.Value, past_key: ir.Value, past_value: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
-        graph = self.graph
-        query, key, value = self._project(qkv)
-        key = graph.call(self.update, past_key, key, self.first)
-        value = graph.call(self.update, past_value, value, self.first)
-        query = graph.op.Mul(query, self.scale)
-        y = graph.call(self.attention, query, key, value, None, None, self.lengths, **CAUSAL)
-        return graph.merge_heads(y, self.llm.num_heads * self.llm.head_dim), key, value
-
-
-class _GroupQueryAttention:
-    """com.microsoft.GroupQueryAttention, which rotates, writes the cache and attends in one node."""
-
-    def __init__(
-        self, graph: StageGraph, llm: LlmConfig, input_ids: ir.Value, write_indices: ir.Value, max_seq_len: int
-    ) -> None:
-        op = graph.op
-        self.graph, self.llm = graph, llm
-        self.cos, self.sin = _rope_tables(graph, llm, max_seq_len)
-        cached = op.Add(write_indices, op.Shape(input_ids, start=1, end=2))  # [B], the new tokens included
-        self.last_position = op.Cast(op.Sub(cached, 1), to=INT32)
-        self.longest = op.Cast(op.ReduceMax(cached, keepdims=0), to=INT32)
-
-    def attend(self, qkv: ir.Value, past_key: ir.Value, past_value: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
-        return self.graph.microsoft.GroupQueryAttention(
-            *(qkv, None, None, past_key, past_value, self.last_position, self.longest, self.cos, self.sin),
-            num_heads=self.llm.num_heads,
-            kv_num_heads=self.llm.num_kv_heads,
-            do_rotary=1,
-            _outputs=3,
-        )
-
-
-def _rope_tables(graph: StageGraph, llm: LlmConfig, max_seq_len: int) -> tuple[ir.Value, ir.Value]:
-    """cos and sin [L, head_dim / 2] of position * theta ** (-2 i / head_dim), in float64 until rounded once."""
-    frequencies = llm.rope_theta ** (-np.arange(0, llm.head_dim, 2) / llm.head_dim)
-    angles = np.arange(max_seq_len)[:, None] * frequencies
-    return graph.float_constant("rope_cos", np.cos(angles)), graph.float_constant("rope_sin", np.sin(angles))
-
-
 # --- gated cross-attention ---------------------------------------------------------------------------------------
 
 
 class _CrossAttention:
-    """Flamingo's gated blocks. A token whose range is empty passes a block unchanged, bit for bit."""
+    """Flamingo's gated blocks. A block leaves a token whose range is empty unchanged, bit for bit."""
 
     def __init__(self, graph: StageGraph, config: NvlmConfig, skip_when_unused: bool) -> None:
         assert config.cross_attention is not None
@@ -240,12 +120,11 @@ class _CrossAttention:
         self.ranges = graph.input("cross_ranges", INT32, ["batch", "sequence", 2])
         start, end = op.Split(self.ranges, axis=-1, num_outputs=2, _outputs=2)
         self.seen = op.Less(start, end)  # [B, S, 1]
-        # TensorRT takes plugins in the main graph only, so the portable form runs the blocks always.
         longest = op.ReduceMax(op.Sub(end, start), keepdims=0)
         self.used = op.Greater(longest, op.Constant(value=ir.tensor(np.int32(0)))) if skip_when_unused else None
 
     def block(self, x: ir.Value, j: int) -> ir.Value:
-        """Block j on x [B, S, hidden]."""
+        """Apply block j to x [B, S, hidden]."""
         shape: Shape = ["batch", self.llm.num_kv_heads, "cross_tokens", self.llm.head_dim]
         key = self.graph.input(f"cross_key.{j}", self.graph.dtype, shape)
         value = self.graph.input(f"cross_value.{j}", self.graph.dtype, shape)

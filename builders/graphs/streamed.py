@@ -1,4 +1,4 @@
-"""Tensors on their way from a checkpoint to an engine's data file, some rows at a time: none is ever held whole."""
+"""Writes tensors of a checkpoint to an engine's data file some rows at a time: no tensor is ever held whole."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ from nvlm_trt.backends.base import FloatArray
 
 Array = npt.NDArray[Any]
 
-_BLOCK_ELEMENTS = 1 << 20  # 4 MB of float32: what is done to a block finds it in the cache
-# Of a transposed tensor, in memory until its rows' pieces are written: 9 KB each or more for the shapes of 72B.
+_BLOCK_ELEMENTS = 1 << 20  # 4 MB of float32: a block stays in the CPU's cache while it is converted
+# A strip is the part of a transposed tensor that is held in memory until the pieces of its rows are written: for the
+# shapes of 72B, a piece has 9 KB or more.
 _STRIP_BYTES = 256 << 20
 
 
 class StoredTensor(Protocol):
-    """A tensor of a checkpoint, read whenever `rows` is called."""
+    """A tensor of a checkpoint. Each call of `rows` reads it."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
 
     def rows(self, start: int, stop: int) -> FloatArray:
-        """Rows [start, stop) of the first axis, in float32."""
+        """Read the rows [start, stop) of the first axis, in float32."""
         ...
 
 
 def blocks_of(*tensors: StoredTensor) -> Iterator[FloatArray]:
-    """The rows of tensors that stand one below the other, [n, ...] at a time: a million elements, or a single row."""
+    """Yield the rows of tensors stacked by rows, [n, ...] at a time: a million elements, or a single row."""
     for tensor in tensors:
         count = tensor.shape[0]
         step = max(1, _BLOCK_ELEMENTS // math.prod(tensor.shape[1:]))
@@ -40,7 +41,7 @@ def blocks_of(*tensors: StoredTensor) -> Iterator[FloatArray]:
 
 
 class StreamedTensor(ir.LazyTensor):
-    """A tensor that is made of blocks whenever it is asked for; `tofile` writes them one by one."""
+    """A tensor that is made of blocks each time it is read; `tofile` writes one block after the other."""
 
     def __init__(
         self,
@@ -50,14 +51,15 @@ class StreamedTensor(ir.LazyTensor):
         blocks: Callable[[], Iterable[Array]],
         transposed: bool = False,
     ) -> None:
-        """`blocks` gives the rows in order, [n, ...] at a time, and is called anew for every use. They are converted to
-        `dtype`. `transposed`: they are the rows of a matrix whose transpose this tensor is."""
+        """`blocks` returns the rows in order, [n, ...] at a time, and is called anew for every use. Rows are converted
+        to `dtype`. `transposed`: this tensor is the transpose of the matrix whose rows `blocks` returns."""
         super().__init__(self._whole, dtype, ir.Shape(shape), name=name)
         self._blocks, self._transposed = blocks, transposed
 
     def tofile(self, file: BinaryIO) -> None:
-        """Write the bytes of `tobytes` to a file that can seek, from where it stands. Raises OSError for a full disk,
-        and what reading the blocks raises."""
+        """Write the bytes of `tobytes` to a file that can seek, from its current position on.
+
+        Raises OSError for a full disk, and the errors of reading the blocks."""
         if self._transposed:
             self._write_strips(file)
         else:
@@ -65,7 +67,7 @@ class StreamedTensor(ir.LazyTensor):
                 file.write(_bytes(block))
 
     def _write_strips(self, file: BinaryIO) -> None:
-        """A strip is some columns of the tensor, for which every row of the file has a place."""
+        """Write strip by strip. A strip is some columns of the tensor: one piece of every row in the file."""
         rows, columns = self.shape.numpy()
         item = self.dtype.numpy().itemsize
         begin, first = file.tell(), 0
@@ -77,7 +79,7 @@ class StreamedTensor(ir.LazyTensor):
             first += strip.shape[1]
 
     def _strips(self, rows: int, width: int) -> Iterator[Array]:
-        """The columns in order, [rows, width] at a time, in memory that is used again."""
+        """Yield the columns in order, [rows, width] at a time, all in the same memory."""
         strip, filled = np.empty((rows, width), self.dtype.numpy()), 0
         for block in self._converted():
             while len(block):
@@ -100,5 +102,5 @@ class StreamedTensor(ir.LazyTensor):
 
 
 def _bytes(values: Array) -> memoryview:
-    """The memory of an array, which need not be of a dtype that Python's buffers know."""
+    """Return an array's memory, also for dtypes that Python's buffers do not know."""
     return np.ascontiguousarray(values).view(np.uint8).data

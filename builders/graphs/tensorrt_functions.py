@@ -1,8 +1,7 @@
-"""TRT_Attention and TRT_KVCacheUpdate as model-local ONNX functions: what TensorRT builds runs on a CPU too.
+"""TRT_Attention and TRT_KVCacheUpdate as model-local ONNX functions, so that TensorRT's graphs also run on a CPU.
 
-TensorRT's ONNX parser knows these names as operators of its own, whatever their domain, before it looks at functions.
-ONNX Runtime inlines the functions, which are what the operators are documented to compute (onnx-tensorrt,
-docs/custom_operators.md).
+TensorRT's ONNX parser takes these names as its own operators, in any domain, before it looks at functions. ONNX Runtime
+inlines the functions, which compute what onnx-tensorrt documents for the operators (docs/custom_operators.md).
 """
 
 from __future__ import annotations
@@ -16,33 +15,33 @@ DOMAIN = "nvlm"
 ATTENTION = "TRT_Attention"
 CACHE_UPDATE = "TRT_KVCacheUpdate"
 
-# A GPU without a fused kernel for a shape or type would otherwise refuse to build; the engine inspector shows which
-# kernels were taken.
+# Without this attribute, a build fails on a GPU that has no fused kernel for a shape or type. TensorRT's engine
+# inspector shows which kernels were taken.
 DECOMPOSABLE: dict[str, str | int] = {"TRT_decomposable": 1}
 CAUSAL: dict[str, str | int] = {"causal_kind": "lower_right", **DECOMPOSABLE}
 
 
 def trt_attention(opset: int) -> ir.Function:
-    """(query [B, H, S, D], key [B, KV, N, D], value [B, KV, N, D]) -> [B, H, S, D], called with DECOMPOSABLE.
+    """Make (query [B, H, S, D], key [B, KV, N, D], value [B, KV, N, D]) -> [B, H, S, D], called with DECOMPOSABLE.
 
-    Every query reads every key. Scores are not scaled: scale the query."""
+    Every query reads every key. The function does not scale scores: the caller scales the query."""
     return build_function(_all_keys, _values("QKV"), domain=DOMAIN, name=ATTENTION, **_signature(DECOMPOSABLE, opset))
 
 
 def causal_trt_attention(opset: int) -> ir.Function:
-    """(query [B, H, S, D], key [B, KV, N, D], value [B, KV, N, D], None, None, kv_lengths [B] int32) -> [B, H, S, D],
-    called with CAUSAL.
+    """Make (query [B, H, S, D], key [B, KV, N, D], value [B, KV, N, D], None, None, kv_lengths [B] int32)
+    -> [B, H, S, D], called with CAUSAL.
 
-    Query s of sequence b reads the keys n <= kv_lengths[b] - S + s: the last query reads the last of the keys in use.
-    Scores are not scaled."""
+    Query s of sequence b reads the keys n <= kv_lengths[b] - S + s: the last query reads all keys in use. The function
+    does not scale scores: the caller scales the query."""
     inputs = _values(("Q", "K", "V", "attn_mask", "query_lengths", "kv_lengths"))
     return build_function(_used_keys, inputs, domain=DOMAIN, name=ATTENTION, **_signature(CAUSAL, opset))
 
 
 def trt_cache_update(opset: int) -> ir.Function:
-    """(past_cache [B, KV, L, D], update [B, KV, S, D], write_indices [B] int32) -> [B, KV, L, D], the same memory.
+    """Make (past_cache [B, KV, L, D], update [B, KV, S, D], write_indices [B] int32) -> [B, KV, L, D], the same memory.
 
-    `opset` is 24 or later, which has TensorScatter."""
+    `opset` is 24 or later: 24 brought TensorScatter."""
     inputs = _values(("past_cache", "update", "write_indices"))
     return build_function(_scatter, inputs, domain=DOMAIN, name=CACHE_UPDATE, opset_imports={"": opset})
 

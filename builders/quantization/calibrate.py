@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def document_samples(split: Split, count: int, progress: Progress) -> list[Sample]:
-    """`count` samples of the built-in document tasks, spread evenly over them."""
+    """Draw `count` samples of the built-in document tasks, spread evenly over the tasks."""
     from nvlm_trt.evaluation.tinydocs import TASKS, TEXT_TASKS, generate
 
     tasks = (*TASKS, *TEXT_TASKS)
@@ -28,5 +28,5 @@ def document_samples(split: Split, count: int, progress: Progress) -> list[Sampl
 
 
 def read_first_samples(path: Path, count: int | None) -> list[Sample]:
-    """The first `count` samples of a JSONL file, or all. Raises RequestError naming the line that is not one."""
+    """Read the first `count` samples of a JSONL file, or all. Raises RequestError naming the line that is no sample."""
     return list(islice(read_samples(path), count))

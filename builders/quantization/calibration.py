@@ -1,6 +1,7 @@
-"""calibration.json: what the inputs of a checkpoint's linear layers were seen to hold, from which static scales follow.
+"""calibration.json: the observed magnitudes of the inputs of a checkpoint's linear layers, for static scales.
 
-It belongs to a checkpoint, not to a precision: one file serves every `--precision` and SmoothQuant's every alpha.
+A calibration belongs to a checkpoint, not to a precision: one file serves every `--precision` and every alpha of
+SmoothQuant.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -32,12 +33,18 @@ class LinearInput(_Record):
     """The magnitudes of one linear layer's input."""
 
     abs_max: _Magnitude  # the largest
-    clip: _Magnitude  # where 8 integer bits of least squared error saturate, at most abs_max
+    clip: _Magnitude  # where 8-bit integers saturate for the least squared error, at most abs_max
     channels: list[Annotated[float, Field(ge=0, allow_inf_nan=False)]]  # the largest of each input channel
 
 
+class LinearInputs(Protocol):
+    """The magnitudes of linear layers' inputs: a `Calibration`."""
+
+    def of(self, weight: str, inputs: int) -> LinearInput: ...
+
+
 class Calibration(_Record):
-    """`linears` by the name of the layer: that of its weight without ".weight"."""
+    """`linears` by the name of the layer: the name of the layer's weight without ".weight"."""
 
     kind: Literal["nvlm-trt calibration"] = KIND
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -46,7 +53,7 @@ class Calibration(_Record):
     linears: dict[str, LinearInput]
 
     def of(self, weight: str, inputs: int) -> LinearInput:
-        """By the weight's name and its inputs. Raises EngineError for a layer that was never observed."""
+        """Return the record of a weight with `inputs` columns. Raises EngineError for a layer never observed."""
         name = weight.removesuffix(".weight")
         if name not in self.linears:
             raise EngineError(
@@ -61,7 +68,7 @@ class Calibration(_Record):
         return linear
 
     def check_checkpoint(self, digest: str, source: Path) -> None:
-        """Raises EngineError if this was measured on other weights."""
+        """Raise EngineError if this calibration was measured on other weights."""
         if self.checkpoint_digest != digest:
             raise EngineError(
                 f"{source} was measured on another checkpoint (digest {self.checkpoint_digest[:12]}, this one has "
@@ -69,7 +76,7 @@ class Calibration(_Record):
             )
 
     def save(self, path: Path) -> None:
-        """A line per layer, so that two files can be compared by eye."""
+        """Write one line per layer, so that a reader can compare two files."""
         head = self.model_dump(exclude={"linears"})
         lines = [f"{json.dumps(name)}: {linear.model_dump_json()}" for name, linear in self.linears.items()]
         text = json.dumps(head)[:-1] + ', "linears": {\n' + ",\n".join(lines) + "\n}}\n"
@@ -77,7 +84,9 @@ class Calibration(_Record):
 
 
 def is_calibration(path: Path) -> bool:
-    """Whether a file is a saved calibration; anything else that can be read is taken for samples."""
+    """Tell whether a file is a saved calibration. Callers read any other file as samples.
+
+    Raises EngineError for a file that cannot be read."""
     try:
         with path.open("rb") as file:
             return _MARK in file.read(_HEAD_BYTES)
@@ -89,7 +98,7 @@ def is_calibration(path: Path) -> bool:
 
 
 def read_calibration(path: Path) -> Calibration:
-    """Raises EngineError for a file that is cut, of another version, or holds scales that cannot be."""
+    """Read a saved calibration. Raises EngineError for a cut file, another version or impossible scales."""
     try:
         return Calibration.model_validate_json(path.read_bytes())
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The weight format of every linear layer of an engine, by the precision of its component."""
+"""Chooses the weight format of every linear layer of an engine by the precision of the layer's component."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _with_calibration(calibration: Calibration, fold_fp8: bool) -> dict[str, Wei
 
 
 class ByComponent:
-    """Every linear layer in the format of its component."""
+    """Writes every linear layer in the format of its component."""
 
     def __init__(self, formats: Mapping[str, WeightFormat]) -> None:
         self._formats = formats
@@ -50,16 +50,16 @@ class ByComponent:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the linear layers of an engine are written."""
+    """The way in which the linear layers of an engine are written."""
 
     precisions: Mapping[str, str]  # by component
     weight_format: WeightFormat
-    factors: Mapping[str, Factors] = field(default_factory=dict)  # of SmoothQuant, by tensor
+    factors: Mapping[str, Factors] = field(default_factory=dict)  # SmoothQuant's, by tensor
     calibration: dict[str, Any] | None = None  # for the manifest
     skip_unused_blocks: bool = True
 
 
-# a branch cannot have outputs of the graph
+# The blocks stand in the main graph, because the nodes of a branch cannot be outputs of the graph.
 OBSERVING = Recipe(dict.fromkeys(COMPONENTS, "fp32"), Observer(), skip_unused_blocks=False)
 
 
@@ -70,9 +70,10 @@ def quantised(
     alpha: float,
     fold_fp8: bool = True,
 ) -> Recipe:
-    """`calibration` is for the precisions that need one; `fold_fp8` is the form of fp8 weights that ONNX Runtime folds.
-    `checkpoint` is read from: not the handle that is built from.
+    """Make the recipe for `precisions`, by component.
 
+    `calibration` is for the precisions that need one. `fold_fp8` takes the form of fp8 weights that ONNX Runtime folds.
+    `checkpoint` is a handle of its own, because graphs take each weight once: SmoothQuant reads some weights here.
     Raises EngineError for a calibration that lacks a layer."""
     formats = {name: _WITHOUT_CALIBRATION[name]() for name in precisions.values() if name in _WITHOUT_CALIBRATION}
     factors: dict[str, Factors] = {}

@@ -1,9 +1,9 @@
-"""fp8: W8A8 in E4M3 numbers. One scale per tensor of activations, one per output channel of weights.
+"""fp8: W8A8 in E4M3 numbers, with one scale per tensor of activations and one per output channel of weights.
 
     x ~ scale_x * e4m3(x / scale_x),  scale_x = largest |x| / 448        w ~ scale_w * e4m3(w / scale_w), by row
 
-448 is the largest E4M3 number. A floating-point format keeps its relative precision over 14 octaves, so nothing is
-gained by clipping, and nothing by evening out the channels.
+448 is the largest E4M3 number. E4M3 keeps its relative precision over 14 octaves, so neither clipping nor SmoothQuant
+gains anything.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ import onnx_ir as ir
 
 from nvlm_trt.backends.base import FloatArray
 from nvlm_trt.builders.graphs.common import FLOAT, FLOAT8, Embedding, LinearWeight, StageGraph
-from nvlm_trt.builders.quantization.calibration import Calibration
+from nvlm_trt.builders.quantization.calibration import LinearInputs
 from nvlm_trt.builders.quantization.rows import QuantisedWeight, nonzero, rounded
 
 LARGEST = 448
 
 
 class Fp8:
-    """QuantizeLinear and DequantizeLinear around a float32 MatMul.
+    """Writes QuantizeLinear and DequantizeLinear around a float32 MatMul.
 
-    With `fold_weights` the weight's DequantizeLinear is written as Cast and Mul, the same numbers. TensorRT fuses the
-    first form. ONNX Runtime folds the second into a constant when the model is loaded; the first it would compute anew
-    in every run, at 20 times the cost, and multiply one row by it in another order than several, so that a request's
-    last bits would depend on its neighbours."""
+    `fold_weights` writes the weight's DequantizeLinear as Cast and Mul, which give the same numbers. TensorRT fuses
+    DequantizeLinear. ONNX Runtime folds Cast and Mul into a constant when it loads the model. With
+    DequantizeLinear, ONNX Runtime would compute the weight anew in every run, at 20 times the cost, and would multiply
+    one row in another order than several rows, so that the last bits of a request would depend on its neighbours."""
 
-    def __init__(self, calibration: Calibration, fold_weights: bool) -> None:
+    def __init__(self, calibration: LinearInputs, fold_weights: bool) -> None:
         self._calibration = calibration
         self._fold_weights = fold_weights
 
@@ -55,17 +55,17 @@ class Fp8:
 
 
 def row_scales(weight: FloatArray) -> FloatArray:
-    """[outputs, inputs] -> [outputs]."""
+    """Compute the scales [outputs] of a weight [outputs, inputs]."""
     return nonzero(np.abs(weight).max(1) / np.float32(LARGEST))
 
 
 def quantize(weight: FloatArray, scales: FloatArray) -> npt.NDArray[Any]:
-    """[outputs, inputs] by [outputs] -> E4M3 [outputs, inputs]."""
-    # a quotient may round to just above the largest number, which would become NaN
+    """Quantise [outputs, inputs] by scales [outputs] to E4M3 [outputs, inputs]."""
+    # without the clip, a quotient that rounds to just above the largest number would become NaN
     return np.clip(weight / scales[:, None], -LARGEST, LARGEST).astype(FLOAT8.numpy())
 
 
 def _quantised(rows: FloatArray, dtype: ir.DataType) -> tuple[npt.NDArray[Any], FloatArray]:
-    """[n, inputs] -> E4M3 [n, inputs] and the scales [n] that a graph of `dtype` stores."""
+    """Quantise rows [n, inputs] to E4M3 [n, inputs] and the scales [n] that a graph of `dtype` stores."""
     scales = rounded(row_scales(rows), dtype)
     return quantize(rows, scales), scales

@@ -1,4 +1,4 @@
-"""The accuracy gate: a quantised engine is published only if it answers as well as its checkpoint does unquantised."""
+"""The accuracy gate: publishes a quantised engine only if it answers as well as the unquantised engine."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from nvlm_trt.evaluation.samples import digest_of
 from nvlm_trt.model.precision import COMPONENTS, quantised_components
 from nvlm_trt.progress import Progress
 
-# Below this score of the unquantised engine, a loss is lost in what it does not know anyway: random weights score 0.
+# Does not judge engines whose unquantised score is below this: random weights score 0.
 MEANINGFUL_SCORE = 0.1
 DOCUMENT_SAMPLES = 500  # about 40 of each task
 NOT_MEASURED = {"result": "not measured"}
 
-# Write an engine of the checkpoint that is being built, of such a precision per component, into an empty directory.
+# Writes an engine of the gate's checkpoint into an empty directory: (component -> precision, directory).
 WriteEngine = Callable[[Mapping[str, str], Path], object]
 
 
 @dataclass(frozen=True)
 class GateOptions:
-    """What a quantised engine has to keep."""
+    """The questions of the gate, and the loss that it allows."""
 
     samples: Path | None = None  # JSONL; None: the built-in document tasks, split validation
     count: int | None = None  # samples in all; None: all of a file, DOCUMENT_SAMPLES of the document tasks
@@ -41,7 +41,7 @@ class GateOptions:
 
 @dataclass(frozen=True)
 class ComponentCost:
-    """What quantising one component alone costs."""
+    """The accuracy lost by quantising one component alone."""
 
     component: str
     precision: str
@@ -54,7 +54,7 @@ class ComponentCost:
 
 
 class AccuracyError(EngineError):
-    """A quantised engine that answers too badly to be published, with what each component's part in it is."""
+    """A quantised engine answers too badly to be published. `costs` has the loss by each component alone."""
 
     def __init__(self, message: str, costs: Sequence[ComponentCost]) -> None:
         super().__init__(message)
@@ -72,13 +72,13 @@ class _Answers:
 
 
 class AccuracyGate:
-    """One gate for one build. `write` makes the engines that the quantised one is compared with; they are temporary."""
+    """The gate of one build. `write` makes the temporary engines that the quantised engine is compared with."""
 
     def __init__(
         self, options: GateOptions, write: WriteEngine, beside: Path, progress: Progress, unquantised: str = "fp32"
     ) -> None:
-        """Reads or draws the samples. `unquantised` is the precision that the engine is compared with, in which also
-        is what it does not quantise. Raises RequestError, ImageError for the samples."""
+        """Read or draw the samples. `unquantised` is the floating-point type of the engine's unquantised components,
+        and of every component of the engine compared with. Raises RequestError, ImageError for the samples."""
         if options.samples:
             self._samples = read_first_samples(options.samples, options.count)
         else:
@@ -91,7 +91,7 @@ class AccuracyGate:
         self._progress = progress
 
     def check(self, engine_dir: Path, precisions: Mapping[str, str]) -> dict[str, Any]:
-        """The gate's record for the manifest. Raises AccuracyError if the engine loses too much."""
+        """Measure both engines and return the record for the manifest. Raises AccuracyError for too large a loss."""
         reference = self._answers_of(self._unquantised, dict.fromkeys(COMPONENTS, self._unquantised))
         quantised = self._ask("quantised", engine_dir)
         drop = _points(reference, quantised)
@@ -99,7 +99,7 @@ class AccuracyGate:
         record = {
             "samples": {"count": len(self._samples), "digest": self._digest},
             "unquantised": self._unquantised,
-            "fp32_score": reference.score,  # of the unquantised engine, whatever its precision
+            "fp32_score": reference.score,  # the unquantised engine's score, also if it is not fp32
             "score": quantised.score,
             "tasks": {
                 task.task: {"fp32_score": task.score, "score": after.score}
@@ -123,12 +123,12 @@ class AccuracyGate:
         )
 
     def _costs(self, reference: _Answers, quantised: _Answers, precisions: Mapping[str, str]) -> list[ComponentCost]:
-        """Each quantised component alone."""
+        """Measure each quantised component alone."""
         components = quantised_components(precisions)
         costs = []
         for component in components:
             alone = dict.fromkeys(COMPONENTS, self._unquantised) | {component: precisions[component]}
-            # a single one has been measured already
+            # an engine with a single quantised component has been measured already
             answers = quantised if len(components) == 1 else self._answers_of(component, alone)
             costs.append(ComponentCost(component, precisions[component], answers.score, _points(reference, answers)))
         return costs

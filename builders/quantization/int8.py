@@ -1,8 +1,8 @@
-"""int8: W8A8, integer products. One scale per tensor of activations, one per output channel of weights, no offsets.
+"""int8: W8A8 with integer products: one scale per tensor of activations, one per output channel of weights, no offsets.
 
 x ~ scale_x * q_x,  q_x = clip(rint(x / scale_x), -128, 127),  scale_x = clip / 127
 w ~ scale_w * q_w,  q_w = clip(rint(w / scale_w), -127, 127),  scale_w minimises the row's squared error
-y = scale_x * scale_w * sum(q_x * q_w), the sum in int32, hence exact
+y = scale_x * scale_w * sum(q_x * q_w): the sum is exact, in int32
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ import onnx_ir as ir
 
 from nvlm_trt.backends.base import FloatArray
 from nvlm_trt.builders.graphs.common import INT8, UINT8, Embedding, LinearWeight, StageGraph
-from nvlm_trt.builders.quantization.calibration import Calibration
+from nvlm_trt.builders.quantization.calibration import LinearInputs
 from nvlm_trt.builders.quantization.rows import QuantisedWeight, nonzero, rounded
 
 LARGEST = 127
-# Fractions of a row's largest magnitude tried as its clipping point. A row without outliers keeps 1; below a half the
-# clipped values would cost more than all the others gain.
+# Fractions of a row's largest magnitude that are tried as the row's clipping point. A row without outliers keeps 1.
+# Below 0.5, the clipped values would cost more than all others gain.
 _CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)
 
 
 class Int8:
-    """Standard QuantizeLinear and DequantizeLinear around MatMul, the form that TensorRT takes.
+    """Writes standard QuantizeLinear and DequantizeLinear around MatMul, the form that TensorRT takes.
 
-    ONNX Runtime fuses it to MatMulIntegerToFloat if the activation's zero point is spelled out, and shifts activations
-    to unsigned numbers, for which its kernel is 60 times as fast. It does neither to weights in an If branch, so there
-    the fused node is written: the same numbers, shifted by 128."""
+    ONNX Runtime fuses these nodes to MatMulIntegerToFloat if the graph states the activation's zero point, and shifts
+    activations to unsigned numbers, for which its kernel is 60 times as fast. ONNX Runtime does neither for weights in
+    an If branch, so this class writes the fused node there: the same numbers, shifted by 128."""
 
-    def __init__(self, calibration: Calibration) -> None:
+    def __init__(self, calibration: LinearInputs) -> None:
         self._calibration = calibration
 
     def matmul(self, graph: StageGraph, x: ir.Value, weight: LinearWeight) -> ir.Value:
@@ -55,7 +55,7 @@ class Int8:
 
 
 def search_scales(weight: FloatArray) -> FloatArray:
-    """[outputs, inputs] -> [outputs]: of the clipping points tried, the one of least squared error for each row."""
+    """Find the scales [outputs] of a weight [outputs, inputs]: each row's clipping point of least squared error."""
     largest = np.abs(weight).max(1)
     scales = np.empty(len(weight), np.float32)
     best = np.full(len(weight), np.inf, np.float32)
@@ -65,17 +65,19 @@ def search_scales(weight: FloatArray) -> FloatArray:
         better = error < best
         best = np.where(better, error, best)
         scales = np.where(better, candidate, scales)
-    return np.where(np.isfinite(largest), scales, np.float32(np.nan))  # a weight that is not finite must show
+    return np.where(
+        np.isfinite(largest), scales, np.float32(np.nan)
+    )  # the smoke test must notice weights that are not finite
 
 
 def quantize(weight: FloatArray, scales: FloatArray) -> npt.NDArray[np.int8]:
-    """[outputs, inputs] by [outputs] -> int8 [outputs, inputs] in -127..127."""
+    """Quantise [outputs, inputs] by scales [outputs] to int8 [outputs, inputs] in -127..127."""
     quotient = np.rint(weight / scales[:, None])
-    with np.errstate(invalid="ignore"):  # NaN: its row's scale is NaN too
+    with np.errstate(invalid="ignore"):  # a row with NaN has a scale of NaN
         return np.clip(quotient, -LARGEST, LARGEST).astype(np.int8)
 
 
 def _quantised(rows: FloatArray, dtype: ir.DataType) -> tuple[npt.NDArray[np.int8], FloatArray]:
-    """[n, inputs] -> int8 [n, inputs] and the scales [n] that a graph of `dtype` stores."""
+    """Quantise rows [n, inputs] to int8 [n, inputs] and the scales [n] that a graph of `dtype` stores."""
     scales = rounded(search_scales(rows), dtype)
     return quantize(rows, scales), scales

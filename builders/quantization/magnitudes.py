@@ -1,6 +1,6 @@
-"""The magnitudes of a tensor's elements, counted in bins whose widths grow with them.
+"""Counts the magnitudes of a tensor's elements in bins whose widths grow with the magnitude.
 
-A histogram can be added up over any number of runs, which a percentile cannot, and is as small for a large model.
+Histograms, unlike percentiles, can be added up over any number of runs. Their size does not grow with the model.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ _INT8_LARGEST = 127
 
 
 def bin_edges() -> npt.NDArray[np.float64]:
-    """[BINS + 1]: bin i holds edges[i] <= |x| < edges[i + 1]; the first and the last also what lies beyond."""
+    """Return edges [BINS + 1]: bin i counts edges[i] <= |x| < edges[i + 1], the outer bins also all beyond."""
     return 2.0 ** (LOWEST_OCTAVE + np.arange(BINS + 1) / BINS_PER_OCTAVE)
 
 
 def int8_clip(counts: npt.NDArray[np.int64], abs_max: float) -> float:
-    """The magnitude at which 8-bit integers should saturate: the one of least squared error, at most `abs_max`.
+    """Find the magnitude at which 8-bit integers should saturate for the least squared error, at most `abs_max`.
 
-    For a step d = clip / 127, what is smaller than d / 2 becomes 0 at an error of x ** 2, what is smaller than clip
-    has the error of rounding, d ** 2 / 12 on average, and what is larger loses x - clip. An outlier that matters
-    weighs by its square here, where a percentile would only count it."""
+    With a step d = clip / 127, an element below d / 2 becomes 0 at an error of x ** 2, an element below clip has the
+    error of rounding, d ** 2 / 12 on average, and a larger element loses x - clip. An outlier counts here by its
+    square; a percentile would count it like any other element."""
     edges = bin_edges()
     used = np.flatnonzero(counts)
     centers = np.sqrt(edges[used] * edges[used + 1])
@@ -47,7 +47,7 @@ def int8_clip(counts: npt.NDArray[np.int64], abs_max: float) -> float:
 
 
 def count(values: FloatArray) -> npt.NDArray[np.int64]:
-    """[BINS]: the histogram of any array, as the observing graphs count it."""
+    """Count an array's elements into a histogram [BINS], as the observing graphs do."""
     magnitudes = np.maximum(np.abs(values.reshape(-1)), 2.0**LOWEST_OCTAVE)
     bins = np.floor(np.log(magnitudes) * BIN_SCALE).astype(np.int64) - FIRST_BIN
     return np.bincount(np.clip(bins, 0, BINS - 1), minlength=BINS)

@@ -1,4 +1,4 @@
-"""A weight format that multiplies in fp32 and reports, as small extra outputs, what the linear layers' inputs hold."""
+"""A weight format that multiplies in fp32 and reports the magnitudes of each layer's input as small extra outputs."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from nvlm_trt.builders.graphs.common import INT64, Embedding, LinearWeight, Stag
 from nvlm_trt.builders.quantization.magnitudes import BIN_SCALE, BINS, FIRST_BIN, LOWEST_OCTAVE
 
 CHANNELS = "observed.channels."  # + layer: [inputs], the largest magnitude of each channel
-COUNTS = "observed.counts."  # + layer: [BINS], how many elements have such a magnitude
+COUNTS = "observed.counts."  # + layer: [BINS], the number of elements in each bin of magnitudes
 
 
 class Observer(Unquantised):
-    """Its graphs have no If branches: a branch cannot have outputs of the graph."""
+    """Observes the main graph only: the nodes of an If branch cannot be outputs of the graph."""
 
     def matmul(self, graph: StageGraph, x: ir.Value, weight: LinearWeight) -> ir.Value:
         _observe(graph, x, weight)
@@ -30,7 +30,7 @@ def _observe(graph: StageGraph, x: ir.Value, weight: LinearWeight) -> None:
     inputs = weight.shape[1]
     magnitudes = op.Abs(op.Reshape(x, [-1, inputs]))
     largest = op.ReduceMax(magnitudes, [0], keepdims=0)
-    # NaN hides from a maximum, not from a sum; and 0 * inf is NaN as well
+    # A maximum ignores NaN, a sum does not. Multiplied by 0, infinity becomes NaN too.
     poison = op.Mul(op.ReduceSum(magnitudes, [0], keepdims=0), op.Constant(value_float=0.0))
     graph.output(op.Add(largest, poison), CHANNELS + name, [inputs])
     floor = op.Constant(value_float=2.0**LOWEST_OCTAVE)

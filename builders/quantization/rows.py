@@ -1,4 +1,4 @@
-"""Weights quantised a few rows at a time, values and scales at once."""
+"""Quantises weights a few rows at a time, values and scales at once."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Quantise = Callable[[FloatArray], tuple[npt.NDArray[Any], FloatArray]]
 
 
 class QuantisedWeight:
-    """The blocks of two stored tensors, a weight's values and its scales, for which the weight is read once.
+    """Makes the blocks of two stored tensors, a weight's values and its scales, and reads the weight once for both.
 
-    A graph saves its tensors in the order in which they were stored. If the values come first, the scales are left over
-    from them until they are saved as well; scales that are asked for before are made by a reading of their own."""
+    A graph saves its tensors in the order in which they were stored. `values` keeps the scales for the next call of
+    `scales`; a call of `scales` without `values` before it reads the weight again."""
 
     def __init__(self, weight: LinearWeight, quantise: Quantise) -> None:
-        """`quantise`: some rows [n, inputs] -> their values [n, ...] and scales [n, ...]."""
+        """`quantise` turns rows [n, inputs] into values [n, ...] and scales [n, ...]."""
         self._weight, self._quantise = weight, quantise
         self._scales: list[FloatArray] | None = None
 
@@ -40,10 +40,10 @@ class QuantisedWeight:
 
 
 def nonzero(scales: FloatArray) -> FloatArray:
-    """Scales with 1 in place of 0: what is all zeros stays zeros whatever its scale."""
+    """Replace scales of 0 by 1: zeros stay zeros at any scale."""
     return np.where(scales == 0, np.float32(1), scales).astype(np.float32)
 
 
 def rounded(scales: FloatArray, dtype: ir.DataType) -> FloatArray:
-    """Scales as a graph of `dtype` stores them: what is quantised by the stored scale is restored by it."""
+    """Round scales to `dtype`, as the graph stores them: weights are quantised and restored by the same scale."""
     return scales.astype(dtype.numpy()).astype(np.float32)

@@ -1,12 +1,12 @@
-"""SmoothQuant (Xiao et al. 2022, arXiv 2211.10438): outliers move from activations, which share one scale, to weights.
+"""SmoothQuant (Xiao et al. 2022, arXiv 2211.10438): moves outliers from activations, which share one scale, to weights.
 
-Input channel c of a linear layer is divided by s_c, and column c of its weight multiplied by it. What makes the input
-takes the division in, so that no operation is added and the model computes what it did:
+SmoothQuant divides input channel c of a linear layer by s_c and multiplies column c of the layer's weight by s_c:
 
     s_c = max|x_c| ** alpha / max|w_c| ** (1 - alpha)
 
-A norm's weight takes it in exactly; so do the rows of v_proj (attention is linear in its values, and query heads that
-share a key/value head share its factors) and of up_proj, which silu(gate) multiplies.
+The tensor that produces the input takes the division in: no operation is added, and the model computes the same. A
+norm's weight takes the division in exactly. So do the rows of v_proj (attention is linear in its values, and query
+heads that share a key/value head share its factors) and the rows of up_proj, which silu(gate) multiplies.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from nvlm_trt.model.precision import component_of
 
 @dataclass(frozen=True)
 class Migration:
-    """`producers` make the input of `linears` channel by channel."""
+    """One place where a division can be taken in: `producers` make the input of `linears` channel by channel."""
 
     producers: tuple[str, ...]  # tensors [channels] or [channels, inputs]
     consumers: tuple[str, ...]  # weights [outputs, channels]
-    linears: tuple[str, ...]  # the consumers as the graphs name them: several may be one product
+    linears: tuple[str, ...]  # the consumers by the graphs' names: several may be one product
     # consumers' channels are [heads, shared, width] where producers' are [heads, width]
     heads: int = 1
     shared: int = 1
@@ -39,13 +39,13 @@ class Migration:
 
 @dataclass(frozen=True)
 class Factors:
-    """What a tensor's rows are divided and its columns multiplied by; None: nothing."""
+    """The divisors of a tensor's rows and the factors of its columns; None leaves them unchanged."""
 
     rows: FloatArray | None = None
     columns: FloatArray | None = None
 
     def apply(self, values: FloatArray, first: int = 0) -> FloatArray:
-        """To rows [first, first + n) of the tensor, [n, ...]."""
+        """Apply the factors to rows [first, first + n) of the tensor, [n, ...]."""
         if self.rows is not None:
             rows = self.rows[first : first + len(values)]
             values = values / rows.reshape(-1, *[1] * (values.ndim - 1))
@@ -56,7 +56,7 @@ class Factors:
 
 @dataclass(frozen=True)
 class MigratedTensor:
-    """A tensor that is divided and multiplied whenever it is read."""
+    """A tensor to which every read applies its factors."""
 
     tensor: StoredTensor
     factors: Factors
@@ -71,7 +71,7 @@ class MigratedTensor:
 
 @dataclass(frozen=True)
 class MigratedWeights:
-    """A checkpoint as SmoothQuant leaves it: a model that computes the same."""
+    """A checkpoint after SmoothQuant: a model that computes the same."""
 
     weights: WeightSource
     factors: Mapping[str, Factors]
@@ -88,10 +88,10 @@ def migrate(
     precisions: Mapping[str, str],
     alpha: float,
 ) -> tuple[dict[str, Factors], Calibration]:
-    """The factors of every tensor that a migration touches, and the calibration of the migrated model.
+    """Compute the factors of every tensor that a migration changes, and the calibration of the migrated model.
 
-    Only components in int8 are migrated: fp8's precision does not depend on a channel's size. `weights` is read here,
-    some rows at a time, so it is another handle than the graphs take from."""
+    Only components in int8 are migrated: fp8's precision does not depend on a channel's size. `weights` is a
+    handle of its own, because graphs take each weight once: this function reads weights too, some rows at a time."""
     rows: dict[str, FloatArray] = {}
     columns: dict[str, FloatArray] = {}
     linears = dict(calibration.linears)
@@ -108,7 +108,7 @@ def migrate(
         columns |= dict.fromkeys(migration.consumers, of_channels)
         for linear, before in zip(migration.linears, observed, strict=True):
             channels = before / of_channels
-            # clipping was chosen for the outliers that are gone
+            # the observed clip belongs to outliers that the division has removed
             largest = float(channels.max())
             linears[linear] = LinearInput(abs_max=largest, clip=largest, channels=channels.tolist())
     factors_of = {name: Factors(rows.get(name), columns.get(name)) for name in rows | columns}
@@ -116,7 +116,7 @@ def migrate(
 
 
 def migrations(config: NvlmConfig) -> Iterator[Migration]:
-    """Every place of a model where a division can be taken in exactly."""
+    """Yield every place of a model where a division can be taken in exactly."""
     llm, vision = config.llm, config.vision
     for i in range(vision.num_layers):
         layer = f"vision_model.encoder.layers.{i}"
@@ -142,7 +142,7 @@ def migrations(config: NvlmConfig) -> Iterator[Migration]:
         yield Migration((f"{attention}.v_proj.weight",), (f"{output}.weight",), (output,), **group)
         if config.cross_attention is not None and config.cross_attention.ffn:
             yield from _swiglu(block)
-    if not llm.tie_word_embeddings:  # a tied table is read as it is, to embed
+    if not llm.tie_word_embeddings:  # a tied table also embeds tokens, so it stays unchanged
         head = "language_model.lm_head"
         yield Migration(("language_model.model.norm.weight",), (f"{head}.weight",), (head,))
 
@@ -156,7 +156,7 @@ def _swiglu(layer: str) -> Iterator[Migration]:
 
 
 def _factors(inputs: FloatArray, columns: FloatArray, alpha: float) -> FloatArray:
-    """[channels], 1 where a channel is never used: there is nothing to even out."""
+    """Compute s_c [channels], 1 for a channel that is never used."""
     unused = (inputs == 0) | (columns == 0)
     with np.errstate(divide="ignore", invalid="ignore"):
         factors = inputs**alpha / columns ** (1 - alpha)
@@ -164,9 +164,10 @@ def _factors(inputs: FloatArray, columns: FloatArray, alpha: float) -> FloatArra
 
 
 def _of_producers(channels: FloatArray, migration: Migration) -> FloatArray:
-    """Consumers' channels -> the largest of those that share a producer's."""
+    """Reduce the consumers' channels to the producers': the largest of those that share a producer's channel."""
     return channels.reshape(migration.heads, migration.shared, -1).max(1).reshape(-1)
 
 
 def _of_consumers(factors: FloatArray, migration: Migration) -> FloatArray:
+    """Expand the producers' factors to the consumers' channels."""
     return np.repeat(factors.reshape(migration.heads, 1, -1), migration.shared, axis=1).reshape(-1)

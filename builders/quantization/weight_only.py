@@ -1,7 +1,7 @@
-"""int8-weight-only and int4-weight-only: small weights for decoding, which is bound by reading them.
+"""int8-weight-only and int4-weight-only: small weights for decoding, whose speed is bound by reading weights.
 
-Each block of inputs of an output shares a symmetric scale: weight ~ (stored - offset) * scale, where `stored` is
-unsigned and offset = 2 ** (bits - 1). The last block may have fewer inputs; it is filled up with zeros.
+A block is BLOCK[bits] inputs of one output, and has one symmetric scale: weight ~ (stored - offset) * scale, where
+`stored` is unsigned and offset = 2 ** (bits - 1). Zeros fill up a last block with fewer inputs.
 """
 
 from __future__ import annotations
@@ -16,15 +16,18 @@ from nvlm_trt.builders.quantization.rows import QuantisedWeight, nonzero
 from nvlm_trt.model.precision import BLOCK
 
 _INT8_ACTIVATIONS = 4  # accuracy_level: multiply in int8; the float kernels are far slower
-# Scales tried for a 4-bit block, as fractions of the one that its largest magnitude fills the range with; 8/7 uses
-# -7..7. Over normal weights the search leaves 0.91 of the squared error of the fraction 1 alone, 0.71 of that of 8/7.
+# Scales that are tried for a 4-bit block, as fractions of the scale at which the block's largest magnitude fills the
+# range; 8/7 uses -7..7. For normal weights, the search leaves 0.91 of the squared error of the fraction 1 alone, and
+# 0.71 of the squared error of 8/7 alone.
 _FRACTIONS = (0.75, 0.8, 0.85, 0.9, 0.95, 1, 1.05, 1.1, 8 / 7)
 
 
 class WeightOnly:
-    """ONNX Runtime's MatMulNBits. It quantises activations too, every row for itself: a request's result does not
-    depend on its neighbours. The standard blocked DequantizeLinear, which it would be fused from, is not used because
-    the fusion fails on weights of an If branch."""
+    """Writes ONNX Runtime's MatMulNBits.
+
+    MatMulNBits also quantises activations, each row by itself, so a request's result does not depend on its neighbours.
+    ONNX Runtime could fuse MatMulNBits from the standard blocked DequantizeLinear, but not for weights of an If branch,
+    so this class writes the node."""
 
     def __init__(self, bits: int) -> None:
         assert bits in (4, 8), "MatMulNBits has fast kernels for 4 and 8 bits"
@@ -48,7 +51,7 @@ class WeightOnly:
 
 
 def quantize(weight: FloatArray, bits: int) -> tuple[npt.NDArray[np.uint8], FloatArray]:
-    """[outputs, inputs] -> uint8 [outputs, blocks, BLOCK[bits]] in 0..2**bits - 1, scales [outputs, blocks]."""
+    """Quantise [outputs, inputs] to uint8 [outputs, blocks, BLOCK[bits]], 0..2**bits - 1; scales [outputs, blocks]."""
     outputs, inputs = weight.shape
     block = BLOCK[bits]
     blocks = np.pad(weight, ((0, 0), (0, -inputs % block))).reshape(outputs, -1, block)
@@ -57,20 +60,20 @@ def quantize(weight: FloatArray, bits: int) -> tuple[npt.NDArray[np.uint8], Floa
 
 
 def pack(values: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
-    """Two 4-bit numbers to a byte, the first in the low half; 8-bit numbers as they are."""
+    """Put two 4-bit numbers into a byte, the first in the low half; leave 8-bit numbers unchanged."""
     return values if bits == 8 else values[..., ::2] | np.left_shift(values[..., 1::2], 4, dtype=np.uint8)
 
 
 def _packed(rows: FloatArray, bits: int) -> tuple[npt.NDArray[np.uint8], FloatArray]:
-    """[n, inputs] -> what the graph stores: uint8 [n, blocks, BLOCK[bits] * bits / 8], scales [n, blocks]."""
+    """Quantise rows [n, inputs] for the graph: uint8 [n, blocks, BLOCK[bits] * bits / 8], scales [n, blocks]."""
     values, scales = quantize(rows, bits)
     return pack(values, bits), scales
 
 
 def _search_int4(blocks: FloatArray) -> FloatArray:
-    """[outputs, blocks, 32] -> the scale of least squared error for each block.
+    """Find the scale of least squared error for each block of [outputs, blocks, 32].
 
-    -8..7 has one number more below zero: scales are signed so that the largest magnitude is there."""
+    -8..7 has one number more below zero, so a scale's sign puts the block's largest magnitude there."""
     largest = np.take_along_axis(blocks, np.abs(blocks).argmax(-1)[..., None], -1)[..., 0]
     scales = nonzero(-largest / np.float32(8))
     best = np.full(scales.shape, np.inf, np.float32)
@@ -87,5 +90,5 @@ def _search_int4(blocks: FloatArray) -> FloatArray:
 
 def _round(blocks: FloatArray, scales: FloatArray, bits: int) -> npt.NDArray[np.uint8]:
     offset = 2 ** (bits - 1)
-    with np.errstate(invalid="ignore"):  # NaN: its block's scale is NaN too
+    with np.errstate(invalid="ignore"):  # a block with NaN has a scale of NaN
         return np.clip(np.rint(blocks / scales[..., None]) + offset, 0, 2 * offset - 1).astype(np.uint8)

@@ -1,13 +1,13 @@
 """The GPU kernel of nvlm::GatedCrossAttention: flash attention over each token's own range of keys.
 
 One program owns ROWS rows of one key head. The rows are (token, query head of the group) pairs, heads fastest, so the
-heads that share a key head stand in one block and read it once: a decoding step of 8 heads per key head is half of the
-16 rows that a tensor core wants anyway. Keys are walked in aligned blocks of KEYS from the lowest start to the highest
-end of the program's rows; keys outside are not loaded. What a row adds up does not depend on the rows beside it: a
-block that holds none of its keys leaves its sums as they are, bit for bit.
+query heads that share a key head are in one block and read the keys once: a decoding step of 8 heads per key head is
+half of the 16 rows that a tensor core needs anyway. A program reads keys in aligned blocks of KEYS from the lowest
+start to the highest end of its rows, and loads no other keys. The sums of a row do not depend on other rows: a block
+without keys of the row leaves the row's sums unchanged, bit for bit.
 
-After T. Dao, FlashAttention-2 (arXiv 2307.08691). The arguments are ordered as TensorRT's ahead-of-time plugins want
-them: inputs, scalars, outputs.
+After T. Dao, FlashAttention-2 (arXiv 2307.08691). The arguments have the order that TensorRT's ahead-of-time plugins
+need: inputs, scalars, outputs.
 """
 
 # ruff: noqa: N803, N806, compile-time arguments are in capitals, as in all Triton code
@@ -36,7 +36,7 @@ def gated_cross_attention_kernel(
 ):
     """Grid: (B * KV_HEADS, ceil(S * HEADS / KV_HEADS / ROWS)). All tensors contiguous.
 
-    Rows come last: a prompt begins with tile tags, whose blocks need masks and take longest, and is begun with them."""
+    Rows are the last axis, so that a prompt's first blocks start first: tile tags need masks and take longest."""
     batch = tl.program_id(0) // KV_HEADS
     kv_head = tl.program_id(0) % KV_HEADS
     token, head = token_and_head(tl.program_id(1), kv_head, HEADS // KV_HEADS, ROWS)
@@ -59,14 +59,14 @@ def gated_cross_attention_kernel(
 
 @triton.jit
 def token_and_head(block, kv_head, group: tl.constexpr, ROWS: tl.constexpr):
-    """Of a block's rows: (token, query head), each [ROWS]."""
+    """Return (token, query head) of a block's rows, each [ROWS]."""
     row = block * ROWS + tl.arange(0, ROWS)
     return row // group, kv_head * group + row % group
 
 
 @triton.jit
 def load_ranges(at, in_batch, lowest, highest):
-    """(start, end) at pointers [ROWS], clipped to lowest..highest; of rows outside the batch empty."""
+    """Load (start, end) at pointers [ROWS], clipped to lowest..highest. Rows outside the batch have empty ranges."""
     start = tl.maximum(tl.load(at, mask=in_batch, other=0), lowest)
     end = tl.minimum(tl.load(at + 1, mask=in_batch, other=0), highest)
     return start, end
@@ -74,7 +74,7 @@ def load_ranges(at, in_batch, lowest, highest):
 
 @triton.jit
 def range_bounds(start, end, cross_tokens):
-    """Of rows' ranges [ROWS]: (lowest start, highest start, lowest end, highest end). Empty ones do not count."""
+    """Return (lowest start, highest start, lowest end, highest end) of ranges [ROWS], without the empty ranges."""
     empty = start >= end
     lowest_start = tl.min(tl.where(empty, cross_tokens, start))
     highest_start = tl.max(tl.where(empty, 0, start))
@@ -86,29 +86,29 @@ def range_bounds(start, end, cross_tokens):
 @triton.jit
 def attend(
     query,  # [ROWS, PADDED_DIM], zero in padded dims
-    keys,  # of this key head, rows of HEAD_DIM
+    keys,  # pointer to this key head: rows of HEAD_DIM
     values,
     start,  # [ROWS]
     end,
-    bounds,  # of start and end
+    bounds,  # (lowest start, highest start, lowest end, highest end)
     HEAD_DIM: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """(largest score * log2(e), sum of weights, weighted sum of values): [ROWS], [ROWS], [ROWS, PADDED_DIM] fp32.
+    """Return fp32 (largest score * log2(e) [ROWS], sum of weights [ROWS], weighted sum of values [ROWS, PADDED_DIM]).
 
-    Weights are relative to that of the largest score. Meaningless for rows of empty ranges."""
+    Weights are relative to the weight of the largest score. The result is meaningless for rows of empty ranges."""
     rows: tl.constexpr = query.shape[0]
     lowest, common_start, common_end, highest = bounds
     first = lowest // KEYS * KEYS
-    # Keys that every row reads need no mask.
+    # Blocks whose keys every row reads need no mask.
     common_first = tl.maximum(tl.cdiv(common_start, KEYS) * KEYS, first)
     common_last = tl.maximum(common_end // KEYS * KEYS, common_first)
 
     row_max = tl.full([rows], -float("inf"), tl.float32)
     row_sum = tl.zeros([rows], tl.float32)
     total = tl.zeros(query.shape, tl.float32)
-    # When decoding, preparing a loop that has no turns takes time that shows. Around the products of more rows a branch
-    # would make the assembler run them one after the other (C7515).
+    # When decoding, even a loop without iterations costs measurable time. With more rows, a branch around the products
+    # would make the assembler run the products one after the other (C7515).
     ALWAYS: tl.constexpr = rows > 16
     if ALWAYS or first < common_first:
         row_max, row_sum, total = _attend_blocks(
@@ -146,12 +146,12 @@ def _attend_blocks(
     MASKED: tl.constexpr,
 ):
     """Add the keys of the blocks first, first + KEYS, ... < last to the running maximum, sum and weighted values."""
-    # exp(x) = exp2(x * log2(e)), which the hardware has
+    # exp(x) = exp2(x * log2(e)): the hardware has exp2
     scale: tl.constexpr = HEAD_DIM**-0.5 * 1.4426950408889634
     for block in range(first, last, KEYS):
         at = block + tl.arange(0, KEYS)
         k = _load_rows(keys, at, lowest, highest, HEAD_DIM, query.shape[1], MASKED)
-        scores = tl.dot(query, tl.trans(k), input_precision="ieee")  # "ieee": fp32 is for checking, not for speed
+        scores = tl.dot(query, tl.trans(k), input_precision="ieee")  # "ieee": fp32 is for checks, not for speed
         if MASKED:
             visible = (at[None, :] >= start[:, None]) & (at[None, :] < end[:, None])
             scores = tl.where(visible, scores, -float("inf"))
@@ -159,7 +159,7 @@ def _attend_blocks(
         shift = new_max
         if MASKED:
             shift = tl.where(new_max == -float("inf"), 0.0, new_max)  # no key so far: -inf - -inf is NaN
-        # fma: the same bits with a mask and without, and one instruction
+        # fma gives the same bits with a mask and without, in one instruction
         weights = tl.exp2(tl.fma(scores, scale, -shift[:, None]))
         decay = tl.exp2(row_max - shift)
         row_sum = row_sum * decay + tl.sum(weights, 1)
@@ -179,7 +179,7 @@ def _load_rows(
     PADDED_DIM: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Rows `at` of keys or values, zero where not lowest <= at < highest if MASKED and in padded dims: [KEYS, dims]."""
+    """Load rows `at` of keys or values, [KEYS, dims]: 0 in padded dims and, if MASKED, outside lowest..highest."""
     dims = tl.arange(0, PADDED_DIM)
     pointers = base + at[:, None] * HEAD_DIM + dims[None, :]
     if MASKED:
@@ -192,7 +192,7 @@ def _load_rows(
 
 @triton.jit
 def tanh(x):
-    """Without libdevice, which the interpreter lacks. Relative error 1e-6: near 0, where gates start, by its series."""
+    """Compute tanh without libdevice, which the interpreter lacks. Relative error 1e-6, by a series near 0."""
     decay = tl.exp(-2.0 * tl.abs(x))
     magnitude = (1.0 - decay) / (1.0 + decay)
     series = x * (1.0 - x * x * (1.0 / 3.0 - x * x * (2.0 / 15.0)))

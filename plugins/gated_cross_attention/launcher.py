@@ -1,4 +1,7 @@
-"""nvlm::GatedCrossAttention on torch tensors."""
+"""nvlm::GatedCrossAttention on torch tensors.
+
+Only lab/gpu_check and the tests call this launcher; a backend that runs the decoder in torch would.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +21,15 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 def gated_cross_attention(
     query: Tensor, key: Tensor, value: Tensor, cross_ranges: Tensor, gate: Tensor, blocks: Blocks | None = None
 ) -> Tensor:
-    """tanh(gate) * attention of each token over its own range of keys, as onnx_function.py defines it.
+    """Compute tanh(gate) * attention of each token over its own range of keys, as onnx_function.py defines it.
 
     query [B, H, S, D]; key, value [B, KV, N, D]; fp16, bf16 or fp32, contiguous; cross_ranges [B, S, 2] int32; gate [1]
     of any float type -> [B, H, S, D]. D is 32, 64, 80, 96 or 128 and H a multiple of KV. Ranges are clipped to 0..N; an
     empty range gives exactly zero. Values between the lowest and the highest key that neighbouring tokens read must be
-    finite; others are not used. Everything lies on one GPU (or on the CPU with TRITON_INTERPRET=1).
+    finite; the kernel does not use other values. All tensors are on one GPU (or on the CPU with TRITON_INTERPRET=1).
 
-    `blocks` overrides the choice: the table's, or for prompts on Hopper the kernel in hopper/. Raises ValueError for
-    tensors that do not fit this."""
+    Prompts on Hopper take the kernel in hopper/; all other calls take block sizes from the table. `blocks` overrides
+    both. Raises ValueError for tensors that do not fit this description."""
     _check(query, key, value, cross_ranges, gate)
     batch, heads, tokens, head_dim = query.shape
     kv_heads, cross_tokens = key.shape[1:3]

@@ -1,11 +1,14 @@
-"""The same in two kernels, for few rows: each program attends to a chunk of the keys, and then the chunks are added.
+"""nvlm::GatedCrossAttention in two kernels, for few rows: one attends to chunks of the keys, one adds the chunks.
 
-When each program walks all the keys of its key head, a decoding step of one request is 8 programs for 132
-multiprocessors. Chunks are counted from key 0 and of one size, so what a row adds up depends on nothing beside it.
-After T. Dao and others, "Flash-Decoding for long-context inference" (2023).
+launcher.py starts these kernels for decoding steps. Nothing in the product calls it, only lab/gpu_check and the tests;
+a backend that runs the decoder in torch would.
 
-From compute capability 9.0 on each kernel is started before the one in front has ended, and waits for its end before it
-reads anything (programmatic dependent launch): two starts in a row are a tenth of a step's time.
+If each program read all keys of its key head, a decoding step of one request would be 8 programs for 132
+multiprocessors. Chunks count from key 0 and have one size, so the sums of a row do not depend on other rows. After
+T. Dao and others, "Flash-Decoding for long-context inference" (2023).
+
+From compute capability 9.0 on, each kernel starts before the kernel in front has ended, and waits for that end before
+it reads anything (programmatic dependent launch): two starts in a row take a tenth of a step's time.
 """
 
 # ruff: noqa: N803, compile-time arguments are in capitals, as in all Triton code
@@ -28,8 +31,8 @@ def attend_chunk_kernel(
     cross_tokens,  # N
     rows,  # B * HEADS * S
     peaks,  # [chunks, B, HEADS, S] fp32: the largest score * log2(e), -inf where the chunk has no key of the row
-    sums,  # [chunks, B, HEADS, S] fp32: of the weights
-    totals,  # [chunks, B, HEADS, S, HEAD_DIM] fp32: of the weighted values
+    sums,  # [chunks, B, HEADS, S] fp32: sums of the weights
+    totals,  # [chunks, B, HEADS, S, HEAD_DIM] fp32: sums of the weighted values
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -50,7 +53,7 @@ def attend_chunk_kernel(
     in_batch = token < tokens
     chunk_end = tl.minimum((chunk + 1) * CHUNK, cross_tokens)
     ranges = cross_ranges + batch * tokens * 2
-    if ONE_TOKEN:  # the rows are its heads: its range is their bounds
+    if ONE_TOKEN:  # the rows are the token's heads, so the token's range is the bounds of all rows
         first, last = load_ranges(ranges, True, chunk * CHUNK, chunk_end)
         bounds = first, first, last, last
         start, end = tl.full([ROWS], first, tl.int32), tl.full([ROWS], last, tl.int32)
@@ -66,7 +69,7 @@ def attend_chunk_kernel(
     kv_base = (batch * KV_HEADS + kv_head).to(tl.int64) * cross_tokens * HEAD_DIM
     peak, row_sum, total = attend(q, key + kv_base, value + kv_base, start, end, bounds, HEAD_DIM, KEYS)
 
-    if EARLY:  # not sooner: waiting programs would share the multiprocessors with this kernel's
+    if EARLY:  # not earlier: waiting programs would take room on the multiprocessors from this kernel
         gdc_launch_dependents()
     chunk_row = chunk.to(tl.int64) * rows + row
     tl.store(peaks + chunk_row, tl.where(start < end, peak, -float("inf")), mask=in_batch)
@@ -103,7 +106,7 @@ def add_chunks_kernel(
 
     used = peak > -float("inf")
     weight = tl.where(used, tl.exp2(peak - tl.max(peak, 0)), 0.0)  # [CHUNKS]
-    # What a chunk without keys holds is meaningless, perhaps NaN: not multiplied by 0 but left out.
+    # The total of a chunk without keys is meaningless, perhaps NaN: leave it out, because NaN * 0 is NaN.
     total = tl.sum(tl.where(used[:, None], total * weight[:, None], 0.0), 0)  # [PADDED_DIM]
     row_sum = tl.sum(tl.where(used, row_sum * weight, 0.0), 0)
     result = tl.where(row_sum > 0, total * (tanh(tl.load(gate).to(tl.float32)) / row_sum), 0.0)

@@ -1,11 +1,11 @@
 """nvlm::GatedCrossAttention as a TensorRT plugin whose kernel is compiled ahead of time into the engine.
 
-At run time an engine that holds it needs neither Python nor a plugin library. Written against TensorRT 11.4
-(`tensorrt.plugin`, "quickly deployable plugins"): a plugin is one kernel without workspace, launched with the inputs,
-then 32-bit integers, then the output.
+At run time, an engine with this plugin needs neither Python nor a plugin library. The plugin is written against
+TensorRT 11.4 (`tensorrt.plugin`, "quickly deployable plugins"): a plugin is one kernel without workspace, launched with
+the inputs, then 32-bit integers, then the output.
 """
 
-# Without `from __future__ import annotations`: TensorRT reads the annotations of what it registers, as classes.
+# No `from __future__ import annotations`: TensorRT reads the annotations of registered functions as classes.
 import functools
 
 from nvlm_trt.plugins.ahead_of_time import CompiledKernel, compile_kernel
@@ -13,18 +13,19 @@ from nvlm_trt.plugins.gated_cross_attention.blocks import BLOCKS, HEAD_DIMS, can
 from nvlm_trt.plugins.gated_cross_attention.onnx_function import NAME, PLUGIN_ATTRIBUTES
 
 PLUGIN_ID = f"{PLUGIN_ATTRIBUTES['plugin_namespace']}::{NAME}"
-# A kernel needs a driver call to be given more, which TensorRT is not documented to make for such a plugin.
+# More shared memory takes a driver call, which TensorRT is not documented to make for such a plugin.
 SHARED_LIMIT = 48 << 10
 
 _registered_for: int | None = None
 
 
 def register_plugin(capability: int) -> None:
-    """Make the plugin known to TensorRT in this process, before a network is parsed, for engines that run on GPUs of
-    compute capability `capability` (90 for 9.0). A second call with the same capability does nothing.
+    """Register the plugin with TensorRT in this process, for engines that run on GPUs of compute capability
+    `capability` (90 for 9.0). Call this before parsing a network. A second call with the same capability does nothing.
 
-    Raises ImportError without tensorrt or triton, ValueError if registered for another capability: TensorRT keeps the
-    first registration of a name. While an engine is built: ValueError if heads, head size or type do not fit."""
+    Raises ImportError without tensorrt or triton, and ValueError if the plugin is registered for another capability:
+    TensorRT keeps the first registration of a name. A later build raises ValueError if heads, head size or type do not
+    fit."""
     global _registered_for
     if _registered_for == capability:
         return
@@ -67,7 +68,7 @@ def _register(capability: int) -> None:
         gate: trtp.TensorDesc,
         outputs: tuple[trtp.TensorDesc],
     ) -> list[trtp.AutoTuneCombination]:
-        # Networks are strongly typed: the query's type is the only one possible. TensorRT times the tactics for each
+        # Networks are strongly typed, so only the query's type is possible. TensorRT times the tactics for each
         # optimisation profile.
         if query.dtype not in types:
             raise ValueError(f"{PLUGIN_ID}: query is {query.dtype.name}; it must be HALF, BF16 or FLOAT")
@@ -105,9 +106,9 @@ def _register(capability: int) -> None:
 def compile_tactic(
     dtype: str, heads: int, kv_heads: int, head_dim: int, tactic: int, capability: int
 ) -> CompiledKernel:
-    """The kernel with the table's blocks number `tactic`; `dtype` is "fp16", "bf16" or "fp32", the gate's too.
+    """Compile the kernel with the table's block sizes `tactic`. `dtype`, also the gate's, is "fp16", "bf16" or "fp32".
 
-    Raises ValueError for a number of heads or a head size that the kernel does not have."""
+    Raises ValueError for a number of heads or a head size that the kernel does not support."""
     from nvlm_trt.plugins.gated_cross_attention.kernel import gated_cross_attention_kernel
 
     if head_dim not in HEAD_DIMS:

@@ -1,1 +1,5 @@
-"""A decoded picture on the GPU to normalised tiles: what nvlm_trt.image.tiling does with Pillow on the CPU."""
+"""Turns a decoded image on the GPU into normalised tiles, as nvlm_trt.image.tiling does with Pillow on the CPU.
+
+Nothing in the product imports this package: lab/gpu_check and the tests call it. A backend that decodes images on the
+GPU would.
+"""

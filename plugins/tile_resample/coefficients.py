@@ -1,4 +1,4 @@
-"""Pillow's bicubic filter as fixed-point tables: which source pixels make a resized one, and with what weights.
+"""Pillow's bicubic filter as fixed-point tables: the source pixels of each resized pixel, and their weights.
 
 Source: `precompute_coeffs` and `normalize_coeffs_8bpc` in Pillow's src/libImaging/Resample.c (a = -0.5, the support
 stretched by the ratio when shrinking, weights rounded to 22 fractional bits).
@@ -17,26 +17,26 @@ _SUPPORT = 2.0
 
 
 class PassTables(typing.NamedTuple):
-    """One of the two passes, for the tiles and then for the thumbnail: an entry per resized pixel along its axis.
+    """The tables of one of two passes: an entry per resized pixel along the axis, for tiles, then for the thumbnail.
 
-    Read-only, for calls share them."""
+    The tables are read-only, because calls share them."""
 
-    bounds: npt.NDArray[np.int32]  # [entries, 2]: the first source pixel, and the one after the last
+    bounds: npt.NDArray[np.int32]  # [entries, 2]: the first source pixel, and the pixel after the last
     # [entries, taps, 2]: (high, low), whole numbers that fp16 holds (at most 2048): the weight is 4096 high + low in
-    # units of 1 / 2**22. 0 after the last source pixel.
+    # units of 1 / 2**22. Entries after the last source pixel are 0.
     weights: npt.NDArray[np.float16]
 
 
 class BlockTables(typing.NamedTuple):
-    """A pass as products of matrices: its resized pixels in blocks along the axis, none across two tiles."""
+    """A pass as matrix products: resized pixels in blocks along the axis. No block spans two tiles."""
 
-    spans: npt.NDArray[np.int32]  # [blocks, 2]: of a block, the first source pixel, and the one after the last
+    spans: npt.NDArray[np.int32]  # [blocks, 2]: a block's first source pixel, and the pixel after the last
     # [blocks, sources, 2, block]: (high, low) of `PassTables.weights` for each source pixel from the span's first on
     weights: npt.NDArray[np.float16]
 
 
 class ResizePlan(typing.NamedTuple):
-    """A picture resized to the tiles' canvas and to the thumbnail. "Vertical first" is 0 or 1."""
+    """The tables that resize an image to the tiles' canvas and to the thumbnail. "Vertical first" is 0 or 1."""
 
     first_pass: PassTables
     second_pass: PassTables
@@ -44,9 +44,9 @@ class ResizePlan(typing.NamedTuple):
     thumbnail_vertical_first: int
 
 
-@functools.lru_cache(maxsize=64)  # pictures of one size come in numbers: pages, frames
+@functools.lru_cache(maxsize=64)  # many images have the same size: pages, frames
 def resize_plan(width: int, height: int, columns: int, rows: int, tile_size: int) -> ResizePlan:
-    """Tables for a picture of width * height, to columns * rows tiles of tile_size and a thumbnail of the same size."""
+    """Compute the tables from an image of width * height to columns * rows tiles and a thumbnail, all of tile_size."""
     passes: tuple[list[PassTables], list[PassTables]] = ([], [])
     vertical_first = []
     for to_width, to_height in ((columns * tile_size, rows * tile_size), (tile_size, tile_size)):
@@ -60,15 +60,18 @@ def resize_plan(width: int, height: int, columns: int, rows: int, tile_size: int
 
 
 def is_vertical_first(width: int, height: int, to_width: int, to_height: int) -> bool:
-    """Pillow 13's choice, for speed, where the height shrinks much more than the width; 12 was always horizontal first.
+    """Tell whether Pillow 13 resizes vertically first, for speed: where the height shrinks much more than the width.
 
-    It shows, for values are rounded and clipped between the passes."""
+    Pillow 12 always resizes horizontally first. The order changes pixels, because Pillow rounds and clips values
+    between the passes."""
     return height - to_height > 2 * max(width - to_width, 0)
 
 
 def block_tables(tables: PassTables, tile_size: int, block: int, step: int, align: int) -> BlockTables:
-    """Blocks of `block` resized pixels each, of a tile's last perhaps fewer. Spans begin at multiples of `align`, and
-    there are weights, 0 outside, for `sources` pixels, a multiple of `step`."""
+    """Group a pass's resized pixels into blocks of `block`; a tile's last block may have fewer pixels.
+
+    Spans begin at multiples of `align`. Each block has weights, 0 outside its span, for `sources` pixels, a multiple of
+    `step`."""
     per_tile = -(-tile_size // block)
     entry = np.arange(len(tables.bounds))
     of_block = entry // tile_size * per_tile + entry % tile_size // block  # [entries]
@@ -86,7 +89,7 @@ def block_tables(tables: PassTables, tile_size: int, block: int, step: int, alig
 
 
 def _axis_tables(source: int, size: int) -> PassTables:
-    """`source` pixels in a line resized to `size`."""
+    """Compute the entries that resize a line of `source` pixels to `size`."""
     ratio = source / size
     stretch = max(ratio, 1.0)
     support = _SUPPORT * stretch
@@ -96,7 +99,7 @@ def _axis_tables(source: int, size: int) -> PassTables:
     position = begin[:, None] + np.arange((end - begin).max())  # [size, taps]
     weights = _bicubic((position - center[:, None] + 0.5) * (1.0 / stretch))
     weights[position >= end[:, None]] = 0.0
-    weights /= weights.cumsum(axis=1)[:, -1:]  # added up in Pillow's order: a last bit can decide between two levels
+    weights /= weights.cumsum(axis=1)[:, -1:]  # a sum in Pillow's order: the last bit can decide between two levels
     scaled = weights * (1 << WEIGHT_BITS)
     fixed = (scaled + np.copysign(0.5, scaled)).astype(np.int32)
     low = (fixed + 2048) % 4096 - 2048

@@ -1,13 +1,13 @@
-"""The GPU kernels of tile_resample: Pillow's two-pass bicubic, the cut into tiles and the normalisation in one go.
+"""The GPU kernels of tile_resample: Pillow's two-pass bicubic, the cut into tiles and the normalisation in one kernel.
 
-A pass is a product with a banded matrix of a few weights per row, and tensor cores do dense products faster than the
-other units gather pixels. They do it exactly: a weight is 4096 high + low with -2048 <= low < 2048; both and the pixels
-are whole numbers that fp16 holds, and the sums stay below 2**24, which fp32 holds (in pictures up to 16 times as wide
-and high as what they become; beyond, the last of 22 fractional bits may be lost). Between the passes values are rounded
-to 8 bits and clipped, as Pillow does, so the pixels are Pillow's own.
+A pass is a product with a banded matrix of a few weights per row, and tensor cores compute dense products faster than
+other units gather pixels. The products are exact: a weight is 4096 high + low with -2048 <= low < 2048; high, low and
+pixels are whole numbers that fp16 holds, and the sums stay below 2**24, which fp32 holds (for images up to 16 times as
+wide and high as the result; beyond, the last of 22 fractional bits may be lost). Between the passes, the kernel rounds
+values to 8 bits and clips them, as Pillow does, so the pixels are Pillow's own.
 
-The picture's channels are put apart first: bytes three apart are loaded one by one, bytes side by side 16 at a time.
-What that takes and saves is in docs/plugins.md.
+A first kernel puts the image's channels apart: bytes three apart are loaded one by one, bytes side by side 16 at a
+time. docs/plugins.md has the times.
 """
 
 # ruff: noqa: N803, compile-time arguments are in capitals, as in all Triton code
@@ -21,13 +21,13 @@ import triton.language as tl
 def planes_kernel(
     image,  # [height, width, 3] uint8, the first 4-byte aligned
     width,
-    words,  # of four bytes in the image; the last perhaps not whole
+    words,  # words of four bytes in the image; the last word may be incomplete
     pitch,  # bytes per row of a plane, a multiple of 16
     plane,  # bytes per plane
     planes,  # [3, height, pitch] uint8
-    QUADS: tl.constexpr,  # of four pixels, per program
+    QUADS: tl.constexpr,  # groups of four pixels per program
 ):
-    """Grid: (height, ceil(pitch / 4 / QUADS)). Between the picture's width and the pitch anything is written."""
+    """Grid: (height, ceil(pitch / 4 / QUADS)). The bytes between the image's width and the pitch are arbitrary."""
     row = tl.program_id(0).to(tl.int64)
     quad = tl.program_id(1) * QUADS + tl.arange(0, QUADS)
     begin = row * width * 3
@@ -71,7 +71,7 @@ def tile_resample_kernel(
     rows,
     tiles_vertical_first,
     thumbnail_vertical_first,
-    tiles,  # [columns * rows and perhaps one more, 3, TILE, TILE]
+    tiles,  # [columns * rows, plus one for a thumbnail, 3, TILE, TILE]
     MEAN_R: tl.constexpr,
     MEAN_G: tl.constexpr,
     MEAN_B: tl.constexpr,
@@ -81,11 +81,11 @@ def tile_resample_kernel(
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,  # output pixels per side of a program's square
     SOURCE: tl.constexpr,  # source pixels per side of a step
-    ALIGN: tl.constexpr,  # spans begin at multiples of it
+    ALIGN: tl.constexpr,  # spans begin at multiples of ALIGN
 ):
     """Grid: (3, ceil(TILE / BLOCK) ** 2, tiles). All tensors contiguous; offsets into a plane must fit 31 bits.
 
-    u is the axis of the first pass, v that of the second."""
+    u is the axis of the first pass, v the axis of the second."""
     channel = tl.program_id(0)
     blocks: tl.constexpr = (TILE + BLOCK - 1) // BLOCK
     u_block = tl.program_id(1) % blocks
@@ -93,7 +93,7 @@ def tile_resample_kernel(
     tile = tl.program_id(2)
     is_thumbnail = tile == columns * rows
     vertical_first = tl.where(is_thumbnail, thumbnail_vertical_first, tiles_vertical_first) != 0
-    # Which tile along each axis; the thumbnail's blocks follow those of the last.
+    # The tile along each axis; the thumbnail's blocks follow the blocks of the last tile.
     column = tl.where(is_thumbnail, columns, tile % columns)
     row = tl.where(is_thumbnail, rows, tile // columns)
     first_block = tl.where(tiles_vertical_first != 0, row, column) * blocks + u_block
@@ -112,7 +112,7 @@ def tile_resample_kernel(
         first_coarse = tl.zeros([SOURCE, BLOCK], tl.float32)  # [v_source, u]
         first_fine = tl.zeros([SOURCE, BLOCK], tl.float32)
         for u_step in range(u_low, u_high, SOURCE):
-            # Columns past the picture's edge hold anything and weigh nothing; rows past it are not in memory.
+            # Columns past the image's edge are arbitrary and have a weight of 0; rows past it are not in memory.
             if vertical_first:
                 levels = tl.trans(_load_square(pixels, u_step, u_high, v_step, pitch, SOURCE))
             else:
@@ -139,7 +139,7 @@ def tile_resample_kernel(
 
 @triton.jit
 def _load_square(pixels, y, y_end, x, pitch, SOURCE: tl.constexpr):
-    """SOURCE rows from y on, 0 from y_end on, of SOURCE columns from x on: [y, x] uint8."""
+    """Load SOURCE rows from y on, 0 from y_end on, of SOURCE columns from x on: [y, x] uint8."""
     rows = y + tl.arange(0, SOURCE)
     at = rows[:, None] * pitch + (x + tl.arange(0, SOURCE))[None, :]
     return tl.load(pixels + at, mask=(rows < y_end)[:, None], other=0)
@@ -147,13 +147,13 @@ def _load_square(pixels, y, y_end, x, pitch, SOURCE: tl.constexpr):
 
 @triton.jit
 def _weights(table, first, BLOCK: tl.constexpr, SOURCE: tl.constexpr):
-    """(high, low) of SOURCE source pixels from the span's `first` on: each [source, entry] fp16."""
+    """Load (high, low) of SOURCE source pixels from the span's `first` on: each [source, entry] fp16."""
     at = table + (first + tl.arange(0, SOURCE))[:, None] * (2 * BLOCK) + tl.arange(0, BLOCK)[None, :]
     return tl.load(at), tl.load(at + BLOCK)
 
 
 @triton.jit
 def _round(coarse, fine):
-    """Sums of weighted pixels to levels 0..255, as Pillow's clip8 does: int32."""
+    """Round sums of weighted pixels to levels 0..255, int32, as Pillow's clip8 does."""
     level = ((coarse.to(tl.int32) << 12) + fine.to(tl.int32) + (1 << 21)) >> 22
     return tl.minimum(tl.maximum(level, 0), 255)

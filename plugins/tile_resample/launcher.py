@@ -1,4 +1,7 @@
-"""tile_resample on torch tensors."""
+"""tile_resample on torch tensors.
+
+Only lab/gpu_check and the tests call this launcher; a backend that decodes images on the GPU would.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from torch import Tensor
 from nvlm_trt.plugins.tile_resample.coefficients import block_tables, resize_plan
 from nvlm_trt.plugins.tile_resample.kernel import planes_kernel, tile_resample_kernel
 
-# ImageNet statistics of RGB in 0..1, as nvlm_trt.image.tiling has them
+# ImageNet's statistics of RGB in 0..1, the same as in nvlm_trt.image.tiling
 _MEAN = (0.485, 0.456, 0.406)
 _STD = (0.229, 0.224, 0.225)
 
@@ -20,18 +23,18 @@ BLOCK = 32  # output pixels per side of a program
 SOURCE = 64  # source pixels per side of a step
 WARPS = 2
 _ALIGN = 16  # bytes that one load takes
-_QUADS = 256  # of four pixels, in a program that puts channels apart
+_QUADS = 256  # groups of four pixels per program of planes_kernel
 
 
 def tile_resample(
     image: Tensor, columns: int, rows: int, tile_size: int, dtype: torch.dtype = torch.bfloat16
 ) -> Tensor:
-    """RGB image [height, width, 3] uint8 -> normalised tiles [n, 3, tile_size, tile_size], row by row.
+    """Turn an RGB image [height, width, 3] uint8 into normalised tiles [n, 3, tile_size, tile_size], row by row.
 
-    The image is stretched over columns * rows tiles with Pillow's antialiased bicubic; if they are several, the whole
-    image as one more tile, the thumbnail, comes last. The grid is the caller's to choose, by `choose_grid`.
-    `dtype` is float16, bfloat16 or float32. The result lies where the image does: on a GPU (or on the CPU with
-    TRITON_INTERPRET=1). Raises ValueError for an image, a grid or a dtype that does not fit this."""
+    Pillow's antialiased bicubic stretches the image over columns * rows tiles. If there are several tiles, the whole
+    image follows as one more tile, the thumbnail. The caller chooses the grid, by `choose_grid`.
+    `dtype` is float16, bfloat16 or float32. The result is on the image's device: a GPU (or the CPU with
+    TRITON_INTERPRET=1). Raises ValueError for an image, a grid or a dtype that does not fit this description."""
     if image.dim() != 3 or image.shape[2] != 3 or image.dtype != torch.uint8 or not image.is_contiguous():
         raise ValueError(
             "tile_resample: image must be [height, width, 3] uint8 and contiguous; got "
@@ -66,13 +69,13 @@ def tile_resample(
 
 
 def _planes(image: Tensor) -> tuple[Tensor, int]:
-    """[height, width, 3] -> the channels apart, [3, height, pitch] uint8 and SOURCE bytes more, and the pitch."""
+    """Split [height, width, 3] into channels: [3, height, pitch] uint8 and SOURCE bytes more; returns the pitch too."""
     height, width = image.shape[:2]
     if image.data_ptr() % 4:
         image = image.clone()
     pitch = triton.cdiv(width, _ALIGN) * _ALIGN
     planes = torch.empty(3 * height * pitch + SOURCE, dtype=torch.uint8, device=image.device)
-    # The last word may end in up to three bytes after the image: torch's allocations are multiples of 512 bytes.
+    # The last word may reach up to three bytes beyond the image: torch's allocations are multiples of 512 bytes.
     words = triton.cdiv(image.numel(), 4)
     grid = (height, triton.cdiv(pitch, 4 * _QUADS))
     planes_kernel[grid](image, width, words, pitch, height * pitch, planes, QUADS=_QUADS, num_warps=4)
@@ -80,7 +83,7 @@ def _planes(image: Tensor) -> tuple[Tensor, int]:
 
 
 class _DevicePlan(typing.NamedTuple):
-    """ResizePlan as tables for blocks, (spans, weights), on the device."""
+    """A ResizePlan as tables for blocks, (spans, weights), on the device."""
 
     first_pass: tuple[Tensor, Tensor]
     second_pass: tuple[Tensor, Tensor]
@@ -88,7 +91,7 @@ class _DevicePlan(typing.NamedTuple):
     thumbnail_vertical_first: int
 
 
-@functools.lru_cache(maxsize=32)  # some megabytes each
+@functools.lru_cache(maxsize=32)  # a plan takes some megabytes
 def _plan_on(
     device: torch.device, width: int, height: int, columns: int, rows: int, tile_size: int, block: int, source: int
 ) -> _DevicePlan:

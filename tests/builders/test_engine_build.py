@@ -8,6 +8,7 @@ import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -18,6 +19,7 @@ from nvlm_trt.builders.engine_build import build_engine
 from nvlm_trt.builders.graphs import streamed
 from nvlm_trt.builders.graphs.common import Unquantised, WeightFormat
 from nvlm_trt.builders.graphs.decoder import decoder_graph
+from nvlm_trt.builders.graphs.self_attention import GroupQueryAttention
 from nvlm_trt.builders.model_file import save_model
 from nvlm_trt.builders.quantization.calibration import LinearInput
 from nvlm_trt.builders.quantization.fp8 import Fp8
@@ -237,7 +239,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path, weight_format: Weig
     largest = 4 * max(
         int(np.prod(shape)) for name, shape in weights.shapes.items() if name.startswith("language_model")
     )
-    model = decoder_graph(config, weights, EngineLimits(max_seq_len=64), weight_format, attention="gqa")
+    model = decoder_graph(config, weights, EngineLimits(max_seq_len=64), weight_format, attention=GroupQueryAttention)
     tracemalloc.start()
     save_model(model, tmp_path / "decoder.onnx", lambda *_: None)
     peak = tracemalloc.get_traced_memory()[1]
@@ -263,7 +265,7 @@ def test_memory_does_not_grow_with_a_tensor(
     config = replace(tiny, image_token_id=259, llm=replace(tiny.llm, num_layers=1, vocab_size=1 << 15))
     weights = WeightsOnDemand(config)
     table = 4 * int(np.prod(weights.shapes[EMBEDDING]))
-    model = decoder_graph(config, weights, EngineLimits(max_seq_len=64), weight_format, attention="gqa")
+    model = decoder_graph(config, weights, EngineLimits(max_seq_len=64), weight_format, attention=GroupQueryAttention)
     tracemalloc.start()
     save_model(model, tmp_path / "decoder.onnx", lambda *_: None)
     peak = tracemalloc.get_traced_memory()[1]
@@ -272,9 +274,7 @@ def test_memory_does_not_grow_with_a_tensor(
     assert peak < table / 5  # a 32nd of it are the scales of a weight-only lm_head
 
 
-def copy_checkpoint(
-    source: Path, target: Path, edit: Callable[[str, np.ndarray], np.ndarray], **changes: object
-) -> Path:
+def copy_checkpoint(source: Path, target: Path, edit: Callable[[str, np.ndarray], np.ndarray], **changes: Any) -> Path:
     """A checkpoint with edited tensors and config fields; tensors that the new config has no use for are left out."""
     with Checkpoint.open(source) as checkpoint:
         config = replace(checkpoint.config, **changes)

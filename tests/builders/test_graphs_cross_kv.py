@@ -1,4 +1,4 @@
-"""cross_kv against the PyTorch reference."""
+"""Compares cross_kv with the PyTorch reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""decoder against the PyTorch reference, in all forms of its attention."""
+"""Compares the decoder, in all forms of its attention, with the PyTorch reference."""
 
 from __future__ import annotations
 
@@ -10,13 +10,19 @@ from stages import IMAGE_TOKEN, ReferenceWeights, assert_close, random_reference
 
 from nvlm_trt.builders.graphs.cross_kv import cross_kv_graph
 from nvlm_trt.builders.graphs.decoder import decoder_graph
+from nvlm_trt.builders.graphs.self_attention import (
+    GroupQueryAttention,
+    SelfAttention,
+    StandardAttention,
+    TensorRtAttention,
+)
 from nvlm_trt.limits import EngineLimits
-from nvlm_trt.model.config import NvlmConfig
+from nvlm_trt.model.config import Architecture, NvlmConfig
 from nvlm_trt.reference.model import ReferenceModel
 
 LIMITS = EngineLimits(max_slots=4, max_seq_len=48, max_image_tokens=40)
 CROSS_TOKENS = 32
-FORMS = ["standard", "gqa", "tensorrt"]
+FORMS = [StandardAttention, GroupQueryAttention, TensorRtAttention]
 CONFIGS = {
     "D": tiny_config("D"),
     "D llama": tiny_config("D", llm={"family": "llama", "norm_eps": 1e-5}),
@@ -30,11 +36,11 @@ CONFIGS = {
 
 
 class DecoderRunner:
-    """A decoder session with the caches of `slots` sequences, and the cross-attention inputs they share."""
+    """A decoder session with the caches of `slots` sequences, and the cross-attention inputs that all slots share."""
 
-    def __init__(self, model: ReferenceModel, attention: str, slots: int = 1) -> None:
+    def __init__(self, model: ReferenceModel, attention: type[SelfAttention], slots: int = 1) -> None:
         self.model, self.config = model, model.config
-        unread = int(attention == "tensorrt")  # TensorRT's form has a row where there is no image token
+        unread = int(not attention.value_dependent_shapes)  # such a form has a row even without image embeddings
         self.no_image_tokens = np.full((unread, self.config.llm.hidden_size), np.nan, np.float32)
         weights = ReferenceWeights(model)
         self.session: onnxruntime.InferenceSession = session(
@@ -83,7 +89,7 @@ class DecoderRunner:
     def reference_logits(
         self, input_ids: np.ndarray, ranges: np.ndarray, image_tokens: np.ndarray | None = None
     ) -> torch.Tensor:
-        """[B, S, vocab] of whole sequences."""
+        """Compute the reference's logits [B, S, vocab] of whole sequences."""
         logits, _ = self.model(
             torch.from_numpy(input_ids),
             None if image_tokens is None else torch.from_numpy(image_tokens),
@@ -94,7 +100,7 @@ class DecoderRunner:
 
 
 def random_prompt(batch: int, tokens: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Text ids [B, S] and ranges [B, S, 2]: text before the image, tags that read their tile, text that reads all."""
+    """Make text ids [B, S] and ranges [B, S, 2]: text without image, tags that read their tile, text that reads all."""
     rng = np.random.default_rng(seed)
     ranges = np.zeros((batch, tokens, 2), np.int32)
     third = tokens // 3
@@ -105,7 +111,7 @@ def random_prompt(batch: int, tokens: int, seed: int = 0) -> tuple[np.ndarray, n
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("attention", FORMS)
-def test_prefill_and_decode_equal_reference(config: NvlmConfig, attention: str) -> None:
+def test_prefill_and_decode_equal_reference(config: NvlmConfig, attention: type[SelfAttention]) -> None:
     runner = DecoderRunner(random_reference(config), attention)
     input_ids, ranges = random_prompt(1, 21)
     expected = runner.reference_logits(input_ids, ranges)
@@ -116,7 +122,7 @@ def test_prefill_and_decode_equal_reference(config: NvlmConfig, attention: str) 
 
 
 @pytest.mark.parametrize("attention", FORMS)
-def test_chunked_prefill_equals_whole_prefill(attention: str) -> None:
+def test_chunked_prefill_equals_whole_prefill(attention: type[SelfAttention]) -> None:
     model = random_reference(tiny_config("H"))
     whole, chunked = DecoderRunner(model, attention), DecoderRunner(model, attention)
     input_ids, ranges = random_prompt(1, 30)
@@ -129,17 +135,17 @@ def test_chunked_prefill_equals_whole_prefill(attention: str) -> None:
 
 
 @pytest.mark.parametrize("attention", FORMS[1:])
-def test_forms_of_attention_agree(attention: str) -> None:
+def test_forms_of_attention_agree(attention: type[SelfAttention]) -> None:
     model = random_reference(tiny_config("X"))
     input_ids, ranges = random_prompt(1, 24)
-    standard, other = DecoderRunner(model, "standard"), DecoderRunner(model, attention)
+    standard, other = DecoderRunner(model, StandardAttention), DecoderRunner(model, attention)
     assert_close(standard.step(input_ids, [0], ranges), other.step(input_ids, [0], ranges), 5e-6)
     for name, cache in standard.cache.items():
         assert_close(other.cache[name][:, :, :24], cache[:, :, :24], 5e-6)
 
 
 @pytest.mark.parametrize("attention", FORMS)
-def test_decodes_sequences_of_different_lengths_as_one_batch(attention: str) -> None:
+def test_decodes_sequences_of_different_lengths_as_one_batch(attention: type[SelfAttention]) -> None:
     model = random_reference(tiny_config("X"))
     lengths = [5, 20, 1]
     input_ids, ranges = random_prompt(3, 21)
@@ -157,7 +163,7 @@ def test_decodes_sequences_of_different_lengths_as_one_batch(attention: str) -> 
 
 
 @pytest.mark.parametrize("attention", FORMS)
-def test_splices_image_tokens_in_order(attention: str) -> None:
+def test_splices_image_tokens_in_order(attention: type[SelfAttention]) -> None:
     runner = DecoderRunner(random_reference(tiny_config("D")), attention, slots=2)
     input_ids, ranges = random_prompt(2, 12)
     input_ids[0, 3:7] = input_ids[1, 0] = input_ids[1, 9] = IMAGE_TOKEN
@@ -167,7 +173,7 @@ def test_splices_image_tokens_in_order(attention: str) -> None:
 
 
 @pytest.mark.parametrize("attention", FORMS)
-def test_logit_index_selects_the_row(attention: str) -> None:
+def test_logit_index_selects_the_row(attention: type[SelfAttention]) -> None:
     runner = DecoderRunner(random_reference(tiny_config("D")), attention, slots=2)
     input_ids, ranges = random_prompt(2, 9)
     expected = runner.reference_logits(input_ids, ranges)
@@ -176,7 +182,7 @@ def test_logit_index_selects_the_row(attention: str) -> None:
 
 @pytest.mark.parametrize("attention", FORMS)
 @pytest.mark.parametrize("neighbour_has_image", [False, True])
-def test_text_only_is_bit_identical_to_the_llm_alone(attention: str, neighbour_has_image: bool) -> None:
+def test_text_only_is_bit_identical_to_the_llm_alone(attention: type[SelfAttention], neighbour_has_image: bool) -> None:
     with_blocks = random_reference(tiny_config("X"))
     alone = random_reference(tiny_config("D"))
     alone.load_state_dict(with_blocks.state_dict() | alone.mlp1.state_dict(prefix="mlp1."), strict=False)
@@ -193,8 +199,9 @@ def test_text_only_is_bit_identical_to_the_llm_alone(attention: str, neighbour_h
 
 
 def test_every_weight_is_in_exactly_one_graph() -> None:
-    for architecture in "DXH":
-        runner = DecoderRunner(random_reference(tiny_config(architecture)), "gqa")
+    architectures: tuple[Architecture, ...] = ("D", "X", "H")
+    for architecture in architectures:
+        runner = DecoderRunner(random_reference(tiny_config(architecture)), GroupQueryAttention)
         left = {name for name in runner.untaken if name.startswith("language_model")}
         if runner.config.cross_layers:
             weights = ReferenceWeights(runner.model)

@@ -1,4 +1,4 @@
-"""vision_encoder against the PyTorch reference, for every option of the config that it reads."""
+"""Compares vision_encoder with the PyTorch reference, for every option of the config that the graph depends on."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ import pytest
 import torch
 from stages import ReferenceWeights, assert_close, random_reference, session, tiny_config
 
+from nvlm_trt.builders.graphs.vision_attention import (
+    VisionAttention,
+    multi_head_vision_attention,
+    standard_vision_attention,
+    tensorrt_vision_attention,
+)
 from nvlm_trt.builders.graphs.vision_encoder import vision_encoder_graph
 from nvlm_trt.model.config import NvlmConfig
 
@@ -23,8 +29,10 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-@pytest.mark.parametrize("attention", ["standard", "mha", "tensorrt"])
-def test_equals_reference(config: NvlmConfig, attention: str) -> None:
+@pytest.mark.parametrize(
+    "attention", [standard_vision_attention, multi_head_vision_attention, tensorrt_vision_attention]
+)
+def test_equals_reference(config: NvlmConfig, attention: VisionAttention) -> None:
     model = random_reference(config)
     weights = ReferenceWeights(model)
     encoder = session(vision_encoder_graph(config, weights, attention=attention))

@@ -1,4 +1,4 @@
-"""Tensors that are written in blocks: the bytes that numpy would write, and the memory of a block."""
+"""Tensors written in blocks: the same bytes as numpy's, in the memory of a block."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def test_writes_what_numpy_would(
     block: int,
     strip: int,
 ) -> None:
-    """Whatever the blocks and strips, from where the file stands to where it ends."""
+    """Any sizes of blocks and strips, from the file's current position on."""
     values = np.random.default_rng(0).normal(0, 9, (sum(rows), columns)).astype(np.float32)
     parts = [ArrayTensor(part) for part in np.split(values, np.cumsum(rows)[:-1])]
-    expected = values.astype(dtype).T if transposed else values.astype(dtype)
+    expected: np.ndarray = values.astype(dtype).T if transposed else values.astype(dtype)
     tensor = StreamedTensor("t", DTYPES[dtype], expected.shape, lambda: blocks_of(*parts), transposed)
     path = tmp_path_factory.mktemp("written") / "data"
     with pytest.MonkeyPatch.context() as patch, path.open("wb") as file:
@@ -60,7 +60,7 @@ def test_writes_what_numpy_would(
 
 
 class Counted:
-    """A matrix of ones that exists nowhere, and how many of its rows were read."""
+    """A matrix of ones that exists nowhere, with the number of rows that were read."""
 
     def __init__(self, rows: int, columns: int) -> None:
         self.shape = (rows, columns)

@@ -1,4 +1,4 @@
-"""Reading and assembling PTX."""
+"""Reads and assembles PTX."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TARGETS = {80: "sm_80", 90: "sm_90a", 100: "sm_100a"}
 
 
 def entry_parameters(ptx: str) -> str:
-    """One letter for each parameter of the kernel: p for a pointer, i for a 32-bit integer, ? for others."""
+    """Return one letter per parameter of the kernel: p for a pointer, i for a 32-bit integer, ? for others."""
     entry = re.search(r"\.visible \.entry \w+\((.*?)\)", ptx, re.DOTALL)
     assert entry is not None, ptx[:500]
     return "".join(
@@ -23,7 +23,7 @@ def entry_parameters(ptx: str) -> str:
 
 
 def assemble(ptx: str, target: str, directory: Path) -> int:
-    """Bytes of registers that spill to memory. By CUDA's ptxas, or the one in Triton's wheel that knows new GPUs."""
+    """Assemble by CUDA's ptxas, or by the ptxas for new GPUs in Triton's wheel. Returns bytes of spilled registers."""
     from triton import knobs
 
     assembler = shutil.which("ptxas") or knobs.nvidia.ptxas_blackwell.path
@@ -33,7 +33,7 @@ def assemble(ptx: str, target: str, directory: Path) -> int:
     command = [assembler, "-v", f"-arch={target}", "kernel.ptx", "-o", "kernel.cubin"]
     done = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "serialized" not in done.stderr, done.stderr  # of wgmma, that each waits for the one before
+    assert "serialized" not in done.stderr, done.stderr  # ptxas warns so if each wgmma waits for the one before
     spilled = re.search(r"(\d+) bytes spill stores", done.stderr)
     assert spilled is not None, done.stderr
     return int(spilled.group(1))

@@ -1,4 +1,4 @@
-"""A process in which kernels are interpreted."""
+"""The fixture of a process in which Triton interprets kernels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from child_process import child_process
 
 @pytest.fixture(scope="session")
 def interpreter() -> Iterator[ProcessPoolExecutor]:
-    """A process where Triton's kernels run on the CPU, one numpy operation at a time."""
+    """A process that runs Triton's kernels on the CPU, one numpy operation at a time."""
     pytest.importorskip("triton", reason="needs triton: pip install 'nvlm-trt[test]'")
     with child_process({"TRITON_INTERPRET": "1"}) as executor:
         yield executor

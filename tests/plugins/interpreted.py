@@ -1,11 +1,12 @@
-"""Kernels on numpy arrays, for the process where Triton interprets them."""
+"""Runs kernels on numpy arrays, in the process where Triton interprets them."""
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
+
 import numpy.typing as npt
 
-Array = npt.NDArray[np.generic]
+Array = npt.NDArray[Any]
 
 
 def attention(
@@ -17,21 +18,21 @@ def attention(
     blocks: int | None = None,
     chunk: int | None = None,
 ) -> Array:
-    """gated_cross_attention with the table's blocks of that number, or those it chooses; `chunk` in place of theirs."""
+    """Run gated_cross_attention with the table's entry `blocks` or its own choice. `chunk` replaces the entry's."""
     import torch
 
     from nvlm_trt.plugins.gated_cross_attention.blocks import BLOCKS
     from nvlm_trt.plugins.gated_cross_attention.launcher import gated_cross_attention
 
-    tensors = (torch.from_numpy(array) for array in (query, key, value, cross_ranges, gate))
+    q, k, v, ranges, factor = (torch.from_numpy(array) for array in (query, key, value, cross_ranges, gate))
     table = BLOCKS[blocks] if blocks else None
     if table and chunk:
         table = table._replace(chunk=chunk)
-    return gated_cross_attention(*tensors, blocks=table).numpy()
+    return gated_cross_attention(q, k, v, ranges, factor, blocks=table).numpy()
 
 
 def tiles(image: Array, columns: int, rows: int, tile_size: int, dtype: str) -> Array:
-    """tile_resample; `dtype` is torch's name."""
+    """Run tile_resample; `dtype` is torch's name."""
     import torch
 
     from nvlm_trt.plugins.tile_resample.launcher import tile_resample
@@ -40,7 +41,7 @@ def tiles(image: Array, columns: int, rows: int, tile_size: int, dtype: str) -> 
 
 
 def key_rows_loaded(query: Array, key: Array, value: Array, cross_ranges: Array, gate: Array, blocks: int) -> set[int]:
-    """Which rows of `key` [1, 1, N, D] the kernel reads, by the addresses that reach the interpreter's loads."""
+    """Return the rows of `key` [1, 1, N, D] that the kernel reads, by the addresses of the interpreter's loads."""
     import types
 
     import torch
@@ -49,9 +50,9 @@ def key_rows_loaded(query: Array, key: Array, value: Array, cross_ranges: Array,
     from nvlm_trt.plugins.gated_cross_attention.blocks import BLOCKS
     from nvlm_trt.plugins.gated_cross_attention.launcher import gated_cross_attention
 
-    tensors = [torch.from_numpy(array) for array in (query, key, value, cross_ranges, gate)]
-    memory = range(tensors[1].data_ptr(), tensors[1].data_ptr() + tensors[1].nbytes)
-    row_bytes = tensors[1].stride(2) * tensors[1].element_size()
+    q, k, v, ranges, factor = (torch.from_numpy(array) for array in (query, key, value, cross_ranges, gate))
+    memory = range(k.data_ptr(), k.data_ptr() + k.nbytes)
+    row_bytes = k.stride(2) * k.element_size()
     rows: set[int] = set()
     real = interpreter._interpreter
 
@@ -61,7 +62,7 @@ def key_rows_loaded(query: Array, key: Array, value: Array, cross_ranges: Array,
 
     interpreter._interpreter = types.SimpleNamespace(load=load, store=real.store)
     try:
-        gated_cross_attention(*tensors, blocks=BLOCKS[blocks])
+        gated_cross_attention(q, k, v, ranges, factor, blocks=BLOCKS[blocks])
     finally:
         interpreter._interpreter = real
     return rows

@@ -1,8 +1,8 @@
-"""What TensorRT's builder does with a plugin, in Python, for the process that has its real bindings and no builder.
+"""Does in Python what TensorRT's builder does with a plugin, in a process that has TensorRT's bindings and no builder.
 
-Real: the decorators' checks, the plugin registry and the creator in it, format combinations, tactics, the classes of
-descriptions. Stood in for: the objects that only the builder makes, which are dimension expressions and the places it
-collects launch parameters and scalar arguments in.
+Real: the decorators' checks, the plugin registry with its creator, format combinations, tactics, the classes of
+descriptions. Stand-ins: the objects that only the builder makes, which are dimension expressions and the collectors of
+launch parameters and scalar arguments.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 
 class Dimension:
-    """trt.IDimensionExpr whose value is known; `constant` says whether it would be at build time."""
+    """trt.IDimensionExpr with a known value; `constant` says whether the value would be known at build time."""
 
     def __init__(self, value: int, constant: bool = True) -> None:
         self.value, self.constant = int(value), constant
@@ -46,7 +46,7 @@ class ExprBuilder:
 
 @dataclasses.dataclass
 class Taken:
-    """What the builder learns of one plugin node."""
+    """The facts that the builder learns about one plugin node."""
 
     output_types: list[str]
     output_shape: list[int]
@@ -58,7 +58,7 @@ class Taken:
 
 
 def take(capability: int, dtype: str, shapes: list[list[int]], dynamic: list[tuple[int, int]]) -> Taken:
-    """Register the plugin and ask it everything a build asks; `dynamic` are the (input, axis) not fixed at build."""
+    """Register the plugin and ask it everything that a build asks. `dynamic`: the (input, axis) not fixed at build."""
     import tensorrt as trt
     import tensorrt.plugin as trtp
     from tensorrt_bindings.plugin import _tensor
@@ -73,7 +73,7 @@ def take(capability: int, dtype: str, shapes: list[list[int]], dynamic: list[tup
     trt.IDimensionExpr, trt.DimsExprs = Dimension, lambda length: [None] * length
     _tensor.SymExprImpl = lambda expression: expression._expr.value
 
-    # as the ONNX parser looks it up, by the node's attributes
+    # the ONNX parser looks a plugin up in this way, by the node's attributes
     version, namespace = PLUGIN_ATTRIBUTES["plugin_version"], PLUGIN_ATTRIBUTES["plugin_namespace"]
     creator = trt.get_plugin_registry().get_creator(NAME, version, namespace)
     request = trt.QuickPluginCreationRequest.STRICT_AOT

@@ -1,4 +1,4 @@
-"""Kernels compiled for GPUs that this machine need not have, and assembled by NVIDIA's assembler."""
+"""Compiles kernels for GPUs that this machine need not have, and assembles them by NVIDIA's assembler."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nvlm_trt.plugins.gated_cross_attention.blocks import BLOCKS, candidates
 from nvlm_trt.plugins.gated_cross_attention.tensorrt_plugin import SHARED_LIMIT, compile_tactic
 
 TENSOR_CORE = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
-# What every GPU from compute capability 8.0 on lets a program have when asked (99 KB on 8.6 and 8.9).
+# Every GPU from compute capability 8.0 on grants a program this much on request (99 KB on 8.6 and 8.9).
 SHARED_LIMIT_ASKED = 99 << 10
 
 
@@ -76,7 +76,7 @@ def test_attention_in_chunks_assembles(capability: int, one_token: bool, tmp_pat
 
 
 def assert_waits_before_it_reads(ptx: str, early: bool) -> None:
-    """Started early, a kernel must not touch memory before the one in front has ended."""
+    """Assert that a kernel that starts early touches no memory before the kernel in front has ended."""
     before, wait, after = ptx.partition("griddepcontrol.wait")
     assert bool(wait) == early
     if early:
@@ -86,7 +86,7 @@ def assert_waits_before_it_reads(ptx: str, early: bool) -> None:
 
 @pytest.mark.parametrize(("dtype", "head_dim"), [("bf16", 128), ("fp16", 64)])
 def test_attention_of_prompts_on_hopper_assembles(dtype: str, head_dim: int, tmp_path: Path) -> None:
-    """Overlapped: ptxas warns of products that it had to put one after the other."""
+    """The products overlap: ptxas warns if it has to put products one after the other."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon import language as gl
@@ -123,8 +123,8 @@ def test_tile_resample_assembles(capability: int, dtype: str, tmp_path: Path) ->
         "second_spans": "*i32",
         "second_weights": "*fp16",
     }
-    scalars = ("first_sources", "second_sources", "pitch", "plane", "columns", "rows")
-    scalars = (*scalars, "tiles_vertical_first", "thumbnail_vertical_first")
+    sizes = ("first_sources", "second_sources", "pitch", "plane", "columns", "rows")
+    scalars = (*sizes, "tiles_vertical_first", "thumbnail_vertical_first")
     arguments = {"planes": "*u8", **tables, **dict.fromkeys(scalars, "i32"), "tiles": f"*{dtype}"}
     statistics = {f"{name}_{channel}": 0.5 for name in ("MEAN", "STD") for channel in "RGB"}
     constants = {**statistics, "TILE": 448, "BLOCK": BLOCK, "SOURCE": SOURCE, "ALIGN": 16}
@@ -132,11 +132,11 @@ def test_tile_resample_assembles(capability: int, dtype: str, tmp_path: Path) ->
     kernel = compile_kernel(tile_resample_kernel, arguments, constants, capability, options)
     assert entry_parameters(kernel.ptx) == "pppppiiiiiiiip"
     assert kernel.shared_bytes <= SHARED_LIMIT
-    # 2 warps spill what 4 would not, and were faster on an H200 all the same
+    # 2 warps spill registers that 4 warps would not, and were still faster on an H200
     assert assemble(kernel.ptx, TARGETS[capability], tmp_path) <= 1536
 
-    scalars = ("width", "words", "pitch", "plane")
-    arguments = {"image": "*u8", **dict.fromkeys(scalars, "i32"), "planes": "*u8"}
+    integers = dict.fromkeys(("width", "words", "pitch", "plane"), "i32")
+    arguments = {"image": "*u8", **integers, "planes": "*u8"}
     kernel = compile_kernel(planes_kernel, arguments, {"QUADS": 256}, capability, {"num_warps": 4})
     assert assemble(kernel.ptx, TARGETS[capability], tmp_path) == 0
 

@@ -1,4 +1,4 @@
-"""nvlm::GatedCrossAttention, as ONNX Runtime inlines it, against numpy written from its definition."""
+"""Compares nvlm::GatedCrossAttention, inlined by ONNX Runtime, with its definition in numpy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HEADS, KV_HEADS, HEAD_DIM, TOKENS = 6, 2, 32, 3 * KEY_BLOCK
 def expected_output(
     query: np.ndarray, key: np.ndarray, value: np.ndarray, cross_ranges: np.ndarray, gate: np.ndarray
 ) -> np.ndarray:
-    """One softmax at a time, in float64."""
+    """Compute one softmax at a time, in float64."""
     output = np.zeros(query.shape)
     batch, heads, tokens, head_dim = query.shape
     for b, h, s in np.ndindex(batch, heads, tokens):

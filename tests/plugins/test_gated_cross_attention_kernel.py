@@ -1,6 +1,6 @@
-"""The Triton kernel of nvlm::GatedCrossAttention in Triton's interpreter, against the reference model's attention.
+"""Compares the Triton kernel of nvlm::GatedCrossAttention, in Triton's interpreter, with the reference model.
 
-The interpreter's bf16 products are wrong, so fp32 and fp16 only."""
+Only fp32 and fp16: the interpreter's products in bf16 are wrong."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def random_inputs(
 
 
 def random_ranges(batch: int, tokens: int, cross_tokens: int, seed: int = 0) -> np.ndarray:
-    """Of every length, a third of them empty."""
+    """Make ranges [B, S, 2] of every length, a third of them empty."""
     rng = np.random.default_rng(seed)
     ends = np.sort(rng.integers(0, cross_tokens + 1, (batch, tokens, 2)), axis=-1)
     ends[rng.random((batch, tokens)) < 1 / 3] = 0
@@ -62,7 +62,7 @@ def random_ranges(batch: int, tokens: int, cross_tokens: int, seed: int = 0) -> 
 
 @torch.no_grad()
 def oracle(inputs: Inputs) -> np.ndarray:
-    """The reference model's attention with identities for projections, in float64: [B, H, S, D]."""
+    """Run the reference model's attention with identities for projections, in float64: [B, H, S, D]."""
     heads, head_dim = inputs.query.shape[1], inputs.query.shape[3]
     llm = LlmConfig("llama", heads * head_dim, 1, heads, inputs.key.shape[1], 1, 1, 1e4, head_dim=head_dim)
     attention = CrossAttention(llm, CrossAttentionConfig(interval=1)).double()
@@ -121,7 +121,7 @@ def test_equals_reference(
     ("blocks", "dtype"), [(n, dtype) for dtype, size in (("float32", 4), ("float16", 2)) for n in candidates(size)]
 )
 def test_every_block_size(interpreter: ProcessPoolExecutor, blocks: int, dtype: str) -> None:
-    """As a prompt has it: text, tags that read their tile, text that reads all; several blocks of rows and of keys."""
+    """A prompt: text, tags that read their tile, text that reads all; several blocks of rows and of keys."""
     ranges = [[(0, 0)] * 2 + [(40, 80)] * 5 + [(80, 120)] * 5 + [(200, 299)] + [(0, 300)] * 8]
     check(interpreter, random_inputs(ranges, 8, 2, 64, 301, dtype), blocks)
 
@@ -129,13 +129,13 @@ def test_every_block_size(interpreter: ProcessPoolExecutor, blocks: int, dtype: 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("cross_tokens", [64, 65, 130, 300])
 def test_keys_in_chunks(interpreter: ProcessPoolExecutor, cross_tokens: int, dtype: str) -> None:
-    """Ranges in a chunk, over several, up to a chunk's end, and none; rows without a key in a chunk of others."""
+    """Ranges in one chunk, over several chunks, up to a chunk's end, and empty; chunks without a key of some rows."""
     ranges = [[(0, 64), (64, 128), (60, cross_tokens)], [(0, cross_tokens), (0, 0), (cross_tokens - 1, cross_tokens)]]
     check(interpreter, random_inputs(ranges, 6, 2, 64, cross_tokens, dtype), blocks=1, chunk=64)
 
 
 def test_long_caches_are_read_in_chunks_when_decoding(interpreter: ProcessPoolExecutor) -> None:
-    """As the table chooses: 16 rows and more keys than a chunk has."""
+    """The table's own choice: 16 rows, and more keys than a chunk has."""
     chunk = BLOCKS[2].chunk
     assert chunk is not None
     tokens = 2 * chunk + 40
@@ -145,7 +145,7 @@ def test_long_caches_are_read_in_chunks_when_decoding(interpreter: ProcessPoolEx
 @settings(max_examples=30)
 @given(data=st.data())
 def test_equals_reference_on_any_ranges(interpreter: ProcessPoolExecutor, data: st.DataObject) -> None:
-    """Ends before starts, beyond the last key and before the first included: ranges are clipped."""
+    """Also ends before starts, beyond the last key and before the first: the kernel clips ranges."""
     cross_tokens = data.draw(st.integers(1, 90))
     batch, tokens = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 6))
     ends = st.integers(-3, cross_tokens + 3)
@@ -159,7 +159,7 @@ def test_equals_reference_on_any_ranges(interpreter: ProcessPoolExecutor, data: 
 
 
 def test_equals_onnx_function(interpreter: ProcessPoolExecutor) -> None:
-    """What ONNX Runtime makes of the same node."""
+    """ONNX Runtime computes the same for the same node."""
     graph = ir.Graph([], [], nodes=[], opset_imports={"": 24, "nvlm": 1}, name="attention")
     builder = GraphBuilder(graph)
     inputs = random_inputs(random_ranges(2, 5, 90), cross_tokens=90)
@@ -178,7 +178,7 @@ def test_equals_onnx_function(interpreter: ProcessPoolExecutor) -> None:
 
 @pytest.mark.parametrize("blocks", BLOCKS)
 def test_loads_no_key_outside_the_ranges(interpreter: ProcessPoolExecutor, blocks: int) -> None:
-    """By address: the rows from the lowest start to the highest end, and no other."""
+    """The loads' addresses are those of the rows from the lowest start to the highest end."""
     inputs = random_inputs([[(0, 0), (150, 160), (155, 290), (7, 3)]], 2, 1, cross_tokens=400, dtype="float16")
     rows = interpreter.submit(interpreted.key_rows_loaded, *inputs, blocks).result()
     assert rows == set(range(150, 290))
@@ -192,7 +192,7 @@ def test_empty_ranges_give_exact_zero_whatever_the_cache_holds(interpreter: Proc
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_what_lies_outside_the_ranges_changes_no_bit(interpreter: ProcessPoolExecutor, dtype: str) -> None:
+def test_keys_outside_the_ranges_change_no_bit(interpreter: ProcessPoolExecutor, dtype: str) -> None:
     inputs = random_inputs([[(0, 0), (35, 50), (40, 77)]], dtype=dtype)
     output = interpreter.submit(interpreted.attention, *inputs).result()
     for array in (inputs.key, inputs.value):
@@ -211,7 +211,7 @@ def test_a_nan_that_is_read_shows(interpreter: ProcessPoolExecutor) -> None:
 
 @pytest.mark.parametrize("blocks", [1, 4])
 def test_bits_do_not_depend_on_neighbours(interpreter: ProcessPoolExecutor, blocks: int) -> None:
-    """Neither on other sequences nor on the tokens beside it, whatever they read."""
+    """The bits of a token depend neither on other sequences nor on other tokens, whatever these read."""
     ranges = random_ranges(3, 9, 200, seed=3)
     inputs = random_inputs(ranges, cross_tokens=200, dtype="float16" if blocks > 1 else "float32")
     together = interpreter.submit(interpreted.attention, *inputs, blocks).result()
@@ -229,7 +229,7 @@ def test_bits_do_not_depend_on_neighbours(interpreter: ProcessPoolExecutor, bloc
 
 @pytest.mark.parametrize("gate", [0.0, 1e-30, -1e-6, 1e-3, 0.0999, 0.1001, -0.5, 3.0, -9.0, 100.0])
 def test_gate(interpreter: ProcessPoolExecutor, gate: float) -> None:
-    """A token that reads one key gets tanh(gate) * value: to 7 digits, small gates included."""
+    """A token that reads one key gets tanh(gate) * value, to 7 digits, also for small gates."""
     inputs = random_inputs([[(5, 6)]], gate=gate)
     output = interpreter.submit(interpreted.attention, *inputs).result()
     expected = np.tanh(inputs.gate.astype(np.float64)) * np.repeat(inputs.value[:, :, 5:6], 2, axis=1)
@@ -265,5 +265,6 @@ def test_refuses_what_does_not_fit(change: dict[str, np.ndarray], message: str) 
     from nvlm_trt.plugins.gated_cross_attention.launcher import gated_cross_attention as launch
 
     inputs = random_inputs([[(0, 3)]])._replace(**change)
+    query, key, value, ranges, gate = map(torch.from_numpy, inputs)
     with pytest.raises(ValueError, match=message):
-        launch(*map(torch.from_numpy, inputs))
+        launch(query, key, value, ranges, gate)

@@ -1,4 +1,4 @@
-"""Which tensors the kernel for prompts on Hopper takes; the kernel itself is checked by lab/gpu_check.sh."""
+"""The tensors that the kernel for prompts on Hopper takes. lab/gpu_check.sh checks the kernel itself."""
 
 from __future__ import annotations
 

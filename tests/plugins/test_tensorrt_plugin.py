@@ -1,4 +1,4 @@
-"""The TensorRT plugin through TensorRT's real Python API, as a build would drive it."""
+"""Drives the TensorRT plugin through TensorRT's real Python API, as a build does."""
 
 from __future__ import annotations
 

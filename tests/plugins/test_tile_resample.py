@@ -1,4 +1,4 @@
-"""The Triton kernel of tile_resample in Triton's interpreter, against the product's tiling with Pillow."""
+"""Compares the Triton kernel of tile_resample, in Triton's interpreter, with the product's tiling by Pillow."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from nvlm_trt.image.tiling import choose_grid, tile_image, tile_pixels
 from nvlm_trt.plugins.tile_resample.coefficients import is_vertical_first, resize_plan
 
 pillow_13 = pytest.mark.skipif(
-    int(PIL.__version__.split(".")[0]) < 13, reason="Pillow 12 and older resize every picture horizontally first"
+    int(PIL.__version__.split(".")[0]) < 13, reason="Pillow 12 and older resize every image horizontally first"
 )
 
 
 def noise(width: int, height: int, seed: int = 0) -> np.ndarray:
-    """Black and white in every channel: bicubic overshoots most, and rounding between the passes shows most."""
+    """Make black and white noise in every channel, where bicubic overshoots and rounding between passes show most."""
     return np.random.default_rng(seed).integers(0, 2, (height, width, 3), np.uint8) * np.uint8(255)
 
 
 def photograph(width: int, height: int) -> np.ndarray:
-    """Slopes, an edge and some noise."""
+    """Make slopes, an edge and some noise."""
     y, x = np.mgrid[:height, :width]
     levels = 128 + 90 * np.sin(x / 17) * np.cos(y / 23) + 30 * (x + y > (width + height) / 2)
     shades = levels[..., None] * (1.0, 0.8, 0.6) + np.random.default_rng(0).normal(0, 6, (height, width, 3))
@@ -35,7 +35,7 @@ def photograph(width: int, height: int) -> np.ndarray:
 
 
 def check(interpreter: ProcessPoolExecutor, image: np.ndarray, tile_size: int, max_tiles: int) -> None:
-    """The same 8-bit levels, and the same normalised values but for fp32 rounding."""
+    """Assert equal 8-bit levels, and normalised values that are equal but for fp32 rounding."""
     height, width = image.shape[:2]
     expected = tile_image(Image.fromarray(image), tile_size, max_tiles)
     columns, rows = choose_grid(width, height, tile_size, max_tiles)
@@ -105,7 +105,7 @@ def test_dtypes(interpreter: ProcessPoolExecutor, dtype: str) -> None:
 
 @pillow_13
 def test_tables_give_pillows_pixels_at_full_size() -> None:
-    """The tables alone, in whole numbers, at the sizes that the interpreter is too slow for."""
+    """The tables alone, in whole numbers, at sizes for which the interpreter is too slow."""
     for (width, height), (to_width, to_height) in (
         ((3840, 2160), (1344, 896)),
         ((3840, 2160), (448, 448)),
@@ -126,7 +126,7 @@ def test_tables_give_pillows_pixels_at_full_size() -> None:
 
 
 def apply_pass(bounds: np.ndarray, weights: np.ndarray, levels: np.ndarray) -> np.ndarray:
-    """[n, source] -> [n, entries], in whole numbers."""
+    """Resize [n, source] to [n, entries] in whole numbers."""
     columns = [
         levels[:, begin:end].astype(np.int64) @ weight[: end - begin]
         for (begin, end), weight in zip(bounds, weights.astype(np.int64) @ (4096, 1), strict=True)
@@ -145,7 +145,7 @@ def test_order_of_the_passes_is_pillows(width: int, height: int, to_width: int, 
 
 
 def test_sums_of_low_weights_are_exact_in_fp32() -> None:
-    """Down to a 16th of the size, whatever the pixels: no partial sum reaches 2**24."""
+    """Down to a 16th of the size, no partial sum reaches 2**24, for any pixels."""
     for source in [*range(56, 56 * 16 + 1, 7), 448 * 2, 448 * 5, 448 * 9 + 1, 448 * 16 - 1]:
         weights = resize_plan(source, source, 1, 1, 448 if source > 56 * 16 else 56).first_pass.weights
         low = weights[:, :, 1].astype(np.int64)

@@ -12,6 +12,8 @@ from nvlm_trt.backends.onnxruntime.observing import observe
 from nvlm_trt.builders.engine_build import BuildJob, write_engine
 from nvlm_trt.builders.graphs.cross_kv import cross_kv_graph
 from nvlm_trt.builders.graphs.decoder import decoder_graph
+from nvlm_trt.builders.graphs.self_attention import GroupQueryAttention
+from nvlm_trt.builders.graphs.vision_attention import multi_head_vision_attention
 from nvlm_trt.builders.graphs.vision_encoder import vision_encoder_graph
 from nvlm_trt.builders.model_file import save_model
 from nvlm_trt.builders.quantization.calibration import Calibration
@@ -51,7 +53,7 @@ def write_graphs(source: EngineSource, progress: Progress, directory: Path, reci
     config, linear = source.config, recipe.weight_format
     with Checkpoint.open(source.checkpoint_dir) as checkpoint:
         weights = MigratedWeights(checkpoint, recipe.factors)
-        graphs = {"vision_encoder": vision_encoder_graph(config, weights, linear, attention="mha")}
+        graphs = {"vision_encoder": vision_encoder_graph(config, weights, linear, multi_head_vision_attention)}
         if config.cross_layers:
             graphs["cross_kv"] = cross_kv_graph(config, weights, source.tag_embeddings(checkpoint), linear)
         graphs["decoder"] = decoder_graph(
@@ -59,7 +61,7 @@ def write_graphs(source: EngineSource, progress: Progress, directory: Path, reci
             weights,
             source.limits,
             linear,
-            attention="gqa",
+            GroupQueryAttention,
             skip_unused_blocks=recipe.skip_unused_blocks,
         )
         checkpoint.finish()

@@ -19,6 +19,8 @@ from nvlm_trt.backends.tensorrt.target import Target, find_target
 from nvlm_trt.builders.engine_build import BuildJob
 from nvlm_trt.builders.graphs.cross_kv import cross_kv_graph
 from nvlm_trt.builders.graphs.decoder import decoder_graph
+from nvlm_trt.builders.graphs.self_attention import TensorRtAttention
+from nvlm_trt.builders.graphs.vision_attention import tensorrt_vision_attention
 from nvlm_trt.builders.graphs.vision_encoder import vision_encoder_graph
 from nvlm_trt.builders.model_file import save_model
 from nvlm_trt.builders.quantization.calibration import Calibration
@@ -108,10 +110,10 @@ def write_graphs(
     config, dtype, linear = source.config, DTYPES[dtype_name], recipe.weight_format
     with Checkpoint.open(source.checkpoint_dir) as checkpoint:
         weights = MigratedWeights(checkpoint, recipe.factors)
-        graphs = {"vision_encoder": vision_encoder_graph(config, weights, linear, "tensorrt", dtype)}
+        graphs = {"vision_encoder": vision_encoder_graph(config, weights, linear, tensorrt_vision_attention, dtype)}
         if config.cross_layers:
             graphs["cross_kv"] = cross_kv_graph(config, weights, source.tag_embeddings(checkpoint), linear, dtype)
-        graphs["decoder"] = decoder_graph(config, weights, source.limits, linear, "tensorrt", dtype=dtype)
+        graphs["decoder"] = decoder_graph(config, weights, source.limits, linear, TensorRtAttention, dtype=dtype)
         checkpoint.finish()
         for stage, model in graphs.items():
             save_model(model, directory / f"{stage}.onnx", progress)

@@ -1,7 +1,8 @@
-"""Refuses ONNX graphs that TensorRT's parser would take for something else, or that its engines cannot run as we do.
+"""Refuses ONNX graphs that TensorRT's parser would misread, or whose engines could not run as this backend runs them.
 
-The parser builds what it understands and drops the rest: it never looks at nonpad_kv_seqlen, takes is_causal as aligned
-to the upper left corner, and inlines a plugin's node where it does not look for plugins (onnx-tensorrt 10.14 to 11.1).
+The parser builds the parts of a graph that it knows and silently drops the rest: it never reads nonpad_kv_seqlen. It
+aligns is_causal to the upper left corner, and inlines a plugin's node wherever it does not look for plugins
+(onnx-tensorrt 10.14 to 11.1).
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ from nvlm_trt.builders.graphs.tensorrt_functions import ATTENTION, CACHE_UPDATE
 from nvlm_trt.errors import EngineError
 from nvlm_trt.plugins.gated_cross_attention.onnx_function import NAME, PLUGIN_ATTRIBUTES
 
-_BUILT_IN = (ATTENTION, CACHE_UPDATE)  # taken by name before functions are looked at: their bodies are not built
+_BUILT_IN = (ATTENTION, CACHE_UPDATE)  # the parser takes these names before it looks at functions, and builds no body
 _PLUGINS = (NAME,)
-_FORBIDDEN_NAMESPACES = ("", "trt", "tensorrt", "std")  # of tensorrt.plugin
+_FORBIDDEN_NAMESPACES = ("", "trt", "tensorrt", "std")  # tensorrt.plugin refuses these
 _DATA_DEPENDENT = ("NonZero", "Unique", "NonMaxSuppression", "Compress")
 _STANDARD_DOMAINS = ("", "ai.onnx")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong with one node and what to write instead."""
+    """The problem of one node, and what to write instead."""
 
     node: str
     problem: str
@@ -38,7 +39,7 @@ class Finding:
 
 
 def check_graph(path: Path) -> None:
-    """Raises EngineError with the first finding of the ONNX file `path`, whose weights are not read."""
+    """Raise EngineError with the first finding in the ONNX file `path`. Does not read the weights."""
     findings = lint(onnx.load(path, load_external_data=False), path.parent)
     if findings:
         more = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
@@ -46,16 +47,16 @@ def check_graph(path: Path) -> None:
 
 
 def lint(model: ModelProto, directory: Path | str = "") -> list[Finding]:
-    """Every finding, in the order of the nodes; branches of control flow and functions that TensorRT inlines included.
+    """Return every finding in the order of the nodes, also in branches and in functions that TensorRT inlines.
 
-    `directory` of the model's external data, of which zero points are read."""
+    `directory` holds the model's external data, from which zero points are read."""
     functions = {(f.domain, f.name): f for f in model.functions if f.name not in (*_BUILT_IN, *_PLUGINS)}
     inferred = onnx.shape_inference.infer_shapes(model)
     return list(_Scope(inferred.graph, functions, str(directory)).findings())
 
 
 class _Scope:
-    """The nodes of one graph, branch or function body, and what its names stand for."""
+    """The nodes of one graph, branch or function body, and the values that its names stand for."""
 
     def __init__(
         self,
@@ -100,7 +101,7 @@ class _Scope:
     def problems(
         self, node: NodeProto, attributes: Mapping[str, object], inputs: Sequence[str]
     ) -> Iterator[tuple[str, str]]:
-        """(problem, remedy) of one node."""
+        """Yield (problem, remedy) of one node."""
         kind = node.op_type
         if kind in _PLUGINS or "plugin_namespace" in attributes:
             yield from self._plugin(kind, attributes)
@@ -203,7 +204,7 @@ class _Scope:
             yield "the zero point is not zero: asymmetric quantisation is not built", "quantise symmetrically"
 
     def _operand(self, name: str) -> Iterator[tuple[str, str]]:
-        """A MatMul's input: DequantizeLinear has to come directly before."""
+        """Check an input of a MatMul: DequantizeLinear has to be directly in front."""
         producer = self.producers.get(name)
         factors = producer.input if producer is not None and producer.op_type == "Mul" else [name]
         for factor in factors:

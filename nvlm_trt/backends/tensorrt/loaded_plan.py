@@ -1,6 +1,6 @@
-"""One plan of a TensorRT engine: execution contexts that share their working memory, and recorded CUDA graphs.
+"""Loads and runs one plan of a TensorRT engine: execution contexts with shared working memory, recorded CUDA graphs.
 
-Tensors are torch's and live on the GPU; TensorRT is given their addresses.
+Tensors are torch's, on the GPU. TensorRT gets the addresses of the tensors.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class LoadedPlan:
     """A deserialised plan. Not thread-safe, but several stages may run on threads of their own."""
 
     def __init__(self, plan: Path, device: str, weights: Path | None = None, weight_streaming: bool = False) -> None:
-        """`weights` is the ONNX file that a stripped plan is refitted from.
+        """Load `plan`. A stripped plan is refitted from `weights`, an ONNX file.
 
         Raises EngineError if TensorRT cannot load the plan or memory does not suffice."""
         self._trt, self._torch = import_tensorrt(), import_torch()
@@ -40,11 +40,11 @@ class LoadedPlan:
 
     @property
     def stream(self) -> Any:
-        """What runs and copies of this stage's tensors are queued on."""
+        """Return the CUDA stream on which runs, and copies of this stage's tensors, are queued."""
         return self._stream
 
     def aliased(self) -> dict[str, str]:
-        """Output -> the input whose memory it has to have."""
+        """Return output -> the input whose memory the output has to share."""
         names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
         outputs = [name for name in names if self.engine.get_tensor_mode(name) == self._trt.TensorIOMode.OUTPUT]
         pairs = {name: self.engine.get_aliased_input_tensor(name) for name in outputs}
@@ -57,28 +57,29 @@ class LoadedPlan:
         self._execute(context)
 
     def output_shape(self, profile: int, inputs: Tensors, output: str) -> tuple[int, ...]:
-        """The shape that `output` will have for these inputs."""
+        """Return the shape of `output` for these inputs."""
         context = self._context_of(profile)
         self._bind(context, inputs)
         return tuple(context.get_tensor_shape(output))
 
     def record(self, profile: int, tensors: Tensors) -> Any:
-        """A CUDA graph of one run on these very tensors, to `replay()` on the stage's stream.
+        """Record a CUDA graph of one run on exactly these tensors, to `replay()` on the stage's stream.
 
-        Runs once before recording, as TensorRT asks for."""
-        # one context for each graph: a context that is given other shapes invalidates what it has recorded
+        Runs once before recording, as TensorRT requires."""
+        # one context per graph: other shapes in a context invalidate the graphs recorded from the context
         context = self._context(profile)
         self._bind(context, tensors)
         self._execute(context)
         self._stream.synchronize()
         graph = self._torch.cuda.CUDAGraph()
-        # another thread may allocate meanwhile
+        # "thread_local", because another thread may allocate during the recording
         with self._torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             self._execute(context)
         self._recorded.append(context)
         return graph
 
     def close(self) -> None:
+        """Free the plan, its contexts and its recorded graphs."""
         self._contexts.clear()
         self._recorded.clear()
         self.engine = None
@@ -86,7 +87,7 @@ class LoadedPlan:
     # --- loading -----------------------------------------------------------------------------------------------------
 
     def _load(self, plan: Path) -> Any:
-        self._runtime = self._trt.Runtime(self._logger)  # has to outlive its engine
+        self._runtime = self._trt.Runtime(self._logger)  # has to outlive the engine
         with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             engine = self._runtime.deserialize_cuda_engine(data)
         if engine is None:
@@ -118,7 +119,7 @@ class LoadedPlan:
             raise DeviceMemoryError(
                 f"no GPU memory for running {self._plan}; free the GPU, or rebuild with smaller limits"
             )
-        # runs of one stage follow each other on one stream, so they share their working memory
+        # the runs of one stage follow each other on one stream, so all contexts share one working memory
         context.set_device_memory(self._workspace.data_ptr(), self._workspace.numel())
         if not context.set_optimization_profile_async(profile, self._stream.cuda_stream):
             raise EngineError(f"{self._plan} has no optimisation profile {profile}; rebuild it with `nvlm-trt build`")

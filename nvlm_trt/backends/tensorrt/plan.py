@@ -1,4 +1,4 @@
-"""One ONNX graph -> one TensorRT plan, streamed to disk, with Polygraphy's network, profiles and configuration."""
+"""Builds one TensorRT plan from one ONNX graph by Polygraphy, and streams the plan to disk."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from nvlm_trt.planner.memory import StageMemory
 
 @dataclass(frozen=True)
 class PlanOptions:
-    strip_weights: bool = False  # the plan is refitted from the ONNX file when it is loaded
+    """The options of a build. Raises EngineError for options that exclude each other."""
+
+    strip_weights: bool = False  # loading refits the plan from the ONNX file
     weight_streaming: bool = False  # weights that do not fit stay in host memory
 
     def __post_init__(self) -> None:
@@ -35,11 +37,11 @@ def build_plan(
     timing_cache: Path | None,
     expected: StageMemory,
 ) -> None:
-    """Build `graph` into the file `plan`. Plugins are registered before.
+    """Build `graph` into the file `plan`. The caller has registered plugins.
 
-    `timing_cache` is read if it exists, and replaced: it belongs to one GPU, TensorRT and version of the plugin.
-    `expected` is what to say if memory does not suffice.
-    Raises EngineError if the linter or TensorRT refuses the graph, or memory does not suffice."""
+    `timing_cache`: a file of one GPU, TensorRT and plugin version; the build reads it, if it exists, and replaces it.
+    `expected`: the memory that an error about too little memory names.
+    Raises EngineError if the linter or TensorRT refuses the graph, or if memory does not suffice."""
     trt = import_tensorrt()
     check_graph(graph)
     try:
@@ -50,7 +52,7 @@ def build_plan(
     except ImportError:
         raise EngineError("building for TensorRT needs polygraphy; `pip install polygraphy`") from None
 
-    with G_LOGGER.verbosity(G_LOGGER.CRITICAL):  # what matters is in our own errors
+    with G_LOGGER.verbosity(G_LOGGER.CRITICAL):  # our own errors say all that matters
         try:
             trt.init_libnvinfer_plugins(get_trt_logger(), "")
             builder, network = CreateNetwork(strongly_typed=True)()
@@ -87,7 +89,9 @@ def _parse(parser: Any, graph: Path) -> None:
 
 
 def _check_plugins(network: Any, graph: Path, trt: Any) -> None:
-    """A plugin that the parser does not find is inlined from its function: right results, slowly, and silently."""
+    """Raise EngineError if the parser took fewer plugins than the graph has.
+
+    The parser inlines the function of a plugin that it does not find: right results, slowly, without a warning."""
     nodes = onnx.load(graph, load_external_data=False).graph.node
     wanted = sum(any(attribute.name == "plugin_namespace" for attribute in node.attribute) for node in nodes)
     layers = (network.get_layer(i) for i in range(network.num_layers))
@@ -107,7 +111,7 @@ def _fill(target: Any, profile: Profile) -> Any:
 
 def _stream_writer(trt: Any, file: Any) -> Any:
     class StreamWriter(trt.IStreamWriter):
-        """A plan is written while it is made: it need not fit into memory a second time."""
+        """Writes a plan while TensorRT makes it, so that memory does not hold the plan twice."""
 
         def write(self, data: bytes) -> int:
             return int(file.write(data))
@@ -117,7 +121,7 @@ def _stream_writer(trt: Any, file: Any) -> Any:
 
 def _error_recorder(trt: Any) -> Any:
     class ErrorRecorder(trt.IErrorRecorder):
-        """Keeps what TensorRT would only log."""
+        """Keeps the errors that TensorRT would only log."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -146,12 +150,12 @@ def _error_recorder(trt: Any) -> Any:
 
 
 def _explain(expected: StageMemory, recorder: Any, trt: Any) -> str:
-    """What to say after `could not be built`: memory against what was expected, or TensorRT's first error."""
+    """Return the end of the message `could not be built`: the expected memory, or TensorRT's first error."""
     out_of_memory = (trt.ErrorCodeTRT.FAILED_ALLOCATION,)
     if any(code in out_of_memory or "out of memory" in text.lower() for code, text in recorder.errors):
         return (
-            f": out of memory. It was expected to take {expected} on the GPU, and kernels are tried beside that; free "
-            "the GPU, choose smaller --max-slots or --max-seq-len, or try --weight-streaming"
+            f": out of memory. The plan was expected to take {expected} on the GPU, and trying kernels takes more; "
+            "free the GPU, choose smaller --max-slots or --max-seq-len, or try --weight-streaming"
         )
     return f": {_one_line(recorder.errors[0][1])}" if recorder.errors else "; run it with --debug for TensorRT's log"
 

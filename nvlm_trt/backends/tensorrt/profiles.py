@@ -1,4 +1,4 @@
-"""The optimisation profiles of an engine's plans: which shapes TensorRT has to accept, and which it tunes for."""
+"""The optimisation profiles of an engine's plans: the shapes that TensorRT accepts, and those that it tunes for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nvlm_trt.model.config import NvlmConfig
 from nvlm_trt.plugins.gated_cross_attention import cache_length
 from nvlm_trt.prompt.image_tokens import split_tiles
 
-# input -> smallest, usual and largest shape
+# input -> [smallest, usual, largest] shape
 Profile = dict[str, list[list[int]]]
 
 
@@ -32,19 +32,19 @@ def profiles_of(
     }
     if config.cross_layers:
         _, in_cross = split_tiles(config.architecture, tiles)
-        most = max(len(range(tiles)[in_cross]), 1)  # NVLM-H has no tag for the thumbnail, and of one tile crosses none
+        most = max(len(range(tiles)[in_cross]), 1)  # NVLM-H cross-attends to no thumbnail, nor to a single tile
         profiles["cross_kv"] = [{"image_tokens": _range((1, most), tokens)}]
     return profiles
 
 
 def _range(tiles: tuple[int, int], rest: Sequence[int]) -> list[list[int]]:
-    """From the fewest to the most tiles, tuned for the most."""
+    """Return the shapes of an input of `tiles` (fewest, most), tuned for the most."""
     fewest, most = tiles
     return [[count, *rest] for count in (fewest, most, most)]
 
 
 def _decoder(config: NvlmConfig, limits: EngineLimits, batches: Sequence[int], tokens: Sequence[int]) -> Profile:
-    """`batches` and `tokens` are smallest, usual and largest. The caches' lengths are fixed."""
+    """Return a decoder profile for `batches` and `tokens` (smallest, usual, largest). The caches' lengths are fixed."""
     llm = config.llm
     cross_tokens = cache_length(limits.max_image_tokens)
     profile: Profile = {

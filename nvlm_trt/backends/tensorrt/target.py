@@ -1,6 +1,6 @@
-"""Which TensorRT and which GPU this machine has, and what to say where one of them is missing or another one is needed.
+"""Finds this machine's TensorRT and GPU, and says what to do if one is missing or an engine needs another one.
 
-A plan runs on the TensorRT version and the compute capability that it was built with, so both are in the manifest.
+A plan runs only on the TensorRT version and the compute capability that it was built for, so the manifest has both.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from nvlm_trt.engine import Engine
 from nvlm_trt.errors import EngineError
 
 OLDEST = (11, 0)  # brought TRT_Attention and TRT_KVCacheUpdate
-# TensorRT in NVIDIA's tritonserver containers, by major and minor version.
+# NVIDIA's tritonserver container by the major and minor version of its TensorRT.
 _CONTAINERS = {"10.16": "26.05", "11.0": "26.06", "11.1": "26.07", "11.2": "26.08"}
 _MEANWHILE = "`--backend onnxruntime` serves on the CPU meanwhile"
 
 
 @dataclass(frozen=True)
 class Target:
-    """What plans are built for."""
+    """The TensorRT and the GPU that plans are built for."""
 
     tensorrt: str
     capability: int  # 90 for 9.0
@@ -29,12 +29,12 @@ class Target:
 
     @property
     def container(self) -> str:
-        """The container that holds this TensorRT."""
+        """Return the container that has this TensorRT."""
         return container_with(self.tensorrt)
 
 
 def import_tensorrt() -> Any:
-    """The module. Raises EngineError, saying how to get it, where it is missing or too old."""
+    """Import tensorrt. Raises EngineError, saying how to get TensorRT, if it is missing or too old."""
     install = (
         f"run in {container_with('11.1')}, or on a GPU machine "
         "`pip install --extra-index-url https://pypi.nvidia.com tensorrt-cu13 polygraphy triton torch`"
@@ -50,7 +50,7 @@ def import_tensorrt() -> Any:
 
 
 def import_torch() -> Any:
-    """torch with a GPU. Raises EngineError without."""
+    """Import torch. Raises EngineError without torch or without a GPU."""
     try:
         import torch
     except ImportError:
@@ -63,14 +63,15 @@ def import_torch() -> Any:
 
 
 def find_target(device: str = "cuda") -> Target:
-    """The TensorRT and the GPU of this machine. Raises EngineError if there is none."""
+    """Find the TensorRT and the GPU of this machine. Raises EngineError if one is missing."""
     tensorrt, torch = import_tensorrt(), import_torch()
     major, minor = torch.cuda.get_device_capability(device)
     return Target(tensorrt.__version__, 10 * major + minor, torch.cuda.get_device_name(device))
 
 
 def container_with(version: str) -> str:
-    """NVIDIA's container with TensorRT `version`, as far as known; the one that this process runs in, if it says so."""
+    """Return NVIDIA's container with TensorRT `version`: for an unknown version, the container of this process, if the
+    environment names it."""
     short = ".".join(version.split(".")[:2])
     release = os.environ.get("NVIDIA_TRITON_SERVER_VERSION") if short not in _CONTAINERS else None
     release = release or _CONTAINERS.get(short)

@@ -1,7 +1,7 @@
-"""The partition that attends: while a block's scores are multiplied, so are the values of the block before.
+"""The partition that attends: multiplies the scores of a block and the values of the block before at the same time.
 
-What a row adds up depends on nothing beside it. Blocks outside the tile's lowest start and highest end are not
-attended to, and those that a row does not see leave its sums as they are, bit for bit."""
+The sums of a row do not depend on other rows. The partition skips blocks outside the tile's lowest start and highest
+end, and a block that a row does not see leaves the row's sums unchanged, bit for bit."""
 
 # ruff: noqa: N803, N806, compile-time arguments are in capitals, as in all Triton code
 from __future__ import annotations
@@ -26,9 +26,9 @@ def attend(
     sizes,
     HEADS: gl.constexpr,
     KV_HEADS: gl.constexpr,
-    SECOND: gl.constexpr,  # which 64 rows of a tile
+    SECOND: gl.constexpr,  # 0 or 1: the first or the last 64 rows of a tile
 ):
-    """One warpgroup: attend with its rows of every tile of this program."""
+    """Attend with one warpgroup's 64 rows of every tile of this program."""
     query, cross_ranges, gate, output = tensors
     keys, values, keys_full, keys_empty, values_full, values_empty = blocks
     _tokens, _cross_tokens, _key_heads, tiles = sizes
@@ -55,7 +55,7 @@ def attend(
         take_turn(SECOND)
         scores = multiply_keys(q, keys.index(stage), score_layout)
         pass_turn(SECOND)
-        # while these are multiplied: the next tile's queries, and what this one sees
+        # during these products: fetch the next tile's queries, and find what this tile sees
         next_at, in_next = rows_at(tile + gl.num_programs(0), sizes, HEADS, KV_HEADS, HEAD_DIM, SECOND, layout)
         async_copy.async_copy_global_to_shared(queries.index((parity ^ 1) * 2 + SECOND), query + next_at, mask=in_next)
         async_copy.commit_group()
@@ -76,7 +76,7 @@ def attend(
         state = (row_max, sums, gl.zeros([64, HEAD_DIM], gl.float32, total_layout), weights, decay)
 
         tile_end = n + count
-        block = first - n * KEYS  # of n = 0
+        block = first - n * KEYS  # the key at which block n = 0 would begin
         state = attend_blocks(q, blocks, start, end, block, n + 1, n + uncut, tile_end, state, SECOND, True)
         state = attend_blocks(q, blocks, start, end, block, n + uncut, n + uncut_end, tile_end, state, SECOND, False)
         state = attend_blocks(q, blocks, start, end, block, n + uncut_end, tile_end, tile_end, state, SECOND, True)
@@ -89,13 +89,13 @@ def attend(
         factor = gl.convert_layout(gl.where(start < end, factor, 0.0), gl.SliceLayout(1, total_layout))[:, None]
         total = warpgroup_mma_wait(0, deps=(total,))
         mbarrier.arrive(values_empty.index(stage), count=1)
-        # what empty ranges have summed up may be NaN
+        # the sums of empty ranges may be NaN
         q.store(gl.where(factor == 0.0, 0.0, total * factor).to(q.dtype))
         at, inside = rows_at(tile, sizes, HEADS, KV_HEADS, HEAD_DIM, SECOND, layout)
         gl.store(output + at, q.load(layout), mask=inside)
         parity ^= 1
     if not SECOND:
-        take_turn(SECOND)  # the last that was passed: a barrier is left as it was found
+        take_turn(SECOND)  # the last turn that was passed, so that the barrier ends as it began
 
 
 @gluon.jit
@@ -107,13 +107,13 @@ def attend_blocks(
     block_at,  # the first key of block 0, were it in this tile
     n_first,
     n_last,
-    n_end,  # of the tile
+    n_end,  # the tile's last block + 1
     state,
     SECOND: gl.constexpr,
     CUT: gl.constexpr,  # whether rows may begin or end within these blocks
 ):
-    """Attend to the blocks n_first..n_last. State: largest scores and sums so far, [64] and [64, 8]; values weighted
-    up to the block before the last; the last block's weights, [64, KEYS], and what it scales the values by, [64]."""
+    """Attend to the blocks n_first..n_last. State: the largest scores [64] and sums [64, 8] so far; the values weighted
+    up to the block before the last; the last block's weights [64, KEYS] and its factors of those values [64]."""
     keys, values, keys_full, keys_empty, values_full, values_empty = blocks
     row_max, row_sum, total, weights, decay = state
     HEAD_DIM: gl.constexpr = keys.shape[3]
@@ -123,8 +123,8 @@ def attend_blocks(
         before = (n - 1) % VALUE_STAGES
         take_turn(SECOND)
         scores = multiply_keys(q, keys.index(stage), LAYOUT)
-        # A wait ends a basic block. Without this one ptxas would do what the values need between the products of the
-        # scores, and without the one below it would await the values before the exponentials.
+        # A wait ends a basic block. Without this wait, ptxas would put the work for the values between the products of
+        # the scores. Without the wait below, ptxas would await the values before the exponentials.
         mbarrier.wait(values_full.index(before), (n - 1) // VALUE_STAGES & 1)
         total, p = multiply_values(total, weights, decay, values.index(before))
         pass_turn(SECOND)

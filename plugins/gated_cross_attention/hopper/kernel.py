@@ -1,4 +1,4 @@
-"""The kernel: shared memory, barriers and three partitions."""
+"""The kernel for prompts on Hopper: shared memory, barriers and three partitions."""
 
 # ruff: noqa: N803, compile-time arguments are in capitals, as in all Triton code
 from __future__ import annotations
@@ -12,9 +12,9 @@ from nvlm_trt.plugins.gated_cross_attention.hopper.attender import attend
 from nvlm_trt.plugins.gated_cross_attention.hopper.loader import KEY_STAGES, VALUE_STAGES, load
 from nvlm_trt.plugins.gated_cross_attention.hopper.tiles import KEYS
 
-REGISTERS = gl.constexpr(240)  # per thread that attends: 2 * 240 + 24 are 3 * 168, what the program is started with
+REGISTERS = gl.constexpr(240)  # per thread that attends: 2 * 240 + 24 are the 3 * 168 that the program starts with
 LOADER_REGISTERS = gl.constexpr(24)
-# To compile with. 8 more warps are started; and the kernel is started before the one in front has ended.
+# Triton's options. The partitions start 8 more warps. The kernel starts before the kernel in front has ended.
 OPTIONS = {"num_warps": 4, "maxnreg": 168, "launch_pdl": True}
 
 
@@ -35,12 +35,12 @@ def prefill_kernel(
     KV_HEADS: gl.constexpr,
     HEAD_DIM: gl.constexpr,
 ):
-    """Grid: (programs,), at most `tiles`. To be compiled with OPTIONS.
+    """Grid: (programs,), at most `tiles`. Compile with OPTIONS.
 
-    Tiles are counted with key heads fastest, so that those with masks, at a prompt's begin, are begun first."""
+    Tiles count with key heads fastest, so that the tiles at a prompt's begin, which need masks, start first."""
     dtype: gl.constexpr = query.dtype.element_ty
     query_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, HEAD_DIM], dtype)
-    queries = gl.allocate_shared_memory(dtype, [4, 64, HEAD_DIM], query_layout)  # this tile's and the next's
+    queries = gl.allocate_shared_memory(dtype, [4, 64, HEAD_DIM], query_layout)  # for this tile and the next
     keys = gl.allocate_shared_memory(dtype, [KEY_STAGES, 1, KEYS, HEAD_DIM], key_blocks.layout)
     values = gl.allocate_shared_memory(dtype, [VALUE_STAGES, 1, KEYS, HEAD_DIM], value_blocks.layout)
     keys_full = gl.allocate_shared_memory(gl.int64, [KEY_STAGES, 1], mbarrier.MBarrierLayout())
@@ -55,7 +55,7 @@ def prefill_kernel(
         mbarrier.init(values_empty.index(stage), count=2)
     fence_async_shared()
     gdc_launch_dependents()
-    gdc_wait()  # until the kernel in front has ended: nothing is read before
+    gdc_wait()  # the kernel in front must end before this kernel reads anything
 
     sizes = (tokens, cross_tokens, key_heads, tiles)
     blocks = (keys, values, keys_full, keys_empty, values_full, values_empty)
@@ -66,6 +66,6 @@ def prefill_kernel(
             (attend, (tensors, queries, blocks, sizes, HEADS, KV_HEADS, 1)),
             (load, (key_blocks, value_blocks, value, cross_ranges, blocks, sizes, HEADS, KV_HEADS)),
         ],
-        [4, 4],  # warps of the last two; the first has the program's
+        [4, 4],  # warps of the last two partitions; the first has the program's warps
         [REGISTERS, LOADER_REGISTERS],
     )

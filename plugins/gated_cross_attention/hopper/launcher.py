@@ -1,4 +1,4 @@
-"""The kernel on torch tensors."""
+"""Starts the kernel for prompts on Hopper on torch tensors, for ../launcher.py."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ HEAD_DIMS = (64, 128)
 
 
 def fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether the kernel takes these tensors, on a device of compute capability 9.0."""
-    aligned = all(tensor.data_ptr() % 16 == 0 for tensor in (query, key, value))  # it copies 16 bytes at a time
+    """Tell whether the kernel takes these tensors on a device of compute capability 9.0."""
+    aligned = all(tensor.data_ptr() % 16 == 0 for tensor in (query, key, value))  # the kernel copies 16 bytes at a time
     return query.shape[3] in HEAD_DIMS and query.element_size() == 2 and key.shape[2] > 0 and aligned
 
 
 def prefill(query: Tensor, key: Tensor, value: Tensor, cross_ranges: Tensor, gate: Tensor, output: Tensor) -> None:
-    """gated_cross_attention of tensors that the launcher has checked and that fit, into `output`, not empty."""
+    """Compute gated_cross_attention into `output`, which is not empty, for tensors that ../launcher.py has checked and
+    that fit."""
     batch, heads, tokens, head_dim = query.shape
     kv_heads, cross_tokens = key.shape[1:3]
     key_heads = batch * kv_heads

@@ -11,12 +11,12 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from nvlm_trt.plugins.gated_cross_attention.hopper.tiles import KEYS, copy_layout, walk
 
 KEY_STAGES = gl.constexpr(3)
-VALUE_STAGES = gl.constexpr(2)  # with two tiles of queries 224 of 227 KB
+VALUE_STAGES = gl.constexpr(2)  # together with two tiles of queries, 224 of 227 KB
 
 
 @gluon.jit
 def load(key_blocks, value_blocks, value, cross_ranges, blocks, sizes, HEADS: gl.constexpr, KV_HEADS: gl.constexpr):
-    """Fetch the blocks of all tiles of this program, in the order in which they are attended to."""
+    """Fetch the blocks of all tiles of this program, in the order in which the warpgroups attend to them."""
     keys, values, keys_full, keys_empty, values_full, values_empty = blocks
     _tokens, cross_tokens, key_heads, tiles = sizes
     HEAD_DIM: gl.constexpr = keys.shape[3]
@@ -26,7 +26,7 @@ def load(key_blocks, value_blocks, value, cross_ranges, blocks, sizes, HEADS: gl
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         key_head = tile % key_heads
         lowest, highest, first, count, _ = walk(tile, cross_ranges, sizes, HEADS, KV_HEADS)
-        for i in range(count + 1):  # a block's keys, then the values of the block before, which are used with them
+        for i in range(count + 1):  # a block's keys, then the values of the block before, which are used together
             if i < count:
                 stage = n % KEY_STAGES
                 mbarrier.wait(keys_empty.index(stage), n // KEY_STAGES & 1 ^ 1)
@@ -39,11 +39,11 @@ def load(key_blocks, value_blocks, value, cross_ranges, blocks, sizes, HEADS: gl
                 mbarrier.wait(values_empty.index(stage), (n - 1) // VALUE_STAGES & 1 ^ 1)
                 full = values_full.index(stage)
                 if (at >= lowest) & ((at + KEYS <= highest) | (highest == cross_tokens)):
-                    # of a block that reaches beyond the last value the copy engine fills the rest with zeros
+                    # the copy engine fills a block that reaches beyond the last value with zeros
                     mbarrier.expect(full, BYTES)
                     tma.async_copy_global_to_shared(value_blocks, [key_head, at, 0], full, values.index(stage))
                 else:
-                    # values outside lowest..highest may be NaN, which times a weight of 0 is NaN: zeros instead
+                    # values outside lowest..highest may be NaN, and NaN * 0 is NaN: load zeros instead
                     key = at + gl.arange(0, KEYS, layout=gl.SliceLayout(1, layout))
                     dims = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, layout))
                     pointers = value + key_head.to(gl.int64) * cross_tokens * HEAD_DIM
@@ -56,4 +56,4 @@ def load(key_blocks, value_blocks, value, cross_ranges, blocks, sizes, HEADS: gl
                     fence_async_shared()
                     mbarrier.arrive(full, count=1)
             n += 1
-        n -= 1  # the last turn fetched values only
+        n -= 1  # the last iteration fetched values only

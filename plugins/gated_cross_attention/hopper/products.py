@@ -1,4 +1,4 @@
-"""What a warpgroup does with one block of keys: products on the tensor cores, and weights."""
+"""The work of a warpgroup on one block of keys: products on the tensor cores, and softmax weights."""
 
 # ruff: noqa: N803, N806, compile-time arguments are in capitals, as in all Triton code
 from __future__ import annotations
@@ -9,13 +9,14 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 
 from nvlm_trt.plugins.gated_cross_attention.hopper.tiles import KEYS
 
-# Weights are relative to the largest score so far, or to one that is at most 2^SLACK times smaller: 256 fits fp16.
+# Weights are relative to the largest score so far, or to a score whose weight is at most 2^SLACK times smaller: fp16
+# holds 256.
 SLACK = gl.constexpr(8.0)
 
 
 @gluon.jit
 def multiply_keys(q, block, LAYOUT: gl.constexpr):
-    """The scores of a block of keys, in flight: [64, KEYS]."""
+    """Start multiplying the queries by a block of keys. Returns the scores [64, KEYS], in flight."""
     block = block.reshape([block.shape[1], block.shape[2]]).permute((1, 0))
     zeros = gl.zeros([64, KEYS], gl.float32, LAYOUT)
     return warpgroup_mma(q, block, zeros, use_acc=False, is_async=True)
@@ -23,7 +24,7 @@ def multiply_keys(q, block, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def multiply_values(total, weights, decay, block):
-    """(total * decay + weights times a block of values, the weights as they are read meanwhile): both in flight."""
+    """Start total * decay + weights times a block of values. Returns (that sum, the weights being read), in flight."""
     block = block.reshape([block.shape[1], block.shape[2]])
     factor = gl.convert_layout(decay, gl.SliceLayout(1, total.type.layout))[:, None]
     factor, _ = gl.broadcast(factor, total)
@@ -37,16 +38,18 @@ def multiply_values(total, weights, decay, block):
 
 @gluon.jit
 def masked(scores, at, start, end):
+    """Set scores [64, KEYS] of the keys from `at` on to -inf outside each row's start..end."""
     at = at + gl.arange(0, scores.shape[1], layout=gl.SliceLayout(0, scores.type.layout))
     return gl.where((at[None, :] >= start[:, None]) & (at[None, :] < end[:, None]), scores, -float("inf"))
 
 
 @gluon.jit
 def softmax(scores, row_max, visible, HEAD_DIM: gl.constexpr):
-    """(weights, what they are relative to, what sums so far are to be scaled by, the weights' sums).
+    """Return (weights [64, KEYS], the scores that weights are relative to [64], the factors of the sums so far [64],
+    the sums of the weights [64, 8]).
 
-    [64, KEYS], [64], [64], [64, 8]: no thread needs another's sums. Rows that are not visible have weights of 0."""
-    # exp(x) = exp2(x * log2(e)), which the hardware has
+    With 8 sums per row, no thread needs another thread's sums. Rows that are not visible have weights of 0."""
+    # exp(x) = exp2(x * log2(e)): the hardware has exp2
     SCALE: gl.constexpr = HEAD_DIM**-0.5 * 1.4426950408889634
     GROUPS: gl.constexpr = scores.shape[1] // 8
     new_max = gl.max(gl.max(scores.reshape([64, GROUPS, 8]), 1), 1)
@@ -60,8 +63,9 @@ def softmax(scores, row_max, visible, HEAD_DIM: gl.constexpr):
 
 @gluon.constexpr_function
 def _scale_asm(count):
-    """`count` numbers times their factors, unless all of the warp's are 1, where no bit would change: a thread has two
-    rows, whose factors stand in the order a, a, b, b, a, a, ..."""
+    """Multiply `count` numbers by their factors, unless all factors of the warp are 1, which would change no bit.
+
+    A thread has two rows, whose factors have the order a, a, b, b, a, a, ..."""
     lines = [
         f"setp.neu.f32 p, ${2 * count}, 0f3F800000;",
         f"setp.neu.or.f32 p, ${2 * count + 2}, 0f3F800000, p;",

@@ -1,8 +1,8 @@
-"""A tile: ROWS rows of one key head, what they see of its keys, and where they lie.
+"""A tile is ROWS rows of one key head: finds the keys that a tile's rows see, and the rows' places in the tensors.
 
-Rows are (token, query head of the group) pairs, heads fastest, as in kernel.py. Tiles are counted with key heads
-fastest, so that those with masks, at a prompt's begin, are begun first. `sizes` is (tokens, cross_tokens, key heads of
-the batch, tiles)."""
+Rows are (token, query head of the group) pairs, heads fastest, as in kernel.py. Tiles count with key heads fastest, so
+that the tiles at a prompt's begin, which need masks, start first. `sizes` is (tokens, cross_tokens, key heads of the
+batch, tiles)."""
 
 # ruff: noqa: N803, N806, compile-time arguments are in capitals, as in all Triton code
 from __future__ import annotations
@@ -12,16 +12,16 @@ from triton.experimental.gluon import language as gl
 
 from nvlm_trt.plugins.gated_cross_attention.kernel import load_ranges
 
-ROWS = gl.constexpr(128)  # 64, what a warpgroup multiplies at a time, for each of two
-KEYS = gl.constexpr(128)  # of a block
+ROWS = gl.constexpr(128)  # 64 for each of two warpgroups, which multiply 64 rows at a time
+KEYS = gl.constexpr(128)  # per block
 
 
 @gluon.jit
 def walk(tile, cross_ranges, sizes, HEADS: gl.constexpr, KV_HEADS: gl.constexpr):
-    """Of a tile: (lowest start, highest end, first key, blocks, whether no row begins or ends within a block).
+    """Return a tile's (lowest start, highest end, first key, blocks, whether no row begins or ends within a block).
 
-    At least one block. Empty rows do not count."""
-    layout: gl.constexpr = gl.BlockedLayout([ROWS // 32], [32], [4], [0])  # all in each warp
+    A tile has at least one block. Empty rows do not count."""
+    layout: gl.constexpr = gl.BlockedLayout([ROWS // 32], [32], [4], [0])  # all rows in each warp
     _tokens, cross_tokens, key_heads, _tiles = sizes
     row = tile // key_heads * ROWS
     start, end = ranges_of(row, ROWS, layout, tile, cross_ranges, sizes, HEADS, KV_HEADS)
@@ -43,8 +43,8 @@ def plan(
     SECOND: gl.constexpr,
     LAYOUT: gl.constexpr,
 ):
-    """What a warpgroup does with a tile: (start [64], end, first key, blocks, whether no row begins or ends within one,
-    first block after block 0 that needs no mask, the one after the last)."""
+    """Return a warpgroup's work on a tile: (start [64], end [64], first key, blocks, whether no row begins or ends
+    within a block, the first block after block 0 that needs no mask, the block after the last that needs none)."""
     _, _, first, count, whole = walk(tile, cross_ranges, sizes, HEADS, KV_HEADS)
     _tokens, _cross_tokens, key_heads, _tiles = sizes
     row = tile // key_heads * ROWS + SECOND * 64
@@ -55,8 +55,8 @@ def plan(
 
 @gluon.jit
 def common(row, first, count, tile, cross_ranges, sizes, HEADS: gl.constexpr, KV_HEADS: gl.constexpr):
-    """Of the tile's blocks after the first, those that all rows from `row` on see, but for empty ones: (first, end)."""
-    layout: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])  # all in each warp
+    """Find the blocks after the tile's first that all 64 rows from `row` on see, without empty rows: (first, end)."""
+    layout: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])  # all rows in each warp
     start, end = ranges_of(row, 64, layout, tile, cross_ranges, sizes, HEADS, KV_HEADS)
     empty = start >= end
     start = gl.max(gl.where(empty, 0, start), 0)
@@ -76,7 +76,7 @@ def ranges_of(
     HEADS: gl.constexpr,
     KV_HEADS: gl.constexpr,
 ):
-    """(start, end) of rows of a tile, clipped to the keys; of rows outside the batch empty: [COUNT]."""
+    """Load (start, end) of COUNT rows of a tile, clipped to the keys. Rows outside the batch have empty ranges."""
     tokens, cross_tokens, key_heads, _tiles = sizes
     token = (row + gl.arange(0, COUNT, layout=LAYOUT)) // (HEADS // KV_HEADS)
     at = cross_ranges + (tile % key_heads // KV_HEADS * tokens + token) * 2
@@ -93,7 +93,7 @@ def rows_at(
     SECOND: gl.constexpr,
     LAYOUT: gl.constexpr,
 ):
-    """A warpgroup's rows of a tile in queries and outputs: (offsets, whether they are there), [64, HEAD_DIM]."""
+    """Find a warpgroup's rows of a tile in queries and outputs: (offsets, whether they exist), [64, HEAD_DIM]."""
     tokens, _, key_heads, tiles = sizes
     GROUP: gl.constexpr = HEADS // KV_HEADS
     key_head = tile % key_heads
@@ -108,6 +108,6 @@ def rows_at(
 
 @gluon.constexpr_function
 def copy_layout(head_dim):
-    """Of a warpgroup that copies rows of `head_dim` 16-bit numbers: 16 bytes a thread."""
+    """Return the layout in which a warpgroup copies rows of `head_dim` 16-bit numbers: 16 bytes per thread."""
     lanes = head_dim // 8
     return gl.BlockedLayout([1, 8], [32 // lanes, lanes], [4, 1], [1, 0])

@@ -17,6 +17,8 @@ from nvlm_trt.backends.tensorrt.profiles import profiles_of
 from nvlm_trt.builders.graphs.common import WeightFormat
 from nvlm_trt.builders.graphs.cross_kv import cross_kv_graph
 from nvlm_trt.builders.graphs.decoder import decoder_graph
+from nvlm_trt.builders.graphs.self_attention import TensorRtAttention
+from nvlm_trt.builders.graphs.vision_attention import tensorrt_vision_attention
 from nvlm_trt.builders.graphs.vision_encoder import vision_encoder_graph
 from nvlm_trt.builders.quantization.calibration import LinearInput
 from nvlm_trt.builders.quantization.fp8 import Fp8
@@ -39,11 +41,11 @@ FORMATS = {"unquantised": None, "int8": Int8(Everywhere()), "fp8": Fp8(Everywher
 
 def graphs(model: ReferenceModel, weight_format: WeightFormat | None, dtype: ir.DataType) -> list[ir.Model]:
     config, weights = model.config, ReferenceWeights(model)
-    built = [vision_encoder_graph(config, weights, weight_format, "tensorrt", dtype)]
+    built = [vision_encoder_graph(config, weights, weight_format, tensorrt_vision_attention, dtype)]
     if config.cross_layers:
         tags = TAGS if config.architecture == "H" else None
         built.append(cross_kv_graph(config, weights, tags, weight_format, dtype))
-    built.append(decoder_graph(config, weights, LIMITS, weight_format, "tensorrt", dtype=dtype))
+    built.append(decoder_graph(config, weights, LIMITS, weight_format, TensorRtAttention, dtype=dtype))
     assert weights.remaining == set()
     return built
 
@@ -99,7 +101,7 @@ def test_cache_is_input_and_output_of_every_update() -> None:
 def test_decoder_equals_reference_in_prefill_and_decoding(architecture: str) -> None:
     """One sequence with an image (D: among its tokens), then three of different lengths decoded as one batch."""
     model = MODELS[architecture]
-    runner = DecoderRunner(model, "tensorrt", slots=3)
+    runner = DecoderRunner(model, TensorRtAttention, slots=3)
     lengths = [9, 20, 1]
     input_ids, ranges = random_prompt(3, 21)
     images = None
@@ -108,7 +110,7 @@ def test_decoder_equals_reference_in_prefill_and_decoding(architecture: str) -> 
         images = np.random.default_rng(1).standard_normal((8, 192), dtype=np.float32)
     expected = runner.reference_logits(input_ids, ranges, images)
     for slot, length in enumerate(lengths):
-        alone = DecoderRunner(model, "tensorrt")
+        alone = DecoderRunner(model, TensorRtAttention)
         shown = images if slot == 1 else None
         logits = alone.step(input_ids[slot : slot + 1, :length], [0], ranges[slot : slot + 1, :length], shown)
         assert_close(logits, expected[slot : slot + 1, length - 1], 1e-4)
@@ -132,7 +134,7 @@ def test_vision_encoder_equals_reference(architecture: str) -> None:
 @pytest.mark.parametrize(("weight_format", "tolerance"), [("int8", 0.12), ("fp8", 0.25)])
 def test_quantised_decoder_is_near_the_reference(weight_format: str, tolerance: float) -> None:
     model = MODELS["X"]
-    runner = DecoderRunner(model, "tensorrt")
+    runner = DecoderRunner(model, TensorRtAttention)
     runner.session = quantised_session(model, weight_format)
     input_ids, ranges = random_prompt(1, 12)
     logits, expected = (
@@ -149,7 +151,7 @@ def quantised_session(model: ReferenceModel, weight_format: str) -> onnxruntime.
 
 def test_unread_cache_does_not_show() -> None:
     """What lies beyond kv_lengths is read by nobody."""
-    runner = DecoderRunner(MODELS["X"], "tensorrt")
+    runner = DecoderRunner(MODELS["X"], TensorRtAttention)
     input_ids, ranges = random_prompt(1, 12)
     clean = runner.step(input_ids, [0], ranges)
     for values in runner.cache.values():

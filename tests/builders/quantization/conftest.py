@@ -1,4 +1,4 @@
-"""What tests of quantised engines share: samples to calibrate on, calibrations, and engines in every precision."""
+"""Fixtures for tests of quantised engines: samples to calibrate on, calibrations, and engines in every precision."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import pytest
 from nvlm_trt.builders.engine_build import QuantizationOptions, build_engine
 
 Directory = Callable[[str], Path]
-PICTURE = Path(__file__).parents[3] / "docs" / "images" / "receipt.png"
+IMAGE = Path(__file__).parents[3] / "docs" / "images" / "receipt.png"
 
 
 @pytest.fixture(scope="session")
 def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """JSONL of one picture, two pictures, and text alone."""
+    """JSONL of questions with one image, with two images, and with text alone."""
     path = tmp_path_factory.mktemp("samples") / "samples.jsonl"
     questions = [
-        {"prompt": "What is the total?", "answer": "9", "image": str(PICTURE)},
-        {"prompt": "Is <image> like <image>?", "answer": "yes", "images": [str(PICTURE)] * 2},
+        {"prompt": "What is the total?", "answer": "9", "image": str(IMAGE)},
+        {"prompt": "Is <image> like <image>?", "answer": "yes", "images": [str(IMAGE)] * 2},
         {"prompt": "2 + 2 =", "answer": "4"},
     ]
     path.write_text("".join(json.dumps(question) + "\n" for question in questions))
@@ -31,7 +31,7 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quantised_engine(
     tmp_path_factory: pytest.TempPathFactory, checkpoint: Directory, samples: Path
 ) -> Callable[[str, str], Path]:
-    """`quantised_engine("nvlm-h-tiny", "int8")`: all engines of a checkpoint have one calibration."""
+    """`quantised_engine("nvlm-h-tiny", "int8")` builds an engine; all engines of a checkpoint share one calibration."""
     root = tmp_path_factory.mktemp("quantised")
 
     def make(name: str, precision: str) -> Path:

@@ -1,8 +1,10 @@
-"""A graph of one linear layer in some weight format, and the ways to run it."""
+"""Builds a graph of one linear layer in some weight format, and runs it in several ways."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import onnx
@@ -14,10 +16,11 @@ from nvlm_trt.builders.graphs.common import FLOAT, StageGraph, WeightFormat
 from nvlm_trt.builders.quantization.calibration import Calibration, LinearInput
 
 NAME = "language_model.model.layers.0.mlp.up_proj"
+T = TypeVar("T")
 
 
 class OneWeight:
-    """`WeightSource` of a single weight [outputs, inputs], and that weight as it is stored."""
+    """`WeightSource` of a single weight [outputs, inputs], and the stored tensor itself."""
 
     def __init__(self, weight: np.ndarray) -> None:
         self.shape = weight.shape
@@ -32,7 +35,7 @@ class OneWeight:
 
 
 def calibration_of(x: np.ndarray, clip: float | None = None) -> Calibration:
-    """That of NAME, whose inputs are x [n, inputs]."""
+    """Make a calibration of NAME with the inputs x [n, inputs]."""
     channels = np.abs(x).max(0)
     largest = float(channels.max())
     linear = LinearInput(abs_max=largest, clip=clip or largest, channels=channels.tolist())
@@ -40,7 +43,7 @@ def calibration_of(x: np.ndarray, clip: float | None = None) -> Calibration:
 
 
 def linear_model(weight: np.ndarray, weight_format: WeightFormat, in_branch: bool = False) -> ir.Model:
-    """x [n, inputs] -> y [n, outputs]; `in_branch`: by way of an If whose condition holds for n > 0."""
+    """Build x [n, inputs] -> y [n, outputs]; `in_branch`: in an If whose condition holds for n > 0."""
     graph = StageGraph("linear", OneWeight(weight), weight_format)
     x = graph.input("x", FLOAT, ["n", weight.shape[1]])
     if in_branch:
@@ -57,18 +60,26 @@ def run(model: ir.Model, x: np.ndarray) -> np.ndarray:
 
 
 def run_reference(model: ir.Model, x: np.ndarray) -> np.ndarray:
-    """By onnx's own evaluator: what the standard says."""
-    return ReferenceEvaluator(ir.to_proto(model)).run(None, {"x": x})[0]
+    """Run with onnx's own evaluator, which computes as the standard says."""
+    outputs = ReferenceEvaluator(ir.to_proto(model)).run(None, {"x": x})
+    assert isinstance(outputs, list)
+    return outputs[0]
 
 
 def optimised_operators(model: ir.Model, folder: Path) -> list[str]:
-    """The operators that ONNX Runtime runs, those in branches included."""
+    """List the operators that ONNX Runtime runs, also in branches."""
     path = folder / "optimised.onnx"
     session(model, path)
     return list(_operators(onnx.load(path).graph))
 
 
-def _operators(graph: onnx.GraphProto):
+def known(value: T | None) -> T:
+    """Return a value that has to be there."""
+    assert value is not None
+    return value
+
+
+def _operators(graph: onnx.GraphProto) -> Iterator[str]:
     for node in graph.node:
         yield node.op_type
         for attribute in node.attribute:

@@ -1,4 +1,4 @@
-"""What calibration measures, saves and refuses."""
+"""Calibration: its measurements, its files, and the inputs that it refuses."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Directory = Callable[[str], Path]
 
 
 def observe(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Channels [inputs] and counts [BINS] that an observing graph reports of x [n, inputs]."""
+    """Return the channels [inputs] and counts [BINS] that an observing graph reports for x [n, inputs]."""
     graph = StageGraph("observed", OneWeight(np.ones((3, x.shape[1]), np.float32)), Observer())
     graph.output(graph.linear(graph.input("x", FLOAT, ["n", x.shape[1]]), NAME), "y", ["n", 3])
     channels, counts, y = session(graph.model()).run([CHANNELS + NAME, COUNTS + NAME, "y"], {"x": x})
@@ -52,14 +52,14 @@ def test_graphs_report_magnitudes() -> None:
     channels, counts = observe(x)
     np.testing.assert_array_equal(channels, np.abs(x).max(0))
     assert counts.sum() == x.size
-    # a value at an edge may fall to either side of it, by the last bit of a logarithm
+    # a value at an edge may fall to either side, by the last bit of a logarithm
     assert np.abs(np.cumsum(counts) - np.cumsum(count(x))).max() <= 2
     assert counts[0] >= 51
     assert counts[-1] == 1
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_shows(value: float) -> None:
+def test_a_value_that_is_not_finite_shows(value: float) -> None:
     x = np.ones((4, 5), np.float32)
     x[2, 3] = value
     assert not np.isfinite(observe(x)[0][3])
@@ -121,7 +121,8 @@ def test_an_observing_engine_answers_as_any(observing_engine: Path, engine: Dire
         with open_backend(Engine.open(path), ("decoder",), threads=1) as backend:
             no_image = np.zeros((0, backend.config.llm.hidden_size), np.float32)
             logits.append(backend.prefill(0, 0, np.arange(40), no_image, np.zeros((40, 2), np.int32)))
-    np.testing.assert_allclose(*logits, rtol=0, atol=1e-5)
+    observing, plain = logits
+    np.testing.assert_allclose(observing, plain, rtol=0, atol=1e-5)
 
 
 def test_text_alone_never_reaches_cross_attention(observing_engine: Path, samples: Path) -> None:
@@ -215,7 +216,7 @@ def test_refuses_a_file_that_is_not_there(checkpoint: Directory, tmp_path: Path)
         ('{"prompt": "a", "answer": "b", "image": "samples.jsonl"}', ImageError, "sample 1: .*samples.jsonl"),
         ('{"prompt": "' + "word " * 5000 + '", "answer": "b"}', RequestError, "calibration sample 1: .*4096"),
     ],
-    ids=["cut line", "no picture", "not a picture", "too long"],
+    ids=["cut line", "no image", "not an image", "too long"],
 )
 def test_bad_samples(checkpoint: Directory, tmp_path: Path, line: str, error: type[Exception], message: str) -> None:
     path = tmp_path / "samples.jsonl"

@@ -1,4 +1,4 @@
-"""fp8: the numbers against ml_dtypes and onnx's evaluator."""
+"""fp8: the numbers of ml_dtypes and onnx's evaluator."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from one_linear import calibration_of, linear_model, optimised_operators, run, run_reference
+from one_linear import calibration_of, known, linear_model, optimised_operators, run, run_reference
 
 from nvlm_trt.builders.quantization.fp8 import Fp8, quantize, row_scales
 
@@ -19,7 +19,7 @@ WEIGHT = RNG.standard_normal((24, 64), dtype=np.float32)
 X = RNG.standard_normal((5, 64), dtype=np.float32)
 
 
-def e4m3(values: np.ndarray, scale: np.ndarray) -> np.ndarray:
+def e4m3(values: np.ndarray, scale: np.ndarray | np.float32) -> np.ndarray:
     clipped = np.clip(values / scale, -448, 448)
     return clipped.astype(ml_dtypes.float8_e4m3fn).astype(np.float64) * np.float64(scale)
 
@@ -47,21 +47,21 @@ def test_weights_are_folded_when_the_model_is_loaded(tmp_path: Path, in_branch: 
         linear_model(WEIGHT, Fp8(calibration_of(X), fold_weights=True), in_branch), tmp_path
     )
     assert not {"Cast", "Mul"} & set(operators)
-    assert operators.count("DequantizeLinear") == 1  # of the activations
+    assert operators.count("DequantizeLinear") == 1  # on the activations
 
 
 def test_form_for_tensorrt() -> None:
     model = linear_model(WEIGHT, Fp8(calibration_of(X), fold_weights=False))
     (product,) = [node for node in model.graph if node.op_type == "MatMul"]
-    activation, weight = (value.producer() for value in product.inputs)
+    activation, weight = (known(known(value).producer()) for value in product.inputs)
     assert activation.op_type == weight.op_type == "DequantizeLinear"
     assert weight.attributes["axis"].as_int() == 1
-    for node in (activation, activation.inputs[0].producer(), weight):
-        assert node.inputs[2].const_value.dtype == ir.DataType.FLOAT8E4M3FN
+    for node in (activation, known(known(activation.inputs[0]).producer()), weight):
+        assert known(known(node.inputs[2]).const_value).dtype == ir.DataType.FLOAT8E4M3FN
 
 
 def test_inputs_beyond_the_calibration_saturate() -> None:
-    """E4M3 has no infinity: what overflowed would be NaN."""
+    """E4M3 has no infinity: an overflow would be NaN."""
     y = run(linear_model(WEIGHT, Fp8(calibration_of(X), fold_weights=True)), 100 * X)
     assert np.isfinite(y).all()
 

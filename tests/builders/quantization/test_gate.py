@@ -1,4 +1,4 @@
-"""The accuracy gate, on answers that a random fp32 engine gives: it knows them all, a destroyed engine none."""
+"""The accuracy gate, on the answers of a random fp32 engine, all of which a destroyed engine gets wrong."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NAME = "nvlm-x-tiny"
 
 @pytest.fixture(scope="module")
 def known_answers(tmp_path_factory: pytest.TempPathFactory, engine: Directory) -> Path:
-    """Questions without pictures, which leave the projector out of it, and the fp32 engine's answers."""
+    """Questions without images, so that the projector does not matter, and the fp32 engine's answers."""
     path = tmp_path_factory.mktemp("known") / "known.jsonl"
     questions = [Sample(str(i), f"task {i}", f"What is {i} + {i}?", "unknown") for i in range(3)]
     with EngineAnswerer(engine(NAME), max_tokens=32) as answerer:
@@ -34,7 +34,7 @@ def known_answers(tmp_path_factory: pytest.TempPathFactory, engine: Directory) -
 
 @pytest.fixture(scope="module")
 def absurd_calibration(tmp_path_factory: pytest.TempPathFactory, calibration_file: Directory) -> Path:
-    """The decoder's inputs saturate at a thousandth of what they are."""
+    """A calibration by which the decoder's inputs saturate at a thousandth of their magnitudes."""
     calibration = read_calibration(calibration_file(NAME))
     for name, linear in calibration.linears.items():
         if name.startswith("language_model.model"):

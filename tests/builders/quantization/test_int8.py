@@ -1,4 +1,4 @@
-"""int8: the numbers against numpy and onnx's evaluator, the form that TensorRT takes, the kernels that ORT runs."""
+"""int8: the numbers of numpy and onnx's evaluator, the form that TensorRT takes, the kernels that ONNX Runtime runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from one_linear import calibration_of, linear_model, optimised_operators, run, run_reference
+from one_linear import calibration_of, known, linear_model, optimised_operators, run, run_reference
 
 from nvlm_trt.builders.quantization.int8 import Int8, quantize, search_scales
 
@@ -19,7 +19,7 @@ X = RNG.standard_normal((5, 64), dtype=np.float32)
 
 
 def expected(x: np.ndarray, weight: np.ndarray, clip: float) -> np.ndarray:
-    """In float64, from the formulas of int8.py alone; the weight's scales are the format's own."""
+    """Compute in float64 by the formulas in int8.py; the weight's scales are the format's own."""
     x_scale, w_scale = np.float32(clip / 127), search_scales(weight)
     q_x = np.clip(np.rint(x / x_scale), -128, 127).astype(np.float64)
     q_w = np.clip(np.rint(weight / w_scale[:, None]), -127, 127).astype(np.float64)
@@ -52,19 +52,20 @@ def test_runs_as_an_integer_product(tmp_path: Path, in_branch: bool) -> None:
 
 
 def test_form_for_tensorrt() -> None:
-    """DequantizeLinear directly before MatMul, activations per tensor, weights per output channel, no zero points."""
+    """DequantizeLinear is directly in front of MatMul; scales are per tensor and per output channel, zero points 0."""
     model = linear_model(WEIGHT, Int8(calibration_of(X)))
     (product,) = [node for node in model.graph if node.op_type == "MatMul"]
-    activation, weight = (value.producer() for value in product.inputs)
+    activation, weight = (known(known(value).producer()) for value in product.inputs)
     assert activation.op_type == weight.op_type == "DequantizeLinear"
-    assert activation.inputs[0].producer().op_type == "QuantizeLinear"
+    rounding = known(known(activation.inputs[0]).producer())
+    assert rounding.op_type == "QuantizeLinear"
     assert weight.attributes["axis"].as_int() == 1
-    assert list(weight.inputs[1].shape) == [24]
-    for node in (activation, activation.inputs[0].producer(), weight):
-        zero = node.inputs[2].const_value
+    assert list(known(known(weight.inputs[1]).shape)) == [24]
+    for node in (activation, rounding, weight):
+        zero = known(known(node.inputs[2]).const_value)
         assert zero.dtype == ir.DataType.INT8
         assert not zero.numpy().any()
-    assert activation.inputs[1].const_value.numpy().shape == ()
+    assert known(known(activation.inputs[1]).const_value).numpy().shape == ()
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(-30, 30), st.integers(1, 4), st.integers(1, 40))
@@ -93,5 +94,5 @@ def test_rows_of_zeros_and_of_nan() -> None:
     weight[2] = 1
     scales = search_scales(weight)
     assert scales[0] == 1
-    assert np.isnan(scales[1])  # so that the smoke test sees it
+    assert np.isnan(scales[1])  # so that the smoke test notices
     np.testing.assert_allclose(quantize(weight, scales)[2] * scales[2], 1, rtol=1e-6)

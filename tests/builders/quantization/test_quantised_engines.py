@@ -1,4 +1,4 @@
-"""Whole engines in every precision: near the fp32 engine, smaller, and blind to a request's neighbours."""
+"""Whole engines in every precision: near the fp32 engine, smaller, and independent of a request's neighbours."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from nvlm_trt.prompt.image_tokens import split_tiles
 from nvlm_trt.prompt.tokenizer import Tokenizer
 
 QuantisedEngine = Callable[[str, str], Path]
-# every linear layer quantised, and the least cosine between its logits and fp32's of a picture of noise, which
-# nothing was calibrated on
+# precisions that quantise every linear layer -> the least cosine between the engine's logits and those of fp32, for an
+# image of noise that is not in the calibration
 PRECISIONS = {
     "int8,vision_encoder=int8,projector=int8,lm_head=int8": 0.95,
     "int8-weight-only,vision_encoder=int8-weight-only,projector=int8-weight-only": 0.998,
@@ -33,7 +33,7 @@ PRECISIONS = {
 
 
 class Request:
-    """A prompt with pictures of noise, run through one backend."""
+    """A prompt with images of noise, run by one backend."""
 
     def __init__(self, backend: Backend, engine_dir: Path, text: str, tiles: list[int], seed: int) -> None:
         edge = backend.config.vision.image_size
@@ -68,7 +68,7 @@ def decode(backend: Backend, requests: list[Request], tokens: np.ndarray, step: 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", ["nvlm-d-tiny", "nvlm-h-tiny"])
 def test_neighbours_do_not_change_a_bit(quantised_engine: QuantisedEngine, name: str, precision: str) -> None:
-    """Prefill through a slot's view and decode in a batch of three: the logits are those of a request alone."""
+    """Prefill through a slot's view and decode in a batch of three: the logits equal those of a request alone."""
     path = quantised_engine(name, precision)
     with open_backend(Engine.open(path), threads=2) as backend:
         prompts = [("Hello", []), ("What is <image>?", [3]), ("Compare <image> with <image>.", [1, 5])]
@@ -112,7 +112,8 @@ def test_text_only_x_is_the_same_llm_as_d(quantised_engine: QuantisedEngine) -> 
         with open_backend(Engine.open(quantised_engine(name, "int8-weight-only")), ("decoder",), threads=2) as backend:
             no_image = np.zeros((0, backend.config.llm.hidden_size), np.float32)
             logits.append(backend.prefill(0, 0, ids, no_image, np.zeros((50, 2), np.int32)))
-    np.testing.assert_array_equal(*logits)
+    of_d, of_x = logits
+    np.testing.assert_array_equal(of_d, of_x)
 
 
 def test_the_manifest_says_what_was_done(quantised_engine: QuantisedEngine, engine: Callable[[str], Path]) -> None:
@@ -154,9 +155,9 @@ def test_a_quantised_tied_head_is_stored_beside_the_table(tmp_path: Path, sample
 
 
 def test_calibration_is_part_of_an_engines_digest(
-    quantised_engine: QuantisedEngine, checkpoint, tmp_path: Path
+    quantised_engine: QuantisedEngine, checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """Image tokens of another calibration must not come from a cache."""
+    """A cache must not return image tokens of another calibration."""
     first = Engine.open(quantised_engine("nvlm-d-tiny", "int8"))
     options = QuantizationOptions(calibration=first.path / "calibration.json", smoothquant_alpha=0.8, gate=None)
     second = build_engine(checkpoint("nvlm-d-tiny"), tmp_path / "engine", precision="int8", quantization=options)

@@ -1,8 +1,9 @@
-"""A weight is read once for its values and its scales, however they are asked for."""
+"""Quantising reads a weight once for its values and its scales."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,11 +22,11 @@ CALIBRATION = calibration_of(np.ones((1, 64), np.float32))
 
 
 class Watched(np.ndarray):
-    """An array that tells how many of its rows were cut out."""
+    """An array that counts the rows that are read from it."""
 
     read = 0
 
-    def __getitem__(self, key: object) -> np.ndarray:
+    def __getitem__(self, key: Any) -> Any:
         rows = np.asarray(self)[key]
         Watched.read += len(rows)
         return rows
@@ -40,7 +41,7 @@ class Watched(np.ndarray):
 def test_saving_reads_a_weight_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weight_format: WeightFormat, in_branch: bool
 ) -> None:
-    """The saved bytes do not depend on the blocks."""
+    """The saved bytes do not depend on the size of blocks."""
     saved = []
     for block in (1 << 20, 7 * 64):
         monkeypatch.setattr(streamed, "_BLOCK_ELEMENTS", block)

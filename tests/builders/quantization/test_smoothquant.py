@@ -1,4 +1,4 @@
-"""SmoothQuant: the migrated model is the same model, with evener inputs."""
+"""SmoothQuant: the migrated model computes the same, from more even inputs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TINY = {architecture: PRESETS[f"nvlm-{architecture.lower()}-tiny"] for architect
 
 
 def uneven_calibration(config: NvlmConfig) -> Calibration:
-    """Channels of very different sizes for every layer that can be migrated."""
+    """Make channels of very different magnitudes for every layer that can be migrated."""
     rng = np.random.default_rng(0)
     layout = checkpoint_layout(config)
     linears = {}
@@ -80,7 +80,7 @@ def test_the_migrated_model_computes_the_same(config: NvlmConfig, tmp_path: Path
 
 
 def stages(engine_dir: Path) -> list[np.ndarray]:
-    """Image tokens of 3 tiles, and the logits of a prompt with them and of one decoded token."""
+    """Compute the image tokens of 3 tiles, the logits of a prompt with these tiles, and those of one decoded token."""
     engine = Engine.open(engine_dir)
     edge = engine.config.vision.image_size
     prompt = PromptEncoder(engine.config, Tokenizer.from_directory(engine_dir)).encode([Message("user", "Hello")], [3])
@@ -97,7 +97,7 @@ def stages(engine_dir: Path) -> list[np.ndarray]:
     return [tokens, logits, decoded]
 
 
-def test_inputs_become_evener(checkpoint: Callable[[str], Path]) -> None:
+def test_inputs_become_more_even(checkpoint: Callable[[str], Path]) -> None:
     before = uneven_calibration(TINY["D"])
     with Checkpoint.open(checkpoint("nvlm-d-tiny")) as source:
         _, after = migrate(source.config, source, before, INT8, alpha=0.5)

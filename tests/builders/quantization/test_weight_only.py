@@ -1,4 +1,4 @@
-"""8- and 4-bit weights: the numbers themselves, and that MatMulNBits reads them as they are meant."""
+"""8- and 4-bit weights: the numbers themselves, and the products that MatMulNBits computes with them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_block_of_zeros_and_one_of_nan(bits: int) -> None:
     values, scales = quantize(weight, bits)
     assert (values[0] == 2 ** (bits - 1)).all()
     assert scales[0] > 0
-    assert np.isnan(scales[1]).all()  # so that the smoke test sees it
+    assert np.isnan(scales[1]).all()  # so that the smoke test notices
 
 
 def test_4_bit_numbers_are_packed_low_half_first() -> None:
@@ -62,7 +62,7 @@ def test_4_bit_numbers_are_packed_low_half_first() -> None:
 @pytest.mark.parametrize("inputs", [128, 64, 147, 33, 5])
 @pytest.mark.parametrize("in_branch", [False, True], ids=["main graph", "branch"])
 def test_multiplies_by_the_restored_weight(bits: int, inputs: int, in_branch: bool) -> None:
-    """Activations of which every block is exact in the 8 bits that MatMulNBits rounds them to."""
+    """The activations of every block are exact in the 8 bits to which MatMulNBits rounds them."""
     rng = np.random.default_rng(0)
     weight = rng.standard_normal((24, inputs), dtype=np.float32)
     x = rng.integers(-127, 128, (5, inputs)).astype(np.float32)
@@ -76,7 +76,7 @@ def test_multiplies_by_the_restored_weight(bits: int, inputs: int, in_branch: bo
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize(("inputs", "outputs"), [(896, 200), (512, 96), (100, 31)])
 def test_a_row_has_the_same_bits_alone_and_among_others(bits: int, inputs: int, outputs: int) -> None:
-    """ONNX Runtime has other kernels for one row than for several; of larger blocks their sums differ."""
+    """ONNX Runtime has other kernels for one row than for several; with larger blocks, their sums differ."""
     rng = np.random.default_rng(0)
     model = linear_model(rng.standard_normal((outputs, inputs), dtype=np.float32), WeightOnly(bits), in_branch=False)
     x = rng.standard_normal((33, inputs), dtype=np.float32)
