@@ -9,28 +9,22 @@ from hypothesis import strategies as st
 from nvlm_trt.errors import EngineError
 from nvlm_trt.model.config import PRESETS
 from nvlm_trt.model.layout import checkpoint_layout
-from nvlm_trt.model.precision import (
-    COMPONENTS,
-    PRECISIONS,
-    component_of,
-    components_of,
-    needs_calibration,
-    parse_precision,
-    quantised_components,
-)
+from nvlm_trt.backends.table import find_backend
+from nvlm_trt.model.precision import COMPONENTS, component_of, components_of, needs_calibration, quantised_components
 
-names = st.sampled_from(sorted(PRECISIONS))
+TABLE = find_backend("onnxruntime").precisions
+names = st.sampled_from(sorted(TABLE.names))
 
 
 def test_the_safe_defaults() -> None:
-    assert parse_precision("fp32") == dict.fromkeys(COMPONENTS, "fp32")
-    for name in set(PRECISIONS) - {"fp32"}:
-        chosen = parse_precision(name)
+    assert TABLE.parse("fp32") == dict.fromkeys(COMPONENTS, "fp32")
+    for name in set(TABLE.names) - {"fp32"}:
+        chosen = TABLE.parse(name)
         assert chosen["decoder"] == name
         assert chosen["vision_encoder"] == chosen["projector"] == "fp32"
-    assert not needs_calibration(parse_precision("int4-weight-only"))
-    assert needs_calibration(parse_precision("vision_encoder=fp8"))
-    assert quantised_components(parse_precision("lm_head=int8,decoder=fp8")) == ("decoder", "lm_head")
+    assert not needs_calibration(TABLE.parse("int4-weight-only"))
+    assert needs_calibration(TABLE.parse("vision_encoder=fp8"))
+    assert quantised_components(TABLE.parse("lm_head=int8,decoder=fp8")) == ("decoder", "lm_head")
 
 
 @given(st.none() | names, st.dictionaries(st.sampled_from(COMPONENTS), names), st.randoms())
@@ -39,14 +33,14 @@ def test_a_bare_name_with_exceptions_in_any_order(bare: str | None, chosen: dict
         return
     parts = [f" {component} = {name}" for component, name in chosen.items()] + ([f"{bare} "] if bare else [])
     random.shuffle(parts)
-    expected = dict(zip(COMPONENTS, PRECISIONS[bare or "fp32"], strict=True)) | chosen
-    assert parse_precision(",".join(parts)) == expected
+    expected = dict(zip(COMPONENTS, TABLE.names[bare or "fp32"], strict=True)) | chosen
+    assert TABLE.parse(",".join(parts)) == expected
 
 
 @given(st.text(alphabet="dint8=,fp3_ \nelcor-", max_size=30))
 def test_anything_else_is_one_line(text: str) -> None:
     try:
-        chosen = parse_precision(text)
+        chosen = TABLE.parse(text)
     except EngineError as error:
         message = str(error)
     else:
@@ -72,7 +66,7 @@ def test_anything_else_is_one_line(text: str) -> None:
 )
 def test_mistakes_are_named(text: str, message: str) -> None:
     with pytest.raises(EngineError, match=message):
-        parse_precision(text)
+        TABLE.parse(text)
 
 
 @pytest.mark.parametrize("name", ["nvlm-d-tiny", "nvlm-x-tiny", "nvlm-h-tiny", "nvlm-h-small"])

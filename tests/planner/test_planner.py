@@ -42,7 +42,7 @@ TAG_LENGTH = 1  # of a random checkpoint's tokenizer
 
 
 def plan_of(name: str, precision: str, backend: str, limits: EngineLimits = LIMITS) -> EnginePlan:
-    return plan_engine(PRESETS[name], limits, parse_precision(precision, backend), backend, TAG_LENGTH)
+    return plan_engine(PRESETS[name], limits, find_backend(backend).precisions.parse(precision), find_backend(backend), TAG_LENGTH)
 
 
 def stored_bytes(graph: Path) -> int:
@@ -86,7 +86,7 @@ class Everywhere(SimpleNamespace):
 def test_weights_are_those_of_the_graphs_for_tensorrt(
     checkpoint: Directory, tmp_path: Path, name: str, precision: str
 ) -> None:
-    precisions = parse_precision(precision, "tensorrt")
+    precisions = find_backend("tensorrt").precisions.parse(precision)
     writer = EngineWriter(checkpoint(name), {"max_slots": 3, "max_seq_len": 512})
     with Checkpoint.open(checkpoint(name)) as source:
         recipe = quantised(source, precisions, Everywhere(samples={}), alpha=0, fold_fp8=False)
@@ -145,7 +145,7 @@ def test_activations_are_near_what_the_graph_holds_at_once(checkpoint: Directory
     """A graph's tensors, each held from its node to its last reader, are what a runtime without fusion needs."""
     writer = EngineWriter(checkpoint(name), {"max_slots": 3, "max_seq_len": 512})
     with Checkpoint.open(checkpoint(name)) as source:
-        recipe = quantised(source, parse_precision("fp32", "tensorrt"), None, 0, fold_fp8=False)
+        recipe = quantised(source, find_backend("tensorrt").precisions.parse("fp32"), None, 0, fold_fp8=False)
     graphs = write_graphs(writer, recipe, "fp32", tmp_path, no_progress)
     stages = plan_of(name, "fp32", "tensorrt", writer.limits).stages
     for stage, profiles in profiles_of(writer.config, writer.limits).items():
@@ -191,7 +191,7 @@ def test_flops_are_those_that_pytorch_counts(name: str) -> None:
     config = dataclasses.replace(PRESETS[name], image_token_id=259)
     llm = config.llm
     model = ReferenceModel(config).eval()
-    roofline = Roofline(config, LIMITS, parse_precision("fp32"), "onnxruntime", TAG_LENGTH)
+    roofline = Roofline(config, LIMITS, find_backend("onnxruntime").precisions.parse("fp32"), find_backend("onnxruntime"), TAG_LENGTH)
     tiles, text = 3, 11
     in_llm = {"D": 3, "X": 0, "H": 1}[config.architecture]
     work = roofline.prefill(text, tiles)
@@ -231,14 +231,14 @@ def test_flops_are_those_that_pytorch_counts(name: str) -> None:
 def test_bytes_of_a_decoding_step_are_the_weights_and_the_caches_in_use() -> None:
     """Of full caches: all that the decoder holds, except for embeddings that are looked up."""
     plan = plan_of("nvlm-x-tiny", "int8", "tensorrt")
-    config, precisions = PRESETS["nvlm-x-tiny"], parse_precision("int8", "tensorrt")
+    config, precisions = PRESETS["nvlm-x-tiny"], find_backend("tensorrt").precisions.parse("int8")
     step = Roofline(config, LIMITS, precisions, "tensorrt", 0).decode(LIMITS.max_slots, LIMITS.max_seq_len, 416)
     decoder = plan.stages["decoder"]
     assert step.nbytes == decoder.weights + decoder.caches - plan.weights["embedding"]
 
 
 def test_a_prompt_reads_the_weights_once_for_each_chunk() -> None:
-    roofline = Roofline(PRESETS["nvlm-d-72b"], LIMITS, parse_precision("bf16", "tensorrt"), "tensorrt", 0)
+    roofline = Roofline(PRESETS["nvlm-d-72b"], LIMITS, find_backend("tensorrt").precisions.parse("bf16"), "tensorrt", 0)
     one, two = (roofline.prefill(tokens, 0)["decoder"].nbytes for tokens in (PREFILL_CHUNK, PREFILL_CHUNK + 1))
     assert 1.9 < two / one < 2.1
     options = RuntimeOptions()
