@@ -1,4 +1,4 @@
-"""KV bytes by hand, and the prefill in chunks against a single one."""
+"""Counts KV bytes by hand, and compares the prefill in chunks with a single one."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from architectures import contender, encode_prompt, prefill, request_size
 
+from lab.architectures import contender, encode_prompt, prefill, request_size
 from nvlm_trt.backends import open_backend
 from nvlm_trt.engine import Engine
 from nvlm_trt.prompt.encoder import split_tiles

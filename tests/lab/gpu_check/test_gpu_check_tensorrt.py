@@ -1,4 +1,4 @@
-"""gpu_check's TensorRT part where there is none: what it says, and how it reads the engine inspector."""
+"""gpu_check's TensorRT part without TensorRT: its messages, and how it reads the engine inspector."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import types
 from pathlib import Path
 
 import pytest
-from gpu_check import tensorrt_engines
-from gpu_check.record import NotAvailableError
-from gpu_check.tensorrt_plan import Layers, component_plans
+
+from lab.gpu_check import tensorrt_engines
+from lab.gpu_check.record import NotAvailableError
+from lab.gpu_check.tensorrt_plan import Layers, component_plans
 
 LAYERS = [
     {"Name": "up", "LayerType": "gemm", "TacticName": "sm90_fp8", "Inputs": [{"Format/Datatype": "FP8 row-major"}]},
