@@ -87,7 +87,7 @@ def versions(packages: Sequence[str]) -> dict[str, str]:
     return installed
 
 
-def told(record: Mapping[str, Any]) -> str:
+def origin_line(record: Mapping[str, Any]) -> str:
     """Writes the line that goes with every table: when, where and with which code its values were measured."""
     when = record["measured"]
     facts, installed = record["machine"], record["versions"]

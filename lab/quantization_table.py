@@ -60,7 +60,7 @@ def main() -> None:
         settings["checkpoints"] = {path.name: checkpoint_digest(path)[:12] for path in arguments.checkpoints}
         file = RunFile(result_path(arguments, RESULT), Origin.here(settings))
         rows = measured_rows(arguments, file, settings["checkpoints"])
-        text = tables(list(rows.values()), file.told(), arguments.count)
+        text = tables(list(rows.values()), file.origin_line(), arguments.count)
         print(text)
         if arguments.publish:
             file.copy(RESULTS / RESULT)

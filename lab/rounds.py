@@ -21,7 +21,7 @@ Values = dict[str, dict[str, list[float]]]  # contender -> metric -> a value per
 class Rounds:
     """The values of every round, written to a JSON file after each measurement.
 
-    A file of the same machine, code, versions, settings and contenders is gone on with; any other is set aside. A ratio
+    `run` resumes a file of the same machine, code, versions, settings and contenders, and sets any other aside. A ratio
     is the ratio of two medians; its spread is that of the ratios within the rounds."""
 
     def __init__(self, path: Path, origin: Origin) -> None:
@@ -102,7 +102,7 @@ class Rounds:
     def table(self) -> Iterator[str]:
         """Yields when, where and with which code the rounds were measured, then a Markdown table of the spreads."""
         metrics = list(dict.fromkeys(metric for of_name in self.values.values() for metric in of_name))
-        yield self._file.told()
+        yield self._file.origin_line()
         yield ""
         yield f"| median (lowest to highest) | {' | '.join(metrics)} |"
         yield "|---" * (len(metrics) + 1) + "|"

@@ -1,4 +1,4 @@
-"""The JSON file of one run: written after every measurement, gone on with by a run of the same origin only."""
+"""The JSON file of one run: written after every measurement, resumed by a run of the same origin only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lab.origin import Origin, told
+from lab.origin import Origin, origin_line
 
 Record = dict[str, Any]
 
@@ -39,10 +39,10 @@ class RunFile:
         self.record["versions"] = self.origin.versions
 
     def resume(self, difference: Callable[[Record], str | None], content: Callable[[Record], str]) -> bool:
-        """Take up the earlier record if it can be gone on with; else set its file aside. A line on stderr says which.
+        """Take up the earlier record if it has this origin; else set its file aside. A line on stderr says which.
 
-        `difference` says why an earlier record of the same origin cannot be gone on with, `content` what it holds; both
-        raise ValueError, KeyError, TypeError or AttributeError for a damaged record."""
+        `difference` says why a record of this origin cannot be resumed, or None; `content` says what the record holds.
+        Both raise ValueError, KeyError, TypeError or AttributeError for a damaged record."""
         if not self.path.exists():
             return False
         try:
@@ -76,9 +76,9 @@ class RunFile:
         temporary.write_text(json.dumps(self.record, indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, path)
 
-    def told(self) -> str:
+    def origin_line(self) -> str:
         """Says when, on which machine and with which code the record was measured."""
-        return told(self.record)
+        return origin_line(self.record)
 
 
 def set_aside(path: Path) -> Path:

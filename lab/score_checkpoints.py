@@ -42,7 +42,7 @@ def main() -> None:
             scores = file.record.get("scores", {}) | {name: document["summary"]}
             file.keep({"scores": scores})
             text = table(document, agreement, AIMS[name])
-            print(f"{name}: {file.told()}", "", text, "", sep="\n")
+            print(f"{name}: {file.origin_line()}", "", text, "", sep="\n")
             if arguments.publish:
                 write_table(ROOT / "checkpoints" / name / "README.md", text)
 

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from lab.code_state import ROOT
-from lab.transformers_model import language_model
 
 PEERS = {"llama.cpp Q8_0": "lab.peers.llama_cpp_worker", "OpenVINO int8": "lab.peers.openvino_worker"}
 
@@ -84,6 +83,8 @@ def open_peers(
             notes.append(f"{name} skipped: {python} does not exist (--help says how to make it)")
         else:
             if not exported.exists():
+                from lab.transformers_model import language_model
+
                 language_model(checkpoint).save_pretrained(exported, max_shard_size="100GB")
             try:
                 worker = Peer(python, PEERS[name], [exported, converted[name], arguments.threads, *options])

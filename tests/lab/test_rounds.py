@@ -1,9 +1,9 @@
-"""Rounds are interleaved, kept after every measurement, and gone on with by a run of the same origin only."""
+"""Rounds are interleaved, written after every measurement, and resumed by a run of the same origin only."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,11 @@ def counting(name: str, log: Log, step: float = 1.0) -> Callable[[], Mapping[str
         return {"ms": (log.count(name) - 1) * step}
 
     return measure
+
+
+def in_turn(values: Iterable[float]) -> Callable[[], Mapping[str, float]]:
+    left = iter(values)
+    return lambda: {"ms": next(left)}
 
 
 def both(log: Log, step: float = 1.0) -> dict[str, Callable[[], Mapping[str, float]]]:
@@ -161,10 +166,8 @@ def test_other_contenders_start_anew(tmp_path: Path, capsys: pytest.CaptureFixtu
 def damaged(record: dict[str, Any]) -> list[str]:
     """Texts that no run writes."""
     lacking = [{key: value for key, value in record.items() if key != missing} for missing in record]
-    wrong = [
-        record | {"rounds": rounds}
-        for rounds in ([], {"a": 1, "b": {}}, {"a": {"ms": [1.0, 2.0], "s": [1.0]}, "b": {}}, {"a": {"ms": ["1"]}})
-    ]
+    other: list[Any] = [[], {"a": 1, "b": {}}, {"a": {"ms": [1.0, 2.0], "s": [1.0]}, "b": {}}, {"a": {"ms": ["1"]}}]
+    wrong = [record | {"rounds": rounds} for rounds in other]
     needed = ("code", "machine", "versions", "settings", "measured", "rounds")
     cut = [json.dumps(part) for part in lacking if not set(needed) <= set(part)]
     return ["", "{", "[]", "\x00", json.dumps(record)[:-40], *cut, *map(json.dumps, wrong)]
@@ -192,8 +195,7 @@ def test_every_older_file_is_kept(tmp_path: Path) -> None:
 def test_ratio_best_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rounds = Rounds(tmp_path / "a.json", HERE)
     measured = {"ours": [1, 2, 9], "theirs x": [4, 4, 6], "theirs y": [5, 5, 5]}
-    left = {name: iter(values) for name, values in measured.items()}
-    rounds.run({name: lambda name=name: {"ms": next(left[name])} for name in measured}, 3, warm_up=False)
+    rounds.run({name: in_turn(values) for name, values in measured.items()}, 3, warm_up=False)
     assert rounds.ratio("ms", "ours", "theirs x") == Spread(0.5, 0.25, 1.5)
     assert rounds.best("ms", "theirs", largest=False) == "theirs x"
     assert rounds.best("ms", "theirs", largest=True) == "theirs y"
