@@ -1,57 +1,63 @@
-"""NVLM-X and NVLM-H against NVLM-D: the language model's part of one picture of 6+1 tiles and 1,024 tokens of text.
+"""NVLM-X and NVLM-H against NVLM-D: the language model's part of one image of 6+1 tiles and 1,024 tokens of text.
 
-    python lab/architectures.py --work /tmp/nvlm-bench
+    python -m lab.architectures --work WORK
 
 The three share vision encoder and language model. Prefill is everything between image tokens and the first logits: the
-prompt in the runtime's chunks and, for X and H, the cross-attention keys and values, which are also given apart. Image
-tokens are noise, which takes as long as a picture. Decoding goes on after that prompt, one request. KV bytes are of
+prompt in the runtime's chunks and, for X and H, the cross-attention keys and values, whose time is also given apart.
+Image tokens are noise, which takes as long as a real image. Decoding follows that prompt, one request. KV bytes count
 that request's tokens, cross-attended ones included.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import time
 from collections.abc import Mapping
 
 import numpy as np
-from common import Contender, Rounds, built_engine, parser, run_main, settings_of
 
+from lab.common import parser, run
+from lab.engines import random_engine
+from lab.rounds import Contender, Rounds
 from nvlm_trt.api import Message
-from nvlm_trt.backends.base import Backend
+from nvlm_trt.backends.base import ImageFeatures, StepBackend
 from nvlm_trt.backends.opening import open_backend
 from nvlm_trt.benchmark.prompts import PromptWriter
 from nvlm_trt.engine import Engine
 from nvlm_trt.model.config import NvlmConfig
 from nvlm_trt.prompt.encoder import EncodedPrompt, PromptEncoder
-from nvlm_trt.prompt.image_tokens import split_tiles
 from nvlm_trt.prompt.tokenizer import Tokenizer
 from nvlm_trt.runtime.pipeline import RuntimeOptions
 
+RESULT = "architectures.json"
+PACKAGES = ("nvlm-trt", "onnxruntime", "numpy")
 ARCHITECTURES = ("d", "x", "h")
 PREFILL, DECODE = "prefill ms", "decode tokens/s"
 CACHE_ITEM_BYTES = 4  # ONNX Runtime's caches are float32
 
 
-def main() -> None:
-    options = parser(__doc__, "architectures.json", rounds=7)
-    options.add_argument("--size", default="small", help="of the presets nvlm-{d,x,h}-SIZE")
-    options.add_argument("--precisions", nargs="+", default=["fp32"])
-    options.add_argument("--text-tokens", type=int, default=1024)
-    options.add_argument("--tiles", type=int, default=7, help="thumbnail included")
-    options.add_argument("--steps", type=int, default=16)
-    options.add_argument("--chunk", type=int, default=RuntimeOptions().prefill_chunk, help="tokens prefilled at once")
-    arguments = options.parse_args()
-    rounds = Rounds(arguments.json, settings_of(arguments), packages=("nvlm-trt", "onnxruntime", "numpy"))
+def options() -> argparse.ArgumentParser:
+    made = parser(__doc__, rounds=7)
+    made.add_argument("--size", default="small", help="size of the presets nvlm-{d,x,h}-SIZE")
+    made.add_argument("--precisions", nargs="+", default=["fp32"])
+    made.add_argument("--text-tokens", type=int, default=1024)
+    made.add_argument("--tiles", type=int, default=7, help="thumbnail included")
+    made.add_argument("--steps", type=int, default=16)
+    made.add_argument("--chunk", type=int, default=RuntimeOptions().prefill_chunk, help="tokens prefilled at once")
+    return made
+
+
+def measure(arguments: argparse.Namespace, rounds: Rounds) -> None:
     ratios: list[tuple[str, str, str]] = []
     requests: dict[str, dict[str, int]] = {}
     with contextlib.ExitStack() as opened:
         contenders: dict[str, Contender] = {}
         for precision in arguments.precisions:
             for architecture in ARCHITECTURES:
-                engine = built_engine(arguments.work, f"nvlm-{architecture}-{arguments.size}", precision)
-                components = ("decoder", "cross_kv")
-                backend = opened.enter_context(open_backend(engine, components, threads=arguments.threads))
+                engine = random_engine(arguments.work, f"nvlm-{architecture}-{arguments.size}", precision)
+                stages = ("decoder", "cross_kv")
+                backend = opened.enter_context(open_backend(engine, stages, threads=arguments.threads))
                 prompt = encode_prompt(engine, arguments.text_tokens, arguments.tiles)
                 name = f"{engine.config.name} {precision}"
                 contenders[name] = contender(backend, prompt, arguments.tiles, arguments.chunk, arguments.steps)
@@ -76,24 +82,23 @@ def encode_prompt(engine: Engine, text_tokens: int, tiles: int) -> EncodedPrompt
 
 def request_size(config: NvlmConfig, prompt: EncodedPrompt) -> dict[str, int]:
     tokens, cross = len(prompt.input_ids), prompt.cross_tokens
-    per_layer = 2 * config.llm.num_kv_heads * config.llm.head_dim * CACHE_ITEM_BYTES  # of one token: key and value
+    per_layer = 2 * config.llm.num_kv_heads * config.llm.head_dim * CACHE_ITEM_BYTES  # key and value of one token
     kv_bytes = per_layer * (tokens * config.llm.num_layers + cross * len(config.cross_layers))
     return {"sequence_tokens": tokens, "cross_tokens": cross, "kv_bytes": kv_bytes}
 
 
-def contender(backend: Backend, prompt: EncodedPrompt, tiles: int, chunk: int, steps: int) -> Contender:
+def contender(backend: StepBackend, prompt: EncodedPrompt, tiles: int, chunk: int, steps: int) -> Contender:
     config = backend.config
     shape = (tiles, config.tokens_per_tile, config.llm.hidden_size)
-    image_tokens = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
-    in_llm, in_cross = split_tiles(config.architecture, tiles)
-    ranges = np.array([PromptEncoder.decode_range(prompt)], np.int32)
+    image_tokens = backend.import_tokens(np.random.default_rng(0).standard_normal(shape, dtype=np.float32))
+    ranges = np.array([prompt.decode_range], np.int32)
 
     def measure() -> Mapping[str, float]:
         started = time.perf_counter()
-        if len(image_tokens[in_cross]):
-            backend.write_cross_kv(0, 0, backend.cross_kv(image_tokens[in_cross]))
+        image = backend.features(image_tokens)
+        backend.write_cross_kv(0, 0, image)
         cross_kv = time.perf_counter() - started
-        logits = prefill(backend, prompt, image_tokens[in_llm].reshape(-1, shape[2]), chunk)
+        logits = prefill(backend, prompt, image, chunk)
         prefilled = time.perf_counter() - started
         position = np.array([len(prompt.input_ids)])
         started = time.perf_counter()
@@ -107,19 +112,20 @@ def contender(backend: Backend, prompt: EncodedPrompt, tiles: int, chunk: int, s
     return measure
 
 
-def prefill(backend: Backend, prompt: EncodedPrompt, llm_tokens: np.ndarray, chunk: int) -> np.ndarray:
-    """In slot 0, as the scheduler does it: `chunk` tokens at a time -> logits [vocab]."""
+def prefill(backend: StepBackend, prompt: EncodedPrompt, image: ImageFeatures, chunk: int) -> np.ndarray:
+    """Prefills slot 0 as the scheduler does, `chunk` tokens at a time -> logits [vocab]."""
     logits = np.empty(0, np.float32)
     used = 0
     for start in range(0, len(prompt.input_ids), chunk):
         ids = prompt.input_ids[start : start + chunk]
-        images = int(np.count_nonzero(ids == backend.config.image_token_id))
+        placeholders = int(np.count_nonzero(ids == backend.config.image_token_id))
+        embeddings = backend.embeddings([image], used, used + placeholders)
         ranges = prompt.cross_ranges[start : start + chunk]
-        logits = backend.prefill(0, start, ids, llm_tokens[used : used + images], ranges)
-        used += images
-    assert used == len(llm_tokens), (used, len(llm_tokens))
+        logits = backend.prefill(0, start, ids, embeddings, ranges)
+        used += placeholders
+    assert used == prompt.placeholders, (used, prompt.placeholders)
     return logits
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run(options(), measure, RESULT, PACKAGES)

@@ -1,19 +1,19 @@
 """Peak memory of building an engine from a checkpoint of 72B-shaped layers, above that of a bare interpreter.
 
-    python lab/build_memory.py --work /tmp/nvlm-bench
+    python -m lab.build_memory --work WORK
 
 The checkpoint has NVLM-D-72B's shapes with as many layers as make `--gigabytes` of bfloat16, or as few as the disk has
-room for. Its file is sparse: nothing but the header is stored, every weight reads as zero, and the build does with
-zeros all that it does with numbers. Each precision is built once, by a process of its own, without the smoke test and
-with a calibration that is made up: both load a whole engine and would measure ONNX Runtime. The engine is removed.
-Memory is the process's high-water mark of resident memory (VmHWM) as the kernel keeps it.
+room for. Its file is sparse: it stores nothing but the header, every weight reads as zero, and the build treats zeros
+like any number. A process of its own builds each precision once, without the smoke test and with a made-up calibration:
+both load a whole engine and would measure ONNX Runtime. The engine is removed afterwards. Memory is the process's
+high-water mark of resident memory (VmHWM) as the kernel keeps it.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
-import os
 import shutil
 import signal
 import struct
@@ -25,8 +25,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from common import Contender, Rounds, parser, run_main, settings_of
-
+from lab.code_state import ROOT
+from lab.common import parser, run
+from lab.rounds import Contender, Rounds
 from nvlm_trt.builders.quantization.calibration import Calibration, LinearInput
 from nvlm_trt.checkpoint.reader import Checkpoint
 from nvlm_trt.checkpoint.writer import WEIGHTS_FILE
@@ -37,9 +38,11 @@ from nvlm_trt.model.hf_config import config_to_hf
 from nvlm_trt.model.layout import checkpoint_layout
 from nvlm_trt.prompt.tokenizer import Tokenizer, write_byte_tokenizer
 
+RESULT = "build_memory.json"
+PACKAGES = ("nvlm-trt", "onnx", "onnx-ir", "numpy")
 PRECISIONS = ("fp32", "int8-weight-only", "int4-weight-only", "int8")
 VISION_LAYERS = 3  # the rest are the language model's, which has the large matrices
-BYTES = {"checkpoint": 2, "engine": 4}  # of a weight, at most
+BYTES = {"checkpoint": 2, "engine": 4}  # per weight, at most
 SPARE_DISK = 2 << 30
 MEMORY = "peak above the interpreter MB"
 
@@ -59,15 +62,17 @@ build_engine(checkpoint, output, precision=precision, smoke_test=False, quantiza
 """
 
 
-def main() -> None:
-    options = parser(__doc__, "build_memory.json", rounds=1)
-    options.add_argument("--preset", default="nvlm-d-72b", help="whose shapes the layers have")
-    options.add_argument("--gigabytes", type=float, default=14, help="of the checkpoint")
-    options.add_argument("--vocab-size", type=int, help="smaller embeddings than the preset's")
-    options.add_argument("--precisions", nargs="+", default=PRECISIONS)
-    arguments = options.parse_args()
+def options() -> argparse.ArgumentParser:
+    made = parser(__doc__, rounds=1)
+    made.add_argument("--preset", default="nvlm-d-72b", help="preset whose shapes the layers have")
+    made.add_argument("--gigabytes", type=float, default=14, help="size of the checkpoint")
+    made.add_argument("--vocab-size", type=int, help="smaller embeddings than the preset's")
+    made.add_argument("--precisions", nargs="+", default=PRECISIONS)
+    return made
+
+
+def measure(arguments: argparse.Namespace, rounds: Rounds) -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
-    rounds = Rounds(arguments.json, settings_of(arguments), packages=("nvlm-trt", "onnx", "onnx-ir", "numpy"))
     config = PRESETS[arguments.preset]
     if arguments.vocab_size:
         config = replace(config, llm=replace(config.llm, vocab_size=arguments.vocab_size))
@@ -90,7 +95,6 @@ def main() -> None:
         # a warm-up would build everything twice
         rounds.run(contenders, arguments.rounds, warm_up=False)
     rounds.report(
-        [],
         checkpoint_gb=size / 1e9,
         llm_layers=config.llm.num_layers,
         vision_layers=config.vision.num_layers,
@@ -100,20 +104,22 @@ def main() -> None:
 
 
 def fitting(config: NvlmConfig, wanted: float, free_disk: int) -> NvlmConfig:
-    """As many LLM layers as bring the checkpoint nearest to `wanted` bytes and let its engine fit on the disk."""
+    """Chooses the LLM layers that bring the checkpoint nearest to `wanted` bytes and let its engine fit on the disk.
 
-    def of(layers: int) -> NvlmConfig:
+    Raises EngineError if not even one layer fits into `free_disk` bytes."""
+
+    def with_layers(layers: int) -> NvlmConfig:
         vision = replace(config.vision, num_layers=min(VISION_LAYERS, config.vision.num_layers))
         return replace(config, vision=vision, llm=replace(config.llm, num_layers=layers))
 
-    layers = min(range(1, config.llm.num_layers + 1), key=lambda n: abs(checkpoint_bytes(of(n)) - wanted))
+    layers = min(range(1, config.llm.num_layers + 1), key=lambda n: abs(checkpoint_bytes(with_layers(n)) - wanted))
     room = (free_disk - SPARE_DISK) * BYTES["checkpoint"] // BYTES["engine"]
-    fits = next((n for n in range(layers, 0, -1) if checkpoint_bytes(of(n)) <= room), None)
+    fits = next((n for n in range(layers, 0, -1) if checkpoint_bytes(with_layers(n)) <= room), None)
     if fits is None:
         raise EngineError(f"an engine of one layer does not fit into {free_disk / 1e9:.0f} GB; free space in --work")
     if fits < layers:
         print(f"note: {layers} layers would not fit into {free_disk / 1e9:.0f} GB of disk; {fits} do", file=sys.stderr)
-    return of(fits)
+    return with_layers(fits)
 
 
 def checkpoint_bytes(config: NvlmConfig) -> int:
@@ -121,7 +127,7 @@ def checkpoint_bytes(config: NvlmConfig) -> int:
 
 
 def write_sparse_checkpoint(directory: Path, config: NvlmConfig) -> None:
-    """Config, tokenizer, and one safetensors file of its full length whose data are holes."""
+    """Writes config, tokenizer, and one safetensors file of its full length whose data are holes."""
     directory.mkdir()
     write_byte_tokenizer(directory, config.max_tiles)
     config = replace(config, image_token_id=Tokenizer.from_directory(directory).image_token_id)
@@ -137,7 +143,7 @@ def write_sparse_checkpoint(directory: Path, config: NvlmConfig) -> None:
 
 
 def write_calibration(path: Path, checkpoint_dir: Path) -> None:
-    """Of every linear layer, whose inputs are said to reach 1 in each channel."""
+    """Writes a calibration that says of every linear layer that its inputs reach 1 in each channel."""
     linears = {}
     with Checkpoint.open(checkpoint_dir) as checkpoint:
         for name, shape in checkpoint_layout(checkpoint.config).items():
@@ -163,14 +169,16 @@ def contender(checkpoint: Path, calibration: Path, output: Path, precision: str)
 
 
 def high_water_mb(build: list[Path | str]) -> float:
-    """Of a Python process that makes this build, or nothing."""
-    command = [sys.executable, "-c", (BUILD if build else "") + HIGH_WATER, *map(os.fspath, build)]
-    process = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    """Returns the high-water mark of a Python process that makes this build; of a bare one if `build` is empty."""
+    command = [sys.executable, "-c", (BUILD if build else "") + HIGH_WATER, *map(str, build)]
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     if process.returncode:
-        reason = "killed, probably for memory" if process.returncode == -signal.SIGKILL else "what it said is above"
+        reason = (
+            "killed, probably for memory" if process.returncode == -signal.SIGKILL else "its last messages are above"
+        )
         raise EngineError(f"the build ended with status {process.returncode} ({reason})")
     return int(process.stdout) * 1024 / 1e6
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run(options(), measure, RESULT, PACKAGES)

@@ -1,15 +1,16 @@
 """Where a decoding step's time goes: the decoder's operators by ONNX Runtime's profiler, OpenVINO's beside them.
 
-    lab/peers/install.sh /tmp/nvlm-bench/peers
-    python lab/decode_profile.py --work /tmp/nvlm-bench
+    lab/peers/install.sh WORK/peers
+    python -m lab.decode_profile --work WORK
 
-The same models, prompts and peers as decode_peers.py. The floor of a step is what it reads at the rate that this
-machine reads at, measured here by summing a large array. Every round profiles each in turn; times are medians of
-rounds.
+Uses the models, prompts and peers of lab.decode_peers. The floor of a step is the time in which this machine reads the
+step's weights, at the rate measured here by summing a large array. Every round profiles each in turn; times are medians
+of rounds.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import statistics
@@ -26,17 +27,21 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from common import run_main
-from decode_peers import Peer, decoding_parser, engine_decoder, open_peers, prepare, prompts
 
+from lab.common import run
+from lab.decoders import engine_decoder
+from lab.decoding import decoding_parser, image_placeholder, prepare, prompts
+from lab.peers.client import Peer, open_peers
+from lab.rounds import Rounds
 from nvlm_trt.backends.opening import open_backend
 from nvlm_trt.engine import Engine
 
+RESULT = "decode_profile.json"
 OPENVINO = "OpenVINO int8"
 READ = "this machine"
 READ_BYTES = 2 << 30
-STEP = "step"  # all of it: ours without the profiler, OpenVINO's with it
-# Of the weights' names, ours and those of transformers' Qwen2, which OpenVINO keeps.
+STEP = "step"  # the whole step: ours without the profiler, OpenVINO's with it
+# Role of a product -> parts of its weights' names, in our engines and in transformers' Qwen2, which OpenVINO keeps.
 ROLES = {
     "qkv": ("qkv_proj", "q_proj", "k_proj", "v_proj"),
     "o": ("o_proj",),
@@ -50,10 +55,13 @@ REST = "the rest"
 Profile = dict[str, float]  # kind of operator -> milliseconds per step
 
 
-def main() -> None:
-    arguments = decoding_parser(__doc__, "decode_profile.json", 5, ["int8-weight-only", "int8"]).parse_args()
-    rounds, checkpoint, engines = prepare(arguments)
-    image_token = next(iter(engines.values())).config.image_token_id
+def options() -> argparse.ArgumentParser:
+    return decoding_parser(__doc__, 5, ["int8-weight-only", "int8"])
+
+
+def measure(arguments: argparse.Namespace, rounds: Rounds) -> None:
+    checkpoint, engines = prepare(arguments)
+    placeholder = image_placeholder(next(iter(engines.values())))
     contenders: dict[str, Callable[[], Mapping[str, float]]] = {READ: read_rate}
     with contextlib.ExitStack() as opened:
         peers, notes = open_peers(arguments, checkpoint, opened, only=(OPENVINO,), options=("--profile",))
@@ -63,11 +71,13 @@ def main() -> None:
                 profile = partial(profile_of_engine, engine, prompt, arguments.steps, arguments.threads)
                 contenders[f"nvlm-trt {precision}, batch {batch}"] = profile
             for name, peer in peers.items():
-                profile = partial(profile_of_peer, peer, prompt, arguments.steps, image_token)
+                profile = partial(profile_of_peer, peer, prompt, arguments.steps, placeholder)
                 contenders[f"{name}, batch {batch}"] = profile
+        rounds.add_versions({name: peer.version for name, peer in peers.items()})
         rounds.run(contenders, arguments.rounds)
     sizes = {precision: megabytes_of(engine) for precision, engine in engines.items()}
-    rounds.report([], notes=notes, megabytes_read=sizes, peers={name: peer.version for name, peer in peers.items()})
+    versions = {name: peer.version for name, peer in peers.items()}
+    rounds.report(skipped=notes, notes=notes, megabytes_read=sizes, peers=versions)
     rate = rounds.spread(READ, "GB/s").median
     for precision, of_each in sizes.items():
         total = sum(of_each.values())
@@ -93,7 +103,7 @@ def read_rate() -> Mapping[str, float]:
 
 
 def weights_of(engine: Engine) -> dict[str, tuple[str, int]]:
-    """Of the decoder's products: node -> (role, bytes of weights and scales)."""
+    """Returns for each product of the decoder: node -> (role, bytes of weights and scales)."""
     graph = onnx.load(engine.path / "decoder.onnx", load_external_data=False).graph
     sizes = {
         tensor.name: int(np.prod(tensor.dims)) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
@@ -102,7 +112,7 @@ def weights_of(engine: Engine) -> dict[str, tuple[str, int]]:
     producers = {output: node for node in graph.node for output in node.output}
 
     def stored(node: onnx.NodeProto) -> Iterator[str]:
-        """What is read from the engine's files on the way to a product."""
+        """Yields the tensors that a product reads from the engine's files."""
         for name in node.input:
             if name in sizes:
                 yield name
@@ -127,7 +137,7 @@ def role_of(name: str) -> str:
 def profile_of_engine(engine: Engine, prompt: np.ndarray, steps: int, threads: int) -> Profile:
     def decode() -> float:
         with open_backend(engine, components=("decoder",), threads=threads) as backend:
-            seconds, _ = engine_decoder(backend)(prompt, steps, engine.config.image_token_id)
+            seconds, _ = engine_decoder(backend)(prompt, steps, image_placeholder(engine))
             return seconds * 1e3 / steps
 
     step = decode()
@@ -156,15 +166,15 @@ def profile_of_engine(engine: Engine, prompt: np.ndarray, steps: int, threads: i
 
 
 def kernels(events: list[dict[str, Any]], first: int, last: int) -> Iterator[tuple[str, str, int]]:
-    """(node, operator, microseconds) of those that began in first .. last."""
+    """Yields (node, operator, microseconds) of the kernels that began in first .. last."""
     suffix = "_kernel_time"
     for event in events:
         if event["name"].endswith(suffix) and first <= event["ts"] <= last:
             yield event["name"].removesuffix(suffix), event["args"]["op_name"], event["dur"]
 
 
-def profile_of_peer(peer: Peer, prompt: np.ndarray, steps: int, image_token: int) -> Profile:
-    answer = peer.ask(prompt, steps, image_token)
+def profile_of_peer(peer: Peer, prompt: np.ndarray, steps: int, placeholder: int) -> Profile:
+    answer = peer.ask(prompt, steps, placeholder)
     return by_kind(
         answer["seconds"] * 1e3 / steps,
         (
@@ -175,7 +185,7 @@ def profile_of_peer(peer: Peer, prompt: np.ndarray, steps: int, image_token: int
 
 
 def by_kind(step: float, operators: Iterable[tuple[str | None, str, float]]) -> Profile:
-    """Of (a product's role, None for others; operator; milliseconds per step): their sums, and the step's time."""
+    """Sums (a product's role or None; operator; milliseconds per step) by role and kind, and adds the step's time."""
     found = dict.fromkeys((*ROLES, ATTENTION, REST), 0.0)
     for role, operator, milliseconds in operators:
         found[role or (ATTENTION if "Attention" in operator else REST)] += milliseconds
@@ -183,4 +193,4 @@ def by_kind(step: float, operators: Iterable[tuple[str | None, str, float]]) -> 
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run(options(), measure, RESULT)

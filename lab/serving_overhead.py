@@ -1,41 +1,44 @@
-"""What serving costs: the same requests to an engine in this process and to it through Triton, interleaved.
+"""The cost of serving: the same requests to an engine in this process and to it through Triton, interleaved.
 
-    python lab/serving_overhead.py --work /tmp/nvlm-bench
+    python -m lab.serving_overhead --work WORK
 
-Throughput is of text requests, `--concurrency` at once, each asked by a thread that asks again once answered; TTFT is
-of single requests on an idle engine, a round's number being the median of `--repeats`: text, a new picture, and that
-picture again. Both sides run on the same cores, one at a time; the client's work is in both numbers. Their answers have
-to be equal, token by token.
+Throughput counts text requests, `--concurrency` at once, each asked by a thread that asks again once answered. TTFT is
+that of single requests on an idle engine, the median of `--repeats` in each round: text, a new image, and that image
+again. Both sides run on the same cores, one at a time; the client's work is in both numbers. Their answers have to be
+equal, token by token.
 """
 
 from __future__ import annotations
 
-import secrets
+import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from common import Contender, Rounds, Spread, built_engine, parser, run_main, settings_of
 
+from lab.common import parser, run
+from lab.engines import random_engine
+from lab.images import ImageSize, new_image
+from lab.rounds import Contender, Rounds
+from lab.spread import Spread
 from nvlm_trt.api import ChatRequest, Delta, Message, SamplingParams
-from nvlm_trt.benchmark.images import encode
 from nvlm_trt.benchmark.prompts import PromptWriter
-from nvlm_trt.benchmark.workload import ImageSize, Picture
 from nvlm_trt.prompt.tokenizer import Tokenizer
 from nvlm_trt.runtime.pipeline import Pipeline
 from nvlm_trt.serving.client import Client
 from nvlm_trt.serving.triton.repository import RepositoryOptions
 from nvlm_trt.serving.triton.server import ServerOptions, TritonServer
 
+RESULT = "serving_overhead.json"
+PACKAGES = ("nvlm-trt", "onnxruntime", "numpy", "tritonclient", "nvidia-pytriton")
 THROUGHPUT = "tokens/s"
 TEXT, NEW, REPEATED = "TTFT of text ms", "TTFT of a new picture ms", "TTFT of it again ms"
 IN_PROCESS, SERVED = "in process", "through Triton"
 
-Ask = Callable[[str, Sequence[bytes], SamplingParams], Iterator[Delta]]  # a question about pictures
+Ask = Callable[[str, Sequence[bytes], SamplingParams], Iterator[Delta]]  # a question about images
 
 
 @dataclass(frozen=True)
@@ -44,21 +47,22 @@ class Answer:
     token_ids: list[int]
 
 
-def main() -> None:
-    options = parser(__doc__, "serving_overhead.json", rounds=7)
-    options.add_argument("--preset", default="nvlm-d-small")
-    options.add_argument("--precision", default="int8-weight-only")
-    options.add_argument("--concurrency", type=int, default=8)
-    options.add_argument("--requests", type=int, default=32, help="per round, for the throughput")
-    options.add_argument("--prompt-tokens", type=int, default=64)
-    options.add_argument("--output-tokens", type=int, default=64)
-    options.add_argument("--image-size", default="448x448", help="WIDTHxHEIGHT")
-    options.add_argument("--repeats", type=int, default=5, help="of every TTFT in a round")
-    arguments = options.parse_args()
+def options() -> argparse.ArgumentParser:
+    made = parser(__doc__, rounds=7)
+    made.add_argument("--preset", default="nvlm-d-small")
+    made.add_argument("--precision", default="int8-weight-only")
+    made.add_argument("--concurrency", type=int, default=8)
+    made.add_argument("--requests", type=int, default=32, help="requests per round, for the throughput")
+    made.add_argument("--prompt-tokens", type=int, default=64)
+    made.add_argument("--output-tokens", type=int, default=64)
+    made.add_argument("--image-size", default="448x448", help="WIDTHxHEIGHT")
+    made.add_argument("--repeats", type=int, default=5, help="measurements of every TTFT in a round")
+    return made
+
+
+def measure(arguments: argparse.Namespace, rounds: Rounds) -> None:
     size = ImageSize.parse(arguments.image_size, "--image-size")
-    packages = ("nvlm-trt", "onnxruntime", "numpy", "tritonclient", "nvidia-pytriton")
-    rounds = Rounds(arguments.json, settings_of(arguments), packages)
-    engine = built_engine(arguments.work, arguments.preset, arguments.precision)
+    engine = random_engine(arguments.work, arguments.preset, arguments.precision)
     writer, rng = PromptWriter(Tokenizer.from_directory(engine.path)), np.random.default_rng(0)
     questions = [writer.write(arguments.prompt_tokens, rng) for _ in range(arguments.requests)]
     answers: dict[str, list[list[int]]] = {}
@@ -71,7 +75,7 @@ def main() -> None:
         asks: dict[str, Ask] = {IN_PROCESS: in_process(pipeline), SERVED: through_triton(client)}
         contenders = {name: contender(ask, questions, size, arguments, answers, name) for name, ask in asks.items()}
         rounds.run(contenders, arguments.rounds)
-    assert len({str(tokens) for tokens in answers.values()}) <= 1, "the served engine answers otherwise"
+    assert len({str(tokens) for tokens in answers.values()}) <= 1, "the served engine gives other answers"
     ratios = [(THROUGHPUT, SERVED, IN_PROCESS), (REPEATED, SERVED, IN_PROCESS)]
     rounds.report(ratios, more_ttft_ms={metric: str(more(rounds, metric)) for metric in (TEXT, NEW, REPEATED)})
     for metric in (TEXT, NEW, REPEATED):
@@ -79,37 +83,42 @@ def main() -> None:
 
 
 def more(rounds: Rounds, metric: str) -> Spread:
-    """Served minus in process, within the rounds; the median is that of the differences."""
+    """Subtracts the time in process from the time served, within the rounds."""
     pairs = zip(rounds.values[SERVED][metric], rounds.values[IN_PROCESS][metric], strict=True)
     return Spread.of([served - in_process for served, in_process in pairs])
 
 
 def in_process(pipeline: Pipeline) -> Ask:
-    def ask(question: str, pictures: Sequence[bytes], sampling: SamplingParams) -> Iterator[Delta]:
-        return pipeline.generate(ChatRequest([Message("user", question)], pictures, sampling))
+    def ask(question: str, images: Sequence[bytes], sampling: SamplingParams) -> Iterator[Delta]:
+        return pipeline.generate(ChatRequest([Message("user", question)], images, sampling))
 
     return ask
 
 
 def through_triton(client: Client) -> Ask:
-    def ask(question: str, pictures: Sequence[bytes], sampling: SamplingParams) -> Iterator[Delta]:
-        return client.stream(question, images=pictures, sampling=sampling)
+    def ask(question: str, images: Sequence[bytes], sampling: SamplingParams) -> Iterator[Delta]:
+        return client.stream(question, images=images, sampling=sampling)
 
     return ask
 
 
 def contender(
-    ask: Ask, questions: Sequence[str], size: ImageSize, arguments: Any, answers: dict[str, list[list[int]]], name: str
+    ask: Ask,
+    questions: Sequence[str],
+    size: ImageSize,
+    arguments: argparse.Namespace,
+    answers: dict[str, list[list[int]]],
+    name: str,
 ) -> Contender:
-    """`answers` gets the tokens of all questions under `name`."""
+    """Times one side. `answers` gets the tokens of all questions under `name`."""
 
     def measure() -> Mapping[str, float]:
         texts, new, repeated = [], [], []
         for _ in range(arguments.repeats):
             texts.append(answer(ask, questions[0], [], 2).ttft)
-            picture = encode(Picture(size, secrets.token_hex(8)))  # new to the image cache by its bytes
-            new.append(answer(ask, questions[0], [picture], 2).ttft)
-            repeated.append(answer(ask, questions[0], [picture], 2).ttft)
+            image = new_image(size)
+            new.append(answer(ask, questions[0], [image], 2).ttft)
+            repeated.append(answer(ask, questions[0], [image], 2).ttft)
         started = time.perf_counter()
         with ThreadPoolExecutor(arguments.concurrency) as users:
             answered = list(users.map(lambda question: answer(ask, question, [], arguments.output_tokens), questions))
@@ -125,10 +134,11 @@ def contender(
     return measure
 
 
-def answer(ask: Ask, question: str, pictures: Sequence[bytes], tokens: int) -> Answer:
+def answer(ask: Ask, question: str, images: Sequence[bytes], tokens: int) -> Answer:
     started = time.perf_counter()
-    ttft, token_ids = 0.0, []
-    for delta in ask(question, pictures, SamplingParams(max_tokens=tokens, ignore_eos=True)):
+    ttft = 0.0
+    token_ids: list[int] = []
+    for delta in ask(question, images, SamplingParams(max_tokens=tokens, ignore_eos=True)):
         if delta.token_ids and not token_ids:
             ttft = time.perf_counter() - started
         token_ids += delta.token_ids
@@ -137,4 +147,4 @@ def answer(ask: Ask, question: str, pictures: Sequence[bytes], tokens: int) -> A
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run(options(), measure, RESULT, PACKAGES)

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Makes `import tensorrt` work without a GPU and without the builder, to check calls against the real Python API: the real
-# bindings over the real lean runtime (46 MB from the package index) with stubs of six C functions where the builder, its
-# plugins and the ONNX parser would be. Creating a builder returns null; classes, enums, signatures, tensorrt.plugin and
-# the plugin registry are real.
+# Makes `import tensorrt` work without a GPU and without the builder, to check calls against the real Python API: puts the
+# real bindings over the real lean runtime (46 MB from the package index), with stubs of six C functions in place of the
+# builder, its plugins and the ONNX parser. Creating a builder returns null; classes, enums, signatures, tensorrt.plugin
+# and the plugin registry are real.
 #   lab/tensorrt_shim.sh DIRECTORY
 #   LD_LIBRARY_PATH=DIRECTORY/lib PYTHONPATH=DIRECTORY/python python -c 'import tensorrt'
-# PYTHON names the interpreter that the bindings are for, TENSORRT_VERSION another version.
+# PYTHON names the interpreter of the bindings, TENSORRT_VERSION another version.
 set -euo pipefail
 [ $# = 1 ] || { echo "usage: $0 DIRECTORY" >&2; exit 2; }
 target=$(realpath -m "$1")
-[ ! -e "$target" ] || { echo "error: $target exists; remove it to build it anew" >&2; exit 2; }
+[ ! -e "$target" ] || { echo "error: $target exists; remove it to make it again" >&2; exit 2; }
 python=${PYTHON:-python3}
 version=${TENSORRT_VERSION:-11.4.0.106}
 
@@ -47,7 +47,7 @@ C
 cat >"$work/python/tensorrt/__init__.py" <<'PYTHON'
 import sys
 
-from tensorrt_bindings import *  # what NVIDIA's own tensorrt package does
+from tensorrt_bindings import *  # as NVIDIA's own tensorrt package does
 from tensorrt_bindings import __version__
 import tensorrt_bindings.plugin as plugin
 

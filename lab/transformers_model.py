@@ -1,4 +1,4 @@
-"""A checkpoint of ours in transformers: its own Qwen2 or Llama for the language model, its own InternVL for NVLM-D."""
+"""Loads our checkpoints into transformers: its own Qwen2 or Llama for the language model, its InternVL for NVLM-D."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from nvlm_trt.checkpoint.reader import Checkpoint
 from nvlm_trt.model.config import LlmConfig, NvlmConfig
 from nvlm_trt.reference.vision import projector
 
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _LLM = "language_model."
 _VISION = "vision_model."
 _LAYER_NAMES = {
@@ -53,9 +54,10 @@ def language_model(checkpoint: Path, dtype: torch.dtype = torch.float32) -> PreT
 
 
 def whole_model(checkpoint: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """NVLM-D. The projector is a module of ours: InternVL's own has biases and no width of its own."""
+    """Loads NVLM-D with a projector module of ours: InternVL's own has biases and no width of its own."""
     weights, config = _read(checkpoint, dtype), _config(checkpoint)
     vision = config.vision
+    assert config.image_token_id is not None, "a checkpoint's config names its image placeholder"
     assert config.pixel_shuffle == "v2", "the order in which InternVL lists merged tokens"
     theirs = InternVLConfig(
         vision_config=InternVLVisionConfig(
@@ -120,7 +122,7 @@ def _read(checkpoint: Path, dtype: torch.dtype) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def _made_in(dtype: torch.dtype) -> Iterator[None]:
-    """Parameters only, as when transformers loads a model: `to(dtype)` would also round the rotary frequencies."""
+    """Makes parameters only in `dtype`, as transformers does: `to(dtype)` would also round the rotary frequencies."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -140,7 +142,7 @@ def _load(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def _vision_state(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """A tensor of vision_model under the names of InternVLVisionModel, which has q, k and v apart."""
+    """Renames a tensor of vision_model for InternVLVisionModel, which has q, k and v apart."""
     prefix = "model.vision_tower."
     if name.startswith("embeddings."):
         stem, dot, rest = name.removeprefix("embeddings.").partition(".")

@@ -1,32 +1,33 @@
-"""Time to the first token of one picture and a question: the whole of NVLM-D, against transformers on the same weights.
+"""TTFT of one image and a question: the whole of NVLM-D, against transformers on the same weights.
 
-    python lab/ttft_vs_transformers.py --work /tmp/nvlm-bench
+    python -m lab.ttft_vs_transformers --work WORK
 
-The picture becomes 6 tiles and a thumbnail; the question has 64 tokens, format and tile tags on top. Ours is what a
-request to the Pipeline takes until its first token, with stages from its own account; every round's picture is new to
-the image cache. transformers runs its InternVL over our projector; decoding and tiling the picture is our code there
-too. Both sides have to agree on the first token in fp32.
+The image becomes 6 tiles and a thumbnail; the question has 64 tokens, format and tile tags on top. Our time is that of
+a request to the Pipeline until its first token, with stages from the Pipeline's own account; every round's image is new
+to the image cache. transformers runs its InternVL over our projector; our code decodes and tiles the image there too.
+Both sides have to agree on the first token in fp32.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
-import secrets
 import time
 from collections.abc import Mapping
 
 import numpy as np
 import torch
-from common import Contender, Rounds, built_engine, parser, random_checkpoint, run_main, settings_of
 from transformers import PreTrainedModel
-from transformers_model import whole_model
 
+from lab.common import parser, run
+from lab.engines import random_checkpoint, random_engine
+from lab.images import ImageSize, new_image
+from lab.rounds import Contender, Rounds
+from lab.transformers_model import TORCH_DTYPES, whole_model
 from nvlm_trt.api import ChatRequest, Message, SamplingParams
-from nvlm_trt.backends.base import FloatArray
+from nvlm_trt.backends.base import BackendArray
 from nvlm_trt.backends.opening import open_backend
-from nvlm_trt.benchmark.images import encode
 from nvlm_trt.benchmark.prompts import PromptWriter
-from nvlm_trt.benchmark.workload import ImageSize, Picture
 from nvlm_trt.engine import Engine
 from nvlm_trt.image.decoding import load_image
 from nvlm_trt.image.tiling import tile_image
@@ -34,22 +35,24 @@ from nvlm_trt.prompt.encoder import PromptEncoder
 from nvlm_trt.prompt.tokenizer import Tokenizer
 from nvlm_trt.runtime.pipeline import Pipeline
 
+RESULT = "ttft.json"
 TTFT = "TTFT ms"
 SIZE = ImageSize(1344, 896)  # three by two tiles
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def main() -> None:
-    options = parser(__doc__, "ttft.json", rounds=5)
-    options.add_argument("--preset", default="nvlm-d-small")
-    options.add_argument("--precisions", nargs="+", default=["fp32", "int8-weight-only", "int8,vision_encoder=int8"])
-    options.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    options.add_argument("--attention", nargs="+", default=["eager", "sdpa"])
-    options.add_argument("--text-tokens", type=int, default=64)
-    arguments = options.parse_args()
+def options() -> argparse.ArgumentParser:
+    made = parser(__doc__, rounds=5)
+    made.add_argument("--preset", default="nvlm-d-small")
+    made.add_argument("--precisions", nargs="+", default=["fp32", "int8-weight-only", "int8,vision_encoder=int8"])
+    made.add_argument("--dtypes", nargs="+", choices=TORCH_DTYPES, default=list(TORCH_DTYPES))
+    made.add_argument("--attention", nargs="+", default=["eager", "sdpa"])
+    made.add_argument("--text-tokens", type=int, default=64)
+    return made
+
+
+def measure(arguments: argparse.Namespace, rounds: Rounds) -> None:
     torch.set_num_threads(arguments.threads)
-    rounds = Rounds(arguments.json, settings_of(arguments))
-    engines = {name: built_engine(arguments.work, arguments.preset, name) for name in arguments.precisions}
+    engines = {name: random_engine(arguments.work, arguments.preset, name) for name in arguments.precisions}
     checkpoint = random_checkpoint(arguments.work, arguments.preset)
     prompts = PromptWriter(Tokenizer.from_directory(checkpoint))
     question = prompts.write(arguments.text_tokens, np.random.default_rng(0))
@@ -63,7 +66,7 @@ def main() -> None:
                 first_tokens["nvlm-trt"] = ours.first_token()
         some_engine = next(iter(engines.values()))
         for dtype in arguments.dtypes:
-            model = whole_model(checkpoint, DTYPES[dtype])
+            model = whole_model(checkpoint, TORCH_DTYPES[dtype])
             for attention in arguments.attention:
                 theirs = Theirs(model, some_engine, question, attention)
                 contenders[f"transformers {dtype} {attention}"] = theirs.measure
@@ -77,7 +80,7 @@ def main() -> None:
 
 
 class Ours:
-    """A Pipeline whose image encoder is timed in two parts. A context manager."""
+    """Times a Pipeline, its image encoder in two parts. A context manager."""
 
     def __init__(self, engine: Engine, question: str, threads: int) -> None:
         self._backend = open_backend(engine, threads=threads)
@@ -117,9 +120,9 @@ class Ours:
 
     def _request(self) -> ChatRequest:
         sampling = SamplingParams(max_tokens=2, ignore_eos=True)
-        return ChatRequest([Message("user", self._question)], [new_picture()], sampling)
+        return ChatRequest([Message("user", self._question)], [new_image(SIZE)], sampling)
 
-    def _encode_image(self, data: bytes, max_tiles: int) -> FloatArray:
+    def _encode_image(self, data: bytes, max_tiles: int) -> BackendArray:
         started = time.perf_counter()
         tiles = tile_image(load_image(data), self._edge, max_tiles)
         tiled = time.perf_counter()
@@ -129,7 +132,7 @@ class Ours:
 
 
 class Theirs:
-    """transformers with one kind of attention; `engine` lends its prompt format."""
+    """Times transformers with one kind of attention. `engine` lends its prompt format."""
 
     def __init__(self, model: PreTrainedModel, engine: Engine, question: str, attention: str) -> None:
         self._model, self._question, self._attention = model, question, attention
@@ -137,18 +140,18 @@ class Theirs:
         self._prompts = PromptEncoder(engine.config, Tokenizer.from_directory(engine.path))
 
     def measure(self) -> Mapping[str, float]:
-        picture = new_picture()
+        image = new_image(SIZE)
         self._model.set_attn_implementation(self._attention)
         started = time.perf_counter()
-        self._answer(picture)
+        self._answer(image)
         return {TTFT: 1e3 * (time.perf_counter() - started)}
 
     def first_token(self) -> int:
-        return self._answer(new_picture())
+        return self._answer(new_image(SIZE))
 
     @torch.inference_mode()
-    def _answer(self, picture: bytes) -> int:
-        tiles = tile_image(load_image(picture), self._config.vision.image_size, self._max_tiles)
+    def _answer(self, image: bytes) -> int:
+        tiles = tile_image(load_image(image), self._config.vision.image_size, self._max_tiles)
         prompt = self._prompts.encode([Message("user", self._question)], [len(tiles)])
         logits = self._model(
             input_ids=torch.from_numpy(prompt.input_ids)[None],
@@ -156,14 +159,9 @@ class Theirs:
             use_cache=True,
             logits_to_keep=1,
         ).logits[0, -1]
-        logits[self._config.image_token_id] = -torch.inf  # it is never sampled
+        logits[self._config.image_token_id] = -torch.inf  # the placeholder is never sampled
         return int(logits.argmax())
 
 
-def new_picture() -> bytes:
-    """The same pixels in other bytes, which the image cache does not know."""
-    return encode(Picture(SIZE, secrets.token_hex(8)))
-
-
 if __name__ == "__main__":
-    run_main(main)
+    run(options(), measure, RESULT)

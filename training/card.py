@@ -1,4 +1,4 @@
-"""The model card of a trained checkpoint. `lab/score_checkpoints.py` fills in the scores."""
+"""The model card of a trained checkpoint. `lab.score_checkpoints` fills in the scores."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TinyDocs and nothing else.
 
 ## Scores
 
-`lab/score_checkpoints.py` writes this table:
+`lab.score_checkpoints` writes this table:
 
 <!-- scores: begin -->
 <!-- scores: end -->

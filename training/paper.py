@@ -1,7 +1,7 @@
 """The paper's effects in our own models: tables and plot of docs/paper.md.
 
 `python -m training.paper --work DIR --scores DIR` reads the ablations (`python -m training.ablation`) and scores
-(`lab/score_checkpoints.py`), asks the language models of all stages the text-only tasks, times the engines'
+(`python -m lab.score_checkpoints`), asks the language models of all stages the text-only tasks, times the engines'
 prefill, and writes docs/paper.json, docs/images/paper.png, and docs/paper.md after the template training/paper.md.
 """
 
@@ -40,7 +40,7 @@ ROUNDS = 9
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m training.paper", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="of python -m training")
-    parser.add_argument("--scores", type=Path, required=True, help="of lab/score_checkpoints.py")
+    parser.add_argument("--scores", type=Path, required=True, help="WORK of lab.score_checkpoints")
     options = parser.parse_args()
     run = Run(options.work, torch.device("cpu"))
     document = {
@@ -200,7 +200,7 @@ def _architectures_table(table: dict[str, dict[str, Any]]) -> str:
 
 
 def _real_lengths_table(benchmark: dict[str, Any]) -> str:
-    """Of lab/architectures.py, its first precision."""
+    """Tabulates the first precision of lab.architectures."""
     metric = "prefill ms"
     times = {name: summary[metric]["median"] for name, summary in benchmark["summary"].items()}
     lines = ["| | LLM tokens | cross-attended | KV cache | prefill | x D |", "|---" * 6 + "|"]

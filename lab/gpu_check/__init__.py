@@ -1,1 +1,1 @@
-"""What only a GPU can prove, one trial after the other: see lab/gpu_check.sh."""
+"""Trials that need a GPU, one after the other: see lab/gpu_check.sh."""

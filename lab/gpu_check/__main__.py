@@ -1,8 +1,8 @@
 """Checks on a GPU: kernels against the reference and against torch, TensorRT where it is installed, with times.
 
-Each section runs in processes of its own: a kernel that breaks the GPU's context breaks only the rest of them.
-The exit status is 1 if a result is wrong, 2 if nothing could be run; a missed speed and what the machine lacks are
-told in the report and are not failures.
+Each section runs in processes of its own: a kernel that breaks the GPU's context breaks only the rest of that process.
+The exit status is 1 if a result is wrong, 2 if nothing could run. Missed speeds and tools that the machine lacks are
+no failures; the report names them.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from gpu_check import report
-from gpu_check.record import NOT_RUN, WRONG, Check, Record, Trial, perform
+from lab.code_state import ROOT, code_state
+from lab.gpu_check import report
+from lab.gpu_check.record import NOT_RUN, WRONG, Check, Record, Trial, perform
 
 SECTIONS = ("ceilings", "attention", "attention-speed", "tile_resample", "tensorrt")
 INTERPRETED = ("attention", "tile_resample")
-PARTS = {"attention": 8}  # run side by side, for nothing is timed there and its kernels take minutes to compile
-DOCS = Path(__file__).resolve().parents[2] / "docs"
-RESERVE = 20.0  # seconds before the end in which no trial is begun
+PARTS = {"attention": 8}  # run side by side: nothing is timed there, and the kernels take minutes to compile
+DOCS = ROOT / "docs"
+RESERVE = 20.0  # seconds before the end in which no trial starts
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     if options.render:
         try:
             report.write(options.output or options.render.parent, options.render.stem, report.load(options.render))
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _fail(str(error))
         return 0
     if options.section:
-        return _run_here(options)
+        return run_here(options)
     problem = _problem(options)
     if problem:
         return _fail(problem)
@@ -50,11 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _problem(options: argparse.Namespace) -> str | None:
-    """What keeps this from running, in one line."""
+    """Says in one line why nothing can run; None if something can."""
     if options.tune + options.interpret + bool(options.only) > 1:
         return "--tune, --interpret and --only exclude each other"
     if options.interpret and not options.output:
-        return "--interpret needs --output DIRECTORY: docs/ is for what a GPU says"
+        return "--interpret needs --output DIRECTORY: docs/ is for results of a GPU"
     missing = [name for name in ("torch", "triton", "numpy") if importlib.util.find_spec(name) is None]
     if missing:
         return f"{sys.executable} lacks {', '.join(missing)}; set PYTHON to a Python that has them"
@@ -69,7 +70,7 @@ def _problem(options: argparse.Namespace) -> str | None:
 
 
 def _sections(options: argparse.Namespace) -> tuple[str, ...]:
-    """Shares of the ceilings need the ceilings."""
+    """Lists the sections to run. The ceilings come first: other sections report shares of them."""
     if options.tune:
         return ("tune",)
     if options.interpret:
@@ -78,7 +79,7 @@ def _sections(options: argparse.Namespace) -> tuple[str, ...]:
 
 
 def _run_all(options: argparse.Namespace, command: str) -> int:
-    from gpu_check.measure import machine
+    from lab.gpu_check.measure import machine
 
     directory, stem = options.output or DOCS, "gpu_tune" if options.tune else "gpu_report"
     started = time.time()
@@ -86,15 +87,16 @@ def _run_all(options: argparse.Namespace, command: str) -> int:
         "command": command,
         "date": time.strftime("%Y-%m-%d", time.gmtime(started)),
         "machine": machine(options.interpret),
+        "code": code_state(),
     }
     with tempfile.TemporaryDirectory() as folder:
         record = Record(Path(folder) / "checks.jsonl")
         for section in _sections(options):
-            _run_apart(section, record, started + 60 * options.minutes, options.interpret)
+            run_apart(section, record, started + 60 * options.minutes, options.interpret)
             found |= {"seconds": time.time() - started, "checks": [asdict(check) for check in record.read()]}
             report.write(directory, stem, found)  # each time: a run may be cut short
         if options.tune:
-            from gpu_check.tune import best
+            from lab.gpu_check.tune import best
 
             print(*best(record), sep="\n")
         checks = record.read()
@@ -102,8 +104,8 @@ def _run_all(options: argparse.Namespace, command: str) -> int:
     return 1 if any(check.status == WRONG for check in checks) else 0
 
 
-def _run_apart(section: str, record: Record, end: float, interpret: bool) -> None:
-    """A section in processes of its own, stopped with all that they started when the time is up."""
+def run_apart(section: str, record: Record, end: float, interpret: bool) -> None:
+    """Run a section in processes of its own, and stop them and their children when the time is up."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     if interpret:
         environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -111,14 +113,14 @@ def _run_apart(section: str, record: Record, end: float, interpret: bool) -> Non
     parts = [record]
     if count > 1:
         parts = [Record(record.path.with_suffix(f".{section}-{part}")) for part in range(count)]
-    scripts = Path(__file__).resolve().parents[1]  # -m imports from where it runs: never from another nvlm_trt
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for part in range(count):
-            command = [sys.executable, "-m", "gpu_check", "--section", section]
+            command = [sys.executable, "-m", "lab.gpu_check", "--section", section]
             command += ["--record", str(parts[part].path.resolve()), "--deadline", str(end - RESERVE)]
             command += ["--part", str(part), str(count), *["--interpret"] * interpret]
-            processes.append(subprocess.Popen(command, env=environment, cwd=scripts, start_new_session=True))
+            # -m imports from the current directory first
+            processes.append(subprocess.Popen(command, env=environment, cwd=ROOT, start_new_session=True))
         for process, part_record in zip(processes, parts, strict=True):
             _wait(process, section, part_record, end - RESERVE / 2)
     finally:
@@ -139,53 +141,53 @@ def _wait(process: subprocess.Popen[bytes], section: str, record: Record, end: f
         return
     if status:
         name = signal.Signals(-status).name if status < 0 else f"exit status {status}"
-        record.add(Check(section, "the rest", WRONG, note=f"the process ended with {name}; see what it printed"))
+        record.add(Check(section, "the rest", WRONG, note=f"the process ended with {name}; see its messages"))
 
 
-def _run_here(options: argparse.Namespace) -> int:
+def run_here(options: argparse.Namespace) -> int:
     record = Record(options.record)
-    trials: Iterable[Trial] = _trials(options, record)
+    trials: Iterable[Trial] = trials_of(options, record)
     part, count = options.part
-    if count > 1:  # neighbours, which often share a compiled kernel, stay together
+    if count > 1:  # neighbours stay together: they often share a compiled kernel
         listed = list(trials)
         trials = listed[part * len(listed) // count : (part + 1) * len(listed) // count]
     perform(options.section, trials, record, options.deadline)
     return 0
 
 
-def _trials(options: argparse.Namespace, record: Record) -> Iterator[Trial]:
-    """Imported when it is used: the interpreter's mode and TensorRT are settled by an import."""
+def trials_of(options: argparse.Namespace, record: Record) -> Iterator[Trial]:
+    """Yields a section's trials. Imports the section here: an import settles the interpreter's mode and TensorRT."""
     import torch
 
     device = "cpu" if options.interpret else "cuda"
     if options.section == "ceilings":
-        from gpu_check import measure
+        from lab.gpu_check import measure
 
         return measure.ceilings()
     if options.section == "attention":
-        from gpu_check import attention
+        from lab.gpu_check import attention
 
         # the interpreter multiplies bf16 wrongly
         dtypes = [torch.float32, torch.float16, *[torch.bfloat16] * (not options.interpret)]
         return attention.trials(device, dtypes)
     if options.section == "attention-speed":
-        from gpu_check import attention_speed
+        from lab.gpu_check import attention_speed
 
         return attention_speed.trials(record)
     if options.section == "tile_resample":
-        from gpu_check import resample
+        from lab.gpu_check import resample
 
         return resample.trials(device, record)
     if options.section == "tune":
-        from gpu_check import tune
+        from lab.gpu_check import tune
 
         return tune.trials(options.deadline)
-    from gpu_check import tensorrt_engines
+    from lab.gpu_check import tensorrt_engines
 
     return tensorrt_engines.trials()
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lab/gpu_check.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -196,8 +198,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tune", action="store_true", help="time alternative block sizes instead: gpu_tune.md, .json")
     parser.add_argument("--interpret", action="store_true", help="without a GPU: small shapes in Triton's interpreter")
     parser.add_argument("--render", type=Path, metavar="JSON", help="write the page of a report's JSON again")
-    parser.add_argument("--minutes", type=float, default=9, help="that the run may take (%(default)s)")
-    for hidden, kind in (("--section", str), ("--record", Path), ("--deadline", float)):  # of the processes it starts
+    parser.add_argument("--minutes", type=float, default=9, help="time limit of the run (%(default)s)")
+    for hidden, kind in (
+        ("--section", str),
+        ("--record", Path),
+        ("--deadline", float),
+    ):  # for the processes that this one starts
         parser.add_argument(hidden, type=kind, help=argparse.SUPPRESS)
     parser.add_argument("--part", type=int, nargs=2, default=(0, 1), help=argparse.SUPPRESS)
     return parser
@@ -212,5 +218,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        print("interrupted; the sections that were finished are in the report", file=sys.stderr)
+        print("interrupted; the report has the finished sections", file=sys.stderr)
         sys.exit(130)

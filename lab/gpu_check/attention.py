@@ -1,4 +1,4 @@
-"""Gated cross-attention: its inputs, what they must give, and whether the kernel gives it."""
+"""Gated cross-attention: inputs, the outputs that they must give, and the comparison with the kernel's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpu_check.record import PASSED, WRONG, NotAvailableError, Result, Trial, Value
+from lab.gpu_check.record import PASSED, WRONG, NotAvailableError, Result, Trial, Value
 from nvlm_trt.model.config import CrossAttentionConfig, LlmConfig
 from nvlm_trt.plugins.gated_cross_attention.blocks import BLOCKS, Blocks, candidates
 from nvlm_trt.plugins.gated_cross_attention.launcher import gated_cross_attention
@@ -18,8 +18,8 @@ from nvlm_trt.reference.cross_attention import CrossAttention
 
 SECTION = "attention"
 
-# The largest error in units of 1 + |expected|, and the root mean square of all relative to that of what is expected:
-# a few roundings of the type for the one, one for the other, where a lost block of keys would be a tenth.
+# The largest error in units of 1 + |expected|, and the root mean square of all errors relative to that of the expected
+# values: a few roundings of the type for the first, one for the second. A lost block of keys would give a tenth.
 TOLERANCES = {
     torch.float32: (4e-6, 1e-5),
     torch.float16: (2e-3, 1e-3),
@@ -28,7 +28,7 @@ TOLERANCES = {
 
 
 class Shape(NamedTuple):
-    """B sequences of S tokens attend to N image tokens."""
+    """Sizes of B sequences of S tokens that attend to N image tokens."""
 
     heads: int
     kv_heads: int
@@ -44,7 +44,7 @@ class Shape(NamedTuple):
         )
 
 
-# The 72B model: a step of 8 requests, and a prompt of 1,024 tokens, each with a picture of 6 + 1 tiles of 256 tokens.
+# The 72B model: a step of 8 requests, and a prompt of 1,024 tokens, each with an image of 6 + 1 tiles of 256 tokens.
 DECODE = Shape(64, 8, 128, batch=8, tokens=1, cross_tokens=1792)
 PREFILL = Shape(64, 8, 128, batch=1, tokens=1024, cross_tokens=1792)
 
@@ -82,7 +82,7 @@ Launch = Callable[[Inputs], Tensor]
 
 
 def make_inputs(shape: Shape, ranges: Tensor, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
-    """Normally distributed; the same on every machine."""
+    """Draws normally distributed inputs, the same on every machine."""
     random = torch.Generator().manual_seed(seed)
     heads, kv_heads, head_dim, batch, tokens, cross_tokens = shape
     sizes = (batch, heads, tokens, head_dim), *[(batch, kv_heads, cross_tokens, head_dim)] * 2
@@ -92,13 +92,13 @@ def make_inputs(shape: Shape, ranges: Tensor, dtype: torch.dtype, device: str, s
 
 
 def full_ranges(shape: Shape) -> Tensor:
-    """Every token reads everything: [B, S, 2]."""
+    """Lets every token read everything: [B, S, 2]."""
     return torch.tensor([0, shape.cross_tokens]).expand(shape.batch, shape.tokens, 2).contiguous()
 
 
 def prompt_ranges(shape: Shape, tiles: int = 7, before: int = 16, tag: int = 5) -> Tensor:
-    """A prompt of NVLM-X with one picture: `before` tokens that read nothing, `tag` tokens of each of its tiles that
-    read their own, and then text that reads all: [B, S, 2]."""
+    """Makes the ranges of an NVLM-X prompt with one image: `before` tokens read nothing, then `tag` tokens of each tile
+    read that tile, then text reads all: [B, S, 2]."""
     size = shape.cross_tokens // tiles
     ranges = full_ranges(shape)
     ranges[:, :before] = 0
@@ -109,7 +109,7 @@ def prompt_ranges(shape: Shape, tiles: int = 7, before: int = 16, tag: int = 5) 
 
 
 def random_ranges(shape: Shape, seed: int = 0) -> Tensor:
-    """Of every length, a third of them empty, the last one full: [B, S, 2]."""
+    """Draws ranges of every length, a third of them empty, the last one full: [B, S, 2]."""
     random = torch.Generator().manual_seed(seed)
     size = shape.batch, shape.tokens
     ranges = torch.randint(0, shape.cross_tokens + 1, (*size, 2), generator=random).sort(dim=-1).values
@@ -119,25 +119,26 @@ def random_ranges(shape: Shape, seed: int = 0) -> Tensor:
 
 
 def is_empty(inputs: Inputs) -> Tensor:
-    """[B, 1, S, 1]"""
+    """Marks tokens that read nothing: [B, 1, S, 1]."""
     ranges = inputs.cross_ranges
     return (ranges[..., 0] >= ranges[..., 1])[:, None, :, None]
 
 
 def boolean_mask(inputs: Inputs) -> Tensor:
-    """What torch's attention takes in place of ranges: [B, 1, S, N]."""
+    """Makes the mask that torch's attention takes in place of ranges: [B, 1, S, N]."""
     at = torch.arange(inputs.key.shape[2], device=inputs.key.device)
     return ((at >= inputs.cross_ranges[..., :1]) & (at < inputs.cross_ranges[..., 1:]))[:, None]
 
 
 @torch.no_grad()
 def oracle(inputs: Inputs) -> Tensor:
-    """The reference model's attention without its projections, in float64: [B, H, S, D]."""
+    """Computes the reference model's attention without its projections, in float64: [B, H, S, D]."""
     heads, head_dim = inputs.query.shape[1], inputs.query.shape[3]
     llm = LlmConfig("llama", heads * head_dim, 1, heads, inputs.key.shape[1], 1, 1, 1e4, head_dim=head_dim)
     with torch.device("meta"):  # the projections' weights would be large
         attention = CrossAttention(llm, CrossAttentionConfig(interval=1))
-    attention.q_proj, attention.o_proj = torch.nn.Identity(), torch.nn.Identity()
+    for projection in ("q_proj", "o_proj"):
+        setattr(attention, projection, torch.nn.Identity())
     query, key, value = (tensor.double() for tensor in inputs[:3])
     rows = [
         attention(query[b : b + 1].transpose(1, 2).flatten(2), key[b], value[b], inputs.cross_ranges[b : b + 1])
@@ -148,14 +149,14 @@ def oracle(inputs: Inputs) -> Tensor:
 
 
 def torch_attention(inputs: Inputs) -> Tensor:
-    """The same by torch's attention with a mask, in the inputs' own type."""
+    """Computes the same by torch's attention with a mask, in the inputs' own type: [B, H, S, D]."""
     query, key, value = inputs[:3]
     output = F.scaled_dot_product_attention(query, key, value, attn_mask=boolean_mask(inputs), enable_gqa=True)
     return (torch.tanh(inputs.gate) * output).masked_fill(is_empty(inputs), 0.0)
 
 
 def launch(inputs: Inputs, blocks: Blocks | None = None) -> Tensor:
-    """The kernel. Raises NotAvailableError where the GPU has too little shared memory for these blocks."""
+    """Calls the kernel: [B, H, S, D]. Raises NotAvailableError if the GPU has too little shared memory for `blocks`."""
     from triton.runtime.errors import OutOfResources
 
     try:
@@ -165,7 +166,7 @@ def launch(inputs: Inputs, blocks: Blocks | None = None) -> Tensor:
 
 
 def launch_on_hopper(inputs: Inputs) -> Tensor:
-    """The kernel of Hopper GPUs, of however few rows. Raises NotAvailableError on others."""
+    """Calls the kernel of Hopper GPUs, however few the rows are. Raises NotAvailableError on other GPUs."""
     if torch.cuda.get_device_capability() != (9, 0):
         raise NotAvailableError("the GPU is not a Hopper")
     from nvlm_trt.plugins.gated_cross_attention.hopper.launcher import prefill
@@ -177,11 +178,11 @@ def launch_on_hopper(inputs: Inputs) -> Tensor:
 
 class Error(NamedTuple):
     largest: float  # in units of 1 + |expected|
-    rms: float  # relative to that of what is expected
+    rms: float  # relative to the rms of the expected values
 
     @classmethod
     def of(cls, output: Tensor, expected: Tensor) -> Error:
-        """NaN and infinity count as 1e30, which JSON has."""
+        """Counts NaN and infinity as 1e30: JSON has neither."""
         difference = (output.double() - expected).nan_to_num(1e30, 1e30, 1e30).abs()
         size = expected.square().mean().sqrt().clamp_min(1e-30)
         return cls(float((difference / (1 + expected.abs())).max()), float(difference.square().mean().sqrt() / size))
@@ -192,7 +193,7 @@ class Error(NamedTuple):
 
 
 def compare(shape: Shape, ranges: Tensor, dtype: torch.dtype, device: str, launch: Launch = launch) -> Result:
-    """The kernel against the oracle, torch's attention beside it, and exact zeros for empty ranges."""
+    """Compares the kernel and torch's attention with the oracle, and requires exact zeros for empty ranges."""
     inputs = make_inputs(shape, ranges, dtype, device)
     output, expected = launch(inputs), oracle(inputs)
     error, of_torch = Error.of(output, expected), Error.of(torch_attention(inputs), expected)
@@ -209,7 +210,7 @@ def compare(shape: Shape, ranges: Tensor, dtype: torch.dtype, device: str, launc
 
 
 def independence(shape: Shape, dtype: torch.dtype, device: str, launch: Launch) -> Result:
-    """What lies outside the ranges and what stands beside a token change none of its bits."""
+    """Checks that neither values outside the ranges nor neighbouring tokens change a bit of a token's output."""
     inputs = make_inputs(shape, random_ranges(shape, seed=3), dtype, device)
     output = launch(inputs)
     faults = []
@@ -239,7 +240,7 @@ def independence(shape: Shape, dtype: torch.dtype, device: str, launch: Launch) 
 
 
 def trials(device: str, dtypes: Sequence[torch.dtype]) -> Iterator[Trial]:
-    """On the CPU, where the interpreter is slow, less of everything."""
+    """Yields fewer and smaller trials on the CPU, where the interpreter is slow."""
     on_gpu = device != "cpu"
     for dtype in dtypes:
         name = str(dtype).removeprefix("torch.")
@@ -255,7 +256,7 @@ def trials(device: str, dtypes: Sequence[torch.dtype]) -> Iterator[Trial]:
                 partial(compare, PROMPT, prompt, dtype, device, partial(launch, blocks=BLOCKS[number])),
             )
         shape = Shape(4, 2, 64, 3, 9, 200) if on_gpu else Shape(2, 1, 64, 2, 2, 40)
-        # of one entry: a token alone would be given another
+        # one entry for all: the launcher would choose another for a token alone
         first = partial(launch, blocks=BLOCKS[candidates(dtype.itemsize)[0]])
         yield f"{name}: bits depend on nothing else", partial(independence, shape, dtype, device, first)
         if on_gpu and dtype != torch.float32:
@@ -274,7 +275,7 @@ def _hopper_trials(dtype: torch.dtype, device: str) -> Iterator[Trial]:
 
 
 def masks_change_nothing(dtype: torch.dtype, device: str) -> Result:
-    """Text after tile tags has the same bits where no token has a tag, in every run."""
+    """Checks that text after tile tags has the same bits as without tags, in every run."""
     inputs = make_inputs(PREFILL, prompt_ranges(PREFILL), dtype, device)
     output = launch_on_hopper(inputs)
     if not all(launch_on_hopper(inputs).equal(output) for _ in range(5)):

@@ -1,4 +1,4 @@
-"""Gated cross-attention: its time with a cold L2 cache, beside torch's attention and what the GPU can do at most."""
+"""Gated cross-attention: its time with a cold L2 cache, beside torch's attention and the GPU's ceilings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gpu_check.attention import (
+from lab.gpu_check.attention import (
     DECODE,
     PREFILL,
     Inputs,
@@ -25,15 +25,15 @@ from gpu_check.attention import (
     make_inputs,
     prompt_ranges,
 )
-from gpu_check.measure import COPY, MATMUL, ceiling, cold_copies, gpu_seconds
-from gpu_check.record import MEASURED, PASSED, SLOW, NotAvailableError, Record, Result, Trial, Value
+from lab.gpu_check.measure import COPY, MATMUL, ceiling, cold_copies, gpu_seconds
+from lab.gpu_check.record import MEASURED, PASSED, SLOW, NotAvailableError, Record, Result, Trial, Value
 from nvlm_trt.plugins.gated_cross_attention.blocks import BLOCKS, Blocks
 
 SECTION = "attention-speed"
 DTYPE = torch.bfloat16
 
 # On an H200
-DECODE_SHARE = 0.70  # of the copy bandwidth
+DECODE_SHARE = 0.70  # share of the copy bandwidth
 PREFILL_UNMASKED = 1.0  # times as fast as torch without a mask
 PREFILL_MASKED = 1.5  # times as fast as torch with a boolean mask
 
@@ -48,7 +48,7 @@ _BACKENDS = {
 
 
 def input_sets(shape: Shape, ranges: Tensor) -> list[Inputs]:
-    """As many as keep the L2 cache cold."""
+    """Makes as many copies of the inputs as keep the L2 cache cold."""
     first = make_inputs(shape, ranges, DTYPE, "cuda")
     return [
         first._replace(query=first.query.clone(), key=first.key.clone(), value=first.value.clone())
@@ -57,21 +57,21 @@ def input_sets(shape: Shape, ranges: Tensor) -> list[Inputs]:
 
 
 def kernel_seconds(sets: list[Inputs], blocks: Blocks | None = None) -> float:
-    """The median of several CUDA graphs. Raises NotAvailableError where the blocks do not fit."""
+    """Returns the median of several CUDA graphs. Raises NotAvailableError if the blocks do not fit."""
     launch(sets[0], blocks)  # a capture that fails leaves the stream in a bad state
     calls = [partial(launch, inputs, blocks) for inputs in sets]
     return statistics.median(gpu_seconds(calls) for _ in range(_ROUNDS))
 
 
 def moved_bytes(inputs: Inputs) -> int:
-    """Read and written once; what the ranges leave out is not counted."""
+    """Counts every byte once, read or written. Keys and values outside the ranges do not count."""
     longest = int((inputs.cross_ranges[..., 1] - inputs.cross_ranges[..., 0]).max())
     keys_and_values = 2 * inputs.key.nbytes * longest // inputs.key.shape[2]
     return keys_and_values + 2 * inputs.query.nbytes + inputs.cross_ranges.nbytes
 
 
 def floating_point_operations(inputs: Inputs) -> int:
-    """Of the two products, within the ranges."""
+    """Counts the operations of the two products, within the ranges."""
     pairs = int((inputs.cross_ranges[..., 1] - inputs.cross_ranges[..., 0]).clamp_min(0).sum())
     return 4 * pairs * inputs.query.shape[1] * inputs.query.shape[3]
 
@@ -80,7 +80,7 @@ Call = Callable[[], object]
 
 
 class TorchInputs(NamedTuple):
-    """What torch's attention is called with."""
+    """Holds the arguments of torch's attention."""
 
     query: Tensor
     key: Tensor
@@ -89,7 +89,7 @@ class TorchInputs(NamedTuple):
     grouped: bool
 
     def attend(self, backend: SDPBackend | None) -> Tensor:
-        """`backend`: None for torch's own choice."""
+        """Calls torch's attention; None leaves the choice of the implementation to torch."""
         with contextlib.nullcontext() if backend is None else sdpa_kernel(backend):
             return F.scaled_dot_product_attention(
                 self.query, self.key, self.value, attn_mask=self.mask, enable_gqa=self.grouped
@@ -101,7 +101,7 @@ def _grouped(inputs: Inputs, mask: Tensor | None) -> TorchInputs:
 
 
 def _packed(inputs: Inputs, mask: Tensor | None) -> TorchInputs:
-    """[B, KV, group * S, D]: without causality, heads that share keys may stand side by side."""
+    """Packs the queries as [B, KV, group * S, D]: without causality, heads that share keys may stand side by side."""
     batch, heads, tokens, head_dim = inputs.query.shape
     kv_heads = inputs.key.shape[1]
     rows = inputs.query.view(batch, kv_heads, heads // kv_heads * tokens, head_dim)
@@ -115,7 +115,7 @@ def _repeated(inputs: Inputs, mask: Tensor | None) -> TorchInputs:
     return TorchInputs(inputs.query, key, value, mask, grouped=False)
 
 
-_ARRANGEMENTS = {
+ARRANGEMENTS = {
     "grouped heads": _grouped,
     "a group's heads as rows": _packed,
     "keys repeated for each head": _repeated,
@@ -123,15 +123,15 @@ _ARRANGEMENTS = {
 
 
 def fastest_of_torch(sets: list[Inputs], masked: bool) -> tuple[str, list[Call]]:
-    """Torch's attention in the arrangement and by the implementation that are fastest: (their names, its calls).
+    """Finds the fastest arrangement and implementation of torch's attention: (their names, its calls).
 
-    Neither the gate, nor empty ranges, nor making the mask or the copies is counted."""
+    Times neither the gate, nor empty ranges, nor making the mask or the copies."""
     best: tuple[float, str, list[Call]] | None = None
-    for arrangement, arrange in _ARRANGEMENTS.items():
+    for arrangement, arrange in ARRANGEMENTS.items():
         arranged = [arrange(inputs, boolean_mask(inputs) if masked else None) for inputs in sets]
         for implementation, backend in _BACKENDS.items():
             calls: list[Call] = [partial(each.attend, backend) for each in arranged]
-            with warnings.catch_warnings():  # about what the implementations do not take
+            with warnings.catch_warnings():  # about inputs that an implementation does not take
                 warnings.simplefilter("ignore")
                 try:
                     seconds = gpu_seconds(calls)
@@ -146,7 +146,7 @@ def fastest_of_torch(sets: list[Inputs], masked: bool) -> tuple[str, list[Call]]
 
 
 def decoding(shape: Shape, record: Record, target: float | None) -> Result:
-    """Bound by bytes: the share of the copy's bandwidth."""
+    """Times decoding, which bytes bound, and its share of the copy's bandwidth."""
     sets = input_sets(shape, full_ranges(shape))
     seconds, size = kernel_seconds(sets), moved_bytes(sets[0])
     share = size / seconds / 1e9 / ceiling(record, COPY)
@@ -161,7 +161,7 @@ def decoding(shape: Shape, record: Record, target: float | None) -> Result:
 
 
 def prefill(record: Record) -> Result:
-    """Bound by products: the share of a large one's rate."""
+    """Times prefill, which products bound, and its share of the rate of a large product."""
     sets = input_sets(PREFILL, prompt_ranges(PREFILL))
     seconds, operations = kernel_seconds(sets), floating_point_operations(sets[0])
     rate = operations / seconds / 1e12
@@ -169,7 +169,7 @@ def prefill(record: Record) -> Result:
 
 
 def against_torch(shape: Shape, ranges: Tensor, masked: bool, target: float | None) -> Result:
-    """How many times as fast as torch's fastest way: both in turn, of the medians, and within each round."""
+    """Times the kernel and torch's fastest way in turn: their ratio, of the medians and within each round."""
     sets = input_sets(shape, ranges)
     best, torch_calls = fastest_of_torch(sets, masked)
     calls = [partial(launch, inputs) for inputs in sets]
@@ -185,13 +185,13 @@ def against_torch(shape: Shape, ranges: Tensor, masked: bool, target: float | No
 
 
 def table_entry(shape: Shape, ranges: Tensor, number: int) -> Result:
-    """One of the block table's entries."""
+    """Times one entry of the block table."""
     seconds = kernel_seconds(input_sets(shape, ranges), BLOCKS[number])
     return Result(MEASURED, {"us": seconds * 1e6}, str(BLOCKS[number]))
 
 
 def trials(record: Record) -> Iterator[Trial]:
-    """On a GPU."""
+    """Yields the trials, which need a GPU."""
     shapes = {"decoding": (DECODE, full_ranges(DECODE)), "prefill": (PREFILL, prompt_ranges(PREFILL))}
     yield f"decoding: {DECODE}", partial(decoding, DECODE, record, DECODE_SHARE)
     yield "decoding one request", partial(decoding, DECODE._replace(batch=1), record, None)

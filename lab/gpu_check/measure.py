@@ -1,4 +1,4 @@
-"""The machine, its measured ceilings, and the time of what runs on it."""
+"""The GPU machine: its facts, its measured ceilings, and the time of calls on it."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from importlib import metadata
 import torch
 from torch import Tensor
 
-from gpu_check.record import MEASURED, NotAvailableError, Record, Result, Trial, Value
+from lab.gpu_check.record import MEASURED, NotAvailableError, Record, Result, Trial, Value
 
 CEILINGS = "ceilings"
 COPY = "copy GB/s"
 MATMUL = "matmul TFLOP/s"
 
-_LAUNCHES = 40  # in one graph: its own start, a few microseconds, is shared by them
+_LAUNCHES = 40  # in one graph: they share its own start, a few microseconds
 _REPLAYS = 20
 _WARM_UP = 1.0  # seconds of work before the ceilings: an idle GPU's clocks are a fraction of a busy one's
 _PACKAGES = ("torch", "triton", "numpy", "pillow", "torchvision", "onnx", "tensorrt", "polygraphy")
 
 
 def machine(interpreted: bool) -> dict[str, Value]:
-    """What the numbers depend on."""
+    """Reads what the numbers depend on."""
     if interpreted:
         facts: dict[str, Value] = {"GPU": "none: Triton's interpreter on the CPU, small shapes, nothing timed"}
     else:
@@ -54,7 +54,7 @@ def machine(interpreted: bool) -> dict[str, Value]:
 
 
 def ceilings() -> Iterator[Trial]:
-    """Timed like everything else: the medians of many runs, on a GPU that is awake."""
+    """Yields the trials of the ceilings: medians of many runs, on a GPU that is awake."""
 
     def warm_up(call: Callable[[], object]) -> None:
         end = time.monotonic() + _WARM_UP
@@ -85,7 +85,7 @@ def ceilings() -> Iterator[Trial]:
 
 
 def ceiling(record: Record, name: str) -> float:
-    """A ceiling that this run has measured."""
+    """Returns a ceiling that this run has measured. Raises NotAvailableError if it has not."""
     for check in record.read():
         if check.section == CEILINGS and name in check.values:
             return float(check.values[name])  # type: ignore[arg-type]
@@ -93,22 +93,22 @@ def ceiling(record: Record, name: str) -> float:
 
 
 def cold_copies(tensors: Sequence[Tensor]) -> int:
-    """How many sets of inputs, used in turn, push each other out of the L2 cache: four times its size."""
+    """Returns how many sets of inputs, used in turn, push each other out of the L2 cache: four times its size."""
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     return max(2, math.ceil(4 * cache / sum(tensor.nbytes for tensor in tensors)))
 
 
 def gpu_seconds(calls: Sequence[Callable[[], object]], launches: int = _LAUNCHES) -> float:
-    """The median time of one call, of a CUDA graph that makes them all in turn: no time of the host is in it.
+    """Returns the median time of one call in a CUDA graph that makes all calls in turn: it holds no time of the host.
 
-    Give each call inputs of its own (`cold_copies`), or it finds them in the cache. The results are all kept, so that
-    writing them is not spared either."""
+    Give each call inputs of its own (`cold_copies`), or it finds them in the cache. The graph keeps all results, so
+    that writing them is timed too."""
     rounds = math.ceil(launches / len(calls))
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for call in calls:
-            call()  # compiles, and fills caches that a capture may not
+            call()  # compiles, and fills caches that a capture must not fill
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

@@ -1,4 +1,4 @@
-"""What came of the trials: checks, kept one a line so that a process that dies loses none of them."""
+"""The results of the trials: checks, one a line, so that a process that dies loses none of them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ NOT_RUN = "not run"
 
 
 class NotAvailableError(Exception):
-    """The machine lacks what a trial needs; the message says what."""
+    """The machine lacks something that a trial needs; the message names it."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """`values` are shown as the columns of a table, `note` at its end."""
+    """A trial's outcome: the report shows `values` as columns of a table, `note` at its end."""
 
     status: str
     values: dict[str, Value] = field(default_factory=dict)
@@ -57,7 +57,7 @@ class Record:
             file.write(json.dumps(asdict(check)) + "\n")
 
     def read(self) -> list[Check]:
-        """A last line that a dying process left half-written is not one."""
+        """Skips a last line that a dying process left half-written."""
         checks = []
         for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else ():
             try:
@@ -68,7 +68,7 @@ class Record:
 
 
 def perform(section: str, trials: Iterable[Trial], record: Record, deadline: float) -> None:
-    """Run the trials in turn, as long as time.time() has not reached `deadline`. None stops those after it."""
+    """Run the trials in turn until time.time() reaches `deadline`. No trial stops those after it."""
     for name, trial in trials:
         started = time.time()
         if started >= deadline:
@@ -76,7 +76,7 @@ def perform(section: str, trials: Iterable[Trial], record: Record, deadline: flo
             continue
         check = _performed(section, name, trial)
         record.add(check)
-        print(f"{section}: {name}: {check.status} ({time.time() - started:.1f} s){_told(check)}", flush=True)
+        print(f"{section}: {name}: {check.status} ({time.time() - started:.1f} s){_details(check)}", flush=True)
 
 
 def _performed(section: str, name: str, trial: Callable[[], Result]) -> Check:
@@ -90,13 +90,13 @@ def _performed(section: str, name: str, trial: Callable[[], Result]) -> Check:
     return Check(section, name, result.status, result.values, result.note)
 
 
-def _told(check: Check) -> str:
-    told = [f"{name} {shown(value)}" for name, value in check.values.items()] + [check.note] * bool(check.note)
-    return ": " + ", ".join(told) if told else ""
+def _details(check: Check) -> str:
+    details = [f"{name} {shown(value)}" for name, value in check.values.items()] + [check.note] * bool(check.note)
+    return ": " + ", ".join(details) if details else ""
 
 
 def shown(value: Value) -> str:
-    """Three digits, and of numbers below a million all of those before the point."""
+    """Writes three digits, and for numbers below a million all digits before the decimal point."""
     if isinstance(value, float):
         return f"{value:.0f}" if 100 <= abs(value) < 1e6 else f"{value:.3g}"
     return "" if value is None else str(value)

@@ -1,4 +1,4 @@
-"""The report: all that a run found as one JSON object, and the page made from it."""
+"""The report: a run's results as one JSON object, and the page made from it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from gpu_check.record import MEASURED, NOT_RUN, PASSED, SLOW, WRONG, Check, shown
+from lab.code_state import described
+from lab.gpu_check.record import MEASURED, NOT_RUN, PASSED, SLOW, WRONG, Check, shown
 
 SECTIONS = {
-    "ceilings": "What this GPU reaches: a large copy (bytes read and written) and a large matrix product, by torch",
+    "ceilings": "Ceilings of this GPU: a large copy (bytes read and written) and a large matrix product, by torch",
     "attention": "Gated cross-attention: results, against the reference in float64",
     "attention-speed": "Gated cross-attention: time",
     "tile_resample": "tile_resample: results and time",
@@ -25,7 +26,7 @@ _ORDER = (WRONG, SLOW, PASSED, MEASURED, NOT_RUN)
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Raises ValueError for what is not a report's JSON, with one line that says so."""
+    """Reads a report's JSON. Raises ValueError with one line if the file is not one."""
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
         report["checks"] = [asdict(Check(**check)) for check in report["checks"]]
@@ -38,7 +39,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def write(directory: Path, stem: str, report: dict[str, Any]) -> None:
-    """STEM.json and STEM.md, each replaced at once."""
+    """Replace STEM.json and STEM.md, each as a whole."""
     directory.mkdir(parents=True, exist_ok=True)
     for suffix, text in ((".json", json.dumps(report, indent=1) + "\n"), (".md", page(report))):
         temporary = directory / f".{stem}{suffix}.tmp"
@@ -47,9 +48,10 @@ def write(directory: Path, stem: str, report: dict[str, Any]) -> None:
 
 
 def page(report: dict[str, Any]) -> str:
-    """Markdown: the machine, how many checks came out how, and a table for each kind of check."""
+    """Writes Markdown: the machine, the number of checks by result, and a table for each kind of check."""
     checks = [Check(**check) for check in report["checks"]]
-    made = f"Made on {report['date']} by `{report['command']}` in {report['seconds']:.0f} s."
+    code = f" with the code of {described(report['code'])}" if "code" in report else ""
+    made = f"Made on {report['date']} by `{report['command']}`{code} in {report['seconds']:.0f} s."
     lines = ["# GPU report", "", f"{made} {summary(checks)}.", ""]
     lines += _table(["machine", ""], [[name, shown(value)] for name, value in report["machine"].items()])
     for section, of_section in itertools.groupby(checks, key=lambda check: check.section):

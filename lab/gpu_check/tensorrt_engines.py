@@ -1,7 +1,7 @@
-"""TensorRT engines: built, compared with the reference stage by stage, looked into, and timed.
+"""TensorRT engines: built, compared with the reference stage by stage, inspected, and timed.
 
-Three tiny models with random weights, and a stack of layers of the 72B model's shapes. Needs TensorRT with its builder
-and the package with all that it depends on; the one trial there is otherwise says what is missing.
+Takes three tiny models with random weights, and a stack of layers of the 72B model's shapes. Needs TensorRT with its
+builder and the package with all its dependencies; without them a single trial says what is missing.
 """
 
 from __future__ import annotations
@@ -17,30 +17,31 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpu_check.record import MEASURED, PASSED, WRONG, NotAvailableError, Result, Trial, Value
-from gpu_check.tensorrt_plan import Layers, component_plans, latency, open_plan
+from lab.gpu_check.record import MEASURED, PASSED, WRONG, NotAvailableError, Result, Trial, Value
+from lab.gpu_check.tensorrt_plan import Layers, component_plans, latency, open_plan
 
 if TYPE_CHECKING:
     from nvlm_trt.model.config import NvlmConfig
 
 SECTION = "tensorrt"
-BUILDER = "nvlm_trt.backends.tensorrt.build"
+BUILDER = "nvlm_trt.builders.engine_build"
+BACKEND = "tensorrt"
 PLUGIN, KERNEL = "GatedCrossAttention", "gated_cross_attention_kernel"
 
-# The least cosine of any stage's output with the reference's.
+# The least cosine between any stage's output and the reference's.
 COSINES = {"fp32": 0.9999, "bf16": 0.999}
-DISK = 40 << 30  # for the stack: its checkpoint, ONNX files and two engines
+DISK = 40 << 30  # bytes for the stack: its checkpoint, ONNX files and two engines
 
 
 def require_tensorrt() -> None:
-    """Raises NotAvailableError saying what is missing: TensorRT, its builder, or a part of the package."""
+    """Raises NotAvailableError that names what is missing: TensorRT, its builder, or a part of the package."""
     try:
         trt = importlib.import_module("tensorrt")
     except ImportError as error:
         raise NotAvailableError(f"TensorRT is not installed ({error})") from None
     try:
         builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
-    except (TypeError, RuntimeError):  # what the bindings make of a null pointer
+    except (TypeError, RuntimeError):  # the bindings raise one of them for a null pointer
         builder = None
     if builder is None:
         raise NotAvailableError(f"TensorRT {trt.__version__} is here without its builder")
@@ -48,32 +49,32 @@ def require_tensorrt() -> None:
 
 
 def _builder() -> Any:
-    """The module, which need not be there, nor what it imports."""
+    """Imports the product's builder. Raises NotAvailableError if it or one of its imports is missing."""
     try:
         module = importlib.import_module(BUILDER)
     except ImportError as error:
         raise NotAvailableError(f"{BUILDER}: {error}") from None
-    if not hasattr(module, "build_tensorrt_engine"):
-        raise NotAvailableError(f"{BUILDER} has no build_tensorrt_engine")
+    if not hasattr(module, "build_engine"):
+        raise NotAvailableError(f"{BUILDER} has no build_engine")
     return module
 
 
 def build(checkpoint: Path, output: Path, precision: str, limits: Mapping[str, int], calibration: Path | None) -> None:
-    """The product's build, unmeasured. All that is known here of the builder stands in these lines.
+    """Builds an engine without a gate. No other lines of the GPU check know the builder's interface.
 
     Raises NotAvailableError if the builder does not take these arguments."""
     builder = _builder()
     quantization = builder.QuantizationOptions(calibration=calibration, gate=None)
-    arguments = {"overrides": limits, "precision": precision, "quantization": quantization}
+    arguments = {"overrides": limits, "precision": precision, "quantization": quantization, "backend": BACKEND}
     try:
-        inspect.signature(builder.build_tensorrt_engine).bind(checkpoint, output, **arguments)
+        inspect.signature(builder.build_engine).bind(checkpoint, output, **arguments)
     except TypeError as error:
-        raise NotAvailableError(f"{BUILDER}.build_tensorrt_engine: {error}") from None
-    builder.build_tensorrt_engine(checkpoint, output, **arguments)
+        raise NotAvailableError(f"{BUILDER}.build_engine: {error}") from None
+    builder.build_engine(checkpoint, output, **arguments)
 
 
 def tiny_config(architecture: str) -> NvlmConfig:
-    """The preset with heads of 64, the least that the plugin has."""
+    """Returns the tiny preset with heads of 64, the smallest that the plugin has."""
     from nvlm_trt.model.config import PRESETS
 
     config = PRESETS[f"nvlm-{architecture}-tiny"]
@@ -82,7 +83,7 @@ def tiny_config(architecture: str) -> NvlmConfig:
 
 
 def stack_config() -> NvlmConfig:
-    """NVLM-X-72B's shapes: two layers of the LLM behind one gated block, and two of the vision encoder."""
+    """Returns NVLM-X-72B's shapes: two layers of the LLM behind one gated block, and two of the vision encoder."""
     from nvlm_trt.model.config import PRESETS, CrossAttentionConfig
 
     config = PRESETS["nvlm-x-72b"]
@@ -96,7 +97,7 @@ def stack_config() -> NvlmConfig:
 
 
 class Workbench:
-    """Checkpoints and engines below one folder, each made once."""
+    """Makes checkpoints and engines below one folder, each once."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -129,7 +130,7 @@ class Workbench:
 
 
 def made_up_calibration(checkpoint: Path, config: NvlmConfig) -> Path:
-    """Scales for an engine whose speed is all that counts: measuring them would run the stack on the CPU."""
+    """Writes scales for an engine of which only the speed counts: measuring them would run the stack on the CPU."""
     from nvlm_trt.builders.quantization.calibration import Calibration, LinearInput
     from nvlm_trt.checkpoint.reader import Checkpoint
     from nvlm_trt.model.layout import checkpoint_layout
@@ -147,7 +148,7 @@ def made_up_calibration(checkpoint: Path, config: NvlmConfig) -> Path:
 
 
 def parity(bench: Workbench, config: NvlmConfig, precision: str) -> Result:
-    """The stages that `nvlm-trt verify` compares, judged by their cosine."""
+    """Judges the stages that `nvlm-trt verify` compares by their cosine."""
     from nvlm_trt.evaluation.parity import verify_engine
 
     directory = bench.engine(config, precision)
@@ -156,7 +157,7 @@ def parity(bench: Workbench, config: NvlmConfig, precision: str) -> Result:
     least, good = COSINES[precision], bool(report.stages)
     for stage in report.stages:
         if stage.cosine:
-            cosine = float(stage.cosine) if stage.cosine != "-" else 0.0  # "-": not finite, or of another shape
+            cosine = float(stage.cosine) if stage.cosine != "-" else 0.0  # "-": not finite, or another shape
             values[f"{stage.name}: cosine"] = f"{cosine:.6f}"
             good &= cosine >= least
         else:
@@ -165,7 +166,7 @@ def parity(bench: Workbench, config: NvlmConfig, precision: str) -> Result:
 
 
 def plugin_taken(bench: Workbench, config: NvlmConfig, precision: str) -> Result:
-    """As many layers of the decoder are the plugin as there are gated blocks."""
+    """Checks that as many layers of the decoder are the plugin as there are gated blocks."""
     plan = component_plans(bench.engine(config, precision))["decoder"]
     layers = Layers.of(open_plan(plan))
     expected, found = len(config.cross_layers), layers.named(PLUGIN, KERNEL)
@@ -174,7 +175,7 @@ def plugin_taken(bench: Workbench, config: NvlmConfig, precision: str) -> Result
 
 
 def fp8_fused(bench: Workbench, config: NvlmConfig, precision: str) -> Result:
-    """Layers that read FP8, and dequantisations that no layer took in."""
+    """Counts layers that read FP8, and dequantisations that no layer took in."""
     layers = Layers.of(open_plan(component_plans(bench.engine(config, precision))["decoder"]))
     values: dict[str, Value] = {
         "layers that read FP8": layers.reading("FP8"),
@@ -186,7 +187,7 @@ def fp8_fused(bench: Workbench, config: NvlmConfig, precision: str) -> Result:
 
 
 def time_of(bench: Workbench, config: NvlmConfig, precision: str, component: str, profile: int) -> Result:
-    """Of one profile at its optimal shapes."""
+    """Times one profile at its optimal shapes."""
     plan = component_plans(bench.engine(config, precision)).get(component)
     if plan is None:
         raise NotAvailableError(f"the engine has no {component}.plan")
@@ -194,7 +195,7 @@ def time_of(bench: Workbench, config: NvlmConfig, precision: str, component: str
 
 
 def trials() -> Iterator[Trial]:
-    """On a GPU. Checkpoints and engines lie in a temporary folder."""
+    """Yields the trials, which need a GPU. Checkpoints and engines lie in a temporary folder."""
     try:
         require_tensorrt()
     except NotAvailableError:

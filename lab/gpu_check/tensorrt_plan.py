@@ -1,4 +1,4 @@
-"""A built TensorRT engine (a plan): its layers as the engine inspector tells them, and its time on the GPU."""
+"""A built TensorRT engine (a plan): its layers by the engine inspector, and its time on the GPU."""
 
 from __future__ import annotations
 
@@ -12,59 +12,59 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu_check.record import NotAvailableError, Value
+from lab.gpu_check.record import NotAvailableError, Value
 
 _WARM_UP = 10
 _RUNS = 100
-_REPEATED = tuple(f".{layer}" for layer in range(1, 200))  # of past_key.0, past_key.1, ... the first is told
+_REPEATED = tuple(f".{layer}" for layer in range(1, 200))  # past_key.1, ...: only the first layer's shape is shown
 
 
 def component_plans(directory: Path) -> dict[str, Path]:
-    """Component -> its file."""
+    """Returns component -> its file."""
     return {path.stem: path for path in sorted(directory.glob("*.plan"))}
 
 
 def open_plan(path: Path) -> Any:
-    """-> tensorrt.ICudaEngine"""
+    """Returns a tensorrt.ICudaEngine."""
     import tensorrt as trt
 
     engine = trt.Runtime(trt.Logger(trt.Logger.WARNING)).deserialize_cuda_engine(path.read_bytes())
     if engine is None:
-        raise ValueError(f"TensorRT cannot deserialise {path.name}; see what it printed")
+        raise ValueError(f"TensorRT cannot deserialise {path.name}; see its messages")
     return engine
 
 
 class Layers:
-    """What became of a network, by the inspector's JSON: needs an engine built with DETAILED profiling verbosity."""
+    """The layers of a network by the inspector's JSON. Needs an engine built with DETAILED profiling verbosity."""
 
     def __init__(self, layers: Sequence[Any]) -> None:
         if not all(isinstance(layer, dict) for layer in layers):
-            raise ValueError("the engine tells its layers' names only; build it with DETAILED profiling verbosity")
+            raise ValueError("the engine has only its layers' names; build it with DETAILED profiling verbosity")
         self._layers: Sequence[dict[str, Any]] = layers
 
     @classmethod
     def of(cls, engine: Any) -> Layers:
         import tensorrt as trt
 
-        told = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
-        return cls(json.loads(told)["Layers"])
+        information = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+        return cls(json.loads(information)["Layers"])
 
     @property
     def count(self) -> int:
         return len(self._layers)
 
     def named(self, *texts: str) -> int:
-        """How many have one of these in what says what they are. Names and metadata do not: those of a fused layer list
-        all that went into it."""
+        """Counts layers with one of `texts` in their kind. Ignores names and metadata: those of a fused layer list all
+        its sources."""
         return sum(any(text.lower() in _kind(layer) for text in texts) for layer in self._layers)
 
     def kinds(self) -> str:
-        """What there is, for a reader who looks for something that was not found."""
+        """Counts the layers by type, for a reader who looks for something that was not found."""
         counts = Counter(str(layer.get("LayerType")) for layer in self._layers)
         return ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
 
     def reading(self, kind: str) -> int:
-        """How many take an input of this type, not counting those that only reorder."""
+        """Counts the layers that take an input of this type, except those that only reorder."""
         return sum(
             any(kind in str(tensor.get("Format/Datatype", "")) for tensor in layer.get("Inputs", ()))
             and "reformat" not in _kind(layer)
@@ -75,13 +75,13 @@ class Layers:
 def _kind(layer: dict[str, Any]) -> str:
     keys = ["LayerType", "ParameterType", "Operation", "PluginType", "TacticName"]
     if "plugin" in str(layer.get("LayerType", "")).lower():
-        keys.append("Name")  # a plugin's own: nothing is fused into it
+        keys.append("Name")  # a plugin has its own: nothing is fused into it
     return " ".join(str(layer.get(key, "")) for key in keys).lower()
 
 
 def latency(engine: Any, profile: int) -> tuple[dict[str, Value], str]:
-    """Median and 99th percentile of the GPU's time at the profile's optimal shapes, as trtexec takes it: one enqueue
-    after the other, between two events. The shapes of the inputs go with it."""
+    """Measures median and 99th percentile of the GPU's time at the profile's optimal shapes, as trtexec does: one
+    enqueue after the other, between two events. Returns them and the shapes of the inputs."""
     if profile >= engine.num_optimization_profiles:
         raise NotAvailableError(f"the engine has {engine.num_optimization_profiles} optimisation profile(s)")
     stream = torch.cuda.Stream()
@@ -100,19 +100,19 @@ def latency(engine: Any, profile: int) -> tuple[dict[str, Value], str]:
             end.record()
     stream.synchronize()
     times = sorted(begin.elapsed_time(end) for begin, end in events)
-    told = {name: list(tensor.shape) for name, tensor in inputs.items() if not name.endswith(_REPEATED)}
-    shapes = ", ".join(f"{name} {shape}" for name, shape in told.items())
-    del outputs  # nothing was to be read from them
+    shown = {name: list(tensor.shape) for name, tensor in inputs.items() if not name.endswith(_REPEATED)}
+    shapes = ", ".join(f"{name} {shape}" for name, shape in shown.items())
+    del outputs  # kept until here: TensorRT wrote to their memory
     return {"median ms": statistics.median(times), "p99 ms": times[int(0.99 * len(times))]}, shapes
 
 
 def _enqueue(context: Any, stream: torch.cuda.Stream) -> None:
     if not context.execute_async_v3(stream.cuda_stream):
-        raise ValueError("TensorRT could not enqueue; see what it printed")
+        raise ValueError("TensorRT could not enqueue; see its messages")
 
 
 def _bind(engine: Any, context: Any, profile: int) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """Memory for every input and output; an output that shares an input's (the KV cache) gets that one's."""
+    """Allocates every input and output; an output that shares an input's memory (the KV cache) gets that input."""
     import tensorrt as trt
 
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
@@ -136,20 +136,20 @@ def _bind(engine: Any, context: Any, profile: int) -> tuple[dict[str, Tensor], l
 
 
 def _filled(shape: tuple[int, ...], kind: torch.dtype) -> Tensor:
-    """Random numbers, and zeros for ids and indices."""
+    """Makes random numbers, and zeros for ids and indices."""
     if kind.is_floating_point and kind.itemsize > 1:
         return torch.randn(shape, device="cuda").to(kind)
     return torch.zeros(shape, device="cuda", dtype=kind)
 
 
 def _see_everything(inputs: dict[str, Tensor]) -> None:
-    """Every token reads all image tokens: ranges of zeros would spare the cross-attention."""
+    """Lets every token read all image tokens: ranges of zeros would spare the cross-attention."""
     if "cross_ranges" in inputs:
         inputs["cross_ranges"][..., 1] = inputs["cross_key.0"].shape[2]
 
 
 def _torch_type(kind: Any) -> torch.dtype:
-    """Of a tensorrt.DataType."""
+    """Translates a tensorrt.DataType. Raises NotAvailableError for types that are not timed."""
     names = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "FP8": "float8_e4m3fn", "INT32": "int32"}
     names |= {"INT64": "int64", "INT8": "int8", "UINT8": "uint8", "BOOL": "bool"}
     if kind.name not in names:

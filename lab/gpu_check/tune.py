@@ -15,11 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gpu_check.attention import DECODE, PREFILL, Error, Inputs, Shape, full_ranges, launch, oracle, prompt_ranges
-from gpu_check.attention_speed import DTYPE, input_sets
-from gpu_check.measure import gpu_seconds
-from gpu_check.record import MEASURED, WRONG, NotAvailableError, Record, Result, Trial
-from gpu_check.resample import LARGE, pictures
+from lab.gpu_check.attention import DECODE, PREFILL, Error, Inputs, Shape, full_ranges, launch, oracle, prompt_ranges
+from lab.gpu_check.attention_speed import DTYPE, input_sets
+from lab.gpu_check.measure import gpu_seconds
+from lab.gpu_check.record import MEASURED, WRONG, NotAvailableError, Record, Result, Trial
+from lab.gpu_check.resample import LARGE, cold_images
 from nvlm_trt.plugins.gated_cross_attention.blocks import BLOCKS, Blocks, choose_blocks
 from nvlm_trt.plugins.tile_resample import launcher as resample_launcher
 
@@ -37,7 +37,7 @@ PREFILL_BLOCKS = [
 
 
 class Squares(NamedTuple):
-    """tile_resample's block sizes and warps."""
+    """Block sizes and warps of tile_resample."""
 
     block: int
     source: int
@@ -46,21 +46,25 @@ class Squares(NamedTuple):
 
 SQUARES = [Squares(*sizes) for sizes in itertools.product((32, 64), (32, 64, 128), (2, 4, 8))]
 
-Case = tuple[str, object]  # what is tuned, and an alternative
+Case = tuple[str, object]  # "decoding", "prefill" or "tile_resample", and one of its alternatives
 
 
 def cases() -> list[Case]:
-    """The choices in place first: what does not get its turn in time is not them."""
+    """Lists the alternatives, the choices in place first: they get their turn however short the time is."""
     decode = list(dict.fromkeys([*BLOCKS.values(), *DECODE_BLOCKS]))
     prefill = list(dict.fromkeys([*BLOCKS.values(), *PREFILL_BLOCKS]))
     in_place = Squares(resample_launcher.BLOCK, resample_launcher.SOURCE, resample_launcher.WARPS)
     squares = dict.fromkeys([in_place, *SQUARES])
-    of_each = [("decoding", decode), ("prefill", prefill), ("tile_resample", list(squares))]
-    return [(what, alternative) for what, alternatives in of_each for alternative in alternatives]
+    of_each: list[tuple[str, Sequence[object]]] = [
+        ("decoding", decode),
+        ("prefill", prefill),
+        ("tile_resample", list(squares)),
+    ]
+    return [(kernel, alternative) for kernel, alternatives in of_each for alternative in alternatives]
 
 
 def compile_ahead(all_cases: Sequence[Case], deadline: float) -> None:
-    """Launch each once in as many processes as there are cores: Triton keeps what they compile in its cache on disk."""
+    """Launch each once in as many processes as there are cores: Triton's cache on disk keeps what they compile."""
     workers = max(1, min(12, len(os.sched_getaffinity(0)) - 1))
     started = time.time()
     context = multiprocessing.get_context("spawn")
@@ -68,13 +72,13 @@ def compile_ahead(all_cases: Sequence[Case], deadline: float) -> None:
         try:
             compiled = sum(pool.map(_launch_once, all_cases, itertools.repeat(deadline)))
         except BrokenProcessPool:
-            print("tune: a compiling process died; what it left is compiled when it is timed", flush=True)
+            print("tune: a compiling process died; the timing compiles the rest", flush=True)
             return
     print(f"tune: {compiled} of {len(all_cases)} compiled and launched in {time.time() - started:.0f} s", flush=True)
 
 
 def _launch_once(case: Case, deadline: float) -> bool:
-    """In a process of the pool. What fails here fails again, and is told, when it is timed."""
+    """Launches a case in a process of the pool. Ignores errors: the timing meets and reports them again."""
     if time.time() >= deadline:
         return False
     try:
@@ -86,25 +90,25 @@ def _launch_once(case: Case, deadline: float) -> bool:
 
 
 @cache
-def _sets(what: str) -> list[Inputs]:
-    shape, ranges = _shape(what)
+def _sets(kernel: str) -> list[Inputs]:
+    shape, ranges = _shape(kernel)
     return input_sets(shape, ranges)
 
 
-def _shape(what: str) -> tuple[Shape, Tensor]:
-    return (DECODE, full_ranges(DECODE)) if what == "decoding" else (PREFILL, prompt_ranges(PREFILL))
+def _shape(kernel: str) -> tuple[Shape, Tensor]:
+    return (DECODE, full_ranges(DECODE)) if kernel == "decoding" else (PREFILL, prompt_ranges(PREFILL))
 
 
 @cache
-def _pictures() -> list[Tensor]:
-    return pictures(LARGE)
+def _images() -> list[Tensor]:
+    return cold_images(LARGE)
 
 
 @cache
-def _expected(what: str) -> Tensor:
-    if what == "tile_resample":
-        return resample_launcher.tile_resample(_pictures()[0], *LARGE[2:])
-    return oracle(_sets(what)[0])
+def _expected(kernel: str) -> Tensor:
+    if kernel == "tile_resample":
+        return resample_launcher.tile_resample(_images()[0], *LARGE[2:])
+    return oracle(_sets(kernel)[0])
 
 
 def _resample(image: Tensor, squares: Squares) -> Tensor:
@@ -119,28 +123,28 @@ def _resample(image: Tensor, squares: Squares) -> Tensor:
             setattr(resample_launcher, name, value)
 
 
-def _calls(what: str, alternative: object) -> list[Callable[[], Tensor]]:
+def _calls(kernel: str, alternative: object) -> list[Callable[[], Tensor]]:
     if isinstance(alternative, Squares):
-        return [partial(_resample, image, alternative) for image in _pictures()]
+        return [partial(_resample, image, alternative) for image in _images()]
     assert isinstance(alternative, Blocks), alternative
-    return [partial(launch, inputs, alternative) for inputs in _sets(what)]
+    return [partial(launch, inputs, alternative) for inputs in _sets(kernel)]
 
 
-def _one_call(what: str, alternative: object) -> Callable[[], Tensor]:
-    return _calls(what, alternative)[0]
+def _one_call(kernel: str, alternative: object) -> Callable[[], Tensor]:
+    return _calls(kernel, alternative)[0]
 
 
-def measure(what: str, alternative: object) -> Result:
-    """Its time, if its result is right."""
+def measure(kernel: str, alternative: object) -> Result:
+    """Times an alternative if its result is right."""
     from triton.runtime.errors import OutOfResources
 
-    calls = _calls(what, alternative)
+    calls = _calls(kernel, alternative)
     try:
         output = calls[0]()
     except OutOfResources as error:
         raise NotAvailableError(str(error)) from None
-    expected = _expected(what)
-    good = output.equal(expected) if what == "tile_resample" else Error.of(output, expected).is_within(DTYPE)
+    expected = _expected(kernel)
+    good = output.equal(expected) if kernel == "tile_resample" else Error.of(output, expected).is_within(DTYPE)
     if not good:
         return Result(WRONG, {}, "its result is wrong")
     in_place = {
@@ -148,24 +152,24 @@ def measure(what: str, alternative: object) -> Result:
         "prefill": choose_blocks(PREFILL.tokens * PREFILL.heads // PREFILL.kv_heads, DTYPE.itemsize),
         "tile_resample": Squares(resample_launcher.BLOCK, resample_launcher.SOURCE, resample_launcher.WARPS),
     }
-    has_own_kernel = what == "prefill" and torch.cuda.get_device_capability() == (9, 0)
-    note = ("in place on other GPUs" if has_own_kernel else "in place") if alternative == in_place[what] else ""
+    has_own_kernel = kernel == "prefill" and torch.cuda.get_device_capability() == (9, 0)
+    note = ("in place on other GPUs" if has_own_kernel else "in place") if alternative == in_place[kernel] else ""
     return Result(MEASURED, {"us": gpu_seconds(calls) * 1e6}, note)
 
 
 def trials(deadline: float) -> Iterator[Trial]:
-    """On a GPU. Half of the time at most goes to compiling ahead."""
+    """Yields the trials, which need a GPU. Compiling ahead takes half of the time at most."""
     all_cases = cases()
     compile_ahead(all_cases, (time.time() + deadline) / 2)
-    for what, alternative in all_cases:
-        yield f"{what}: {alternative}", partial(measure, what, alternative)
+    for kernel, alternative in all_cases:
+        yield f"{kernel}: {alternative}", partial(measure, kernel, alternative)
 
 
 def best(record: Record) -> Iterator[str]:
-    """For each thing that was tuned: its fastest alternative, and what is in place."""
+    """Yields for each kernel its fastest alternatives, and the choice in place."""
     timed = [check for check in record.read() if check.section == SECTION and "us" in check.values]
-    for what, of_one in itertools.groupby(timed, key=lambda check: check.name.split(":")[0]):
+    for kernel, of_one in itertools.groupby(timed, key=lambda check: check.name.split(":")[0]):
         ranked = sorted(of_one, key=lambda check: float(check.values["us"]))  # type: ignore[arg-type]
-        yield f"{what}: of {len(ranked)} the fastest:"
+        yield f"{kernel}: of {len(ranked)} the fastest:"
         for check in ranked[:5] + [check for check in ranked[5:] if check.note]:
             yield f"  {check.values['us']:8.1f} us  {check.name.split(': ', 1)[1]}  {check.note}"

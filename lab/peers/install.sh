@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The peers' own environment, which decode_peers.py looks for below its --work: lab/peers/install.sh WORK/peers
-# What does not install is left out, and decode_peers.py says so. llama-cpp-python comes as source and needs a C++
-# compiler: some minutes on two cores.
+# Makes the peers' own environment, which lab.decode_peers looks for below its --work: lab/peers/install.sh WORK/peers
+# Leaves out what does not install; lab.decode_peers says so. llama-cpp-python comes as source and needs a C++ compiler:
+# some minutes on two cores.
 set -uo pipefail
 python3 -m venv "${1:?usage: install.sh DIRECTORY}"
 install() {
@@ -11,6 +11,6 @@ environment=$1
 install gguf==0.19.0 safetensors numpy
 install torch==2.13.0 "transformers==5.5.*" "huggingface-hub<1.22" optimum==2.3.0 openvino==2026.4.1 nncf==3.4.0 \
   requests setuptools
-# --no-deps: it asks for torchvision too, which it does not use here and which may not fit this torch
+# --no-deps: optimum-intel asks for torchvision too, which it does not use here and which may not fit this torch
 install --no-deps optimum-intel==2.2.0 openvino-tokenizers==2026.4.1.0
 CMAKE_ARGS="-DLLAVA_BUILD=OFF -DGGML_NATIVE=ON" install llama-cpp-python==0.3.36

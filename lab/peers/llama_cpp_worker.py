@@ -1,4 +1,7 @@
-"""llama.cpp, Q8_0 weights: run by decode_peers.py as `python llama_cpp_worker.py HF_DIRECTORY GGUF THREADS`."""
+"""llama.cpp with Q8_0 weights. The client starts it:
+
+python -m lab.peers.llama_cpp_worker HF_DIRECTORY GGUF THREADS
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,15 @@ from typing import Any
 
 import llama_cpp as llama
 import numpy as np
-from worker import Decode, serve
+
+from lab.peers.worker import Decode, serve
 
 ERROR = 4  # GGML_LOG_LEVEL_ERROR
 
 
 @llama.llama_log_callback
 def _log(level: int, text: bytes, data: object) -> None:
-    """Errors only."""
+    """Prints errors only."""
     if level == ERROR:
         print(text.decode(errors="replace"), end="", file=sys.stderr)
 
@@ -41,7 +45,7 @@ def load(source: Path, path: Path, threads: int) -> tuple[str, Decode]:
     vocabulary = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
 
     def decode(prompt: list[list[int]], steps: int, banned: int) -> dict[str, Any]:
-        """A new context, all sequences in one batch."""
+        """Decodes all sequences as one batch in a new context."""
         sequences, tokens = len(prompt), len(prompt[0])
         options = llama.llama_context_default_params()
         options.n_seq_max = sequences
@@ -88,9 +92,9 @@ def load(source: Path, path: Path, threads: int) -> tuple[str, Decode]:
 
 
 def convert(source: Path, path: Path) -> None:
-    """Qwen2 in HF layout, float32 safetensors -> GGUF: every matrix in Q8_0, norms and biases in float32.
+    """Writes Qwen2 in HF layout, float32 safetensors, as GGUF: every matrix in Q8_0, norms and biases in float32.
 
-    Without a tokenizer: the benchmark speaks in token ids."""
+    Leaves out the tokenizer: the benchmark sends token ids."""
     import gguf
     from safetensors import safe_open
 

@@ -1,8 +1,11 @@
-"""OpenVINO, 8-bit weights: run by decode_peers.py as `python openvino_worker.py HF_DIRECTORY DIRECTORY THREADS`, by
-decode_profile.py with --profile behind it, which adds {"operators": [[name, type, milliseconds per step], ...]}.
+"""OpenVINO with 8-bit weights. The client starts it:
 
-The model is what optimum-intel makes of it, as OpenVINO's own documentation has it: stateful, with the KV cache inside,
-weights compressed by NNCF.
+    python -m lab.peers.openvino_worker HF_DIRECTORY DIRECTORY THREADS [--profile]
+
+--profile adds {"operators": [[name, type, milliseconds per step], ...]} to the answers.
+
+optimum-intel converts the model as OpenVINO's own documentation does: stateful, with the KV cache inside, weights
+compressed by NNCF.
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ from typing import Any
 
 import numpy as np
 import openvino
-from worker import Decode, serve
+
+from lab.peers.worker import Decode, serve
 
 
 def main() -> None:
@@ -35,7 +39,7 @@ def load(source: Path, target: Path, threads: int, profile: bool) -> tuple[str, 
     opened = None if profile else open_model()
 
     def decode(prompt: list[list[int]], steps: int, banned: int) -> dict[str, Any]:
-        request, inputs = opened or open_model()  # a profile is the mean of all that a model has run
+        request, inputs = opened or open_model()  # a profile is the mean over all runs of a model
         request.reset_state()
         sequences, tokens = len(prompt), len(prompt[0])
 
@@ -67,7 +71,7 @@ def load(source: Path, target: Path, threads: int, profile: bool) -> tuple[str, 
 
 
 def profile_of(request: openvino.InferRequest) -> dict[tuple[str, str], float]:
-    """(name, type) of an operator -> milliseconds, the mean of all that the request's model has run."""
+    """Returns (name, type) of an operator -> milliseconds, the mean over all runs of the request's model."""
     return {
         (info.node_name, info.node_type): info.real_time.total_seconds() * 1e3 for info in request.get_profiling_info()
     }

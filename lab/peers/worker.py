@@ -1,9 +1,9 @@
-"""How a peer is asked from outside of its environment: a line of JSON in, a line of JSON out.
+"""Answers questions from outside of a peer's environment: a line of JSON in, a line of JSON out.
 
     {"prompt": [[id, ...], ...], "steps": n, "banned": id} -> {"seconds": s, "tokens": [[id, ...], ...]}
 
-The seconds are those of `steps` greedy decoding steps after the prompt; of the tokens, the first follows from the
-prompt. The first line out is {"ready": "name and version"}.
+The seconds are those of `steps` greedy decoding steps after the prompt; the first token of each row follows from the
+prompt itself. The first line out is {"ready": "name and version"}.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Decode = Callable[[list[list[int]], int, int], dict[str, Any]]
 
 
 def serve(load: Callable[[], tuple[str, Decode]]) -> None:
-    """`load` and `decode` may print what they like: it goes to stderr."""
+    """Load the model, then answer until stdin ends. Anything that `load` and `decode` print goes to stderr."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     ready, decode = load()

@@ -13,7 +13,7 @@ from nvlm_trt.evaluation.tinydocs import TASKS, TEXT_TASKS, generate
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("nvlm-d-tiny", "nvlm-x-tiny", "nvlm-h-tiny")
-SAMPLES = 8  # of each task; the whole split is scored by lab/score_checkpoints.py
+SAMPLES = 8  # of each task; the whole split is scored by lab.score_checkpoints
 
 
 @pytest.fixture(scope="module", params=NAMES)

@@ -1,4 +1,4 @@
-"""KV bytes by hand, and the prefill in chunks against a single one."""
+"""Counts KV bytes by hand, and compares the prefill in chunks with a single one."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from architectures import contender, encode_prompt, prefill, request_size
 
+from lab.architectures import contender, encode_prompt, prefill, request_size
+from nvlm_trt.backends.base import ImageFeatures
 from nvlm_trt.backends.opening import open_backend
 from nvlm_trt.engine import Engine
 from nvlm_trt.prompt.image_tokens import split_tiles
@@ -22,13 +23,14 @@ def test_request(engine: Directories, name: str) -> None:
     config = opened.config
     prompt = encode_prompt(opened, text_tokens=40, tiles=3)
     in_llm, in_cross = (len(range(3)[part]) for part in split_tiles(config.architecture, 3))
-    assert prompt.llm_image_tokens == in_llm * config.tokens_per_tile
+    assert prompt.placeholders == in_llm * config.tokens_per_tile
     size = request_size(config, prompt)
     # key and value of 2 heads of 32 numbers of 4 bytes, in 6 layers and in 3 gated blocks
     assert size["kv_bytes"] == 2 * 2 * 32 * 4 * (6 * len(prompt.input_ids) + 3 * bool(in_cross) * prompt.cross_tokens)
     with open_backend(opened, ("decoder", "cross_kv"), threads=1) as backend:
         measured = contender(backend, prompt, tiles=3, chunk=16, steps=2)()
         assert all(value > 0 for value in measured.values())
-        tokens = np.random.default_rng(0).standard_normal((prompt.llm_image_tokens, 192), dtype=np.float32)
-        whole = prefill(backend, prompt, tokens, chunk=4096)
-        np.testing.assert_allclose(prefill(backend, prompt, tokens, chunk=16), whole, atol=1e-3)
+        tokens = np.random.default_rng(0).standard_normal((prompt.placeholders, 192), dtype=np.float32)
+        image = ImageFeatures(backend.import_tokens(tokens), None, tiles=3)
+        whole = prefill(backend, prompt, image, chunk=4096)
+        np.testing.assert_allclose(prefill(backend, prompt, image, chunk=16), whole, atol=1e-3)

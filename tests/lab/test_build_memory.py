@@ -1,12 +1,12 @@
-"""The checkpoint that memory is measured with: its size, what the disk holds, and that it is a checkpoint."""
+"""The sparse checkpoint of lab.build_memory: its size follows from the disk, and it opens and builds."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from build_memory import SPARE_DISK, checkpoint_bytes, fitting, write_calibration, write_sparse_checkpoint
 
+from lab.build_memory import SPARE_DISK, checkpoint_bytes, fitting, write_calibration, write_sparse_checkpoint
 from nvlm_trt.builders.engine_build import QuantizationOptions, build_engine
 from nvlm_trt.checkpoint.reader import Checkpoint
 from nvlm_trt.errors import EngineError

@@ -1,4 +1,4 @@
-"""The profile covers the step, and its bytes are those of the weights by hand."""
+"""The profile covers the step, and its bytes are the weights' bytes, counted by hand."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from decode_profile import ATTENTION, REST, ROLES, STEP, profile_of_engine, weights_of
 
+from lab.decode_profile import ATTENTION, REST, ROLES, STEP, profile_of_engine, weights_of
 from nvlm_trt.engine import Engine
 
 
@@ -17,7 +17,7 @@ def test_profile(engine: Callable[[str], Path]) -> None:
     sizes = dict.fromkeys((*ROLES, REST), 0)
     for role, size in weights_of(opened).values():
         sizes[role] += size
-    layers = llm.num_layers * 4  # and bytes of a number
+    layers = llm.num_layers * 4  # times the bytes of a number
     assert sizes["o"] == layers * llm.hidden_size * llm.num_heads * llm.head_dim
     assert sizes["gate, up"] == 2 * sizes["down"] == 2 * layers * llm.hidden_size * llm.intermediate_size
     assert sizes["lm_head"] == 4 * llm.hidden_size * llm.vocab_size

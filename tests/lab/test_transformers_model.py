@@ -1,4 +1,4 @@
-"""What transformers is timed with computes what our reference does."""
+"""The models with which lab times transformers compute what our reference computes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers_model import language_model, whole_model
 
+from lab.transformers_model import language_model, whole_model
 from nvlm_trt.reference.model import ReferenceModel
 
 Checkpoints = Callable[[str], Path]

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nvlm_trt.backends.table import find_backend
 from nvlm_trt.errors import EngineError
 from nvlm_trt.model.config import PRESETS
 from nvlm_trt.model.layout import checkpoint_layout
-from nvlm_trt.backends.table import find_backend
 from nvlm_trt.model.precision import COMPONENTS, component_of, components_of, needs_calibration, quantised_components
 
 TABLE = find_backend("onnxruntime").precisions

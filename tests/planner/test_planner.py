@@ -18,18 +18,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from nvlm_trt.backends.opening import open_backend
+from nvlm_trt.backends.table import find_backend
 from nvlm_trt.backends.tensorrt.build import write_graphs
 from nvlm_trt.backends.tensorrt.profiles import profiles_of
 from nvlm_trt.builders.engine_build import build_engine
 from nvlm_trt.builders.quantization.calibration import LinearInput
 from nvlm_trt.builders.quantization.formats import quantised
-from nvlm_trt.builders.source import EngineWriter
+from nvlm_trt.builders.source import EngineSource
 from nvlm_trt.checkpoint.reader import Checkpoint
 from nvlm_trt.engine import Engine
 from nvlm_trt.limits import EngineLimits
 from nvlm_trt.model.config import PRESETS
-from nvlm_trt.model.precision import floating_type, parse_precision
-from nvlm_trt.planner.memory import IMAGE_CACHE, PREFILL_CHUNK, EnginePlan, plan_engine
+from nvlm_trt.model.precision import floating_type
+from nvlm_trt.planner.memory import IMAGE_CACHE, EnginePlan, plan_engine
 from nvlm_trt.planner.roofline import Roofline, Work
 from nvlm_trt.progress import no_progress
 from nvlm_trt.reference.model import ReferenceModel
@@ -38,11 +39,14 @@ from nvlm_trt.runtime.pipeline import RuntimeOptions
 Directory = Callable[[str], Path]
 NAMES = ["nvlm-d-tiny", "nvlm-x-tiny", "nvlm-h-tiny"]
 LIMITS = EngineLimits(max_slots=3, max_seq_len=512, max_image_tokens=408, max_tiles=6)
+TENSORRT, ONNXRUNTIME = find_backend("tensorrt"), find_backend("onnxruntime")
 TAG_LENGTH = 1  # of a random checkpoint's tokenizer
 
 
 def plan_of(name: str, precision: str, backend: str, limits: EngineLimits = LIMITS) -> EnginePlan:
-    return plan_engine(PRESETS[name], limits, find_backend(backend).precisions.parse(precision), find_backend(backend), TAG_LENGTH)
+    return plan_engine(
+        PRESETS[name], limits, find_backend(backend).precisions.parse(precision), find_backend(backend), TAG_LENGTH
+    )
 
 
 def stored_bytes(graph: Path) -> int:
@@ -86,12 +90,12 @@ class Everywhere(SimpleNamespace):
 def test_weights_are_those_of_the_graphs_for_tensorrt(
     checkpoint: Directory, tmp_path: Path, name: str, precision: str
 ) -> None:
-    precisions = find_backend("tensorrt").precisions.parse(precision)
-    writer = EngineWriter(checkpoint(name), {"max_slots": 3, "max_seq_len": 512})
-    with Checkpoint.open(checkpoint(name)) as source:
-        recipe = quantised(source, precisions, Everywhere(samples={}), alpha=0, fold_fp8=False)
-    graphs = write_graphs(writer, recipe, floating_type(precisions), tmp_path, no_progress)
-    stages = plan_of(name, precision, "tensorrt", writer.limits).stages
+    precisions = TENSORRT.precisions.parse(precision)
+    source = EngineSource(checkpoint(name), {"max_slots": 3, "max_seq_len": 512})
+    with Checkpoint.open(checkpoint(name)) as opened:
+        recipe = quantised(opened, precisions, Everywhere(samples={}), alpha=0, fold_fp8=False)
+    graphs = write_graphs(source, recipe, floating_type(precisions), tmp_path, no_progress)
+    stages = plan_of(name, precision, "tensorrt", source.limits).stages
     assert stages.keys() == graphs.keys()
     for stage, graph in graphs.items():
         assert_just_above(stored_bytes(graph), stages[stage].weights)
@@ -143,12 +147,12 @@ def test_caches_are_what_the_profiles_for_tensorrt_take(name: str, precision: st
 @pytest.mark.parametrize("name", NAMES)
 def test_activations_are_near_what_the_graph_holds_at_once(checkpoint: Directory, tmp_path: Path, name: str) -> None:
     """A graph's tensors, each held from its node to its last reader, are what a runtime without fusion needs."""
-    writer = EngineWriter(checkpoint(name), {"max_slots": 3, "max_seq_len": 512})
-    with Checkpoint.open(checkpoint(name)) as source:
-        recipe = quantised(source, find_backend("tensorrt").precisions.parse("fp32"), None, 0, fold_fp8=False)
-    graphs = write_graphs(writer, recipe, "fp32", tmp_path, no_progress)
-    stages = plan_of(name, "fp32", "tensorrt", writer.limits).stages
-    for stage, profiles in profiles_of(writer.config, writer.limits).items():
+    source = EngineSource(checkpoint(name), {"max_slots": 3, "max_seq_len": 512})
+    with Checkpoint.open(checkpoint(name)) as opened:
+        recipe = quantised(opened, TENSORRT.precisions.parse("fp32"), None, 0, fold_fp8=False)
+    graphs = write_graphs(source, recipe, "fp32", tmp_path, no_progress)
+    stages = plan_of(name, "fp32", "tensorrt", source.limits).stages
+    for stage, profiles in profiles_of(source.config, source.limits).items():
         held = held_at_once(graphs[stage], {key: shapes[-1] for key, shapes in profiles[0].items()})
         assert 0.7 * held < stages[stage].activations < 1.3 * held, stage
 
@@ -191,7 +195,7 @@ def test_flops_are_those_that_pytorch_counts(name: str) -> None:
     config = dataclasses.replace(PRESETS[name], image_token_id=259)
     llm = config.llm
     model = ReferenceModel(config).eval()
-    roofline = Roofline(config, LIMITS, find_backend("onnxruntime").precisions.parse("fp32"), find_backend("onnxruntime"), TAG_LENGTH)
+    roofline = Roofline(config, LIMITS, ONNXRUNTIME.precisions.parse("fp32"), ONNXRUNTIME, TAG_LENGTH)
     tiles, text = 3, 11
     in_llm = {"D": 3, "X": 0, "H": 1}[config.architecture]
     work = roofline.prefill(text, tiles)
@@ -231,18 +235,18 @@ def test_flops_are_those_that_pytorch_counts(name: str) -> None:
 def test_bytes_of_a_decoding_step_are_the_weights_and_the_caches_in_use() -> None:
     """Of full caches: all that the decoder holds, except for embeddings that are looked up."""
     plan = plan_of("nvlm-x-tiny", "int8", "tensorrt")
-    config, precisions = PRESETS["nvlm-x-tiny"], find_backend("tensorrt").precisions.parse("int8")
-    step = Roofline(config, LIMITS, precisions, "tensorrt", 0).decode(LIMITS.max_slots, LIMITS.max_seq_len, 416)
+    config, precisions = PRESETS["nvlm-x-tiny"], TENSORRT.precisions.parse("int8")
+    step = Roofline(config, LIMITS, precisions, TENSORRT, 0).decode(LIMITS.max_slots, LIMITS.max_seq_len, 416)
     decoder = plan.stages["decoder"]
     assert step.nbytes == decoder.weights + decoder.caches - plan.weights["embedding"]
 
 
 def test_a_prompt_reads_the_weights_once_for_each_chunk() -> None:
-    roofline = Roofline(PRESETS["nvlm-d-72b"], LIMITS, find_backend("tensorrt").precisions.parse("bf16"), "tensorrt", 0)
-    one, two = (roofline.prefill(tokens, 0)["decoder"].nbytes for tokens in (PREFILL_CHUNK, PREFILL_CHUNK + 1))
+    roofline = Roofline(PRESETS["nvlm-d-72b"], LIMITS, TENSORRT.precisions.parse("bf16"), TENSORRT, 0)
+    one, two = (roofline.prefill(tokens, 0)["decoder"].nbytes for tokens in (1024, 1025))
     assert 1.9 < two / one < 2.1
-    options = RuntimeOptions()
-    assert (options.prefill_chunk, options.image_cache_bytes) == (PREFILL_CHUNK, IMAGE_CACHE)
+    assert TENSORRT.prefill_chunk == 1024
+    assert RuntimeOptions().image_cache_bytes == IMAGE_CACHE
 
 
 def test_time_is_bound_by_the_slower_of_the_two() -> None:
@@ -261,7 +265,6 @@ def test_peaks() -> None:
     assert small.peak_building == plain.peak_building  # the gate's
     assert small.host_building == 4 * sum(small.parameters.values())  # the calibration's
     assert plain.host_building == 2 * plain.stages["decoder"].weights
-    assert plan_of("nvlm-x-72b", "bf16", "tensorrt").image_cache == 0
 
 
 def test_fp8_is_small_on_disk_only_for_onnx_runtime() -> None:

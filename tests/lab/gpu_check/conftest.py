@@ -1,4 +1,4 @@
-"""Kernels run in a process where Triton interprets them."""
+"""A process in which Triton interprets the kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""lab/gpu_check.sh without a GPU: what it says, the report from a made JSON, what stays of a run that dies."""
+"""lab/gpu_check.sh without a GPU: its messages, the report from a made JSON, the remains of a run that dies."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from gpu_check import report
-from gpu_check.__main__ import SECTIONS, main
-from gpu_check.record import (
+
+from lab.gpu_check import report
+from lab.gpu_check.__main__ import SECTIONS, main
+from lab.gpu_check.record import (
     MEASURED,
     NOT_RUN,
     PASSED,
@@ -70,14 +71,27 @@ def test_page(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "made.json").read_text())["machine"] == MADE["machine"]
 
 
+def test_the_page_names_the_code(tmp_path: Path) -> None:
+    path = tmp_path / "made.json"
+    path.write_text(json.dumps(MADE | {"code": {"commit": "1234567890abc", "changes": "fedcba09876"}}))
+    assert main(["--render", str(path)]) == 0
+    made = (
+        "Made on 2026-01-02 by `lab/gpu_check.sh` with the code of commit 1234567890 with changes fedcba0987 in 61 s."
+    )
+    assert made in (tmp_path / "made.md").read_text()
+
+
+def test_the_committed_page_is_made_from_the_committed_json(tmp_path: Path) -> None:
+    docs = SCRIPT.parents[1] / "docs"
+    assert report.page(report.load(docs / "gpu_report.json")) == (docs / "gpu_report.md").read_text()
+
+
 def test_every_section_has_a_heading() -> None:
     assert {*SECTIONS, "tune"} == set(report.SECTIONS)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"checks": [{"name": 1}], "machine": {}}', '{"checks": []}'])
-def test_what_is_not_a_report_is_refused_in_one_line(
-    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_other_json_is_refused_in_one_line(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "other.json"
     path.write_text(text)
     assert main(["--render", str(path)]) == 2
@@ -150,7 +164,7 @@ def test_trials_are_kept_whatever_becomes_of_them(tmp_path: Path, capsys: pytest
 
 
 def test_a_section_that_dies_or_hangs_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gpu_check import __main__ as command
+    from lab.gpu_check import __main__ as command
 
     python = tmp_path / "python"
     monkeypatch.setattr(sys, "executable", str(python))
@@ -158,7 +172,7 @@ def test_a_section_that_dies_or_hangs_is_told(tmp_path: Path, monkeypatch: pytes
     for body, seconds in (("kill -SEGV $$", 60), ("exit 3", 60), ("sleep 100", command.RESERVE / 2 + 0.3)):
         python.write_text(f"#!/bin/sh\n{body}\n")
         python.chmod(0o755)
-        command._run_apart("tile_resample", record, time.time() + seconds, interpret=False)
+        command.run_apart("tile_resample", record, time.time() + seconds, interpret=False)
     assert [(check.status, check.note.split(";")[0]) for check in record.read()] == [
         (WRONG, "the process ended with SIGSEGV"),
         (WRONG, "the process ended with exit status 3"),
@@ -167,7 +181,7 @@ def test_a_section_that_dies_or_hangs_is_told(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_section_in_parts_keeps_its_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gpu_check import __main__ as command
+    from lab.gpu_check import __main__ as command
 
     def trials(options: argparse.Namespace, record: Record) -> Iterator[Trial]:
         return ((str(number), lambda: Result(PASSED)) for number in range(20))
@@ -176,13 +190,13 @@ def test_a_section_in_parts_keeps_its_order(tmp_path: Path, monkeypatch: pytest.
     started = iter(range(count))
 
     class Part:
-        """In place of the process: what it does, here. The third ends badly."""
+        """Does in this process what the section's process does. The third ends badly."""
 
         def __init__(self, arguments: list[str], **options: object) -> None:
             self.number = next(started)
-            parsed = command._parser().parse_args(arguments[3:])
+            parsed = command.parser().parse_args(arguments[3:])
             assert parsed.part == [self.number, count]
-            command._run_here(parsed)
+            command.run_here(parsed)
 
         def wait(self, timeout: float) -> int:
             return -11 if self.number == 2 else 0
@@ -190,10 +204,10 @@ def test_a_section_in_parts_keeps_its_order(tmp_path: Path, monkeypatch: pytest.
         def poll(self) -> int:
             return 0
 
-    monkeypatch.setattr(command, "_trials", trials)
+    monkeypatch.setattr(command, "trials_of", trials)
     monkeypatch.setattr(command.subprocess, "Popen", Part)
     record = Record(tmp_path / "checks")
-    command._run_apart("attention", record, time.time() + 60, interpret=False)
+    command.run_apart("attention", record, time.time() + 60, interpret=False)
     checks = record.read()
     (dead,) = (check for check in checks if check.status == WRONG)
     assert dead.note.startswith("the process ended with SIGSEGV")
@@ -201,13 +215,14 @@ def test_a_section_in_parts_keeps_its_order(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_in_the_interpreter(tmp_path: Path) -> None:
-    """The whole way: processes, trials, report. Needs no installed nvlm_trt: the script makes its own import path."""
+    """Goes the whole way: processes, trials, report. Needs no installed nvlm_trt: the script sets the import path."""
     pytest.importorskip("triton")
     done = run("--interpret", "--output", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "gpu_report.json").read_text())
     sections = {check["section"] for check in found["checks"]}
     assert sections == {"attention", "tile_resample"}
+    assert set(found["code"]) in ({"commit"}, {"commit", "changes"}, {"sources"})
     assert {check["status"] for check in found["checks"]} <= {PASSED, NOT_RUN}  # Pillow may be absent or old
     assert "passed" in done.stdout.splitlines()[-1]
     assert "| float16: bits depend on nothing else | passed |" in (tmp_path / "gpu_report.md").read_text()

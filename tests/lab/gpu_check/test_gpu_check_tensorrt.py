@@ -1,4 +1,4 @@
-"""gpu_check's TensorRT part where there is none: what it says, and how it reads the engine inspector."""
+"""gpu_check's TensorRT part without TensorRT: its messages, and how it reads the engine inspector."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import types
 from pathlib import Path
 
 import pytest
-from gpu_check import tensorrt_engines
-from gpu_check.record import NotAvailableError
-from gpu_check.tensorrt_plan import Layers, component_plans
+
+from lab.gpu_check import tensorrt_engines
+from lab.gpu_check.record import NotAvailableError
+from lab.gpu_check.tensorrt_plan import Layers, component_plans
 
 LAYERS = [
     {"Name": "up", "LayerType": "gemm", "TacticName": "sm90_fp8", "Inputs": [{"Format/Datatype": "FP8 row-major"}]},
@@ -62,19 +63,19 @@ def test_without_the_builder(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_builder_with_other_arguments_is_not_available(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls = []
 
-    def build_tensorrt_engine(checkpoint: Path, output: Path, **arguments: object) -> None:
+    def build_engine(checkpoint: Path, output: Path, **arguments: object) -> None:
         calls.append((checkpoint, output, arguments))
 
     module = types.ModuleType("builder")
     module.QuantizationOptions = lambda calibration, gate: (calibration, gate)  # type: ignore[attr-defined]
-    module.build_tensorrt_engine = build_tensorrt_engine  # type: ignore[attr-defined]
+    module.build_engine = build_engine  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "builder", module)
     monkeypatch.setattr(tensorrt_engines, "BUILDER", "builder")
     tensorrt_engines.build(tmp_path, tmp_path / "out", "bf16", {"max_slots": 8}, None)
     assert calls == [
         (tmp_path, tmp_path / "out", {"overrides": {"max_slots": 8}, "precision": "bf16", "quantization": (None, None)})
     ]
-    module.build_tensorrt_engine = lambda checkpoint, output: None  # type: ignore[attr-defined]
+    module.build_engine = lambda checkpoint, output: None  # type: ignore[attr-defined]
     with pytest.raises(NotAvailableError, match="unexpected keyword argument"):
         tensorrt_engines.build(tmp_path, tmp_path / "out", "bf16", {}, None)
 

@@ -1,4 +1,4 @@
-"""gpu_check's trials: the arithmetic by hand, a wrong kernel is found, and every timed call is made on the CPU."""
+"""gpu_check's trials: their arithmetic by hand, a wrong kernel, and every timed call once on the CPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 import interpreted_check
 import pytest
 import torch
-from gpu_check.record import MEASURED, NOT_RUN, PASSED, SLOW, WRONG, Check, NotAvailableError, Record
+
+from lab.gpu_check.record import MEASURED, NOT_RUN, PASSED, SLOW, WRONG, Check, NotAvailableError, Record
 
 pytest.importorskip("triton", reason="needs triton: pip install 'nvlm-trt[test]'")
 
@@ -18,7 +19,7 @@ def test_a_wrong_result_is_found(interpreter: ProcessPoolExecutor) -> None:
 
 
 def test_ranges_of_a_prompt() -> None:
-    from gpu_check.attention import PREFILL, boolean_mask, make_inputs, prompt_ranges
+    from lab.gpu_check.attention import PREFILL, boolean_mask, make_inputs, prompt_ranges
 
     ranges = prompt_ranges(PREFILL)[0].tolist()
     assert len(ranges) == 1024
@@ -33,8 +34,8 @@ def test_ranges_of_a_prompt() -> None:
 
 
 def test_bytes_and_operations_by_hand() -> None:
-    from gpu_check.attention import Shape, full_ranges, make_inputs
-    from gpu_check.attention_speed import floating_point_operations, moved_bytes
+    from lab.gpu_check.attention import Shape, full_ranges, make_inputs
+    from lab.gpu_check.attention_speed import floating_point_operations, moved_bytes
 
     shape = Shape(4, 2, 64, batch=2, tokens=3, cross_tokens=100)
     ranges = full_ranges(shape)
@@ -46,14 +47,14 @@ def test_bytes_and_operations_by_hand() -> None:
 
 
 def test_arrangements_for_torch_are_equivalent() -> None:
-    from gpu_check.attention import Shape, boolean_mask, full_ranges, make_inputs, prompt_ranges
-    from gpu_check.attention_speed import _ARRANGEMENTS
+    from lab.gpu_check.attention import Shape, boolean_mask, full_ranges, make_inputs, prompt_ranges
+    from lab.gpu_check.attention_speed import ARRANGEMENTS
 
     shape = Shape(6, 2, 64, batch=2, tokens=24, cross_tokens=70)
     for ranges in (full_ranges(shape), prompt_ranges(shape, before=0, tag=2)):
         inputs = make_inputs(shape, ranges, torch.float32, "cpu")
         for mask in (None, boolean_mask(inputs)):
-            first, *others = [arrange(inputs, mask).attend(None) for arrange in _ARRANGEMENTS.values()]
+            first, *others = [arrange(inputs, mask).attend(None) for arrange in ARRANGEMENTS.values()]
             for other in others:
                 torch.testing.assert_close(other.reshape(first.shape), first)
 
@@ -67,7 +68,9 @@ def test_every_timed_call_works(interpreter: ProcessPoolExecutor, tmp_path: Path
     decoding = by_name["decoding one request"]
     assert decoding.status == MEASURED
     assert decoding.values["us"] == pytest.approx(20)
-    assert decoding.values["of the copy's"] == pytest.approx(decoding.values["GB/s"] / 4000)
+    rate = decoding.values["GB/s"]
+    assert isinstance(rate, float)
+    assert decoding.values["of the copy's"] == pytest.approx(rate / 4000)
     assert by_name["prefill against torch without a mask"].status == PASSED  # as fast
     masked = by_name["prefill against torch with a mask"]
     assert (masked.status, masked.values["times as fast"]) == (SLOW, pytest.approx(1))
@@ -77,7 +80,7 @@ def test_every_timed_call_works(interpreter: ProcessPoolExecutor, tmp_path: Path
 
 
 def test_best_of_a_sweep(tmp_path: Path) -> None:
-    from gpu_check.tune import best
+    from lab.gpu_check.tune import best
 
     record = Record(tmp_path / "checks")
     for name, us in (("decoding: a", 5.0), ("decoding: b", 3.0), ("prefill: c", 9.0)):
@@ -94,8 +97,7 @@ def test_best_of_a_sweep(tmp_path: Path) -> None:
 
 
 def test_choices_in_place_are_among_the_sweep() -> None:
-    from gpu_check.tune import cases
-
+    from lab.gpu_check.tune import cases
     from nvlm_trt.plugins.gated_cross_attention.blocks import BLOCKS
 
     all_cases = cases()
@@ -105,18 +107,22 @@ def test_choices_in_place_are_among_the_sweep() -> None:
 
 
 def test_exact_levels_are_pillows() -> None:
-    from gpu_check.resample import Picture, exact_levels, levels_of, noise, pillow_levels
+    from lab.gpu_check.resample import TiledImage, exact_levels, levels_of, noise, pillow_levels
 
-    for picture in (Picture(300, 170, 3, 2, tile=28), Picture(30, 190, 1, 2, tile=24), Picture(9, 5, 1, 1, tile=20)):
-        image = noise(picture, "cpu")
-        exact = exact_levels(image, picture)
+    for tiling in (
+        TiledImage(300, 170, 3, 2, tile=28),
+        TiledImage(30, 190, 1, 2, tile=24),
+        TiledImage(9, 5, 1, 1, tile=20),
+    ):
+        image = noise(tiling, "cpu")
+        exact = exact_levels(image, tiling)
         assert exact.shape == (
-            picture.columns * picture.rows + (picture.columns * picture.rows > 1),
+            tiling.columns * tiling.rows + (tiling.columns * tiling.rows > 1),
             3,
-            *[picture[4]] * 2,
+            *[tiling[4]] * 2,
         )
         try:
-            assert exact.equal(pillow_levels(image, picture))
+            assert exact.equal(pillow_levels(image, tiling))
         except NotAvailableError as error:
             pytest.skip(str(error))
         mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
@@ -124,7 +130,7 @@ def test_exact_levels_are_pillows() -> None:
 
 
 def test_a_missing_ceiling_is_said(tmp_path: Path) -> None:
-    from gpu_check.measure import COPY, ceiling
+    from lab.gpu_check.measure import COPY, ceiling
 
     with pytest.raises(NotAvailableError, match="was not measured"):
         ceiling(Record(tmp_path / "none"), COPY)

@@ -1,5 +1,8 @@
-"""Draw docs/images/receipt.png, the picture that the demo asks about: a form of TinyDocs' kind, in a font of no split
-that the models were trained on, at three times the size of the 3 x 2 tiles that it becomes."""
+"""Draw docs/images/receipt.png, the image that the demo asks about: a form like TinyDocs', in a font that no training
+split has, at three times the size of the 3 x 2 tiles that it becomes.
+
+    python scripts/draw_demo_image.py
+"""
 
 from pathlib import Path
 

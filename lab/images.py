@@ -1,0 +1,14 @@
+"""Images that no image cache knows."""
+
+from __future__ import annotations
+
+import secrets
+
+from nvlm_trt.benchmark import images, workload
+
+ImageSize = workload.ImageSize
+
+
+def new_image(size: ImageSize) -> bytes:
+    """Encodes a JPEG with the same pixels as every other of its size, and with bytes of its own."""
+    return images.encode(workload.Picture(size, secrets.token_hex(8)))

@@ -1,0 +1,1 @@
+"""Other software that decodes the same model: a client here, workers that run in an environment of their own."""
