@@ -23,7 +23,8 @@ from common import Contender, Rounds, Spread, built_engine, parser, run_main, se
 
 from nvlm_trt.benchmark.images import encode
 from nvlm_trt.benchmark.prompts import PromptWriter
-from nvlm_trt.benchmark.workload import ImageSize, Picture
+from nvlm_trt.benchmark.questions import StampedImage
+from nvlm_trt.benchmark.workload import ImageSize
 from nvlm_trt.prompt.encoder import Message
 from nvlm_trt.prompt.tokenizer import Tokenizer
 from nvlm_trt.runtime.generation import Delta
@@ -109,7 +110,7 @@ def contender(
         texts, new, repeated = [], [], []
         for _ in range(arguments.repeats):
             texts.append(answer(ask, questions[0], [], 2).ttft)
-            picture = encode(Picture(size, secrets.token_hex(8)))  # new to the image cache by its bytes
+            picture = encode(StampedImage(size, secrets.token_hex(8)))  # new to the image cache by its bytes
             new.append(answer(ask, questions[0], [picture], 2).ttft)
             repeated.append(answer(ask, questions[0], [picture], 2).ttft)
         started = time.perf_counter()

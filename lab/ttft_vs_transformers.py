@@ -25,7 +25,8 @@ from nvlm_trt.backends import open_backend
 from nvlm_trt.backends.base import FloatArray
 from nvlm_trt.benchmark.images import encode
 from nvlm_trt.benchmark.prompts import PromptWriter
-from nvlm_trt.benchmark.workload import ImageSize, Picture
+from nvlm_trt.benchmark.questions import StampedImage
+from nvlm_trt.benchmark.workload import ImageSize
 from nvlm_trt.engine import Engine
 from nvlm_trt.image.decoding import load_image
 from nvlm_trt.image.tiling import tile_image
@@ -162,7 +163,7 @@ class Theirs:
 
 def new_picture() -> bytes:
     """The same pixels in other bytes, which the image cache does not know."""
-    return encode(Picture(SIZE, secrets.token_hex(8)))
+    return encode(StampedImage(SIZE, secrets.token_hex(8)))
 
 
 if __name__ == "__main__":
