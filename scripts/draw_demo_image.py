@@ -1,5 +1,8 @@
-"""Draw docs/images/receipt.png, the picture that the demo asks about: a form of TinyDocs' kind, in a font of no split
-that the models were trained on, at three times the size of the 3 x 2 tiles that it becomes."""
+"""Draws docs/images/receipt.png, the image that the demo asks about.
+
+The image is a form of TinyDocs' kind, in a font that the models were not trained on, at three times the size of the
+3 x 2 tiles that it becomes.
+"""
 
 from pathlib import Path
 
