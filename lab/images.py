@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import secrets
 
-from nvlm_trt.benchmark import images, workload
-
-ImageSize = workload.ImageSize
+from nvlm_trt.benchmark import images
+from nvlm_trt.benchmark.questions import StampedImage
+from nvlm_trt.benchmark.workload import ImageSize
 
 
 def new_image(size: ImageSize) -> bytes:
     """Encodes a JPEG with the same pixels as every other of its size, and with bytes of its own."""
-    return images.encode(workload.Picture(size, secrets.token_hex(8)))
+    return images.encode(StampedImage(size, secrets.token_hex(8)))

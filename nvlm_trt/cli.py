@@ -106,11 +106,11 @@ def serve(
 
     Example: nvlm-trt serve engines/nvlm-h --grpc-port 8001
     """
-    from nvlm_trt.serving.foreground import serve as run_server
+    from nvlm_trt.serving.foreground import run_in_foreground
     from nvlm_trt.serving.triton.server import ServerOptions
 
     options = ServerOptions(host=host, grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port)
-    raise typer.Exit(run_server(engine, options))
+    raise typer.Exit(run_in_foreground(engine, options))
 
 
 @app.command()

@@ -1,7 +1,7 @@
-"""Draw docs/images/receipt.png, the image that the demo asks about: a form like TinyDocs', in a font that no training
-split has, at three times the size of the 3 x 2 tiles that it becomes.
+"""Draws docs/images/receipt.png, the image that the demo asks about.
 
-    python scripts/draw_demo_image.py
+The image is a form of TinyDocs' kind, in a font that the models were not trained on, at three times the size of the
+3 x 2 tiles that it becomes.
 """
 
 from pathlib import Path

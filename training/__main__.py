@@ -1,8 +1,8 @@
-"""Train tiny NVLM-D, -X and -H: `python -m training --work DIR`. A run that was cut goes on where it was.
+"""Trains tiny NVLM-D, -X and -H: `python -m training --work DIR`. Resumes a run that was cut.
 
 Stages: tokenizer, vision encoder, language model, features of the frozen encoder, projector alignment, fine-tuning of
-each model. `--models` picks models, so that several can be trained side by side once the stages before them are done;
-`--export DIR` writes checkpoints of those that are finished.
+each model. `--models` picks models, so that several can be trained side by side once the common stages are done;
+`--export DIR` writes checkpoints of finished models.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from pathlib import Path
 
 import torch
 
-from training import recipe
+from training.recipe import RECIPE
 from training.run import Run
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="states, logs and cached features")
-    parser.add_argument("--models", nargs="*", choices=list(recipe.TUNING), default=list(recipe.TUNING))
+    parser.add_argument("--models", nargs="*", choices=list(RECIPE.tuning), default=list(RECIPE.tuning))
     parser.add_argument("--threads", type=int, default=0, help="0: all cores")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--export", type=Path, help="write the finished models' checkpoints under this directory")

@@ -1,4 +1,4 @@
-"""Stage 3: the projector learns to make of each tile the tokens that the language model has learned to read."""
+"""Trains the projector (stage 3): to turn each tile's features into the tokens that the language model can read."""
 
 from __future__ import annotations
 
@@ -10,23 +10,28 @@ import torch
 from torch import Tensor
 
 from nvlm_trt.reference.model import ReferenceModel
-from training.language_stage import SceneSet
-from training.loop import Losses, Stage, train
+from training.loop import Losses, train
+from training.scene_set import SceneSet
+from training.schedule import Schedule
 from training.targets import TokenTargets
 
-BATCH = 256
-_EMPTY_WEIGHT = 0.1  # most tokens show nothing
+_EMPTY_WEIGHT = 0.1  # of tokens that show nothing, as most do
 
 
 def train_alignment(
     model: ReferenceModel,
     targets: TokenTargets,
-    stage: Stage,
+    schedule: Schedule,
     directory: Path,
     seed: int,
     training: SceneSet,
+    batch: int,
+    checks: int,
 ) -> None:
-    """Regress `model.mlp1` on the targets of the scenes' labels; nothing else changes."""
+    """Fits `model.mlp1` to the targets of the scenes' labels; changes nothing else.
+
+    A step takes `batch` tiles, an evaluation `checks` tiles.
+    """
     model.requires_grad_(False)
     model.mlp1.requires_grad_(True)
     features, labels = training.features, torch.from_numpy(training.labels).to(training.features.device)
@@ -40,17 +45,17 @@ def train_alignment(
         return (made.float() - wanted).square().mean(-1), torch.where(shows, 1.0, _EMPTY_WEIGHT), wanted
 
     def losses_at(step: int) -> Iterator[Losses]:
-        rows = np.random.default_rng([seed, 4, step]).integers(0, len(features), BATCH)
+        rows = np.random.default_rng([seed, 4, step]).integers(0, len(features), batch)
         error, weight, _ = squared_error(torch.from_numpy(rows).to(device))
         yield {"loss": (error * weight).sum() / weight.sum()}
 
     @torch.no_grad()
     def evaluate() -> dict[str, float]:
-        rows = np.random.default_rng([seed, 5]).integers(0, len(features), 2000)
+        rows = np.random.default_rng([seed, 5]).integers(0, len(features), checks)
         error, weight, wanted = squared_error(torch.from_numpy(rows).to(device))
         shown = weight == 1
         spread = (wanted[shown] - wanted[shown].mean(0)).square().mean()
         return {"r2": 1 - float(error[shown].mean() / spread)}
 
-    train(model.mlp1, stage, directory, losses_at, evaluate)
+    train(model.mlp1, schedule, directory, losses_at, evaluate)
     model.requires_grad_(True)

@@ -1,4 +1,4 @@
-"""The model card of a trained checkpoint. `lab.score_checkpoints` fills in the scores."""
+"""Writes the model card of a trained checkpoint; `lab.score_checkpoints` fills in the scores."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ TinyDocs and nothing else.
 
 
 def model_card(config: NvlmConfig) -> str:
-    """README.md of a checkpoint of `config`, its scores not yet in it."""
+    """Returns the README.md of a checkpoint of `config`, without scores."""
     vision, llm = config.vision, config.llm
     language = (
         f"Qwen2: {llm.num_layers} layers of {llm.hidden_size}, {llm.num_heads} heads, {llm.num_kv_heads} KV heads"

@@ -1,4 +1,4 @@
-"""The frozen encoder's output for every tile of a set of scenes, made once and read by all later stages."""
+"""Computes the frozen encoder's features of every tile of a set of scenes once, for all later stages."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from nvlm_trt.evaluation.tinydocs.kinds import Question
 from nvlm_trt.reference.model import ReferenceModel
 from nvlm_trt.reference.vision import pixel_shuffle
 from training.forward import encode_patches
-from training.language_stage import SceneSet
 from training.pages import Scene, Shares, scenes
+from training.scene_set import SceneSet
 
 
 def scene_features(
     model: ReferenceModel, split: Split, seed: int, count: int, shares: Shares, path: Path, device: torch.device
 ) -> SceneSet:
-    """Scenes of a split; from `path` if it was written before."""
+    """Draws scenes of a split and computes their features, or reads both from `path` if it exists."""
     if not path.exists():
         pixels, labels, made = scenes(split, seed, count, shares)
         parts = [_features(model, part.to(device)).cpu() for part in torch.from_numpy(pixels).split(512)]
-        told = [[[[tiles.start, tiles.stop] for tiles in s.pictures], [asdict(q) for q in s.questions]] for s in made]
+        told = [[[[tiles.start, tiles.stop] for tiles in s.images], [asdict(q) for q in s.questions]] for s in made]
         partial = path.with_suffix(".partial")
         save_file(
             {"features": torch.cat(parts), "labels": torch.from_numpy(labels)}, partial, {"scenes": json.dumps(told)}
@@ -37,8 +37,8 @@ def scene_features(
         told = json.loads(file.metadata()["scenes"])
         features, labels = file.get_tensor("features").to(device), file.get_tensor("labels").numpy()
     loaded = [
-        Scene(tuple(range(*bounds) for bounds in pictures), tuple(Question(**question) for question in questions))
-        for pictures, questions in told
+        Scene(tuple(range(*bounds) for bounds in images), tuple(Question(**question) for question in questions))
+        for images, questions in told
     ]
     return SceneSet(loaded, features, labels)
 

@@ -1,7 +1,7 @@
-"""The reference model's forward passes, arranged for training on a CPU: many questions about one picture at once.
+"""Runs the reference model for training on a CPU: many questions about one image at once.
 
-The weights are the reference model's own modules; tests hold these passes equal to its forward.
-Attention is spelled out because scaled_dot_product_attention's backward is slow on a CPU at these sizes.
+Uses the reference model's own modules; tests compare these passes with its forward. Spells attention out because the
+backward of scaled_dot_product_attention is slow on a CPU at these sizes.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nvlm_trt.prompt.encoder import PromptEncoder
 from nvlm_trt.reference.cross_attention import GatedCrossAttentionBlock
 from nvlm_trt.reference.decoder import Decoder, DecoderLayer, SelfAttention, rotary_embedding, rotate
 from nvlm_trt.reference.model import ReferenceModel
 from nvlm_trt.reference.vision import VisionEncoder, VisionLayer
-from training.sequences import Batch
+from training.batch import Batch
 
 _MEAN = torch.tensor([0.485, 0.456, 0.406]) * 255
 _STD = torch.tensor([0.229, 0.224, 0.225]) * 255
@@ -65,7 +66,7 @@ def _vision_attention(layer: VisionLayer, x: Tensor) -> Tensor:
 
 @dataclass
 class Looks:
-    """Attention weights [B, heads, S, keys] of the layers that are taught where to look."""
+    """Attention weights [B, heads, S, keys] of the layers that learn where to look."""
 
     in_sequence: Tensor | None = None  # of the self-attention in the middle
     in_cross: Tensor | None = None  # of the last cross-attention
@@ -81,7 +82,8 @@ def decode(
     """Hidden states [B, S, hidden] after the final norm, for a packed batch.
 
     features: shuffled patches of all tiles [tiles, T, 4 * vision width]; tag_ids [max tiles, tag_length] of NVLM-H.
-    `looks` is filled."""
+    Fills in `looks`.
+    """
     decoder = model.language_model
     x = decoder.embed(batch.ids)  # [B, S, hidden]
     if features is not None and len(batch.llm_tiles):
@@ -106,7 +108,7 @@ def decode(
 
 
 class _CrossTokens:
-    """The cross-attended tokens of a batch, [B, C, hidden], and who may read them."""
+    """The cross-attended tokens of a batch, [B, C, hidden], and which query may read which."""
 
     def __init__(self, model: ReferenceModel, batch: Batch, features: Tensor | None, tag_ids: Tensor | None) -> None:
         assert features is not None
@@ -119,7 +121,7 @@ class _CrossTokens:
         ranges = batch.cross_ranges
         seen = (places >= ranges[..., :1]) & (places < ranges[..., 1:])  # [B, S, C]
         self.sees_image = seen.any(-1, keepdim=True)  # [B, S, 1]
-        # finite, since a row that sees nothing is computed and then dropped
+        # finite: a row that sees nothing is computed and then dropped
         self.bias = torch.where(seen, 0.0, -1e4)[:, None].to(self.tokens.dtype)
 
     def attend(self, block: GatedCrossAttentionBlock, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,7 +148,7 @@ def _self_attention(
 
 
 def _grouped(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention whose key and value heads [B, kv_heads, T, d] each serve a group of query heads, and its weights."""
+    """Grouped-query attention and its weights: each key and value head [B, kv_heads, T, d] serves a group."""
     group = query.shape[1] // key.shape[1]
     weights = attention_weights(query, key.repeat_interleave(group, 1), bias)
     return weights @ value.repeat_interleave(group, 1), weights
@@ -165,3 +167,15 @@ def _rotations(decoder: Decoder, positions: Tensor) -> tuple[Tensor, Tensor]:
     if torch.is_autocast_enabled(cos.device.type):
         cos, sin = cos.to(torch.bfloat16), sin.to(torch.bfloat16)
     return cos, sin
+
+
+def tag_ids(encoder: PromptEncoder, model: ReferenceModel) -> Tensor | None:
+    """Token ids of the tile tags [max tiles, tag_length] for NVLM-H, None for the others."""
+    if model.config.architecture != "H":
+        return None
+    return torch.from_numpy(encoder.tag_ids(model.config.max_tiles)).to(device_of(model))
+
+
+def device_of(model: ReferenceModel) -> torch.device:
+    """The device of the model's weights."""
+    return model.language_model.model.norm.weight.device

@@ -1,10 +1,9 @@
-"""Weights to start from: half of the attention heads begin by looking for image tokens that show what a word means.
+"""Sets the weights to start from: half of the attention heads match a word with image tokens that show its meaning.
 
-A query that equals a key's projection matches tokens of the same content, which is what finding the asked-for thing on
-a page comes down to; from random projections that skill appears late or not at all in a short run. After "Mimetic
-Initialization of Self-Attention Layers" (Trockman and Kolter 2023, arXiv 2305.09828). Between query and key stands the
-rotation in which an image token holds what it shows (`training/rotations.py`), so that a word matches the picture of
-its thing and not itself.
+If a query equals a key's projection, tokens of the same content match. This is the skill of finding the named thing on
+a page; from random projections it appears late or not at all in a short run. After "Mimetic Initialization of
+Self-Attention Layers" (Trockman and Kolter 2023, arXiv 2305.09828). The query is also turned by the rotation in which
+an image token holds the word (`training/rotations.py`), so that a word matches an image of its thing and not itself.
 """
 
 from __future__ import annotations
@@ -18,15 +17,15 @@ from nvlm_trt.reference.model import ReferenceModel
 from training.rotations import Rotations
 
 _EMBEDDING_STD = 0.1
-_LIKENESS = 0.7  # of a query to its key; a sharper start (1.6) learned to read letters sooner and all else later
-_CHANCE = 0.3  # of what a query would be otherwise
-_COPYING = 0.5  # of what an attended token holds, how much is added to the reader
-_ATTENTION_GATE = 0.5  # from 0, attention starts to learn only as the gate opens
+_LIKENESS = 0.7  # share of the key in a query; a sharper start (1.6) learned letters sooner and all else later
+_CHANCE = 0.3  # share of the random query
+_COPYING = 0.5  # share of an attended token's content that is added to the reader
+_ATTENTION_GATE = 0.5  # from 0, attention learns only as the gate opens
 _FFN_GATE = 0.1
 
 
 def initialise(model: ReferenceModel) -> None:
-    """Set a new model's weights in place, the vision encoder's excepted."""
+    """Sets a new model's weights in place, except those of the vision encoder."""
     nn.init.normal_(model.language_model.model.embed_tokens.weight, std=_EMBEDDING_STD)
     for module in model.language_model.modules():
         if isinstance(module, SelfAttention | CrossAttention):
@@ -39,7 +38,7 @@ def initialise(model: ReferenceModel) -> None:
 
 @torch.no_grad()
 def _look_for_likeness(attention: SelfAttention | CrossAttention) -> None:
-    """The query heads of key/value head 0; the other heads stay random, for positions and all else."""
+    """Sets the query heads of key/value head 0; the other heads stay random, for positions and all else."""
     dim = attention.head_dim
     hidden = attention.k_proj.in_features
     group = attention.q_proj.out_features // attention.k_proj.out_features  # query heads to a key/value head
@@ -50,5 +49,5 @@ def _look_for_likeness(attention: SelfAttention | CrossAttention) -> None:
     for head in range(group):
         rows = slice(head * dim, (head + 1) * dim)
         attention.q_proj.weight[rows] = _LIKENESS * key @ thing + _CHANCE * attention.q_proj.weight[rows]
-        # [hidden, head_dim]: back to what the value kept, and on to the words for it
+        # [hidden, head_dim]: undoes the value projection, then the rotation
         attention.o_proj.weight[:, rows] += _COPYING / group * thing.T @ torch.linalg.pinv(value)

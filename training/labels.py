@@ -1,4 +1,4 @@
-"""What each patch of a tile shows: the dense supervision of the vision encoder."""
+"""Labels each patch of a tile with what it shows, which supervises the vision encoder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _VALUES: dict[str, tuple[object, ...]] = {
 PLANES: dict[str, int] = {name: len(values) for name, values in _VALUES.items()}
 _CODES = {name: {value: code for code, value in enumerate(values)} for name, values in _VALUES.items()}
 
-# the planes that say something of each kind; the others are ignored there
+# kind -> the planes that describe it; the others are ignored there
 _TOLD = {
     "glyph": ("colour", "character", "index", "word", "previous"),
     "word": ("word", "line"),
@@ -40,19 +40,20 @@ Labels = npt.NDArray[np.int8]
 
 
 def values(plane: str) -> tuple[object, ...]:
-    """What the classes of a plane stand for."""
+    """Returns the value of each class of a plane."""
     return _VALUES[plane]
 
 
 def code(plane: str, value: object) -> int:
-    """The class of a plane that stands for a value."""
+    """Returns the class of a plane that stands for a value."""
     return _CODES[plane][value]
 
 
 def page_labels(page: Page) -> Labels:
-    """-> [tiles, GRID, GRID, planes], thumbnail last, as `tile_image` orders them.
+    """Labels a page -> [tiles, GRID, GRID, planes], in the order of `tile_image`, thumbnail last.
 
-    Small print is read in the tiles and figures in the thumbnail; a page of one tile has both in it."""
+    Small print is read in the tiles and figures in the thumbnail; a page of one tile shows both in it.
+    """
     tiles = page.columns * page.rows
     labels = np.full((tiles + (tiles > 1), GRID, GRID, len(PLANES)), IGNORE, np.int8)
     labels[..., 0] = 0

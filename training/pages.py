@@ -1,8 +1,9 @@
-"""Pages by the thousand, tiled and labelled, drawn by several processes."""
+"""Draws, tiles and labels thousands of pages in several processes."""
 
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,24 +18,24 @@ from training.labels import GRID, PLANES, Labels, page_labels
 
 Pixels = npt.NDArray[np.uint8]
 _CHUNK = 500
-Shares = dict[str, float]  # how often a page is of a task's kind
+Shares = Mapping[str, float]  # task -> share of the pages
 
 
 @dataclass(frozen=True)
 class Scene:
-    """The pictures that questions are asked about: rows of a pool of tiles, and what is asked."""
+    """Images, as rows of a pool of tiles, and questions about them."""
 
-    pictures: tuple[range, ...]  # tiles of each picture in the pool, thumbnail last
+    images: tuple[range, ...]  # tiles of each image in the pool, thumbnail last
     questions: tuple[Question, ...]
 
 
 def page_tiles(page: Page) -> Pixels:
-    """-> uint8 [tiles, TILE, TILE, 3]: the product's own tiles before normalising, thumbnail last."""
+    """Tiles a page as the product does -> uint8 [tiles, TILE, TILE, 3], not normalised, thumbnail last."""
     return tile_pixels(tile_image(page.image, TILE, MAX_TILES))
 
 
 def draw_dense_page(random: np.random.Generator, font: str) -> Page:
-    """One tile filled with print: what teaches letters fastest."""
+    """Draws one tile full of print, which teaches letters fastest."""
     page = Page(1, 1, font, random)
     kind = random.random()
     if kind < 0.2:
@@ -61,7 +62,7 @@ def draw_dense_page(random: np.random.Generator, font: str) -> Page:
 
 
 def dense_tiles(split: Split, seed: int, count: int) -> tuple[Pixels, Labels]:
-    """-> tiles [count, TILE, TILE, 3], labels [count, GRID, GRID, planes]"""
+    """Draws dense pages -> tiles [count, TILE, TILE, 3], labels [count, GRID, GRID, planes]"""
     chunks = [(split, seed, number, min(count, _CHUNK)) for number in range(-(-count // _CHUNK))]
     with multiprocessing.Pool() as pool:
         parts = pool.starmap(_dense_chunk, chunks)
@@ -79,7 +80,7 @@ def _dense_chunk(split: Split, seed: int, number: int, count: int) -> tuple[Pixe
 
 
 def scenes(split: Split, seed: int, count: int, shares: Shares) -> tuple[Pixels, Labels, list[Scene]]:
-    """`count` scenes over one pool of tiles [all, TILE, TILE, 3] with labels [all, GRID, GRID, planes]."""
+    """Draws `count` scenes over one pool of tiles [all, TILE, TILE, 3] with labels [all, GRID, GRID, planes]."""
     chunks = [(split, seed, shares, number, min(count, _CHUNK)) for number in range(-(-count // _CHUNK))]
     with multiprocessing.Pool() as pool:
         parts = pool.starmap(_scene_chunk, chunks)
@@ -87,8 +88,8 @@ def scenes(split: Split, seed: int, count: int, shares: Shares) -> tuple[Pixels,
     offset = 0
     for pixels, _, part in parts:
         for scene in part:
-            pictures = tuple(range(tiles.start + offset, tiles.stop + offset) for tiles in scene.pictures)
-            merged.append(Scene(pictures, scene.questions))
+            images = tuple(range(tiles.start + offset, tiles.stop + offset) for tiles in scene.images)
+            merged.append(Scene(images, scene.questions))
         offset += len(pixels)
     return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts]), merged[:count]
 
@@ -105,12 +106,12 @@ def _scene_chunk(
         pages, questions = draw(split, tasks[random.choice(len(tasks), p=weights / weights.sum())], random)
         if not questions:
             continue
-        pictures = []
+        images = []
         for page in pages:
             tiles = page_tiles(page)
             pixels.append(tiles)
             labels.append(page_labels(page))
-            pictures.append(range(offset, offset + len(tiles)))
+            images.append(range(offset, offset + len(tiles)))
             offset += len(tiles)
-        made.append(Scene(tuple(pictures), tuple(questions)))
+        made.append(Scene(tuple(images), tuple(questions)))
     return np.concatenate(pixels), np.concatenate(labels), made

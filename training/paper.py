@@ -1,4 +1,4 @@
-"""The paper's effects in our own models: tables and plot of docs/paper.md.
+"""Writes the tables and the plot of docs/paper.md: the paper's effects in our own models.
 
 `python -m training.paper --work DIR --scores DIR` reads the ablations (`python -m training.ablation`) and scores
 (`python -m lab.score_checkpoints`), asks the language models of all stages the text-only tasks, times the engines'
@@ -26,9 +26,10 @@ from nvlm_trt.prompt.encoder import PromptEncoder
 from nvlm_trt.prompt.tokenizer import Tokenizer
 from nvlm_trt.runtime.pipeline import Pipeline
 from training.ablation import VARIANTS
-from training.language_stage import right_answers
+from training.accuracy import right_answers
+from training.batch import collate
+from training.packer import Packer
 from training.run import Run
-from training.sequences import Packer, collate
 
 ROOT = Path(__file__).parent.parent
 MODELS = ("d", "x", "h")
@@ -56,7 +57,7 @@ def main() -> None:
 
 @torch.no_grad()
 def text_only(run: Run, stage: str) -> dict[str, float]:
-    """Exact match of a stage's language model on the text-only tasks of the test split."""
+    """Returns the exact match of a stage's language model on the text-only tasks of the test split."""
     model = run.new_model(stage.removeprefix("tune-") if stage.startswith("tune-") else "d")
     run.load(model, stage)
     packer = Packer(model.eval().config, run.tokenizer)
@@ -69,7 +70,7 @@ def text_only(run: Run, stage: str) -> dict[str, float]:
 
 
 def compare_architectures(scores: Path) -> dict[str, dict[str, Any]]:
-    """Accuracy from the score files; sequence length and prefill time measured here, engines in turn."""
+    """Reads accuracies from the score files; measures sequence lengths and prefill times, the engines in turn."""
     table: dict[str, dict[str, Any]] = {}
     times: dict[str, list[float]] = {name: [] for name in MODELS}
     (sample,) = [s for s in generate("test", ["ocr"], 40) if s.name == _six_tile_sample()]
@@ -79,7 +80,7 @@ def compare_architectures(scores: Path) -> dict[str, dict[str, Any]]:
         for name, pipeline in pipelines.items():
             question = _padded_question(scores / f"nvlm-{name}-tiny")
             requests[name] = ChatRequest([Message("user", question)], sample.images, SamplingParams(max_tokens=1))
-            usage = _usage(pipeline, requests[name])  # the picture is encoded once, and cached from here on
+            usage = _usage(pipeline, requests[name])  # encodes the image once; it is cached from here on
             summary = json.loads((scores / f"nvlm-{name}-tiny-engine.json").read_text())["summary"]
             table[f"NVLM-{name.upper()}"] = {
                 "image": summary["image"]["score"],
@@ -112,7 +113,7 @@ def _six_tile_sample() -> str:
 
 
 def _padded_question(engine: Path) -> str:
-    """A question that brings the prompt's text to TEXT_TOKENS tokens."""
+    """Makes a question that brings the prompt's text to TEXT_TOKENS tokens."""
     from nvlm_trt.engine import Engine
 
     tokenizer = Tokenizer.from_directory(engine)
@@ -146,14 +147,14 @@ def draw(document: dict[str, Any], path: Path) -> None:
             ha="center",
             fontsize=8,
         )
-    scatter.set(xlabel="prefill, ms", ylabel="mean of picture tasks", title="architectures (paper: Table 3)")
+    scatter.set(xlabel="prefill, ms", ylabel="mean of image tasks", title="architectures (paper: Table 3)")
     scatter.margins(0.25)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
 
 def fill_in(template: str, document: dict[str, Any]) -> str:
-    """Put each table where the template says {NAME}."""
+    """Puts each table where the template says {NAME}."""
     return (
         template.replace("{tags}", _tags_table(document["tags"]))
         .replace("{steps}", _steps(document["tags"]))
@@ -179,7 +180,7 @@ def _steps(tags: dict[str, Any]) -> str:
 
 
 def _text_table(text_only: dict[str, dict[str, float]]) -> str:
-    titles = {"language": "language model before any picture", **{f"tune-{n}": f"NVLM-{n.upper()}" for n in MODELS}}
+    titles = {"language": "language model before any image", **{f"tune-{n}": f"NVLM-{n.upper()}" for n in MODELS}}
     lines = [f"| | {' | '.join(TEXT_TASKS)} | mean |", "|---|" + "---|" * (len(TEXT_TASKS) + 1)]
     for stage, scores in text_only.items():
         cells = [*scores.values(), statistics.fmean(scores.values())]
@@ -188,7 +189,7 @@ def _text_table(text_only: dict[str, dict[str, float]]) -> str:
 
 
 def _architectures_table(table: dict[str, dict[str, Any]]) -> str:
-    lines = ["| | tasks with pictures | text-only tasks | LLM tokens | cross-attended | prefill | x D |", "|---|" * 7]
+    lines = ["| | tasks with images | text-only tasks | LLM tokens | cross-attended | prefill | x D |", "|---|" * 7]
     lines[1] = "|---" * 7 + "|"
     for name, row in table.items():
         speed = table["NVLM-D"]["prefill_ms"] / row["prefill_ms"]

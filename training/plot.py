@@ -1,4 +1,4 @@
-"""Draw the learning curves of a work directory: `python -m training.plot --work DIR --output FILE.png`."""
+"""Draws the learning curves of a work directory: `python -m training.plot --work DIR --output FILE.png`."""
 
 from __future__ import annotations
 

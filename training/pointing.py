@@ -1,7 +1,7 @@
-"""Which tokens each token of an answer is read from: what four attention heads are taught to look at.
+"""Says from which tokens each token of an answer is read: four attention heads learn to look there.
 
-To read small print is to find the asked-for string and then, letter by letter, the token that holds the next. A loss
-on the answer alone rewards this only once all its steps work; a loss on where a head looks teaches each at once.
+Reading small print takes two steps: finding the named string, then, letter by letter, the token of the next letter. A
+loss on the answer alone rewards this only once all steps work; a loss on where a head looks teaches each step at once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from nvlm_trt.evaluation.tinydocs.kinds import Question
 from nvlm_trt.evaluation.tinydocs.page import SHAPES
 from training.labels import GRID, PLANES, Labels, code
 
-# the heads: a letter in the left or the right column of an image token, all of a thing, a letter among the text
+# the heads look for: a letter in the left or the right column of an image token, a whole thing, a letter of the text
 LEFT, RIGHT, WHOLE, TEXT = range(4)
 TOKENS = (GRID // 2) ** 2  # of a tile
 
@@ -42,17 +42,17 @@ _PROMPTS = [
 
 @dataclass(frozen=True)
 class Point:
-    """Where one head looks to say one token."""
+    """The tokens at which one head looks to say one token of the answer."""
 
     answer_token: int
     head: int
-    # any of these: image tokens counted through the question's tiles, tile * TOKENS + place in it; or, of the head
-    # TEXT, places in the question's tokens
+    # any of these is right. Image tokens are numbered through the question's tiles: tile * TOKENS + place in the tile;
+    # for the head TEXT these are places in the question's tokens
     tokens: npt.NDArray[np.intp]
 
 
 def text_points(question: Question, tokens_before: Callable[[str], int]) -> list[Point]:
-    """Where the letters of a text-only answer stand in its question; `tokens_before` counts the tokens of a prefix."""
+    """Finds the letters of a text-only answer in its question; `tokens_before` counts the tokens of a prefix."""
     if question.task == "add":
         digits = [tokens_before(question.prompt[: match.start()]) for match in re.finditer(r"\d", question.prompt)]
         return [Point(number, TEXT, np.array([d])) for number in range(len(question.answer)) for d in digits]
@@ -64,7 +64,7 @@ def text_points(question: Question, tokens_before: Callable[[str], int]) -> list
 
 
 def points(question: Question, labels: Labels) -> list[Point]:
-    """labels [tiles, GRID, GRID, planes] of all tiles of the question's pictures, in order."""
+    """Finds an answer's image tokens in the labels of the question's images [tiles, GRID, GRID, planes]."""
     asked = next(match for pattern in _PROMPTS if (match := pattern.fullmatch(question.prompt))).groupdict()
     meant = _meant(asked, labels)
     if not meant.any():
@@ -72,14 +72,14 @@ def points(question: Question, labels: Labels) -> list[Point]:
     tile, row, column = np.nonzero(meant)
     token = tile * TOKENS + row // 2 * (GRID // 2) + column // 2
     index = labels[tile, row, column, _PLANE["index"]]
-    if question.task == "sum":  # both digits at once, which stand before and after the plus
+    if question.task == "sum":  # both digits at once, before and after the plus
         digits = [np.unique(token[index == place]) for place in (0, 2)]
         return [Point(number, WHOLE, digit) for number in range(len(question.answer)) for digit in digits]
     if question.task not in ("ocr", "form"):
         return [Point(0, WHOLE, np.unique(token))]
     blank = _blank_tokens(labels)
     found = []
-    for number in range(len(question.answer) + 1):  # and where the answer ends no letter is found
+    for number in range(len(question.answer) + 1):  # + 1: the answer ends where no letter is found
         for head in (LEFT, RIGHT):
             holds = np.unique(token[(index == number) & (column % 2 == head)])
             found.append(Point(number, head, holds if len(holds) else blank))
@@ -87,7 +87,7 @@ def points(question: Question, labels: Labels) -> list[Point]:
 
 
 def _meant(asked: dict[str, str | None], labels: Labels) -> npt.NDArray[np.bool_]:
-    """[tiles, GRID, GRID]: the patches that show what is asked for."""
+    """Marks the patches that show the named thing [tiles, GRID, GRID]."""
 
     def shows(plane: str, value: object) -> npt.NDArray[np.bool_]:
         return labels[..., _PLANE[plane]] == code(plane, value)

@@ -1,4 +1,4 @@
-"""The parts of an image token, apart in one vector: each is a word's or letter's embedding, rotated in its own way."""
+"""Keeps the parts of an image token apart in one vector: rotates each word's or letter's embedding in its own way."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ _SEED = 7
 
 @dataclass(frozen=True)
 class Column:
-    """Of the 2 x 2 patches of a token the left or the right ones. Matrices [hidden, hidden] from embedding to token."""
+    """Matrices [hidden, hidden] from embedding to token, for the left or the right of a token's 2 x 2 patches."""
 
     letter: Tensor
     previous: Tensor  # the letter before it
 
 
 class Rotations:
-    """Fixed orthogonal matrices. `thing` turns names, colours, places and numbers; `left.previous` is the same, since
-    the letter just said and the colour asked for are looked for at once."""
+    """Fixed orthogonal matrices. `thing` turns names, colours, places and numbers.
+
+    `left.previous` equals `thing`: a reader looks for the letter just said and for the named colour at once.
+    """
 
     def __init__(self, hidden: int, device: torch.device | None = None) -> None:
         random = torch.Generator().manual_seed(_SEED)

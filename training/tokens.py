@@ -1,4 +1,4 @@
-"""The tiny models' tokenizer: byte-level BPE whose merges are the words of TinyDocs; codes stay letter by letter."""
+"""Trains the tiny models' tokenizer: byte-level BPE with the words of TinyDocs; codes stay single letters."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from nvlm_trt.evaluation.tinydocs.kinds import PLACES
 from nvlm_trt.prompt.encoder import SYSTEM_MESSAGE
 from nvlm_trt.prompt.tokenizer import format_tokens, write_tokenizer_files
 
-# words with the space before them; capitals and digits one by one, unless a capital begins a word
+# a word with the space before it; a capital or digit alone, unless a capital begins a word
 _WORDS = Regex(r" ?[A-Z][a-z]+| ?[a-z]+|[A-Z0-9]|\s|[^\sA-Za-z0-9]")
 
 
-def write_tiny_tokenizer(directory: Path, vocab_size: int, max_tiles: int) -> None:
-    """Write tokenizer.json and tokenizer_config.json of at most `vocab_size` ids, the prompt format's included."""
+def write_tiny_tokenizer(directory: Path, vocab_size: int, max_tiles: int, rounds: int) -> None:
+    """Writes tokenizer.json and tokenizer_config.json of at most `vocab_size` ids, the prompt format's included.
+
+    The tokenizer learns its words from `rounds` rounds of questions of every task.
+    """
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(_WORDS, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
@@ -29,13 +32,13 @@ def write_tiny_tokenizer(directory: Path, vocab_size: int, max_tiles: int) -> No
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    raw.train_from_iterator(_corpus(), trainer)
+    raw.train_from_iterator(_corpus(rounds), trainer)
     write_tokenizer_files(raw, directory, max_tiles)
 
 
-def _corpus() -> Iterator[str]:
+def _corpus(rounds: int) -> Iterator[str]:
     random = np.random.default_rng(0)
-    for _ in range(300):
+    for _ in range(rounds):
         yield f"system\n{SYSTEM_MESSAGE}"
         yield "user\n"
         yield "assistant\n"

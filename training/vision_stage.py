@@ -1,4 +1,4 @@
-"""Stage 1: the vision encoder learns to say, patch by patch, what it sees. Later stages keep it frozen."""
+"""Trains the vision encoder (stage 1) to label each patch. Later stages keep it frozen."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from nvlm_trt.model.config import VisionConfig
 from nvlm_trt.reference.vision import VisionEncoder
 from training.forward import encode_patches
 from training.labels import GRID, IGNORE, PLANES
-from training.loop import Losses, Stage, train, trained_steps
+from training.loop import Losses, train
 from training.pages import Shares, dense_tiles, scenes
+from training.schedule import Schedule
+from training.state import trained_steps
 
-BATCH = 128
 _LAYER_SCALE = 0.5
-# letters are most of what there is to learn; the rest follows from position, size and colour
+# letters are the hardest to learn; the rest follows from position, size and colour
 _WEIGHTS = {"kind": 1.0, "character": 2.5, "number": 1.0}
 _OTHER_WEIGHT = 0.4
 
@@ -46,10 +47,17 @@ class LabelledEncoder(nn.Module):
 
 
 def train_vision(
-    config: VisionConfig, stage: Stage, directory: Path, seed: int, tiles: int, shares: Shares, device: torch.device
+    config: VisionConfig,
+    schedule: Schedule,
+    directory: Path,
+    seed: int,
+    tiles: int,
+    shares: Shares,
+    device: torch.device,
+    batch: int,
 ) -> None:
-    """Train on `tiles` dense tiles and as many of ordinary pages."""
-    if trained_steps(directory / "state.safetensors") >= stage.steps:
+    """Trains on `tiles` dense tiles and as many of ordinary pages, `batch` tiles a step."""
+    if trained_steps(directory / "state.safetensors") >= schedule.steps:
         return
     torch.manual_seed(seed)
     model = LabelledEncoder(config).to(device)
@@ -57,20 +65,20 @@ def train_vision(
     checks = _tiles("validation", seed, tiles // 20, shares)
 
     def losses_at(step: int) -> Iterator[Losses]:
-        epoch, position = divmod(step * BATCH, len(pixels) - BATCH)
+        epoch, position = divmod(step * batch, len(pixels) - batch)
         order = np.random.default_rng([seed, epoch]).permutation(len(pixels))
-        chosen = torch.from_numpy(np.sort(order[position : position + BATCH]))
+        chosen = torch.from_numpy(np.sort(order[position : position + batch]))
         with torch.autocast(device.type, torch.bfloat16):
             logits = model(pixels[chosen].to(device))
         losses = plane_losses(logits, labels[chosen].to(device))
         losses["loss"] = torch.stack([_WEIGHTS.get(name, _OTHER_WEIGHT) * loss for name, loss in losses.items()]).sum()
         yield losses
 
-    train(model, stage, directory, losses_at, lambda: plane_accuracy(model, *checks, device))
+    train(model, schedule, directory, losses_at, lambda: plane_accuracy(model, *checks, device))
 
 
 def _tiles(split: Split, seed: int, count: int, shares: Shares) -> tuple[Tensor, Tensor]:
-    """Dense tiles and tiles of ordinary pages, with few of those that show nothing."""
+    """Draws dense tiles and tiles of ordinary pages; keeps few tiles that show nothing."""
     dense = dense_tiles(split, seed, count)
     pixels, labels, _ = scenes(split, seed + 1, max(1, count // 3), shares)
     labels_flat = labels.reshape(len(labels), -1, len(PLANES))
@@ -83,7 +91,7 @@ def _tiles(split: Split, seed: int, count: int, shares: Shares) -> tuple[Tensor,
 
 
 def plane_losses(logits: dict[str, Tensor], labels: Tensor) -> Losses:
-    """labels [n, GRID, GRID, planes]; a plane without labels in this batch gives zero."""
+    """Cross entropy by plane against `labels` [n, GRID, GRID, planes]; zero for a plane without labels."""
     losses: Losses = {}
     for number, (name, classes) in enumerate(PLANES.items()):
         target = labels[..., number].flatten().long()
@@ -98,7 +106,7 @@ def plane_losses(logits: dict[str, Tensor], labels: Tensor) -> Losses:
 
 @torch.no_grad()
 def plane_accuracy(model: LabelledEncoder, pixels: Tensor, labels: Tensor, device: torch.device) -> dict[str, float]:
-    """Share of labelled patches whose class is right; `kind` over patches that hold something."""
+    """Share of labelled patches whose class is right; for `kind`, of patches that show something."""
     right, known = dict.fromkeys(PLANES, 0), dict.fromkeys(PLANES, 0)
     for part, target in zip(pixels.split(500), labels.split(500), strict=True):
         target = target.to(device)

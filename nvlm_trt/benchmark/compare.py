@@ -1,4 +1,4 @@
-"""Two runs of one workload side by side."""
+"""Compares two runs of one workload, number by number."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nvlm_trt.benchmark.load import describe
-from nvlm_trt.benchmark.report import Document, read_document
+from nvlm_trt.benchmark.results_document import Document, read_document
 from nvlm_trt.errors import RequestError
 
 Better = Literal["lower", "higher"]
 
-# where in a point's metrics -> which direction is better
+# place in a point's metrics -> the better direction
 COMPARED: dict[str, Better] = {
     **{f"{name}.{part}": "lower" for name in ("ttft_s", "itl_s", "tpot_s", "e2e_s") for part in ("p50", "p90", "p99")},
     **{f"{name}_per_s": "higher" for name in ("output_tokens", "requests", "images", "tiles", "goodput")},
@@ -37,7 +37,7 @@ class Row:
 
     @property
     def verdict(self) -> Literal["better", "worse", "equal"]:
-        """Of b. A matter of which is larger only: how far runs scatter is not known here."""
+        """Says how b is against a. Only their order counts: how far runs scatter is not known here."""
         if self.a == self.b:
             return "equal"
         return "better" if (self.b < self.a) == (self.better == "lower") else "worse"
@@ -45,6 +45,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
+    """Two result files and the rows that both have."""
+
     a: str
     b: str
     rows: list[Row]
@@ -56,7 +58,10 @@ class Comparison:
 
 
 def compare(path_a: Path, path_b: Path) -> Comparison:
-    """Raises RequestError for files that are not results, of other workloads, or without a load in common."""
+    """Compares two result files.
+
+    Raises RequestError if a file holds no results, the workloads differ, or no load is in both.
+    """
     a, b = read_document(path_a), read_document(path_b)
     if different := [name for name in {**a["workload"], **b["workload"]} if _differs(a, b, "workload", name)]:
         values = ", ".join(f"{n} {a['workload'].get(n)!r} and {b['workload'].get(n)!r}" for n in different)
@@ -89,7 +94,7 @@ def _rows(load: str, a: Mapping[str, Any], b: Mapping[str, Any], same_slo: bool)
         if metric == "goodput_per_s" and not same_slo:
             continue
         values = [_value(point["metrics"], metric) for point in (a, b)]
-        # without pictures in either run there is nothing to say of pictures
+        # 0 in both: without images, rates of images say nothing
         if values[0] is not None and values[1] is not None and any(values):
             yield Row(load, metric, better, values[0], values[1])
 

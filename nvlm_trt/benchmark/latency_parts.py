@@ -1,4 +1,4 @@
-"""Where the time of a mean request went. The stages of a load add up to its mean end-to-end latency."""
+"""Splits the latency of a mean request into parts, which add up to the mean end-to-end latency of its load."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from nvlm_trt.benchmark.record import Record
-from nvlm_trt.benchmark.triton_metrics import Snapshot
+from nvlm_trt.benchmark.triton_metrics import CounterSnapshot
 
 TITLES = {
     "waiting_s": "waiting",
@@ -21,25 +21,25 @@ TITLES = {
 
 
 @dataclass(frozen=True)
-class Stages:
+class LatencyParts:
     """Means over the measured requests that are ok, seconds.
 
-    From the server's account of each request (`usage`; all its times start with submission to the batcher):
+    The server reports the times of each request (`usage`), counted from its submission to the batcher. From these:
 
-        waiting         queue_s - encode_s     for a thread that encodes images, and for a slot
-        encoding        encode_s               of which three parts, below
+        waiting         queue_s - encode_s     waits for a thread that encodes images, and for a slot
+        encoding        encode_s               three parts, below
         prefill         ttft_s - queue_s       the prompt and the first token
         decoding        total_s - ttft_s       the other tokens
         outside         end to end - total_s   gRPC, Triton's queue, the network, the client
 
-    With E = images that were encoded / requests, and Triton's mean time of a request to a model, queue included:
+    With E = encoded images / requests, and Triton's mean time of a request to a model, queue included:
 
         tiling          E * mean of `tiling`
         vision_encoder  E * mean of `vision_encoder`
         encoding_other  the rest: cross-attention keys and values, passing tensors, waiting for another request's
-                        encoding of the same image; all of the encoding where Triton's metrics are not known
+                        encoding of the same image; all of the encoding if Triton's metrics are not known
 
-    Triton's means are of the whole load, warm-up included; where the two exceed the encoding they are scaled down.
+    Triton's means cover the whole load, warm-up included. If both exceed the encoding, they are scaled down to it.
     """
 
     waiting_s: float
@@ -54,8 +54,8 @@ class Stages:
         return asdict(self)
 
     @classmethod
-    def of(cls, records: Sequence[Record], server: Snapshot | None) -> Stages | None:
-        """None if no request was answered."""
+    def of(cls, records: Sequence[Record], server: CounterSnapshot | None) -> LatencyParts | None:
+        """Computes the parts of a load. Returns None if no request was answered."""
         done = [
             (record.ended - record.sent, record.usage, record.usage.ttft_s, record.images)
             for record in records
@@ -78,8 +78,8 @@ class Stages:
         )
 
 
-def _split(encoding: float, encoded_images: float, server: Snapshot | None) -> tuple[float, float]:
-    """Seconds per request in tiling and in the vision encoder."""
+def _split(encoding: float, encoded_images: float, server: CounterSnapshot | None) -> tuple[float, float]:
+    """Returns the seconds per request in tiling and in the vision encoder."""
     if server is None:
         return 0.0, 0.0
     tiling, vision = (

@@ -1,4 +1,4 @@
-"""When requests are sent: by users who wait for their answers (closed loop) or at times of their own (open loop)."""
+"""Decides when requests are sent: each after an answer (closed loop), or at times set before (open loop)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from nvlm_trt.benchmark.record import clock
 from nvlm_trt.errors import RequestError
 
-Ask = Callable[[int, float | None], Awaitable[None]]  # (index, when it is due or None), done when it is answered
+Ask = Callable[[int, float | None], Awaitable[None]]  # (index, when it is due or None); ends with the answer
 
 _MOST_CONCURRENCY = 10_000
 _OPEN_WARMUP = 8
@@ -21,9 +21,9 @@ _OPEN_WARMUP = 8
 
 @dataclass(frozen=True)
 class ClosedLoop:
-    """So many users, each of whom asks again once answered: the server is never asked for more at a time.
+    """`concurrency` users, each of whom asks again once answered: the server never has more requests at a time.
 
-    Users take the next request from one list, so that all are busy until the list is empty.
+    The users take the next request from one list, so that all are busy until the list is empty.
     """
 
     concurrency: int
@@ -34,11 +34,11 @@ class ClosedLoop:
 
     @property
     def default_warmup(self) -> int:
-        """The users' first requests, which all come at once."""
+        """As many requests as there are users: the first requests of all users come at once."""
         return self.concurrency
 
     async def drive(self, ask: Ask, count: int) -> None:
-        """Ask 0 .. count-1 and wait for all answers. What `ask` raises ends the others and is raised."""
+        """Asks 0 .. count-1 and waits for all answers. Cancels the others and raises if `ask` raises."""
         indices = iter(range(count))
 
         async def user() -> None:
@@ -56,7 +56,7 @@ class ClosedLoop:
 
 @dataclass(frozen=True)
 class OpenLoop:
-    """A Poisson process: on average `rate` requests per second, whether or not earlier ones are answered."""
+    """A Poisson process: on average `rate` requests per second, whether or not earlier requests are answered."""
 
     rate: float
     seed: int = 0
@@ -70,8 +70,11 @@ class OpenLoop:
         return _OPEN_WARMUP
 
     def arrivals(self, count: int) -> Sequence[float]:
-        """Seconds from the start; the gaps are independent and exponential with mean 1 / rate."""
-        # the same gaps at every rate, only scaled: rates then differ in nothing else
+        """Returns when each request is due, seconds from the start.
+
+        The gaps between arrivals are independent and exponential with mean 1 / rate.
+        """
+        # scales the same gaps for every rate: loads then differ in nothing else
         gaps = np.random.default_rng([self.seed, 1]).exponential(1.0, count)
         return [float(at) for at in np.cumsum(gaps) / self.rate]
 
@@ -96,14 +99,14 @@ Load = ClosedLoop | OpenLoop
 
 
 def describe(load: dict[str, Any]) -> str:
-    """A load as it stands in results, in words."""
+    """Names a load, given as results hold it."""
     if load["mode"] == "closed":
         return str(ClosedLoop(load["concurrency"]))
     return str(OpenLoop(load["rate"]))
 
 
 async def _all_or_none(work: Iterable[Awaitable[None]]) -> None:
-    """Once one fails or this is cancelled, none is left running."""
+    """Waits for all of `work`. If one fails or the caller is cancelled, cancels the others before it returns."""
     tasks = [asyncio.ensure_future(item) for item in work]
     try:
         await asyncio.gather(*tasks)

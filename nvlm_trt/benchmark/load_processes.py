@@ -1,8 +1,8 @@
-"""The processes that ask the server, seen from the one that decides when to ask what.
+"""Starts the load processes and tells each what to ask; `nvlm_trt.benchmark.worker` is the code of such a process.
 
-Why both, processes and asyncio: every token costs the client some Python, so that a single process cannot keep up with
-a fast server, while a process or thread per request would not scale to hundreds at once. In the parent nothing happens
-per token: it exchanges a line per request with a load process, and its own pauses do not enter what is measured.
+Processes and asyncio are both needed: every token costs the client some Python, so a single process cannot keep up with
+a fast server, and a process or thread per request would not scale to hundreds at once. The parent does nothing per
+token: it exchanges one line per request with a load process, so its own pauses do not enter the measurement.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from nvlm_trt.benchmark.questions import Question
 from nvlm_trt.benchmark.record import Record
 from nvlm_trt.benchmark.worker import LONGEST_LINE
-from nvlm_trt.benchmark.workload import ImageSize, Question
+from nvlm_trt.benchmark.workload import ImageSize
 from nvlm_trt.errors import NvlmError
 
 OnRecord = Callable[[Record], None]
@@ -26,9 +27,11 @@ _EXIT_SECONDS = 5
 
 
 class LoadProcesses:
-    """An async context manager. `on_record` gets every record, also of questions whose `ask` was cancelled.
+    """An async context manager: the processes run while it is entered.
 
-    `timeout`: seconds that a request may take."""
+    `on_record` gets every record, also of a question whose `ask` was cancelled. `timeout`: seconds that a request may
+    take.
+    """
 
     def __init__(self, url: str, count: int, timeout: float, on_record: OnRecord) -> None:
         self._url = url
@@ -50,22 +53,25 @@ class LoadProcesses:
         await self._end()
 
     async def draw(self, sizes: Sequence[ImageSize]) -> None:
-        """Every process draws the pictures it will need."""
+        """Lets every process draw the images that it will need."""
         message = {"draw": [(size.width, size.height) for size in sizes]}
         await asyncio.gather(*(process.request(message) for process in self._processes))
 
     async def ask(self, question: Question, due: float | None) -> Record:
-        """Its record, once it is answered. Raises NvlmError if the load process ends."""
+        """Sends a question, due at `due` (`clock` seconds); returns its record once it is answered.
+
+        Raises NvlmError if the load process ends.
+        """
         least_busy = min(self._processes, key=lambda process: len(process.open))
         return await least_busy.ask(question, due)
 
     async def cpu_seconds(self) -> list[float]:
-        """Used by each process up to now."""
+        """Returns the CPU seconds that each process has used up to now."""
         replies = await asyncio.gather(*(process.request({"cpu": True}) for process in self._processes))
         return [reply["cpu_s"] for reply in replies]
 
     async def cancel_all(self) -> None:
-        """Cancel what is open, and wait for its records."""
+        """Cancels the open questions and waits for their records."""
         await asyncio.gather(*(process.cancel_all() for process in self._processes))
 
     async def _end(self) -> None:
@@ -73,6 +79,8 @@ class LoadProcesses:
 
 
 class _LoadProcess:
+    """One load process, and the questions and replies that it still owes."""
+
     def __init__(self, process: asyncio.subprocess.Process, on_record: OnRecord) -> None:
         assert process.stdin is not None
         assert process.stdout is not None
@@ -85,7 +93,7 @@ class _LoadProcess:
 
     @classmethod
     async def start(cls, url: str, timeout: float, on_record: OnRecord) -> _LoadProcess:
-        # a session of its own: the terminal's Ctrl-C is for the parent, which then cancels in good order
+        # a session of its own: the terminal's Ctrl-C must reach the parent only, which then cancels in order
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -145,13 +153,13 @@ class _LoadProcess:
         self._fail()
 
     def _fail(self) -> None:
-        """It has ended: by itself only if something is wrong."""
+        """Fails everything that waits for this process: it has ended although the parent did not end it."""
         status = self._process.returncode
         error = NvlmError(f"a load process ended with status {status}; see what it says above, and run again")
         waiting_for: list[asyncio.Future[Any]] = [*self.open.values(), *self._replies]
         for waiting in waiting_for:
             if not waiting.done():
                 waiting.set_exception(error)
-                waiting.exception()  # seen, also if nobody waits for it any more
+                waiting.exception()  # marks it as retrieved: nobody may wait for it any more
         self.open.clear()
         self._replies.clear()

@@ -1,8 +1,4 @@
-"""Every number that a benchmark reports of its requests, and the formula of each. Times are seconds.
-
-Of a request: sent, when the client hands it to gRPC; arrivals (t_j, k_j), j = 1 .. m: at t_j came a delta of k_j > 0
-tokens; ended, when the last response came. The server sends tokens that are ready together in one delta.
-"""
+"""Computes the numbers that a benchmark reports for one load from its requests. Times are seconds."""
 
 from __future__ import annotations
 
@@ -10,102 +6,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from nvlm_trt.benchmark.distribution import Distribution
 from nvlm_trt.benchmark.record import Record, Status
-
-
-def ttft(record: Record) -> float | None:
-    """Time to first token: t_1 - sent. None without a token."""
-    return record.arrivals[0][0] - record.sent if record.arrivals else None
-
-
-def token_intervals(record: Record) -> list[float]:
-    """Inter-token latencies: each of the k_j tokens of delta j > 1 counts as (t_j - t_{j-1}) / k_j.
-
-    The tokens of one delta were made one after the other since the delta before; their sum is what a reader waits.
-    Those of the first delta have no interval: when its tokens were made is not seen, and TTFT covers it.
-    """
-    intervals = []
-    for (before, _), (when, count) in zip(record.arrivals, record.arrivals[1:], strict=False):
-        intervals += [(when - before) / count] * count
-    return intervals
-
-
-def mean_interval(record: Record) -> float | None:
-    """Time per output token of a request: (t_m - t_1) / (k_2 + ... + k_m). None with a single delta."""
-    intervals = token_intervals(record)
-    return (record.arrivals[-1][0] - record.arrivals[0][0]) / len(intervals) if intervals else None
-
-
-def end_to_end(record: Record) -> float:
-    """ended - sent."""
-    return record.ended - record.sent
-
-
-def send_lag(record: Record) -> float | None:
-    """sent - due: how late the client was. None if the load did not say when."""
-    return None if record.due is None else record.sent - record.due
-
-
-def percentile(values: Sequence[float], percent: float) -> float:
-    """Of n sorted values the one at position (n - 1) * percent / 100, counted from 0; between two, interpolated.
-
-    This is numpy's default. The p99 of fewer than 100 values lies between the two largest.
-    """
-    ordered = sorted(values)
-    position = (len(ordered) - 1) * percent / 100
-    below = math.floor(position)
-    above = min(below + 1, len(ordered) - 1)
-    # this form is exact where both are equal
-    return ordered[below] + (ordered[above] - ordered[below]) * (position - below)
-
-
-@dataclass(frozen=True)
-class Slo:
-    """What a request must keep to count as good. Seconds; None: no bound."""
-
-    ttft: float | None = None
-    itl: float | None = None
-
-    @property
-    def is_stated(self) -> bool:
-        return self.ttft is not None or self.itl is not None
-
-    def is_met(self, record: Record) -> bool:
-        """Answered to the end, ttft <= its bound, and the request's mean interval <= its bound if it has one."""
-        if record.status != "ok":
-            return False
-        first, interval = ttft(record), mean_interval(record)
-        return (self.ttft is None or (first is not None and first <= self.ttft)) and (
-            self.itl is None or interval is None or interval <= self.itl
-        )
-
-
-@dataclass(frozen=True)
-class Distribution:
-    count: int
-    mean: float
-    p50: float
-    p90: float
-    p99: float
-    max: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Distribution | None:
-        """None of nothing."""
-        if not values:
-            return None
-        p50, p90, p99 = (percentile(values, percent) for percent in (50, 90, 99))
-        return cls(len(values), math.fsum(values) / len(values), p50, p90, p99, max(values))
+from nvlm_trt.benchmark.request_metrics import end_to_end, mean_interval, send_lag, token_intervals, ttft
+from nvlm_trt.benchmark.slo import Slo
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """Of the measured requests; latencies and rates are of those that are ok.
+    """The numbers of one load; warm-up requests do not count. Latencies and rates are of the requests that are ok.
 
-    duration: from the first of them sent to the last of them ended. Every rate is a sum over them / duration.
+    duration: from the first ok request sent to the last ok request ended. Every rate is a sum / duration.
     """
 
-    requests: int  # measured, whatever became of them
+    requests: int  # measured, with any status
     ok: int
     rejected: int
     failed: int
@@ -120,27 +34,29 @@ class Metrics:
     output_tokens: int
     output_tokens_per_s: float | None
     images: int
-    images_per_s: float | None  # cached ones included
-    cached_images: int  # whose features the server had
+    images_per_s: float | None  # cached images included
+    cached_images: int  # images whose features the server had
     tiles: int
-    tiles_per_s: float | None  # thumbnails and those of cached images included
-    prompt_tokens_mean: float | None  # in the LLM's sequence, as the server counts: format and pictures included
+    tiles_per_s: float | None  # thumbnails and the tiles of cached images included
+    prompt_tokens_mean: float | None  # in the LLM's sequence, as the server counts: format and images included
     in_flight_mean: float | None  # sum of end to end / duration (Little)
     tokens_per_delta: float | None  # tokens / deltas: above 1, some tokens arrive together
     goodput_per_s: float | None  # requests that meet the SLO / duration; None: no SLO was stated
-    slo_met: float | None  # requests that meet the SLO / measured ones that were not cancelled by us
-    send_lag_s: Distribution | None  # of all that had a time to be sent at
+    slo_met: float | None  # requests that meet the SLO / measured ones that the client did not cancel
+    send_lag_s: Distribution | None  # of all requests that were due at a set time
 
 
 def summarize(records: Sequence[Record], slo: Slo | None = None) -> Metrics:
-    """Warm-up requests are left out."""
+    """Computes the metrics of a load from all its requests; leaves out those of the warm-up."""
     measured = [record for record in records if not record.warmup]
     done = [record for record in measured if record.status == "ok"]
     usages = [record.usage for record in done if record.usage is not None]
     duration = max(r.ended for r in done) - min(r.sent for r in done) if done else None
     good = sum(map(slo.is_met, done)) if slo is not None and slo.is_stated else None
     counted = len(measured) - _count(measured, "cancelled")
-    tokens, images, tiles = (sum(n) for n in (map(_tokens, done), map(_images, done), (u.image_tiles for u in usages)))
+    tokens = sum(record.tokens for record in done)
+    images = sum(record.images for record in done)
+    tiles = sum(usage.image_tiles for usage in usages)
 
     def rate(total: float | None) -> float | None:
         return total / duration if duration and total is not None else None
@@ -176,11 +92,3 @@ def summarize(records: Sequence[Record], slo: Slo | None = None) -> Metrics:
 
 def _count(records: Sequence[Record], status: Status) -> int:
     return sum(record.status == status for record in records)
-
-
-def _tokens(record: Record) -> int:
-    return record.tokens
-
-
-def _images(record: Record) -> int:
-    return record.images

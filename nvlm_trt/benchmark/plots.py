@@ -1,4 +1,4 @@
-"""Results as PNG pictures."""
+"""Draws results as PNG images."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nvlm_trt.benchmark.latency_parts import TITLES
 from nvlm_trt.benchmark.load import describe
-from nvlm_trt.benchmark.report import Document
+from nvlm_trt.benchmark.results_document import Document
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,12 +23,12 @@ _PANELS = (
 )
 _MODES = (("closed", "tab:blue"), ("open", "tab:orange"))
 _PERCENTILES = (("p50", "o", "-"), ("p90", "^", "--"), ("p99", "s", ":"))
-# from waiting to outside; what the server's encoder does is of one hue
-_STAGE_COLOURS = ("#b9b9b9", "#9ecae1", "#3182bd", "#08519c", "#fdae6b", "#74c476", "#e8e8e8")
+# from waiting to outside; the parts of image encoding share one hue
+_PART_COLOURS = ("#b9b9b9", "#9ecae1", "#3182bd", "#08519c", "#fdae6b", "#74c476", "#e8e8e8")
 
 
 def latency_plot(document: Document) -> bytes | None:
-    """Latency against throughput, a panel for each latency. None if nothing was measured."""
+    """Draws latency against throughput, a panel for each latency. Returns None if nothing was measured."""
     points = [point for point in document["points"] if point["metrics"]["output_tokens_per_s"]]
     if not points:
         return None
@@ -45,7 +45,7 @@ def latency_plot(document: Document) -> bytes | None:
         panel.set_ylim(bottom=0)
         panel.set_xlim(left=0)
         panel.grid(alpha=0.3)
-    # answers of one token have no inter-token latency: no panel need hold every series
+    # collects from all panels: answers of one token have no inter-token latency, so a panel may lack a series
     legend = {label: line for panel in panels for line, label in zip(*panel.get_legend_handles_labels(), strict=True)}
     figure.legend(
         legend.values(),
@@ -61,15 +61,15 @@ def latency_plot(document: Document) -> bytes | None:
     return _png(figure)
 
 
-def stage_plot(document: Document) -> bytes | None:
-    """A bar per load: where a mean request's time went. None if nothing was measured."""
+def latency_parts_plot(document: Document) -> bytes | None:
+    """Draws a bar per load: the parts of a mean request's latency. Returns None if nothing was measured."""
     points = [point for point in document["points"] if point["stages"]]
     if not points:
         return None
     figure, (panel,) = _figure(1, 1, (11, 2.4 + 0.5 * len(points)))
     rows = range(len(points))
     left = [0.0] * len(points)
-    for (name, title), colour in zip(TITLES.items(), _STAGE_COLOURS, strict=True):
+    for (name, title), colour in zip(TITLES.items(), _PART_COLOURS, strict=True):
         widths = [max(point["stages"][name], 0.0) * 1e3 for point in points]
         if any(widths):
             panel.barh(rows, widths, left=left, color=colour, label=title, edgecolor="white", linewidth=0.5)
@@ -89,8 +89,10 @@ def stage_plot(document: Document) -> bytes | None:
 
 
 def _draw_series(panel: Axes, points: Sequence[Mapping[str, Any]], name: str, mode: str, colour: str) -> None:
-    """One line per percentile, through the loads as they were measured; each load is named at the upper left of
-    its highest mark, where a curve that rises with the load does not pass."""
+    """Draws one line per percentile through the loads in the order of their measurement.
+
+    Names each load at the upper left of its highest mark: a curve that rises with the load does not pass there.
+    """
     throughput = [point["metrics"]["output_tokens_per_s"] for point in points]
     for percentile, marker, line in _PERCENTILES:
         values = [point["metrics"][name][percentile] * 1e3 for point in points]
@@ -113,7 +115,7 @@ def _draw_series(panel: Axes, points: Sequence[Mapping[str, Any]], name: str, mo
 
 
 def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
-    """Without pyplot: nothing global is touched, and no display is asked for."""
+    """Makes a figure without pyplot, which has global state and may ask for a display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -138,6 +140,6 @@ def _workload(document: Document) -> str:
     text = f"{workload['prompt_tokens']} prompt and {workload['output_tokens']} output tokens"
     if workload["images"]:
         kind = "repeated" if workload["repeat_images"] else "new"
-        noun = "picture" if workload["images"] == 1 else "pictures"
+        noun = "image" if workload["images"] == 1 else "images"
         text += f", {workload['images']} {kind} {noun} of {' or '.join(workload['image_sizes'])}"
     return f"{text}, {workload['requests']} requests per load"

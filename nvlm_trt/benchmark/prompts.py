@@ -1,4 +1,4 @@
-"""Texts of exactly as many tokens as asked."""
+"""Writes texts of an exact number of tokens."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _WORDS: list[str] = str.split(
     "about many then them would write like so these her long make thing see him two has look more day could go come "
     "did my sound no most number who over know water than call first people may down side been now find"
 )
-# What fills the rest once no further word fits: one of them is a token more with any tokenizer of bytes or subwords.
+# Fill the rest once no further word fits: with any tokenizer of bytes or subwords one of them is one token more.
 _FILLERS = (" a", "a", "1", ".", " 1", "e", "x", "-", "q")
 
 
 class PromptWriter:
-    """Writes English-looking noise, counted where it will stand: after a line break.
+    """Writes English-looking noise, whose tokens it counts after a line break.
 
-    In front of a question stands "user" or the last picture, then a line break; behind it a control token.
+    In a prompt, "user" or the last image and a line break stand before the question, a control token behind it.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -30,11 +30,11 @@ class PromptWriter:
         self._before = len(tokenizer.encode("\n"))
 
     def count(self, text: str) -> int:
-        """Tokens that a question's text adds to a prompt."""
+        """Returns the number of tokens that a question's text adds to a prompt."""
         return len(self._tokenizer.encode("\n" + text)) - self._before
 
     def write(self, tokens: int, rng: np.random.Generator) -> str:
-        """Raises RequestError if this tokenizer has no text of exactly that many tokens among those tried."""
+        """Writes a text of `tokens` tokens. Raises RequestError if none of the tried texts has that many."""
         words = [_WORDS[i] for i in rng.integers(len(_WORDS), size=tokens)]  # none is less than a token
         fitting = bisect.bisect_right(range(tokens + 1), tokens, key=lambda n: self.count(" ".join(words[:n]))) - 1
         text = " ".join(words[:fitting])

@@ -1,4 +1,4 @@
-"""What was seen of one request."""
+"""Holds the client's observations of one request."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nvlm_trt.api import Usage
 # rejected: the server's queue was full
 # failed: any other error of the server or of the connection
 # refused: the server does not accept such requests at all
-# cancelled: by us
+# cancelled: by the client
 Status = Literal["ok", "rejected", "failed", "refused", "cancelled"]
 
 # One clock for all processes of a machine: CLOCK_MONOTONIC.
@@ -21,18 +21,18 @@ clock = time.monotonic
 
 @dataclass
 class Record:
-    """Times are `clock` seconds, taken where the request is sent and its answer arrives."""
+    """One request. Times are `clock` seconds, taken in the process that sends the request and receives its answer."""
 
     index: int
     asked_tokens: int
     images: int
     sent: float
-    due: float | None = None  # when it was to be sent, if the load says when
+    due: float | None = None  # when the request had to be sent, if the load sets a time
     ended: float = 0.0
     status: Status = "cancelled"
     error: str | None = None
-    arrivals: list[tuple[float, int]] = field(default_factory=list)  # (when, how many tokens), one per delta with some
-    usage: Usage | None = None  # the server's own account
+    arrivals: list[tuple[float, int]] = field(default_factory=list)  # (when, tokens), one per delta with tokens
+    usage: Usage | None = None  # times and counts that the server reports
     warmup: bool = False
 
     @property
@@ -40,7 +40,7 @@ class Record:
         return sum(count for _, count in self.arrivals)
 
     def to_json(self, origin: float = 0.0) -> dict[str, Any]:
-        """Times relative to `origin`."""
+        """Returns the record with times relative to `origin`."""
         return asdict(self) | {
             "sent": self.sent - origin,
             "due": None if self.due is None else self.due - origin,

@@ -1,4 +1,4 @@
-"""Runs a benchmark: one load after the other, until all are measured, Ctrl-C, or the server's end."""
+"""Runs a benchmark: one load after the other, until all are measured, Ctrl-C, or the end of the server."""
 
 from __future__ import annotations
 
@@ -8,83 +8,43 @@ import secrets
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
 from nvlm_trt.benchmark.load import Load
 from nvlm_trt.benchmark.load_processes import LoadProcesses
+from nvlm_trt.benchmark.plan import Plan
+from nvlm_trt.benchmark.point import ClientUse, Ending, Point
 from nvlm_trt.benchmark.prompts import PromptWriter
+from nvlm_trt.benchmark.questions import Question, questions
 from nvlm_trt.benchmark.record import Record, clock
-from nvlm_trt.benchmark.triton_metrics import ServerMetrics, Snapshot
-from nvlm_trt.benchmark.workload import Question, Workload, questions
+from nvlm_trt.benchmark.triton_metrics import CounterSnapshot, TritonMetrics
 from nvlm_trt.errors import NvlmError, RequestError, ServerError
 from nvlm_trt.progress import Progress, no_progress
 from nvlm_trt.serving.served_engine import no_server
 
-Ending = Literal["complete", "interrupted", "failed"]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All that is to be measured."""
-
-    url: str
-    workload: Workload
-    loads: Sequence[Load]
-    processes: int = 1
-    timeout: float = 1800  # seconds of a request, from when it is sent to its end
-    server_metrics: ServerMetrics | None = None
-
-
-@dataclass(frozen=True)
-class ClientUse:
-    """What the client itself took while it measured."""
-
-    wall_s: float
-    load_cpu_s: list[float]  # of each load process
-    parent_cpu_s: float
-    cores: int
-
-    @property
-    def busiest(self) -> float:
-        """Share of one core that the busiest process used: at 1 it cannot keep up."""
-        return max([*self.load_cpu_s, self.parent_cpu_s]) / self.wall_s if self.wall_s else 0.0
-
-    @property
-    def share(self) -> float:
-        """Share of this machine's cores that all processes used."""
-        return (sum(self.load_cpu_s) + self.parent_cpu_s) / (self.wall_s * self.cores) if self.wall_s else 0.0
-
-
-@dataclass
-class Point:
-    """One load, measured. Its records include the warm-up, and whatever was open when it ended early."""
-
-    load: Load
-    status: Ending = "complete"
-    started: float = 0.0  # `clock`
-    records: list[Record] = field(default_factory=list)
-    server: Snapshot | None = None  # what the server counted during the whole load, warm-up included
-    client: ClientUse | None = None
-
 
 @dataclass(frozen=True)
 class Outcome:
+    """How a run ended."""
+
     status: Ending
-    failure: NvlmError | None = None  # why it has failed
+    failure: NvlmError | None = None  # why it failed
 
 
 def run(
     plan: Plan, prompts: PromptWriter, on_point: Callable[[Point], None], progress: Progress = no_progress
 ) -> Outcome:
-    """`on_point` gets each load once it is measured, also one that was cut short. To be called on the main thread.
+    """Measures all loads of `plan`. Call it on the main thread.
 
-    The first Ctrl-C cancels what is asked and returns; a second one ends at once, by KeyboardInterrupt.
+    `on_point` gets each load once it is measured, also a load that was cut short. The first Ctrl-C cancels the open
+    requests and returns; a second one ends at once, by KeyboardInterrupt.
     """
     return asyncio.run(_Run(plan, prompts, on_point, progress).run())
 
 
 class _Run:
+    """The state of a run."""
+
     def __init__(
         self, plan: Plan, prompts: PromptWriter, on_point: Callable[[Point], None], progress: Progress
     ) -> None:
@@ -110,7 +70,7 @@ class _Run:
                     break
                 try:
                     await self._measure(load, number, processes)
-                except NvlmError as error:  # beside the load itself: its records are kept all the same
+                except NvlmError as error:  # around the load, not in it: its records are kept all the same
                     self._failure = self._failure or error
                     self._point.status = "failed"
                 if self._point.records:
@@ -132,15 +92,15 @@ class _Run:
         self._progress(str(self._point.load), len(self._point.records), total)
 
     async def _measure(self, load: Load, number: int, processes: LoadProcesses) -> None:
-        """Drive one load. The warm-up and what is measured follow each other without a pause.
+        """Measures one load. No pause separates the warm-up from the measured requests.
 
-        With a pause all measured users would start at once, on an idle server.
+        After a pause all users would start at once, on an idle server.
         """
         workload, metrics = self._plan.workload, self._plan.server_metrics
         self._point = Point(load)
         self._warmup = load.default_warmup if workload.warmup is None else workload.warmup
         count = self._warmup + workload.requests
-        # in threads: Ctrl-C is heard meanwhile
+        # in threads, so that the event loop handles Ctrl-C meanwhile
         asked = await asyncio.to_thread(questions, workload, self._prompts, count, f"{self._salt} {number}")
         before = await asyncio.to_thread(metrics.read_settled) if metrics else None
         if self._interrupted:
@@ -167,7 +127,7 @@ class _Run:
         async def ask(index: int, due: float | None) -> None:
             record = await processes.ask(asked[index], due)
             if record.status == "refused":
-                # so would be its like: there is nothing to measure
+                # the server would refuse all others too: there is nothing to measure
                 raise RequestError(str(record.error))
             if record.status == "failed" and not await self._server_ready():
                 raise ServerError(f"{self._plan.url} does not answer any more ({record.error}); start it again")
@@ -180,8 +140,8 @@ class _Run:
         async with AsyncClient(self._plan.url) as client:
             return await client.ready()
 
-    async def _counted_since(self, before: Snapshot, metrics: ServerMetrics) -> Snapshot | None:
-        """None from a server that does not answer any more."""
+    async def _counted_since(self, before: CounterSnapshot, metrics: TritonMetrics) -> CounterSnapshot | None:
+        """Returns the counts since `before`, None if they cannot be had. Raises ServerError if the server is gone."""
         try:
             after = await asyncio.to_thread(metrics.read_settled)
         except ServerError:

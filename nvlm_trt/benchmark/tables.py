@@ -1,4 +1,4 @@
-"""Results on a terminal."""
+"""Prints results as tables."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from rich.table import Table
 from nvlm_trt.benchmark.compare import Comparison
 from nvlm_trt.benchmark.latency_parts import TITLES
 from nvlm_trt.benchmark.load import describe
-from nvlm_trt.benchmark.report import Document
+from nvlm_trt.benchmark.results_document import Document
 
 _LATENCIES = ("ttft_s", "itl_s", "tpot_s", "e2e_s")
 _STYLE = {"better": "green", "worse": "red", "equal": "default"}
 
 
 def print_results(document: Document) -> None:
-    """Latencies, throughput, and where the time went: a row per load in each."""
+    """Prints latencies, throughput and the parts of the latency, each with a row per load."""
     points = document["points"]
     if not points:
         return
     _show(_latency_table(points))
     _show(_throughput_table(points, document["slo"]))
     if any(point["stages"] for point in points):
-        _show(_stage_table(points))
+        _show(_latency_parts_table(points))
 
 
 def print_comparison(comparison: Comparison) -> None:
+    """Prints one row per number of each load."""
     table = _table(f"B = {comparison.b} against A = {comparison.a}", ["load", "metric", "A", "B", "B / A", "B is"])
     last = None
     for row in comparison.rows:
@@ -81,7 +82,7 @@ def _throughput_table(points: Iterable[Mapping[str, Any]], slo: Mapping[str, flo
     return table
 
 
-def _stage_table(points: Iterable[Mapping[str, Any]]) -> Table:
+def _latency_parts_table(points: Iterable[Mapping[str, Any]]) -> Table:
     table = _table("Where a mean request's time went, ms", ["load", *(t.replace(" ", "\n") for t in TITLES.values())])
     for point in points:
         if point["stages"]:
@@ -97,7 +98,7 @@ def _table(title: str, headings: Iterable[str]) -> Table:
 
 
 def _show(table: Table) -> None:
-    """At its full width: a narrower terminal wraps lines, nothing is cut off."""
+    """Prints a table at its full width: a narrower terminal wraps lines but cuts nothing off."""
     console = Console(highlight=False)
     console.width = max(console.width, console.measure(table, options=console.options.update(width=1000)).maximum)
     console.print(table)
@@ -116,7 +117,7 @@ def _milliseconds(seconds: float | None) -> str:
 
 
 def _number(value: float | None) -> str:
-    """Three significant digits, no exponent."""
+    """Formats with three significant digits and no exponent."""
     if value is None:
         return "-"
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"

@@ -1,4 +1,4 @@
-"""The server that is measured: what it says of itself, and the tokenizer that its prompts are counted with."""
+"""Describes the server to measure, and finds the tokenizer that counts the tokens of its prompts."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ _DEFAULT_GRPC_PORT, _DEFAULT_METRICS_PORT = 8001, 8002
 
 @dataclass(frozen=True)
 class Target:
+    """The server to measure and the engine that it serves."""
+
     url: str
     triton: str  # version
     engine: str  # directory, on the server's machine
-    # of an engine on this machine only
+    # known only of an engine on this machine
     model: str | None = None
     digest: str | None = None
     precision: dict[str, str] | None = None
@@ -25,7 +27,10 @@ class Target:
 
     @classmethod
     def connect(cls, url: str) -> Target:
-        """Raises ServerError if there is no server at `url` or it serves something else."""
+        """Asks the server at `url` what it serves.
+
+        Raises ServerError if there is no server at `url` or it serves no engine of this product.
+        """
         from nvlm_trt.serving.served_engine import find_served_engine
 
         served = find_served_engine(url)
@@ -36,7 +41,7 @@ class Target:
         return cls(url, served.triton, served.path, name, engine.digest, precision, limits)
 
     def tokenizer(self, directory: Path | None) -> Tokenizer:
-        """That of `directory`, by default the engine's. Raises NvlmError if there is none."""
+        """Opens the tokenizer in `directory`, by default the engine's. Raises NvlmError if there is none."""
         if directory is not None:
             return Tokenizer.from_directory(directory)
         if not Path(self.engine, TOKENIZER_JSON).is_file():
@@ -48,7 +53,7 @@ class Target:
 
     @property
     def default_metrics_url(self) -> str | None:
-        """Where `nvlm-trt serve` reports with its default ports. None with others: the port is not known."""
+        """The metrics address of `nvlm-trt serve` with its default ports. None with other ports: it is not known."""
         host, _, port = self.url.removeprefix("grpc://").rstrip("/").rpartition(":")
         return f"http://{host}:{_DEFAULT_METRICS_PORT}/metrics" if port == str(_DEFAULT_GRPC_PORT) else None
 

@@ -1,4 +1,4 @@
-"""What the server counted during a load: Triton's times per model and the product's own counters."""
+"""Reads the metrics page of a server: Triton's times per model and the product's own counters."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SETTLE_SECONDS = 0.25
 _SETTLE_AT_MOST_SECONDS = 5.0
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
-# Triton's counters have no _total at their end; the parser appends it
+# Triton's names do not end in _total; the parser appends it
 _REQUESTS, _ROWS, _RUNS, _TOTAL, _QUEUE, *_COMPUTE = (
     f"nv_inference_{name}_total"
     for name in (
@@ -33,7 +33,7 @@ _REQUESTS, _ROWS, _RUNS, _TOTAL, _QUEUE, *_COMPUTE = (
         "compute_output_duration_us",
     )
 )
-# on the page -> in results; a label's value is appended
+# name on the page -> name in results, followed by the value of a label if there is one
 _COUNTERS = {
     "nvlm_generated_tokens_total": "generated_tokens",
     "nvlm_late_tokens_total": "late_tokens",
@@ -46,10 +46,10 @@ _OPEN = "nvlm_open_requests"
 
 @dataclass(frozen=True)
 class ModelTimes:
-    """Of one Triton model; sums over its requests, seconds. `nvlm` answers outside of what Triton times."""
+    """Sums over the requests of one Triton model, times in seconds. Triton does not time the answers of `nvlm`."""
 
     requests: int
-    rows: int  # of batched models what they batch: the tiles of vision_encoder
+    rows: int  # elements of all batches: for vision_encoder, tiles
     executions: int
     total_s: float
     queue_s: float
@@ -57,7 +57,7 @@ class ModelTimes:
 
     @property
     def mean_s(self) -> float:
-        """Of a request, from its arrival at the model to its end."""
+        """Mean time of a request, from its arrival at the model to its end."""
         return self.total_s / self.requests if self.requests else 0.0
 
     def to_dict(self) -> dict[str, float]:
@@ -65,13 +65,15 @@ class ModelTimes:
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class CounterSnapshot:
+    """The counts of a server: since its start, or between two times."""
+
     models: Mapping[str, ModelTimes]
     counters: Mapping[str, float]
     open_requests: int = 0
 
-    def since(self, before: Snapshot) -> Snapshot | None:
-        """What was counted in between. None if the server was started anew meanwhile: its counters are lower."""
+    def since(self, before: CounterSnapshot) -> CounterSnapshot | None:
+        """Subtracts `before`. Returns None if a count is lower than before: the server was started anew."""
         models = {
             name: ModelTimes(*(a - b for a, b in zip(times.__dict__.values(), past, strict=True)))
             for name, times in self.models.items()
@@ -80,18 +82,18 @@ class Snapshot:
         counters = {name: value - before.counters.get(name, 0) for name, value in self.counters.items()}
         if min([*counters.values(), *(times.requests for times in models.values())], default=0) < 0:
             return None
-        return Snapshot(models, counters, self.open_requests)
+        return CounterSnapshot(models, counters, self.open_requests)
 
     def to_dict(self) -> dict[str, Any]:
         models = {name: times.to_dict() for name, times in self.models.items()}
         return {"models": models, "counters": dict(self.counters)}
 
 
-class ServerMetrics:
-    """Triton's metrics address."""
+class TritonMetrics:
+    """Reads the metrics page at one address."""
 
     def __init__(self, url: str) -> None:
-        """`url` is http://host:port/metrics. Raises ServerError if it cannot be one; nothing is asked yet."""
+        """Takes the page's address, http://host:port/metrics; sends nothing. Raises ServerError for another form."""
         self.url = url
         try:
             parts = urlsplit(url)
@@ -102,12 +104,12 @@ class ServerMetrics:
             raise ServerError(
                 f"metrics address {url!r} is not http://host:port/metrics; use what `nvlm-trt serve` prints"
             )
-        # a proxy that the environment names is not for this machine's own servers
+        # the proxy that the environment names must not serve requests to this machine
         direct = [urllib.request.ProxyHandler({})] if parts.hostname in _LOOPBACK else []
         self._opener = urllib.request.build_opener(*direct)
 
-    def read(self) -> Snapshot:
-        """Raises ServerError if it does not answer, or not with the metrics of a server of ours."""
+    def read(self) -> CounterSnapshot:
+        """Reads the page. Raises ServerError if there is none or it is not of an nvlm-trt server."""
         try:
             with self._opener.open(self.url, timeout=_HTTP_SECONDS) as response:
                 page = response.read().decode(errors="replace")
@@ -124,8 +126,11 @@ class ServerMetrics:
                 "`nvlm-trt serve` prints"
             ) from None
 
-    def read_settled(self) -> Snapshot:
-        """Once what has ended is counted: nothing is open and nothing changes; after some seconds in any case."""
+    def read_settled(self) -> CounterSnapshot:
+        """Reads the page until no request is open and no count changes, for 5 s at most.
+
+        The counts then include every request that has ended.
+        """
         deadline = time.monotonic() + _SETTLE_AT_MOST_SECONDS
         snapshot = self.read()
         while time.monotonic() < deadline:
@@ -136,11 +141,11 @@ class ServerMetrics:
         return snapshot
 
 
-def parse(page: str) -> Snapshot:
-    """A page in Prometheus' text format. Raises ValueError for anything else and for pages of other servers."""
+def parse(page: str) -> CounterSnapshot:
+    """Parses a page in Prometheus' text format. Raises ValueError if it is not of an nvlm-trt server."""
     from prometheus_client.parser import text_string_to_metric_families
 
-    values: dict[tuple[str, str], float] = {}  # (metric, model or reason) -> value, all versions of a model summed up
+    values: dict[tuple[str, str], float] = {}  # (metric, model or reason) -> sum over the versions of a model
     for family in text_string_to_metric_families(page):
         for sample in family.samples:
             key = sample.name, sample.labels.get("model") or sample.labels.get("reason") or ""
@@ -154,7 +159,7 @@ def parse(page: str) -> Snapshot:
         for (name, label), value in sorted(values.items())
         if name in _COUNTERS
     }
-    return Snapshot({m: _times(values, m) for m in models}, counters, int(values.get((_OPEN, ""), 0)))
+    return CounterSnapshot({m: _times(values, m) for m in models}, counters, int(values.get((_OPEN, ""), 0)))
 
 
 def _times(values: Mapping[tuple[str, str], float], model: str) -> ModelTimes:

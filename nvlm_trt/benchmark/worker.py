@@ -1,16 +1,16 @@
-"""One load process: asks the server what its parent says, as many questions at once as are open.
+"""Runs one load process: sends the questions that its parent names, without waiting for earlier answers.
 
     python -m nvlm_trt.benchmark.worker grpc://host:port SECONDS
 
 JSON lines on stdin -> JSON lines on stdout:
 
-    {"draw": [[width, height], ...]}          {"drawn": count}         pictures are drawn before anything is timed
-    {"ask": question, "due": time or null}    {"record": record}       when it is answered
-    {"cpu": true}                             {"cpu_s": seconds}       used by this process up to now
-    {"cancel": true}                                                   every open question ends, with its record
+    {"draw": [[width, height], ...]}          {"drawn": count}         draws images before anything is timed
+    {"ask": question, "due": time or null}    {"record": record}       once the question is answered
+    {"cpu": true}                             {"cpu_s": seconds}       CPU time of this process up to now
+    {"cancel": true}                                                   ends every open question, with its record
 
-A question that is not answered to the end after SECONDS has failed. At the end of stdin, the parent's end too, it
-cancels what is open and ends.
+A question without a complete answer after SECONDS has failed. When stdin ends, also because the parent has died, the
+process cancels its open questions and ends.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ import sys
 import time
 from typing import Any
 
-from nvlm_trt.benchmark import images as pictures
-from nvlm_trt.benchmark.record import Record, clock
-from nvlm_trt.benchmark.workload import ImageSize, Question
+from nvlm_trt.benchmark.images import draw, encode
+from nvlm_trt.benchmark.questions import Question
+from nvlm_trt.benchmark.record import Record, Status, clock
+from nvlm_trt.benchmark.workload import ImageSize
 from nvlm_trt.errors import ImageError, NvlmError, QueueFullError, RequestError
 from nvlm_trt.serving.client import AsyncClient
 
@@ -31,9 +32,11 @@ LONGEST_LINE = 1 << 28  # bytes; a record has about 30 per token of its answer
 
 
 async def ask(client: AsyncClient, question: Question, due: float | None, timeout: float) -> Record:
-    """Never raises for what the server or the connection does: the record says it. What is not ended after `timeout`
-    seconds is cancelled."""
-    images = [pictures.encode(picture) for picture in question.pictures]
+    """Asks one question; cancels it after `timeout` seconds.
+
+    Raises nothing for errors of the server or the connection: the record holds them.
+    """
+    images = [encode(image) for image in question.images]
     record = Record(question.index, question.output_tokens, len(images), sent=clock(), due=due)
     try:
         finish_reason = await asyncio.wait_for(_receive(client, question, images, record), timeout)
@@ -65,7 +68,10 @@ async def ask(client: AsyncClient, question: Question, due: float | None, timeou
 
 
 async def _receive(client: AsyncClient, question: Question, images: list[bytes], record: Record) -> str | None:
-    """Into the record, as it comes; why the answer ended, None if the stream did so before."""
+    """Writes the answer into `record` as it arrives.
+
+    Returns the finish reason, None if the stream ended without one.
+    """
     finish_reason = None
     sampling = {"max_tokens": question.output_tokens, "ignore_eos": True}
     max_tiles = question.max_tiles if images else None
@@ -78,19 +84,22 @@ async def _receive(client: AsyncClient, question: Question, images: list[bytes],
     return finish_reason
 
 
-def _status_of(error: NvlmError) -> Any:
+def _status_of(error: NvlmError) -> Status:
     if isinstance(error, QueueFullError):
         return "rejected"
     return "refused" if isinstance(error, (RequestError, ImageError)) else "failed"
 
 
 class Worker:
+    """Handles the messages of the parent."""
+
     def __init__(self, client: AsyncClient, timeout: float) -> None:
         self._client = client
         self._timeout = timeout
         self._open: set[asyncio.Task[None]] = set()
 
     async def serve(self, messages: asyncio.StreamReader) -> None:
+        """Handles messages until their stream ends, then cancels the open questions."""
         try:
             async for line in messages:
                 self._handle(json.loads(line))
@@ -105,7 +114,7 @@ class Worker:
             task.add_done_callback(self._open.discard)
         elif "draw" in message:
             for width, height in message["draw"]:
-                pictures.draw(ImageSize(width, height))
+                draw(ImageSize(width, height))
             _reply({"drawn": len(message["draw"])})
         elif "cpu" in message:
             _reply({"cpu_s": time.process_time()})
@@ -121,7 +130,7 @@ class Worker:
 
 
 def _reply(message: dict[str, Any]) -> None:
-    # blocks while the pipe is full; the parent reads all the time
+    # may block while the pipe is full, which ends soon: the parent reads all the time
     sys.stdout.buffer.write(json.dumps(message).encode() + b"\n")
     sys.stdout.buffer.flush()
 

@@ -1,4 +1,4 @@
-"""`nvlm-trt bench`: latency and throughput of a running server under load, and two runs side by side."""
+"""`nvlm-trt bench`: measures latency and throughput of a running server under load, and compares two runs."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from nvlm_trt.errors import NvlmError, RequestError
 
 if TYPE_CHECKING:
     from nvlm_trt.benchmark.load import Load
-    from nvlm_trt.benchmark.report import Document, Report
+    from nvlm_trt.benchmark.report import Report
+    from nvlm_trt.benchmark.results_document import Document
     from nvlm_trt.benchmark.runner import Outcome
     from nvlm_trt.benchmark.target import Target
-    from nvlm_trt.benchmark.triton_metrics import ServerMetrics
+    from nvlm_trt.benchmark.triton_metrics import TritonMetrics
 
 _CONCURRENCY = "1,2,4,8"
 _MOST_LOADS = 100
@@ -34,28 +35,29 @@ def measure(
         str | None, typer.Option(help="Its metrics, http://host:port/metrics [port 8002 of a server at port 8001].")
     ] = None,
     concurrency: Annotated[
-        str | None, typer.Option(help=f"Closed loop: so many requests at once, a load each [{_CONCURRENCY}].")
+        str | None, typer.Option(help=f"Closed loop: requests at once, one load per number [{_CONCURRENCY}].")
     ] = None,
     rate: Annotated[
-        str | None, typer.Option(help="Open loop: so many requests per second, a load each: 0.5,1,2.")
+        str | None, typer.Option(help="Open loop: requests per second, one load per number: 0.5,1,2.")
     ] = None,
     requests: Annotated[int, typer.Option(min=1, help="Measured requests per load.")] = 64,
     warmup: Annotated[
-        int | None, typer.Option(min=0, help="Requests per load before them [its concurrency; with --rate 8].")
+        int | None, typer.Option(min=0, help="Unmeasured requests before them [the load's concurrency; with --rate 8].")
     ] = None,
     prompt_tokens: Annotated[
-        str, typer.Option(help="Of the question's text: 64, or 16:128 for any from 16 to 128.")
+        str, typer.Option(help="Tokens of the question's text: 64, or 16:128 for any from 16 to 128.")
     ] = "64",
-    output_tokens: Annotated[str, typer.Option(help="Of every answer: 64, or 16:128.")] = "64",
-    images: Annotated[int, typer.Option(min=0, help="Pictures per request.")] = 1,
-    image_size: Annotated[str, typer.Option(help="Pixels; of several, 448x448,1344x896, each picture has any.")] = (
+    output_tokens: Annotated[str, typer.Option(help="Tokens of every answer: 64, or 16:128.")] = "64",
+    images: Annotated[int, typer.Option(min=0, help="Images per request.")] = 1,
+    image_size: Annotated[str, typer.Option(help="Pixels; from several, 448x448,1344x896, each image draws one.")] = (
         "1344x896"
     ),
     repeat_images: Annotated[
-        bool, typer.Option("--repeat-images", help="The same pictures in all requests: the server's cache holds them.")
+        bool,
+        typer.Option("--repeat-images", help="Same images in all requests: the server's cache holds them."),
     ] = False,
-    max_tiles: Annotated[int | None, typer.Option(min=1, help="Tiles per picture, thumbnail not counted.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of texts, lengths, sizes and arrivals.")] = 0,
+    max_tiles: Annotated[int | None, typer.Option(min=1, help="Most tiles per image, thumbnail not counted.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of texts, lengths, sizes and arrivals.")] = 0,
     slo_ttft: Annotated[float | None, typer.Option(help="Goodput: most milliseconds to the first token.")] = None,
     slo_itl: Annotated[float | None, typer.Option(help="Goodput: most milliseconds per token after it.")] = None,
     processes: Annotated[int, typer.Option(min=1, max=64, help="Client processes that share the load.")] = 1,
@@ -63,10 +65,10 @@ def measure(
     tokenizer: Annotated[
         Path | None, typer.Option(help="Directory with the model's tokenizer.json [the engine's, if it is here].")
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Results as JSON, rewritten after every load.")] = None,
-    csv: Annotated[Path | None, typer.Option(help="Results as CSV, a row per load.")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file of the results, rewritten after every load.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="CSV file of the results, a row per load.")] = None,
     plots: Annotated[Path | None, typer.Option(help="Directory for latency.png and stages.png.")] = None,
-    records: Annotated[bool, typer.Option("--records", help="JSON with every request's timestamps.")] = False,
+    records: Annotated[bool, typer.Option("--records", help="Put every request's timestamps into the JSON.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files of these names.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -79,10 +81,13 @@ def measure(
         return
     if url is None:
         raise NvlmError("no server is named; pass --url grpc://host:port of a running `nvlm-trt serve`")
-    from nvlm_trt.benchmark.metrics import Slo
+    from nvlm_trt.benchmark.plan import Plan
     from nvlm_trt.benchmark.prompts import PromptWriter
-    from nvlm_trt.benchmark.report import Report, to_csv, write_whole
-    from nvlm_trt.benchmark.runner import Plan, run
+    from nvlm_trt.benchmark.report import Report
+    from nvlm_trt.benchmark.results_csv import to_csv
+    from nvlm_trt.benchmark.results_document import write_whole
+    from nvlm_trt.benchmark.runner import run
+    from nvlm_trt.benchmark.slo import Slo
     from nvlm_trt.benchmark.target import Target
     from nvlm_trt.benchmark.workload import ImageSize, Lengths, Workload
 
@@ -104,7 +109,7 @@ def measure(
     prompts = PromptWriter(target.tokenizer(tokenizer))
     plan = Plan(url, workload, loads, processes, timeout, _server_metrics(target, metrics_url))
     report = Report(plan, target, slo, output, records)
-    report.publish()  # a place that cannot be written to is better known now
+    report.publish()  # fails now, before anything is measured, if the file cannot be written
     with terminal.progress() as progress:
         outcome = run(plan, prompts, report.add, progress)
     report.finish(outcome)
@@ -139,8 +144,8 @@ def compare(
 
 
 def _no_options_before(context: typer.Context) -> None:
-    """`bench --url X compare A B` would not measure anything."""
-    # by name: typer has a copy of click of its own, or uses click, which have different enums
+    """Refuses `bench --url X compare A B`: it would not measure anything."""
+    # compares names: typer uses click or its own copy of click, whose enums differ
     sources = {name: getattr(context.get_parameter_source(name), "name", "") for name in context.params}
     given = [name for name, source in sources.items() if source == "COMMANDLINE"]
     if given:
@@ -157,7 +162,7 @@ def _seconds(milliseconds: float | None, option: str) -> float | None:
 
 
 def _loads(concurrency: str | None, rate: str | None, requests: int, seed: int) -> list[Load]:
-    """Closed loops, then open ones."""
+    """Parses the loads: closed loops, then open ones."""
     from nvlm_trt.benchmark.load import ClosedLoop, OpenLoop
 
     if concurrency is None and rate is None:
@@ -193,7 +198,7 @@ def _numbers(text: str | None, option: str, example: str) -> list[float]:
 
 
 def _check_outputs(files: dict[str, Path | None], plots: Path | None, overwrite: bool) -> None:
-    """Refuse now what would be in the way once everything is measured."""
+    """Refuses outputs that could not be written once everything is measured."""
     named = {option: path for option, path in files.items() if path is not None}
     if plots is not None:
         if plots.exists() and not plots.is_dir():
@@ -215,13 +220,16 @@ def _check_outputs(files: dict[str, Path | None], plots: Path | None, overwrite:
             raise RequestError(f"cannot create {plots} ({error.strerror}); choose another --plots") from None
 
 
-def _server_metrics(target: Target, url: str | None) -> ServerMetrics | None:
-    """Those named must answer. Those at the default port may be missing: the server was perhaps told another."""
-    from nvlm_trt.benchmark.triton_metrics import ServerMetrics
+def _server_metrics(target: Target, url: str | None) -> TritonMetrics | None:
+    """Opens the metrics page of the server. A page that the user names must answer.
 
-    metrics = ServerMetrics(url) if url else None
+    Without a name tries the default port, and returns None if nothing answers: the server may have another port.
+    """
+    from nvlm_trt.benchmark.triton_metrics import TritonMetrics
+
+    metrics = TritonMetrics(url) if url else None
     if metrics is None and target.default_metrics_url:
-        metrics = ServerMetrics(target.default_metrics_url)
+        metrics = TritonMetrics(target.default_metrics_url)
         try:
             metrics.read()
         except NvlmError:
@@ -249,17 +257,17 @@ def _print(document: Document, as_json: bool) -> None:
 
 
 def _plot(document: Document, directory: Path) -> None:
-    from nvlm_trt.benchmark.plots import latency_plot, stage_plot
-    from nvlm_trt.benchmark.report import write_whole
+    from nvlm_trt.benchmark.plots import latency_parts_plot, latency_plot
+    from nvlm_trt.benchmark.results_document import write_whole
 
-    for name, draw in (("latency.png", latency_plot), ("stages.png", stage_plot)):
-        picture = draw(document)
-        if picture is not None:
-            write_whole(directory / name, picture)
+    for name, draw in (("latency.png", latency_plot), ("stages.png", latency_parts_plot)):
+        plot = draw(document)
+        if plot is not None:
+            write_whole(directory / name, plot)
 
 
 def _end(report: Report, outcome: Outcome) -> None:
-    """Say where what was measured is, and end as the run did."""
+    """Says where the results are; raises if the run failed or was interrupted."""
     measured = sum(point["metrics"]["ok"] for point in report.document["points"])
     kept = f"{measured} measured requests are {f'kept in {report.path}' if report.path else 'reported above'}"
     if outcome.failure:

@@ -1,4 +1,4 @@
-"""`nvlm-trt serve`: a server in the foreground."""
+"""Runs a server in the foreground, until a signal stops it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _POLL_SECONDS = 0.2
 
 
 class StopSignals:
-    """SIGINT and SIGTERM as events: the first asks to stop, the second to stop at once."""
+    """Turns SIGINT and SIGTERM into events: the first signal sets `stop`, the second `hurry`."""
 
     def __init__(self) -> None:
         self.stop = threading.Event()
@@ -40,8 +40,8 @@ class StopSignals:
         self.stop.set()
 
 
-def serve(engine: str | os.PathLike[str], options: ServerOptions | None = None) -> int:
-    """Serve until SIGINT or SIGTERM, finish the requests under way, return 0.
+def run_in_foreground(engine: str | os.PathLike[str], options: ServerOptions | None = None) -> int:
+    """Serves until SIGINT or SIGTERM, finishes the open requests and returns 0.
 
     Raises what `TritonServer.start` raises, and ServerError if the server or one of its models dies.
     """

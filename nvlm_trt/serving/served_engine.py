@@ -1,4 +1,4 @@
-"""What a running server serves: for those that measure it and must say of which engine their numbers are."""
+"""Finds out which engine a running server serves, for reports that must name the measured engine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LOOPBACK = ("grpc://127.", "grpc://localhost:", "grpc://[::1]:")
 
 @dataclass(frozen=True)
 class ServedEngine:
-    """`path` is the server's; `engine` is None unless that is on this machine too."""
+    """The engine of a server. `path` is on the server's machine; `engine` is None unless that is this machine."""
 
     triton: str  # version
     path: str
@@ -22,7 +22,7 @@ class ServedEngine:
 
 
 def find_served_engine(url: str) -> ServedEngine:
-    """Raises ServerError if there is no server at `url` or it serves something else."""
+    """Asks the server at `url`. Raises ServerError if there is none or it serves no engine of this product."""
     with Client(url) as client:
         if not client.ready():
             raise no_server(url)
@@ -34,4 +34,5 @@ def find_served_engine(url: str) -> ServedEngine:
 
 
 def no_server(url: str) -> ServerError:
+    """The error for an address at which no server answers."""
     return ServerError(f"no server answers at {url}; start one with `nvlm-trt serve`, or check host and port")

@@ -1,4 +1,4 @@
-"""Benchmark results made up for tests."""
+"""Makes up benchmark results for tests."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from typing import Any
 
 from nvlm_trt.api import Usage
 from nvlm_trt.benchmark.load import ClosedLoop, Load
-from nvlm_trt.benchmark.metrics import Slo
+from nvlm_trt.benchmark.plan import Plan
+from nvlm_trt.benchmark.point import ClientUse, Ending, Point
 from nvlm_trt.benchmark.record import Record
-from nvlm_trt.benchmark.report import Document, Report
-from nvlm_trt.benchmark.runner import ClientUse, Ending, Outcome, Plan, Point
+from nvlm_trt.benchmark.report import Report
+from nvlm_trt.benchmark.results_document import Document
+from nvlm_trt.benchmark.runner import Outcome
+from nvlm_trt.benchmark.slo import Slo
 from nvlm_trt.benchmark.target import Target
 from nvlm_trt.benchmark.workload import ImageSize, Lengths, Workload
 
@@ -20,7 +23,7 @@ TARGET = Target("grpc://127.0.0.1:8001", "2.51.0", "engines/h", "nvlm-h-tiny", "
 
 
 def point(load: Load, slower: float = 1.0, status: Ending = "complete", tokens: int = 3) -> Point:
-    """Four answers, one after the other: first token after 1, the others 1 apart."""
+    """Four answers, one after the other: the first token comes after 1 s, the others 1 s apart; times `slower`."""
     records = []
     for index in range(4):
         sent = 10.0 * index * slower

@@ -1,4 +1,4 @@
-"""Two runs side by side, and what cannot be put side by side."""
+"""Comparisons of two runs, and files that cannot be compared."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from results import WORKLOAD, document, point, write
 
 from nvlm_trt.benchmark.compare import compare
 from nvlm_trt.benchmark.load import ClosedLoop, OpenLoop
-from nvlm_trt.benchmark.metrics import Slo
+from nvlm_trt.benchmark.slo import Slo
 from nvlm_trt.benchmark.workload import Lengths
 from nvlm_trt.errors import RequestError
 
@@ -22,10 +22,10 @@ def a(tmp_path: Path) -> Path:
     return write(tmp_path / "a.json", document(point(ClosedLoop(1)), point(ClosedLoop(2)), point(OpenLoop(0.5))))
 
 
-def test_every_number_with_its_ratio(a: Path, tmp_path: Path) -> None:
+def test_every_number_has_its_ratio(a: Path, tmp_path: Path) -> None:
     b = write(tmp_path / "b.json", document(point(ClosedLoop(2), slower=2.0), point(ClosedLoop(4))))
     comparison = compare(a, b)
-    assert {row.load for row in comparison.rows} == {"2 at once"}, "loads that both have"
+    assert {row.load for row in comparison.rows} == {"2 at once"}, "loads that are in both"
     rows = {row.metric: row for row in comparison.rows}
     assert (rows["ttft_s.p50"].a, rows["ttft_s.p50"].b) == (1.0, 2.0)
     assert rows["ttft_s.p50"].ratio == pytest.approx(2.0)
@@ -36,17 +36,17 @@ def test_every_number_with_its_ratio(a: Path, tmp_path: Path) -> None:
     assert json.loads(json.dumps(comparison.to_dict()))["rows"][0]["ratio"] == pytest.approx(2.0)
 
 
-def test_other_workloads(a: Path, tmp_path: Path) -> None:
+def test_different_workloads_are_an_error(a: Path, tmp_path: Path) -> None:
     workload = dataclasses.replace(WORKLOAD, output_tokens=Lengths(5, 9), seed=1)
     b = write(tmp_path / "b.json", document(point(ClosedLoop(1)), workload=workload))
     with pytest.raises(RequestError, match="different workloads") as raised:
         compare(a, b)
     assert "output_tokens '3' and '5:9'" in str(raised.value)
     assert "seed 0 and 1" in str(raised.value)
-    assert "prompt_tokens" not in str(raised.value), "what is the same need not be said"
+    assert "prompt_tokens" not in str(raised.value), "the message names only differences"
 
 
-def test_no_load_in_common(a: Path, tmp_path: Path) -> None:
+def test_no_load_in_common_is_an_error(a: Path, tmp_path: Path) -> None:
     cut = point(ClosedLoop(1), status="interrupted")  # its percentiles are of another number of requests
     b = write(tmp_path / "b.json", document(cut, point(ClosedLoop(3))))
     with pytest.raises(RequestError, match="no load in common.*1 at once.*3 at once"):
@@ -55,7 +55,7 @@ def test_no_load_in_common(a: Path, tmp_path: Path) -> None:
         compare(a, write(tmp_path / "c.json", document()))
 
 
-def test_what_else_differs_is_noted(a: Path, tmp_path: Path) -> None:
+def test_notes_name_other_differences(a: Path, tmp_path: Path) -> None:
     machine = {"cpu": "another", "cores": 64}
     b = write(tmp_path / "b.json", document(point(ClosedLoop(1)), status="interrupted", machine=machine))
     notes = "\n".join(compare(a, b).notes)
@@ -92,7 +92,7 @@ def without(part: str) -> dict[str, Any]:
         (json.dumps(without("workload")), "no 'workload'"),
     ],
 )
-def test_files_that_are_not_results(a: Path, tmp_path: Path, content: str, reason: str) -> None:
+def test_files_without_results_are_an_error(a: Path, tmp_path: Path, content: str, reason: str) -> None:
     b = tmp_path / "b.json"
     b.write_text(content)
     with pytest.raises(RequestError) as raised:
@@ -102,7 +102,7 @@ def test_files_that_are_not_results(a: Path, tmp_path: Path, content: str, reaso
     assert "\n" not in str(raised.value)
 
 
-def test_files_that_are_not_there(a: Path, tmp_path: Path) -> None:
+def test_missing_files_are_an_error(a: Path, tmp_path: Path) -> None:
     for path in (tmp_path / "none.json", tmp_path):
         with pytest.raises(RequestError, match="cannot read results"):
             compare(a, path)

@@ -1,4 +1,4 @@
-"""When requests are sent. Without a server: `ask` is a stand-in, and nothing depends on how fast the machine is."""
+"""Tests when requests are sent: `ask` stands in for a server, and no test depends on the speed of the machine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nvlm_trt.errors import RequestError, ServerError
 
 
 class Asked:
-    """Answers after as many turns of the event loop as its seed says; keeps what was asked and how much at a time."""
+    """Answers after a random number of turns of the event loop; notes the requests and how many are open at a time."""
 
     def __init__(self, seed: int = 0, fails_at: int | None = None) -> None:
         self.order: list[int] = []
@@ -53,8 +53,8 @@ def test_a_closed_loop_keeps_its_concurrency(concurrency: int, count: int, seed:
     assert asked.open == 0
 
 
-def test_gaps_of_a_poisson_process() -> None:
-    """Exponential: mean and standard deviation 1 / rate; numbers of arrivals per second: mean and variance rate."""
+def test_gaps_are_those_of_a_poisson_process() -> None:
+    """Gaps have mean and standard deviation 1 / rate, arrivals per second have mean and variance rate."""
     rate, count = 5.0, 200_000
     arrivals = np.array(OpenLoop(rate, seed=3).arrivals(count))
     gaps = np.diff(arrivals, prepend=0.0)
@@ -65,7 +65,7 @@ def test_gaps_of_a_poisson_process() -> None:
     per_second = np.bincount(arrivals.astype(int))[:-1]
     assert per_second.mean() == pytest.approx(rate, rel=0.01)
     assert per_second.var() == pytest.approx(rate, rel=0.04)
-    # as exponential as they should be: half of the gaps are below ln 2 / rate
+    # the median of an exponential distribution is ln 2 / rate
     assert (gaps < math.log(2) / rate).mean() == pytest.approx(0.5, abs=0.005)
 
 
@@ -77,7 +77,7 @@ def test_arrivals_are_repeatable_and_scale_with_the_rate() -> None:
     assert slow != OpenLoop(2, seed=2).arrivals(50)
 
 
-def test_an_open_loop_asks_on_time_whether_or_not_it_is_answered() -> None:
+def test_an_open_loop_asks_on_time_without_answers() -> None:
     class Unanswered:
         def __init__(self) -> None:
             self.seen: list[tuple[int, float, float]] = []
@@ -88,7 +88,7 @@ def test_an_open_loop_asks_on_time_whether_or_not_it_is_answered() -> None:
             self.seen.append((index, due, clock()))
             if len(self.seen) == 40:
                 self.all_asked.set()
-            await self.all_asked.wait()  # none is answered before all are asked
+            await self.all_asked.wait()  # answers none before all are asked
 
     async def drive() -> Unanswered:
         asked = Unanswered()

@@ -1,4 +1,4 @@
-"""Documents, CSV, tables and plots of results that are made up."""
+"""Documents, CSV, tables and plots of made-up results."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ from PIL import Image
 from results import TARGET, WORKLOAD, document, point
 
 from nvlm_trt.benchmark.load import ClosedLoop, OpenLoop
-from nvlm_trt.benchmark.metrics import Slo
-from nvlm_trt.benchmark.plots import latency_plot, stage_plot
-from nvlm_trt.benchmark.report import Report, read_document, to_csv
-from nvlm_trt.benchmark.runner import ClientUse, Outcome, Plan
+from nvlm_trt.benchmark.plan import Plan
+from nvlm_trt.benchmark.plots import latency_parts_plot, latency_plot
+from nvlm_trt.benchmark.point import ClientUse
+from nvlm_trt.benchmark.report import Report
+from nvlm_trt.benchmark.results_csv import to_csv
+from nvlm_trt.benchmark.results_document import read_document
+from nvlm_trt.benchmark.runner import Outcome
+from nvlm_trt.benchmark.slo import Slo
 from nvlm_trt.benchmark.tables import print_results
-from nvlm_trt.benchmark.triton_metrics import Snapshot
+from nvlm_trt.benchmark.triton_metrics import CounterSnapshot
 from nvlm_trt.errors import NvlmError, ServerError
 
 
@@ -37,7 +41,7 @@ def test_the_file_grows_with_every_load(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_place_that_cannot_be_written_to(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "none" / "results.json"
     report = Report(Plan(TARGET.url, WORKLOAD, [ClosedLoop(1)]), TARGET, Slo(), path, with_records=False)
     with pytest.raises(NvlmError, match="cannot write .*results.json"):
@@ -65,20 +69,20 @@ def test_tables_are_never_cut_off(capsys: pytest.CaptureFixture[str], monkeypatc
     assert "123400" in out  # ms
 
 
-def test_plots_are_pictures() -> None:
+def test_plots_are_images() -> None:
     results = document(point(ClosedLoop(1)), point(ClosedLoop(2), slower=0.5), point(OpenLoop(0.5), tokens=1))
-    for draw in (latency_plot, stage_plot):
+    for draw in (latency_plot, latency_parts_plot):
         drawn = draw(results)
         assert drawn is not None
         assert Image.open(io.BytesIO(drawn)).format == "PNG"
         assert draw(document()) is None, "nothing measured"
 
 
-def test_caveats() -> None:
+def test_doubtful_measurements_have_caveats() -> None:
     measured = point(ClosedLoop(1))
     assert document(measured)["points"][0]["caveats"] == []
     measured.client = ClientUse(10.0, [3.0, 9.5], 0.1, 2)
-    measured.server = Snapshot({}, {"generated_tokens": 99.0})
+    measured.server = CounterSnapshot({}, {"generated_tokens": 99.0})
     for record in measured.records:
         record.due = record.sent - 0.5
         assert record.usage is not None

@@ -1,16 +1,16 @@
-"""Triton's metrics page as numbers, and the stages that come of it."""
+"""Counts of Triton's metrics page, and the latency parts that they give."""
 
 from __future__ import annotations
 
 import pytest
 from results import point
 
-from nvlm_trt.benchmark.latency_parts import Stages
+from nvlm_trt.benchmark.latency_parts import LatencyParts
 from nvlm_trt.benchmark.load import ClosedLoop
-from nvlm_trt.benchmark.triton_metrics import ModelTimes, ServerMetrics, Snapshot, parse
+from nvlm_trt.benchmark.triton_metrics import CounterSnapshot, ModelTimes, TritonMetrics, parse
 from nvlm_trt.errors import ServerError
 
-# as tritonserver 2.51 writes it, shortened
+# a page of tritonserver 2.51, shortened
 PAGE = """\
 # HELP nv_inference_request_success Number of successful inference requests, all batch sizes
 # TYPE nv_inference_request_success counter
@@ -45,7 +45,7 @@ nvlm_open_requests 3
 """
 
 
-def test_a_page() -> None:
+def test_a_page_is_parsed() -> None:
     snapshot = parse(PAGE)
     encoder = snapshot.models["vision_encoder"]
     assert (encoder.requests, encoder.rows, encoder.executions) == (2, 8, 1)
@@ -62,7 +62,7 @@ def test_a_page() -> None:
     assert snapshot.open_requests == 3
 
 
-def test_what_was_counted_in_between() -> None:
+def test_counts_between_two_pages() -> None:
     before = parse(PAGE)
     page = PAGE.replace("tokens_total 42", "tokens_total 50").replace(
         'encoder",version="1"} 8', 'encoder",version="1"} 15'
@@ -78,7 +78,7 @@ def test_what_was_counted_in_between() -> None:
 @pytest.mark.parametrize(
     "page", ["", "<html></html>", "a 1\n", PAGE.replace("nvlm_gen", "x"), PAGE.replace("request_suc", "x")]
 )
-def test_other_pages(page: str) -> None:
+def test_pages_of_other_servers_are_an_error(page: str) -> None:
     with pytest.raises(ValueError):
         parse(page)
 
@@ -86,20 +86,20 @@ def test_other_pages(page: str) -> None:
 @pytest.mark.parametrize(
     "url", ["", "127.0.0.1:8002", "grpc://127.0.0.1:8001", "http://", "http://x:0/", "http://x:y/"]
 )
-def test_addresses_that_cannot_be(url: str) -> None:
+def test_addresses_of_another_form_are_an_error(url: str) -> None:
     with pytest.raises(ServerError, match="is not http://host:port/metrics"):
-        ServerMetrics(url)
+        TritonMetrics(url)
 
 
-def test_nothing_there() -> None:
+def test_an_address_without_server_is_an_error() -> None:
     with pytest.raises(ServerError, match=r"no metrics at http://127.0.0.1:9/metrics \(.*refused.*--metrics-url"):
-        ServerMetrics("http://127.0.0.1:9/metrics").read()
+        TritonMetrics("http://127.0.0.1:9/metrics").read()
 
 
-def counted(mean: float) -> Snapshot:
-    """A server whose tiling takes `mean` and whose encoder twice that."""
+def counted(mean: float) -> CounterSnapshot:
+    """A server whose tiling takes `mean` seconds and whose encoder takes twice as long."""
     models = {"tiling": ModelTimes(4, 4, 4, 4 * mean, 0, 0), "vision_encoder": ModelTimes(4, 28, 2, 8 * mean, 0, 0)}
-    return Snapshot(models, {})
+    return CounterSnapshot(models, {})
 
 
 @pytest.mark.parametrize(
@@ -107,13 +107,15 @@ def counted(mean: float) -> Snapshot:
     [
         (None, 0.0, 0.0, 0.3),
         (counted(0.05), 0.05, 0.1, 0.15),
-        (counted(0.2), 0.1, 0.2, 0.0),  # Triton says 0.2 + 0.4, of which a request saw 0.3
+        (counted(0.2), 0.1, 0.2, 0.0),  # Triton says 0.2 + 0.4, but a request waited only 0.3
     ],
 )
-def test_stages_add_up_to_the_latency(server: Snapshot | None, tiling: float, vision: float, other: float) -> None:
-    stages = Stages.of(point(ClosedLoop(1)).records, server)
-    assert stages is not None
-    parts = stages.to_dict()
+def test_latency_parts_add_up_to_the_latency(
+    server: CounterSnapshot | None, tiling: float, vision: float, other: float
+) -> None:
+    latency_parts = LatencyParts.of(point(ClosedLoop(1)).records, server)
+    assert latency_parts is not None
+    parts = latency_parts.to_dict()
     assert parts == pytest.approx(
         {
             "waiting_s": 0.2,
@@ -128,8 +130,8 @@ def test_stages_add_up_to_the_latency(server: Snapshot | None, tiling: float, vi
     assert sum(parts.values()) == pytest.approx(3.0)
 
 
-def test_no_stages_of_nothing() -> None:
+def test_no_latency_parts_without_measured_requests() -> None:
     records = point(ClosedLoop(1)).records
     for record in records:
         record.warmup = True
-    assert Stages.of(records, None) is None
+    assert LatencyParts.of(records, None) is None

@@ -14,10 +14,11 @@ from PIL import Image
 from trained_tokenizers import train_qwen2_like, train_yi_like
 
 from nvlm_trt.api import Message
-from nvlm_trt.benchmark import images as pictures
+from nvlm_trt.benchmark import images
 from nvlm_trt.benchmark.prompts import PromptWriter
+from nvlm_trt.benchmark.questions import Question, StampedImage, questions
 from nvlm_trt.benchmark.record import Record
-from nvlm_trt.benchmark.workload import ImageSize, Lengths, Picture, Question, Workload, questions
+from nvlm_trt.benchmark.workload import ImageSize, Lengths, Workload
 from nvlm_trt.errors import RequestError
 from nvlm_trt.model.config import PRESETS
 from nvlm_trt.prompt.encoder import PromptEncoder
@@ -55,8 +56,8 @@ def prompts(tmp_path: Path) -> PromptWriter:
 
 @pytest.mark.parametrize("tiles", [(), (1,), (1, 1)])
 def test_prompts_are_as_long_as_asked(tokenizer: Tokenizer, tiles: tuple[int, ...]) -> None:
-    """Measured with what the server measures with: the text's tokens come on top of format and pictures."""
-    # beyond all that text becomes: the Yi-like tokenizer names no image token
+    """Counts tokens as the server does: the text's tokens come on top of format and images."""
+    # an id that no text has: the Yi-like tokenizer names no image token
     config = dataclasses.replace(PRESETS["nvlm-d-small"], image_token_id=tokenizer.vocab_size)
     encoder = PromptEncoder(config, tokenizer)
 
@@ -71,37 +72,37 @@ def test_prompts_are_as_long_as_asked(tokenizer: Tokenizer, tiles: tuple[int, ..
         assert tokens(text) - around == wanted
 
 
-def test_texts_differ_but_not_from_run_to_run(prompts: PromptWriter) -> None:
+def test_texts_differ_but_are_the_same_in_every_run(prompts: PromptWriter) -> None:
     first, again = (questions(WORKLOAD, prompts, 30, "salt") for _ in range(2))
     assert first == again
     assert len({question.text for question in first}) == 30
     assert {question.output_tokens for question in first} == set(range(4, 10))
-    assert {picture.size for question in first for picture in question.pictures} == set(WORKLOAD.image_sizes)
-    assert questions(WORKLOAD, prompts, 5, "salt") == first[:5], "whatever the count"
+    assert {image.size for question in first for image in question.images} == set(WORKLOAD.image_sizes)
+    assert questions(WORKLOAD, prompts, 5, "salt") == first[:5], "the count changes no question"
     other = questions(dataclasses.replace(WORKLOAD, seed=8), prompts, 30, "salt")
     assert [question.text for question in other] != [question.text for question in first]
 
 
-def test_new_pictures_are_new_in_every_run(prompts: PromptWriter) -> None:
+def test_new_images_are_new_in_every_run(prompts: PromptWriter) -> None:
     def sent(workload: Workload, salt: str) -> list[bytes]:
-        return [pictures.encode(p) for question in questions(workload, prompts, 6, salt) for p in question.pictures]
+        return [images.encode(image) for question in questions(workload, prompts, 6, salt) for image in question.images]
 
     new = [*sent(WORKLOAD, "a"), *sent(WORKLOAD, "b")]
     assert len(set(new)) == len(new) == 24
     repeated = dataclasses.replace(WORKLOAD, repeat_images=True, image_sizes=(ImageSize(40, 30),))
-    assert len({*sent(repeated, "a"), *sent(repeated, "b")}) == 2, "the two of a request"
+    assert len({*sent(repeated, "a"), *sent(repeated, "b")}) == 2, "the two images of a request"
 
 
 def test_a_stamp_changes_bytes_but_no_pixel() -> None:
     size = ImageSize(90, 50)
-    a, b = (pictures.encode(Picture(size, stamp)) for stamp in ("a", "another"))
+    a, b = (images.encode(StampedImage(size, stamp)) for stamp in ("a", "another"))
     assert a != b
-    opened = [Image.open(io.BytesIO(data)) for data in (a, b, pictures.draw(size))]
+    opened = [Image.open(io.BytesIO(data)) for data in (a, b, images.draw(size))]
     assert [image.size for image in opened] == [(90, 50)] * 3
     assert len({image.tobytes() for image in opened}) == 1
 
 
-def test_lengths(prompts: PromptWriter) -> None:
+def test_lengths_are_parsed_and_drawn(prompts: PromptWriter) -> None:
     rng = np.random.default_rng(0)
     assert {Lengths(3, 5).draw(rng) for _ in range(200)} == {3, 4, 5}
     assert [str(Lengths.parse(text, "--x")) for text in ("64", "16:128", "5:5")] == ["64", "16:128", "5"]
@@ -110,25 +111,25 @@ def test_lengths(prompts: PromptWriter) -> None:
             Lengths.parse(text, "--x")
 
 
-def test_sizes() -> None:
+def test_sizes_are_parsed() -> None:
     assert str(ImageSize.parse("1344x896", "--x")) == "1344x896"
     for text in ("", "1344", "x", "1344X896", "-1x2", "axb", "1x2x3"):
         with pytest.raises(RequestError, match="is not WIDTHxHEIGHT"):
             ImageSize.parse(text, "--x")
     for text in ("0x5", "70000x1", "9000x9000"):
-        with pytest.raises(RequestError, match="pictures of .* are not possible"):
+        with pytest.raises(RequestError, match="images of .* are not possible"):
             ImageSize.parse(text, "--x")
 
 
 @pytest.mark.parametrize(
     "change", [{"images": -1}, {"images": 17}, {"image_sizes": ()}, {"requests": 0}, {"warmup": -1}, {"seed": -1}]
 )
-def test_workloads_check_themselves(change: dict[str, object]) -> None:
+def test_impossible_workloads_are_an_error(change: dict[str, object]) -> None:
     with pytest.raises(RequestError):
         dataclasses.replace(WORKLOAD, **change)  # type: ignore[arg-type]
 
 
-def test_what_does_not_matter_makes_no_other_workload() -> None:
+def test_image_options_without_images_make_no_other_workload() -> None:
     text_only = dataclasses.replace(WORKLOAD, images=0)
     other = dataclasses.replace(text_only, image_sizes=(ImageSize(9, 9),), repeat_images=True, max_tiles=None)
     assert text_only.to_dict() == other.to_dict()
@@ -145,13 +146,13 @@ def test_questions_and_records_travel_as_json(prompts: PromptWriter) -> None:
 
 
 class Stubborn:
-    """Text has an even number of tokens."""
+    """Every text has an even number of tokens."""
 
     def encode(self, text: str) -> list[int]:
         return [0] * (2 * len(text))
 
 
-def test_a_tokenizer_without_such_a_text() -> None:
+def test_a_tokenizer_without_a_text_of_that_length_is_an_error() -> None:
     write: Callable[..., str] = PromptWriter(Stubborn()).write  # type: ignore[arg-type]
     assert len(write(10, np.random.default_rng(0))) == 5
     with pytest.raises(RequestError, match="no text of exactly 9 tokens"):

@@ -1,4 +1,4 @@
-"""`nvlm-trt bench` without a server: one-line errors for everything that a user can get wrong, and `bench compare`."""
+"""Runs `nvlm-trt bench` without a server: one-line errors for wrong options, and `bench compare`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from nvlm_trt.benchmark.load import ClosedLoop
-from nvlm_trt.benchmark.report import read_document
+from nvlm_trt.benchmark.results_document import read_document
 
-sys.path.append(str(Path(__file__).parent / "benchmark"))
+sys.path.append(str(Path(__file__).parents[1] / "benchmark"))
 from command_line import Run, assert_one_line_error
 from results import document, point, write
 
@@ -26,13 +26,13 @@ def run(run_cli: Run) -> Run:
 
 
 @pytest.mark.parametrize("url", [NOBODY, "127.0.0.1:9", "http://127.0.0.1:9", "grpc://:9", ""])
-def test_a_server_that_is_not_there(run: Run, tmp_path: Path, url: str) -> None:
+def test_an_address_without_server_is_an_error(run: Run, tmp_path: Path, url: str) -> None:
     output = tmp_path / "results.json"
     assert_one_line_error(run("--url", url, "--output", output, "--plots", tmp_path / "plots"), url)
     assert not output.exists()
 
 
-def test_no_server_is_named(run: Run) -> None:
+def test_a_missing_url_is_an_error(run: Run) -> None:
     assert_one_line_error(run(), "no server is named", "--url grpc://host:port")
 
 
@@ -54,18 +54,18 @@ def test_no_server_is_named(run: Run) -> None:
         (("--prompt-tokens", "0"), ("--prompt-tokens '0'", "write 64")),
         (("--output-tokens", "9:3"), ("--output-tokens '9:3'",)),
         (("--image-size", "big"), ("--image-size 'big'", "write 1344x896")),
-        (("--image-size", "10x10,0x3"), ("pictures of 0x3 pixels are not possible",)),
-        (("--images", "99"), ("99 pictures per request", "0 to 16")),
+        (("--image-size", "10x10,0x3"), ("images of 0x3 pixels are not possible",)),
+        (("--images", "99"), ("99 images per request", "0 to 16")),
         (("--slo-ttft", "0"), ("--slo-ttft 0",)),
         (("--slo-itl", "nan"), ("--slo-itl nan",)),
     ],
 )
-def test_options_without_sense(run: Run, options: tuple[str, ...], fragments: tuple[str, ...]) -> None:
-    """Told before the server is asked for anything."""
+def test_impossible_options_are_an_error(run: Run, options: tuple[str, ...], fragments: tuple[str, ...]) -> None:
+    """Refuses them before it sends anything."""
     assert_one_line_error(run("--url", NOBODY, *options), *fragments)
 
 
-def test_outputs_that_are_in_the_way(run: Run, tmp_path: Path) -> None:
+def test_outputs_that_cannot_be_written_are_an_error(run: Run, tmp_path: Path) -> None:
     taken = tmp_path / "taken.json"
     taken.write_text("precious")
     (tmp_path / "latency.png").write_text("precious")
@@ -112,7 +112,7 @@ def test_compare_prints_json(run: Run, tmp_path: Path) -> None:
     }
 
 
-def test_compare_what_cannot_be_compared(run: Run, tmp_path: Path) -> None:
+def test_compare_refuses_other_files_and_options(run: Run, tmp_path: Path) -> None:
     a = write(tmp_path / "a.json", document(point(ClosedLoop(1))))
     other = read_document(a)
     other["workload"]["output_tokens"] = "999"

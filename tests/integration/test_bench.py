@@ -1,4 +1,4 @@
-"""`nvlm-trt bench` against a real tritonserver, also one that dies in the middle. No time is tested."""
+"""Runs `nvlm-trt bench` against a real tritonserver, also one that dies in the middle. Tests no times."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import psutil
 import pytest
 from live_server import MAX_QUEUE, ServerByName, metric, wait_until, wait_until_idle
 
-from nvlm_trt.benchmark.report import read_document
+from nvlm_trt.benchmark.results_document import read_document
 from nvlm_trt.serving.triton.server import TritonServer
 
 REQUESTS, TOKENS = 10, 12
@@ -60,7 +60,7 @@ def measured(server: TritonServer, *arguments: object) -> dict[str, Any]:
 
 
 def assert_adds_up(point: dict[str, Any], warmup: int, tokens: int = TOKENS) -> None:
-    """What was asked, what came and what the server counted are the same."""
+    """Compares the numbers of requests and tokens that were asked for, received and counted by the server."""
     metrics, counters = point["metrics"], point["server"]["counters"]
     assert point["status"] == "complete"
     assert (metrics["requests"], metrics["ok"]) == (REQUESTS, REQUESTS)
@@ -72,7 +72,7 @@ def assert_adds_up(point: dict[str, Any], warmup: int, tokens: int = TOKENS) -> 
     assert counters["finished_cancelled"] == counters["finished_error"] == counters["late_tokens"] == 0
 
 
-def test_counts_add_up_and_new_pictures_are_new(server: TritonServer, tmp_path: Path) -> None:
+def test_counts_add_up_and_new_images_are_new(server: TritonServer, tmp_path: Path) -> None:
     output, table, plots = tmp_path / "a.json", tmp_path / "a.csv", tmp_path / "plots"
     files = ("--output", output, "--csv", table, "--plots", plots, "--records", "--processes", 2)
     slo = ("--slo-ttft", 1e6)
@@ -115,7 +115,7 @@ def assert_records(records: list[dict[str, Any]]) -> None:
         assert sum(tokens for _, tokens in record["arrivals"]) == record["asked_tokens"] == TOKENS
 
 
-def test_repeated_pictures_are_cached(server: TritonServer) -> None:
+def test_repeated_images_are_cached(server: TritonServer) -> None:
     options = ("--concurrency", "2", "--images", 2, "--repeat-images", "--warmup", 3)
     (point,) = measured(server, *SMALL, *options, "--image-size", "90x80")["points"]
     assert_adds_up(point, warmup=3)
@@ -139,7 +139,7 @@ def test_text_only_without_metrics_and_with_a_table(server: TritonServer, tmp_pa
 
 
 def prompt_overhead(server: TritonServer) -> int:
-    """Tokens of the chat's format: of a prompt of one token all but one (a byte is a token here)."""
+    """Tokens of the chat's format: all but one of a prompt with a text of one byte, which is one token here."""
     from nvlm_trt.serving.client import Client
 
     with Client(server.address) as client:
@@ -162,7 +162,7 @@ def test_a_full_queue_is_counted(server: TritonServer) -> None:
     assert metrics["slo_met"] == pytest.approx(metrics["ok"] / 40)
 
 
-def test_what_the_server_does_not_accept_is_an_error(server: TritonServer, tmp_path: Path) -> None:
+def test_requests_that_the_server_refuses_are_an_error(server: TritonServer, tmp_path: Path) -> None:
     output = tmp_path / "a.json"
     for options, fragment in (
         (("--prompt-tokens", 5000), "the engine holds 4096"),
@@ -178,7 +178,7 @@ def test_what_the_server_does_not_accept_is_an_error(server: TritonServer, tmp_p
         assert read_document(output)["status"] == "failed"
 
 
-def test_addresses_of_something_else(server: TritonServer) -> None:
+def test_addresses_of_other_services_are_an_error(server: TritonServer) -> None:
     http = server.http_address
     for options, fragment in (
         (("--url", http.replace("http", "grpc")), "no server answers"),  # speaks no gRPC
@@ -194,13 +194,13 @@ def test_addresses_of_something_else(server: TritonServer) -> None:
 
 
 def start_endless(server: TritonServer, output: Path, *arguments: str) -> subprocess.Popen[str]:
-    """A benchmark whose answers take long, in a process group of its own, as a shell starts it."""
+    """Starts a benchmark whose answers take long in its own process group, as a shell does."""
     command = [*COMMAND, *addresses(server), "--output", str(output), "--records", *ENDLESS, *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
-def test_ctrl_c_keeps_what_was_measured(server: TritonServer, tmp_path: Path) -> None:
-    """Exit 130; the server is left without a request, the machine without a process of ours."""
+def test_ctrl_c_keeps_the_measurements(server: TritonServer, tmp_path: Path) -> None:
+    """Exits with 130, and leaves no request on the server and no load process."""
     output = tmp_path / "a.json"
     finished_before = metric(server, "nvlm_finished_requests_total")
     options = ["--output-tokens", "1:600", "--concurrency", "4", "--warmup", "1", "--requests", "4000"]
@@ -208,7 +208,7 @@ def test_ctrl_c_keeps_what_was_measured(server: TritonServer, tmp_path: Path) ->
     wait_until(lambda: metric(server, "nvlm_finished_requests_total") - finished_before > 8, "some answers", 60)
     workers = psutil.Process(process.pid).children()
     assert workers
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
+    os.killpg(process.pid, signal.SIGINT)  # to the whole group, as a terminal does
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "Traceback" not in err
@@ -217,12 +217,12 @@ def test_ctrl_c_keeps_what_was_measured(server: TritonServer, tmp_path: Path) ->
     assert (results["status"], point["status"]) == ("interrupted", "interrupted")
     assert point["metrics"]["ok"] >= 4
     cancelled = point["metrics"]["cancelled"]
-    assert 1 <= cancelled <= 4, "those that were open"
+    assert 1 <= cancelled <= 4, "the requests that were open"
     assert f"interrupted ({point['metrics']['ok']} measured requests are kept in {output})" in err
     assert "4 at once" in out, "the table of what was measured"
     assert sum(record["status"] == "cancelled" for record in point["records"]) == cancelled
     assert point["errors"] == []
-    # one that has just ended may be too late to cancel
+    # a request that has just ended may be too late to cancel
     assert point["server"]["counters"]["finished_cancelled"] <= cancelled
     assert point["server"]["counters"]["finished_error"] == 0
     assert metric(server, "nvlm_open_requests") == 0
@@ -230,7 +230,7 @@ def test_ctrl_c_keeps_what_was_measured(server: TritonServer, tmp_path: Path) ->
 
 
 def test_a_request_that_takes_too_long_has_failed(server: TritonServer) -> None:
-    """And is cancelled: the next one finds a free slot, and the fixture none in use."""
+    """Cancels it too: the next request finds a free slot, and the fixture finds none in use."""
     options = ["--output-tokens", 3000, "--images", 0, "--concurrency", 2, "--warmup", 0, "--requests", 4]
     (point,) = measured(server, *options, "--timeout", 0.4)["points"]
     assert (point["metrics"]["ok"], point["metrics"]["failed"]) == (0, 4)

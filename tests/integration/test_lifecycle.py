@@ -1,4 +1,4 @@
-"""Starting, failing and stopping, with the real server and the real command."""
+"""Starts, breaks and stops the real server, also through the real command."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ LONG = {"max_tokens": 400, "ignore_eos": True}
 
 
 class ServeCommand:
-    """`nvlm-trt serve` as a process."""
+    """A process that runs `nvlm-trt serve`."""
 
     def __init__(self, engine: Path, directory: Path, *arguments: str) -> None:
         listen = ("--host", "localhost", "--grpc-port", "0", "--http-port", "0", "--metrics-port", "0")
-        # its temporary files go where the test can see whether they are removed
+        # puts its temporary files where the test can see whether they are removed
         self.directory = directory
         self.process = subprocess.Popen(
             [sys.executable, "-m", "nvlm_trt.cli", "serve", str(engine), *(arguments or listen)],
@@ -93,7 +93,7 @@ def assert_all_gone(processes: list[psutil.Process], directory: Path) -> None:
 
 
 def test_a_signal_lets_running_requests_finish(serve: Callable[..., ServeCommand]) -> None:
-    """Those that are decoded, those whose images still have to be encoded; later ones are rejected."""
+    """Finishes requests that are being decoded or whose images are not encoded yet; rejects later ones."""
     command = serve()
     command.wait_until_ready()
     processes = command.descendants()
@@ -148,7 +148,7 @@ def test_a_killed_supervisor_takes_the_server_along(serve: Callable[..., ServeCo
     ],
 )
 def test_the_server_stops_when_a_process_has_died(victim: str, reason: str, serve: Callable[..., ServeCommand]) -> None:
-    """Of a dead model the bundled server itself takes no notice: it would go on calling itself ready."""
+    """The bundled tritonserver does not notice a dead model: alone, it would go on reporting ready."""
     command = serve()
     command.wait_until_ready()
     processes = command.descendants()
@@ -193,7 +193,7 @@ def test_a_port_in_use_is_named(serve: Callable[..., ServeCommand]) -> None:
 
 
 def test_an_engine_that_cannot_be_loaded_is_explained(engine: Callable[[str], Path], tmp_path: Path) -> None:
-    """Its hashes are right, what they are of is not: only the model's own process can tell."""
+    """The hashes match a file that is no graph: only the model's own process can tell."""
     broken = tmp_path / "engine"
     shutil.copytree(engine(ENGINE), broken)
     (broken / "decoder.onnx").write_bytes(b"not a graph")

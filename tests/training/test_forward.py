@@ -1,4 +1,4 @@
-"""The training passes against the reference model: what is trained is what is exported."""
+"""Compares the training passes with the reference model, whose weights are exported."""
 
 from dataclasses import replace
 
@@ -11,10 +11,12 @@ from nvlm_trt.evaluation.tinydocs.kinds import Question
 from nvlm_trt.model.config import PRESETS
 from nvlm_trt.prompt.image_tokens import split_tiles
 from nvlm_trt.reference.model import ReferenceModel
+from training.batch import collate
 from training.forward import decode, encode_patches
-from training.sequences import NOT_ANSWERED, Packer, collate
+from training.packed_sequence import NOT_ANSWERED
+from training.packer import Packer
 
-PICTURES = {"none": (), "one tile": (range(2, 3),), "tiles": (range(0, 5),), "two": (range(3, 6), range(0, 1))}
+IMAGES = {"none": (), "one tile": (range(2, 3),), "tiles": (range(0, 5),), "two": (range(3, 6), range(0, 1))}
 QUESTIONS = [
     Question("ocr", "What does the red text say?", "K7A2P"),
     Question("location", "Where is the red star?", "top left"),
@@ -41,31 +43,33 @@ def test_patches_equal_the_references(tokenizer):
 
 
 @pytest.mark.parametrize("architecture", ["d", "x", "h"])
-@pytest.mark.parametrize("pictures", PICTURES.values(), ids=PICTURES)
-def test_a_packed_question_is_computed_as_if_alone(architecture, pictures, tokenizer):
+@pytest.mark.parametrize("images", IMAGES.values(), ids=IMAGES)
+def test_a_packed_question_is_computed_as_if_alone(architecture, images, tokenizer):
     model = random_model(architecture, tokenizer)
     packer = Packer(model.config, tokenizer)
     features = torch.randn(6, 16, 512)
-    longer = packer.pack(PICTURES["tiles"], QUESTIONS * 2)  # a neighbour that makes this one be padded
-    batch = collate([packer.pack(pictures, QUESTIONS), longer])
+    longer = packer.pack(IMAGES["tiles"], QUESTIONS * 2)  # a longer neighbour, so that the other sequence is padded
+    batch = collate([packer.pack(images, QUESTIONS), longer])
     tags = torch.from_numpy(packer.encoder.tag_ids(6)) if architecture == "h" else None
     hidden = decode(model, batch, features, tags)[0]
     logits = model.language_model.lm_head(hidden)
     for number, question in enumerate(QUESTIONS, start=1):
         own = (batch.answers[0] == number - 1) & (batch.labels[0] != NOT_ANSWERED)
-        expected, answer = alone(model, packer, tokenizer, pictures, question, features, tags)
+        expected, answer = alone(model, packer, tokenizer, images, question, features, tags)
         assert batch.labels[0][own].tolist() == answer
         torch.testing.assert_close(logits[own], expected, atol=2e-4, rtol=1e-4)
 
 
-def alone(model, packer, tokenizer, pictures, question, features, tags):
-    """Logits of one question's answer by the reference, and the answer's ids with the end of the message."""
-    prompt = packer.encoder.encode([Message("user", question.prompt)], [len(tiles) for tiles in pictures])
+def alone(model, packer, tokenizer, images, question, features, tags):
+    """Returns the reference's logits of one answer, and the answer's ids with the end of the message."""
+    prompt = packer.encoder.encode([Message("user", question.prompt)], [len(tiles) for tiles in images])
     answer = [*tokenizer.encode(question.answer), tokenizer.token_id("<|im_end|>")]
     ids = torch.tensor([[*prompt.input_ids, *answer[:-1]]])
     ranges = np.concatenate([prompt.cross_ranges, [[0, prompt.cross_tokens]] * (len(answer) - 1)])
-    llm, cross, cross_tags = [], [], []
-    for tiles in pictures:
+    llm: list[int] = []
+    cross: list[int] = []
+    cross_tags: list[int] = []
+    for tiles in images:
         in_llm, in_cross = split_tiles(model.config.architecture, len(tiles))
         llm += tiles[in_llm]
         cross += tiles[in_cross]
@@ -78,7 +82,7 @@ def alone(model, packer, tokenizer, pictures, question, features, tags):
     return logits[0, -len(answer) :], answer
 
 
-def test_without_tags_or_tiles_there_are_none(tokenizer):
+def test_a_packer_leaves_out_tags_or_tiles(tokenizer):
     config = replace(PRESETS["nvlm-x-tiny"], image_token_id=tokenizer.image_token_id)
     tags = {tokenizer.token_id(name) for name in ("<tile_1>", "<tile_2>", "<tile_3>", "<tile_4>")}
     with_tags = Packer(config, tokenizer).pack((range(5),), QUESTIONS)

@@ -1,4 +1,4 @@
-"""Labels say of each patch what the page was drawn with, and targets say it in word embeddings."""
+"""Compares labels with the marks of the drawn page, and targets with word embeddings."""
 
 from dataclasses import replace
 
@@ -13,14 +13,12 @@ from nvlm_trt.evaluation.tinydocs.page import TILE
 from nvlm_trt.image.decoding import load_image
 from nvlm_trt.image.tiling import tile_image, tile_pixels
 from nvlm_trt.model.config import PRESETS
-from nvlm_trt.prompt.tokenizer import Tokenizer
 from nvlm_trt.reference.model import ReferenceModel
 from training.initialise import initialise
 from training.labels import GRID, IGNORE, PATCH, PLANES, page_labels, values
 from training.pages import draw_dense_page, page_tiles
 from training.rotations import Rotations
 from training.targets import TokenTargets
-from training.tokens import write_tiny_tokenizer
 from training.vision_stage import plane_losses
 
 seeds = st.integers(0, 2**32 - 1)
@@ -34,7 +32,7 @@ def label(labels, tile, x, y, plane):
 
 @settings(max_examples=60, deadline=None)
 @given(seed=seeds, task=st.sampled_from(TASKS))
-def test_tiles_for_training_are_those_of_the_product(seed, task):
+def test_training_tiles_equal_the_products_tiles(seed, task):
     for page in draw("train", task, np.random.default_rng(seed))[0]:
         served = tile_image(load_image(page.png()), TILE, 6)  # normalised [tiles, 3, E, E]
         np.testing.assert_array_equal(page_tiles(page), tile_pixels(served))
@@ -71,7 +69,7 @@ def test_figures_are_labelled_in_the_thumbnail_alone(seed, task):
     assert not labels[:-1, ..., NUMBER["kind"]].any()
 
 
-def test_the_losses_are_cross_entropies_of_what_is_labelled():
+def test_losses_are_cross_entropies_of_the_labelled_patches():
     random = np.random.default_rng(0)
     labels = torch.from_numpy(
         np.stack([page_labels(draw_dense_page(random, "font_manrope:files/Manrope-Bold.ttf"))[0]])
@@ -88,9 +86,7 @@ def test_the_losses_are_cross_entropies_of_what_is_labelled():
         assert float(losses[name]) == pytest.approx(sum(terms) / max(1, sum(weights)), abs=1e-4)
 
 
-def test_targets_hold_what_a_token_shows(tmp_path):
-    write_tiny_tokenizer(tmp_path, 512, 6)
-    tokenizer = Tokenizer.from_directory(tmp_path)
+def test_targets_hold_the_names_of_shapes(tokenizer):
     model = ReferenceModel(replace(PRESETS["nvlm-d-tiny"], image_token_id=tokenizer.image_token_id))
     torch.manual_seed(0)
     initialise(model)

@@ -1,4 +1,4 @@
-"""A run that is cut goes on as if it had not been."""
+"""Training loops that are cut and resumed give the weights of uncut ones."""
 
 import csv
 import itertools
@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from training.loop import Stage, load_weights, rate_factor, train, trained_steps
+from training.loop import train
+from training.schedule import Schedule, rate_factor
+from training.state import load_weights, trained_steps
 
-STAGE = Stage(steps=24, matrix_rate=0.02, other_rate=0.02, warmup=4, log_every=2, save_every=5, evaluate_every=6)
+SCHEDULE = Schedule(steps=24, matrix_rate=0.02, other_rate=0.02, warmup=4, log_every=2, save_every=5, evaluate_every=6)
 
 
 class CutError(Exception):
@@ -18,7 +20,8 @@ class CutError(Exception):
 
 def run(directory, cut_at=None):
     torch.manual_seed(0)
-    module = nn.Sequential(nn.Linear(6, 8), nn.RMSNorm(8), nn.Linear(8, 1))
+    first = nn.Linear(6, 8)
+    module = nn.Sequential(first, nn.RMSNorm(8), nn.Linear(8, 1))
 
     def losses_at(step):
         if step == cut_at:
@@ -27,12 +30,12 @@ def run(directory, cut_at=None):
         x = torch.randn(16, 6, generator=random)
         yield {"loss": (module(x)[:, 0] - x.sum(1)).square().mean()}
 
-    train(module, STAGE, directory, losses_at, lambda: {"norm": float(module[0].weight.detach().norm())})
+    train(module, SCHEDULE, directory, losses_at, lambda: {"norm": float(first.weight.detach().norm())})
     return load_weights(directory / "state.safetensors")
 
 
 def rows(path):
-    """Without the clock."""
+    """The rows of a CSV file without the column of seconds."""
     with path.open(newline="") as file:
         return [[cell for name, cell in row.items() if name != "seconds"] for row in csv.DictReader(file)]
 
@@ -49,7 +52,7 @@ def test_a_cut_run_resumes_bit_for_bit(tmp_path, cut_at):
     assert [row[0] for row in rows(tmp_path / "cut" / "log.csv")] == [str(step) for step in range(2, 25, 2)]
 
 
-def test_a_cut_while_saving_leaves_the_state_before(tmp_path, monkeypatch):
+def test_a_cut_while_saving_keeps_the_last_state(tmp_path, monkeypatch):
     with pytest.raises(CutError):
         run(tmp_path, cut_at=7)
     (tmp_path / "state.partial").write_bytes(b"half a file")
@@ -64,7 +67,7 @@ def test_training_lowers_the_loss(tmp_path):
 
 
 def test_rates_rise_stay_and_fall():
-    factors = [rate_factor(step, STAGE) for step in range(STAGE.steps)]
+    factors = [rate_factor(step, SCHEDULE) for step in range(SCHEDULE.steps)]
     assert factors[0] == 0.25
     assert factors[3:12] == [1.0] * 9
     assert all(a > b for a, b in itertools.pairwise(factors[12:]))

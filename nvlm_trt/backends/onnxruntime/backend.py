@@ -24,7 +24,7 @@ from nvlm_trt.backends.base import (
     embedding_rows,
     host_array,
 )
-from nvlm_trt.backends.onnxruntime.backend import ENCODE_TILES
+from nvlm_trt.backends.onnxruntime import ENCODE_TILES
 from nvlm_trt.backends.onnxruntime.session import (
     RUNTIME_ERRORS,
     InferenceSession,

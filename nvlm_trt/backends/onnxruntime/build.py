@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nvlm_trt.backends.onnxruntime.backend import NAME
+from nvlm_trt.backends.onnxruntime import NAME
 from nvlm_trt.backends.onnxruntime.observing import observe
 from nvlm_trt.builders.engine_build import BuildJob, write_engine
 from nvlm_trt.builders.graphs.cross_kv import cross_kv_graph

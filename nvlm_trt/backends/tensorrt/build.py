@@ -11,7 +11,7 @@ from typing import Any
 import onnx_ir as ir
 
 from nvlm_trt.backends.onnxruntime.build import calibrate
-from nvlm_trt.backends.tensorrt.backend import PREFILL_CHUNK, SPEC
+from nvlm_trt.backends.tensorrt import PREFILL_CHUNK, SPEC
 from nvlm_trt.backends.tensorrt.plan import PlanOptions, build_plan
 from nvlm_trt.backends.tensorrt.profiles import profiles_of
 from nvlm_trt.backends.tensorrt.record import TensorRtRecord

@@ -1,4 +1,4 @@
-"""The first two requests of every server: ready means that a text and a picture have been answered."""
+"""Sends the first two requests of every server: it counts as ready once it has answered a text and an image."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _SAMPLING = SamplingParams(max_tokens=1)
 
 
 def run_canary(client: Client) -> None:
-    """Raises what the client raises if one of them fails."""
+    """Sends both requests. Raises the client's error if one fails."""
     client.generate("Hello", sampling=_SAMPLING)
-    client.generate("What is this?", images=[_picture()], sampling=_SAMPLING, max_tiles=1)
+    client.generate("What is this?", images=[_image()], sampling=_SAMPLING, max_tiles=1)
 
 
-def _picture() -> bytes:
-    """A PNG of one tile."""
+def _image() -> bytes:
+    """Draws a PNG that becomes one tile."""
     encoded = io.BytesIO()
     Image.linear_gradient("L").save(encoded, "PNG")
     return encoded.getvalue()

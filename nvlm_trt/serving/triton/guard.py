@@ -1,7 +1,7 @@
 """Ends a server whose supervisor is gone: `python -m nvlm_trt.serving.triton.guard GROUP DIRECTORY SHM_PREFIX`.
 
-A process killed with SIGKILL cannot clean up after itself, so this one waits beside it: when its standard input ends,
-it kills the process group (unless the line "stopped" came before) and removes the server's files.
+A supervisor killed with SIGKILL cannot clean up, so the guard waits beside it. When the guard's standard input ends, it
+kills the process group, unless the line "stopped" came before, and removes the server's files.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ SHARED_MEMORY = Path("/dev/shm")
 
 
 def main(group: int, directory: str, prefix: str) -> None:
-    # a Ctrl-C in the terminal is for the supervisor, which ends this process by closing its input
+    """Waits for the end of standard input, then ends the group and removes `directory` and the shared memory."""
+    # leaves a Ctrl-C in the terminal to the supervisor, which ends this process by closing its input
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if sys.stdin.read().strip() != "stopped":

@@ -1,7 +1,7 @@
 """Finds a tritonserver and makes it run python models in this interpreter's environment.
 
-The nvidia-pytriton wheel brings tritonserver with a python backend stub per Python version; NVIDIA's container has it
-in /opt/tritonserver with the stub of the container's Python.
+The nvidia-pytriton wheel brings tritonserver with a python backend stub per Python version. NVIDIA's container has
+tritonserver in /opt/tritonserver, with the stub of the container's Python.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ _PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 @dataclass(frozen=True)
 class TritonInstall:
+    """Where the parts of a tritonserver are."""
+
     executable: Path
     backends: Path
     stub: Path  # runs python models; linked to one version of libpython
     libraries: Path
 
     def prepare(self, directory: Path) -> tuple[Path, dict[str, str]]:
-        """Make a backend directory in `directory`; return it and the environment to start the server with.
+        """Makes a backend directory in `directory`. Returns it and the environment to start the server with.
 
         Raises ServerError if the stub does not fit this Python.
         """
@@ -44,7 +46,7 @@ class TritonInstall:
             if file.is_file() and file.name != _STUB:
                 (backends / "python" / file.name).symlink_to(file)
         (backends / "python" / _STUB).symlink_to(self.stub)
-        # libpython alone: its folder may hold other versions of libraries that the server brings itself
+        # links libpython alone: its folder may hold other versions of libraries that the server brings itself
         libraries.mkdir()
         libpython = find_libpython()
         (libraries / libpython.name).symlink_to(libpython)
@@ -55,14 +57,14 @@ class TritonInstall:
         inherited = environment.get("LD_LIBRARY_PATH")
         paths = [str(self.libraries), *map(str, libraries), *([inherited] if inherited else [])]
         environment["LD_LIBRARY_PATH"] = os.pathsep.join(paths)
-        # The stub takes the first python3 on PATH for its own and imports what that one does: a virtualenv's packages.
+        # The stub imports the packages of the first python3 on PATH; this makes it a virtualenv's.
         executables = str(Path(sys.executable).absolute().parent)
         environment["PATH"] = os.pathsep.join([executables, environment.get("PATH", os.defpath)])
         return environment
 
 
 def find_triton() -> TritonInstall:
-    """NVLM_TRT_TRITONSERVER if set, else /opt/tritonserver, else the wheel. Raises ServerError if there is none."""
+    """Looks at NVLM_TRT_TRITONSERVER, then /opt/tritonserver, then the wheel. Raises ServerError if none is there."""
     named = os.environ.get(ENVIRONMENT_VARIABLE)
     if named:
         path = Path(named).absolute()
@@ -82,7 +84,7 @@ def find_triton() -> TritonInstall:
 
 
 def check_stub(stub: Path) -> None:
-    """Raise ServerError unless the stub is there and built for the running Python."""
+    """Raises ServerError unless the stub exists and is built for the running Python."""
     if not stub.is_file():
         raise ServerError(
             f"tritonserver's python backend has no stub for Python {_PYTHON} ({stub}); use another Python"
@@ -96,7 +98,7 @@ def check_stub(stub: Path) -> None:
 
 
 def find_libpython() -> Path:
-    """The shared library of the running Python, which the stub is linked to. Raises ServerError if there is none."""
+    """Finds the running Python's shared library, which the stub links. Raises ServerError if there is none."""
     name = f"libpython{_PYTHON}.so.1.0"
     folders = [sysconfig.get_config_var("LIBDIR"), f"{sys.base_prefix}/lib"]
     multiarch = sysconfig.get_config_var("MULTIARCH")
@@ -122,7 +124,7 @@ def _install_at(root: Path) -> TritonInstall:
 
 
 def _wheel_install() -> TritonInstall | None:
-    """Found without importing pytriton, which starts more than is needed here."""
+    """Finds the wheel without importing pytriton, which would start more than is needed."""
     spec = importlib.util.find_spec("pytriton")
     if spec is None or spec.origin is None:
         return None

@@ -1,4 +1,4 @@
-"""Where to listen: a host's address, a free port where 0 is asked for, an error that names a port that is taken."""
+"""Chooses where to listen: resolves the host, replaces port 0 by a free port, names a port that is in use."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from nvlm_trt.errors import ServerError
 
 
 def listen_address(host: str) -> str:
-    """The IPv4 address of `host`: tritonserver takes names for gRPC but not for HTTP, and IPv6 for neither.
+    """Returns the IPv4 address of `host`: tritonserver takes names for gRPC but not for HTTP, and IPv6 for neither.
 
-    Raises ServerError if there is none.
+    Raises ServerError if the host has none.
     """
     try:
         (_, _, _, _, address), *_ = socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)
@@ -23,10 +23,11 @@ def listen_address(host: str) -> str:
 
 
 def choose_ports(address: str, ports: Iterable[int]) -> list[int]:
-    """`ports` with every 0 replaced by a free port. Raises ServerError for one in use and for an address not of ours.
+    """Returns `ports` with every 0 replaced by a free port.
 
-    All are held until the last is found, so that they differ. Somebody else may take one before the server does: a
-    caller that asked for 0 tries again.
+    Holds all ports until the last is found, so that they differ. Another program may take a free port before the server
+    does: a caller that asked for 0 tries again. Raises ServerError if a port is in use or the address is not of this
+    machine.
     """
     with contextlib.ExitStack() as held:
         return [held.enter_context(_bound(address, port)).getsockname()[1] for port in ports]
@@ -49,4 +50,5 @@ def _bound(address: str, port: int) -> socket.socket:
 
 
 def port_in_use(address: str, port: int) -> ServerError:
+    """The error for a port that another program listens on."""
     return ServerError(f"port {port} of {address} is in use; choose another port, or 0 for a free one")

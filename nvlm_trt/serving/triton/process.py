@@ -1,4 +1,4 @@
-"""A running tritonserver, its log, and the guard that ends it should this process be killed."""
+"""Runs tritonserver with a log, and with a guard that ends it if this process is killed."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _KILL_SECONDS = 10
 
 
 class TritonProcess:
-    """Owns `directory` (repository, log, ...) and shared memory that begins with `shm_prefix`: gone after `kill`."""
+    """A running tritonserver. `kill` removes `directory` and the shared memory whose name begins with `shm_prefix`."""
 
     def __init__(
         self, command: Sequence[str | Path], environment: Mapping[str, str], directory: Path, shm_prefix: str
     ) -> None:
         self._log = directory / "tritonserver.log"
         self._models: dict[int, str] = {}
-        self._killing = threading.Lock()  # the watching thread and the owner may want it at once
-        # a session of its own: a Ctrl-C in the terminal reaches the supervisor alone, which then drains
+        self._killing = threading.Lock()  # the watching thread and the owner may kill at the same time
+        # a session of its own: a Ctrl-C in the terminal reaches only the supervisor, which then drains
         with self._log.open("wb") as log:
             self._server = subprocess.Popen(
                 command,
@@ -45,27 +45,27 @@ class TritonProcess:
 
     @property
     def exit_status(self) -> int | None:
-        """None while it runs; negative if a signal ended it."""
+        """None while the server runs; negative if a signal ended it."""
         return self._server.poll()
 
     def watch_models(self) -> list[str]:
-        """Note the model processes that there are, once all are loaded. Returns the model instances, sorted."""
+        """Notes the model processes; call it once all models are loaded. Returns the model instances, sorted."""
         self._models = model_processes(self._server.pid)
         return sorted(self._models.values())
 
     def dead_models(self) -> list[str]:
-        """Of the noted model instances those whose process has ended."""
+        """Returns the noted model instances whose process has ended."""
         return [name for pid, name in self._models.items() if not is_running(pid)]
 
     def terminate(self, timeout: float) -> None:
-        """Ask the server to stop, then `kill`."""
+        """Asks the server to stop, waits up to `timeout` seconds, then kills it."""
         self._server.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._server.wait(timeout)
         self.kill()
 
     def kill(self) -> None:
-        """End every process at once and remove the files. Harmless if that has happened."""
+        """Ends every process at once and removes the files. Does nothing if that has happened before."""
         with self._killing:
             if self._guard.returncode is not None:
                 return
@@ -75,7 +75,7 @@ class TritonProcess:
             self._guard.communicate(b"stopped", timeout=_KILL_SECONDS)
 
     def log_tail(self, lines: int) -> list[str]:
-        """The last lines of the log that a person can use: no tables, no complaints about a GPU that is not there."""
+        """Returns the last useful lines of the log: leaves out tables and complaints about a missing GPU."""
         with contextlib.suppress(OSError), self._log.open("rb") as log:
             log.seek(max(0, log.seek(0, os.SEEK_END) - _TAIL_BYTES))
             text = log.read().decode(errors="replace")
@@ -83,7 +83,7 @@ class TritonProcess:
         return []
 
     def load_error(self) -> str | None:
-        """What a model said that failed to load, without where in the code it said it."""
+        """Returns the message of a model that failed to load, without the places in its code."""
         for line in self.log_tail(1000):
             # failed to load 'nvlm' version 1: Internal: EngineError: what it said\\n\\nAt:\\n  model.py(24)...
             match = re.search(r"failed to load '(\w+)' version \d+: \w+: (?:\w+Error: )?(.*?)(?:\\n|\"?$)", line)
@@ -92,7 +92,7 @@ class TritonProcess:
         return None
 
     def taken_port(self) -> int | None:
-        """The port that the server could not listen on, if that is why it ended."""
+        """Returns the port that the server could not listen on, None if it ended for another reason."""
         for line in self.log_tail(20):
             match = re.search(r"Socket '.*:(\d+)' already in use", line)
             if match:

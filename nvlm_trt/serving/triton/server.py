@@ -1,4 +1,4 @@
-"""Runs tritonserver for one engine: starts it, tries it, watches it, drains it and stops it."""
+"""Runs tritonserver for one engine: starts, tests, watches, drains and stops it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _PORT_ATTEMPTS = 5
 _POLL_SECONDS = 0.1
 _HTTP_SECONDS = 5
 _EXIT_SECONDS = 10
-# Longer than `nvlm` takes to report a request that it has just accepted.
+# longer than `nvlm` takes to report a request that it has just accepted
 _QUIET_SECONDS = 0.3
 _TAIL_LINES = 20
 _LOOPBACK = {"0.0.0.0": "127.0.0.1"}
@@ -44,7 +44,7 @@ _LOOPBACK = {"0.0.0.0": "127.0.0.1"}
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """Port 0 is a free one."""
+    """Settings of a server. Port 0 stands for a free port."""
 
     host: str = "127.0.0.1"
     grpc_port: int = 0
@@ -52,7 +52,7 @@ class ServerOptions:
     metrics_port: int = 0
     repository: RepositoryOptions = field(default_factory=RepositoryOptions)
     startup_seconds: float = 600
-    drain_seconds: float = 30  # for requests under way when the server is stopped
+    drain_seconds: float = 30  # for open requests when the server is stopped
 
     @property
     def ports(self) -> tuple[int, int, int]:
@@ -60,18 +60,18 @@ class ServerOptions:
 
 
 class TritonServer:
-    """A context manager: ready when entered, stopped with its requests finished when left."""
+    """A context manager: the server is ready on entry; on exit it finishes its requests and stops."""
 
     def __init__(self, engine: str | os.PathLike[str], options: ServerOptions | None = None) -> None:
         self._engine_path = Path(engine)
         self._options = options or ServerOptions()
-        self._listen = self._host = ""  # IPv4 addresses: the server's, and where to reach it from this machine
+        self._listen = self._host = ""  # IPv4 addresses: to listen on, and to reach it from this machine
         self._grpc_port = self._http_port = self._metrics_port = 0
         self._directory = Path()
         self._process: TritonProcess | None = None
         self._stopping = threading.Event()
         self._failure: str | None = None
-        self.log_tail: list[str] = []  # of a server that has failed
+        self.log_tail: list[str] = []  # last log lines of a server that has failed
 
     def __enter__(self) -> TritonServer:
         self.start()
@@ -84,7 +84,7 @@ class TritonServer:
 
     @property
     def address(self) -> str:
-        """What clients connect to."""
+        """The address that clients connect to."""
         return f"grpc://{self._host}:{self._grpc_port}"
 
     @property
@@ -96,10 +96,10 @@ class TritonServer:
         return f"http://{self._host}:{self._metrics_port}/metrics"
 
     def start(self, give_up: threading.Event | None = None) -> bool:
-        """Return True once two canary requests are answered, False if `give_up` is set before that.
+        """Starts the server. Returns True once it has answered two canary requests, False if `give_up` is set before.
 
-        Raises EngineError for an engine that is not whole, and ServerError with the reason if there is no server, a
-        port is in use, or a model does not load.
+        Raises EngineError if the engine is incomplete; ServerError with the reason if there is no tritonserver, a port
+        is in use, or a model does not load.
         """
         engine = Engine.open(self._engine_path, full_check=True)
         install = find_triton()
@@ -124,7 +124,7 @@ class TritonServer:
         except NvlmError:
             self._keep_log_tail()
             self.kill()
-            self.check()  # a model that died meanwhile is the better reason
+            self.check()  # a model that died meanwhile is the true reason
             raise
         except BaseException:
             self.kill()
@@ -132,12 +132,12 @@ class TritonServer:
         return True
 
     def check(self) -> None:
-        """Raise ServerError if the server or one of its models has died; its processes are gone then."""
+        """Raises ServerError if the server or one of its models has died; all its processes have ended then."""
         if self._failure:
             raise ServerError(self._failure)
 
     def stop(self, hurry: threading.Event | None = None) -> None:
-        """Accept nothing more, finish the requests under way, end the server; at once if `hurry` is or gets set."""
+        """Refuses new requests, finishes the open ones and ends the server; ends it at once when `hurry` is set."""
         if self._process is None:
             return
         self._stopping.set()
@@ -149,7 +149,7 @@ class TritonServer:
         self.kill()
 
     def kill(self) -> None:
-        """End the server at once."""
+        """Ends the server at once."""
         self._stopping.set()
         if self._process is not None:
             self._process.kill()
@@ -170,7 +170,10 @@ class TritonServer:
         self._process = TritonProcess(command, environment, self._directory, shm_prefix)
 
     def _wait_until_loaded(self, give_up: threading.Event, retry_ports: bool) -> bool:
-        """False if the start is to be given up, or tried again: somebody else took a port that was free just now."""
+        """Waits until all models are loaded.
+
+        Returns False if `give_up` is set, or if another program has taken a port that was free: then try again.
+        """
         assert self._process is not None
         deadline = time.monotonic() + self._options.startup_seconds
         while self._process.exit_status is None:
@@ -188,12 +191,12 @@ class TritonServer:
         return False
 
     def _try_out(self, give_up: threading.Event) -> bool:
-        """False if the start is given up before the canary is answered; the server is gone then."""
+        """Runs the canary. Ends the server and returns False if `give_up` is set before its answers."""
         with Client(self.address) as client, ThreadPoolExecutor(1, "nvlm-canary") as executor:
             canary = executor.submit(run_canary, client)
             while not canary.done():
                 if give_up.is_set():
-                    self.kill()  # which ends the canary
+                    self.kill()  # ends the canary too
                     return False
                 wait([canary], _POLL_SECONDS)
             canary.result()
@@ -217,7 +220,7 @@ class TritonServer:
         threading.Thread(target=self._watch_process, args=(self._process,), name="nvlm-watch", daemon=True).start()
 
     def _watch_process(self, process: TritonProcess) -> None:
-        """End a server that has lost a model: it would call itself ready for ever."""
+        """Ends a server that has lost a model: it would report ready for ever."""
         while not self._stopping.wait(_POLL_SECONDS):
             if process.exit_status is not None:
                 self._failure = self._exit_reason(process)
@@ -229,7 +232,7 @@ class TritonServer:
                 return
 
     def _keep_log_tail(self) -> None:
-        """The log goes with the server's directory."""
+        """Keeps the last lines of the log, which `kill` removes with the server's directory."""
         process = self._process
         if process is not None:
             self.log_tail = process.log_tail(_TAIL_LINES) or self.log_tail
@@ -241,7 +244,10 @@ class TritonServer:
         return self._directory / "draining"
 
     def _drain(self, hurry: threading.Event) -> None:
-        """Triton's own exit unloads the ensemble first, and requests whose images are not encoded yet would fail."""
+        """Waits until no request is open.
+
+        Triton's own exit unloads the ensemble first, so requests whose images are not encoded yet would fail.
+        """
         self._drain_file.touch()
         deadline = time.monotonic() + self._options.drain_seconds
         quiet_since = time.monotonic()
@@ -257,7 +263,7 @@ class TritonServer:
         return int(match[1]) if match else 0
 
     def _get(self, port: int, path: str) -> str | None:
-        """The body of a successful answer. By hand: a proxy that the environment names must stay out of it."""
+        """Returns the body of a successful answer, else None. http.client ignores the environment's proxy."""
         connection = http.client.HTTPConnection(self._host, port, timeout=_HTTP_SECONDS)
         try:
             connection.request("GET", path)

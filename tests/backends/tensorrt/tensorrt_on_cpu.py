@@ -40,10 +40,10 @@ class Machine:
         import tensorrt as trt
 
         from nvlm_trt import backends
-        from nvlm_trt.backends.tensorrt.backend import backend as tensorrt
-        from nvlm_trt.backends.tensorrt.backend import build as tensorrt_engine
-        from nvlm_trt.backends.tensorrt.backend import loaded_plan as tensorrt_stage
-        from nvlm_trt.backends.tensorrt.backend import target as tensorrt_target
+        from nvlm_trt.backends.tensorrt import backend as tensorrt
+        from nvlm_trt.backends.tensorrt import build as tensorrt_engine
+        from nvlm_trt.backends.tensorrt import loaded_plan as tensorrt_stage
+        from nvlm_trt.backends.tensorrt import target as tensorrt_target
 
         target = tensorrt_target.Target(trt.__version__, CAPABILITY, GPU)
         with pytest.MonkeyPatch.context() as patch:

@@ -11,8 +11,8 @@ import torch
 from tensorrt_on_cpu import Machine
 
 from nvlm_trt.backends.opening import open_backend
-from nvlm_trt.backends.tensorrt.backend import build as tensorrt_engine
-from nvlm_trt.backends.tensorrt.backend import profiles as tensorrt_profiles
+from nvlm_trt.backends.tensorrt import build as tensorrt_engine
+from nvlm_trt.backends.tensorrt import profiles as tensorrt_profiles
 from nvlm_trt.backends.tensorrt.build import build_tensorrt_engine
 from nvlm_trt.backends.tensorrt.device_tokens import DeviceTokens
 from nvlm_trt.backends.tensorrt.plan import PlanOptions

@@ -1,4 +1,4 @@
-"""The process that outlives a killed supervisor, with real processes."""
+"""Tests the guard, which outlives a killed supervisor, with real processes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nvlm_trt.serving.triton.process_watch import is_running
 
 @pytest.fixture
 def group() -> Iterator[subprocess.Popen[bytes]]:
-    """A process and its child in a group of their own."""
+    """A process and its child in their own process group."""
     process = subprocess.Popen(
         ["sh", "-c", "sleep 600 & echo started; wait"], start_new_session=True, stdout=subprocess.PIPE
     )

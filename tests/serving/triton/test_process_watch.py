@@ -6,7 +6,7 @@ import subprocess
 from nvlm_trt.serving.triton.process_watch import is_running, model_processes
 
 
-def test_a_process_runs_until_it_is_killed_even_if_nobody_reaps_it() -> None:
+def test_a_killed_process_does_not_run_even_as_a_zombie() -> None:
     process = subprocess.Popen(["sleep", "600"])
     assert is_running(process.pid)
     process.kill()

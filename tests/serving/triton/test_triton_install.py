@@ -18,14 +18,14 @@ def _no_variable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def installed_at(root: Path) -> Path:
-    """The layout of NVIDIA's container, without its contents."""
+    """Makes the folders of NVIDIA's container, without their contents."""
     for folder in ("bin", "backends/python", "lib"):
         (root / folder).mkdir(parents=True)
     (root / "bin" / "tritonserver").touch()
     return root
 
 
-def test_what_is_found_runs_and_fits_this_python(tmp_path: Path) -> None:
+def test_the_install_found_runs_and_fits_this_python(tmp_path: Path) -> None:
     install = find_triton()
     backends, environment = install.prepare(tmp_path)
     assert (backends / "python" / "libtriton_python.so").is_file()
@@ -46,7 +46,7 @@ def test_the_environment_variable_names_a_folder_or_the_program(
     assert find_triton().executable == root / "bin" / "tritonserver"
 
 
-def test_a_variable_that_names_nothing_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_variable_with_a_wrong_path_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "/no/such/place")
     with pytest.raises(ServerError, match="/no/such/place"):
         find_triton()
@@ -57,7 +57,7 @@ def test_the_container_comes_before_the_wheel(tmp_path: Path, monkeypatch: pytes
     assert find_triton().executable == tmp_path / "bin" / "tritonserver"
 
 
-def test_not_found_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_error_without_tritonserver_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(triton_install, "_CONTAINER_ROOT", tmp_path / "nothing")
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if "site-packages" not in entry])
     monkeypatch.delitem(sys.modules, "pytriton", raising=False)
