@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from nvlm_trt.backends.spec import BackendSpec
 from nvlm_trt.backends.table import DEFAULT_BACKEND, find_backend
-from nvlm_trt.builders.quantization.calibrate import document_samples, read_first_samples
+from nvlm_trt.builders.quantization.build_samples import document_samples, read_first_samples
 from nvlm_trt.builders.quantization.calibration import Calibration, is_calibration, read_calibration
 from nvlm_trt.builders.quantization.formats import Recipe, quantised
 from nvlm_trt.builders.quantization.gate import NOT_MEASURED, AccuracyGate, GateOptions

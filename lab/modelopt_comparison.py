@@ -24,7 +24,7 @@ from lab.common import parser, run
 from lab.engines import built_engine, checkpoint_digest
 from lab.origin import PACKAGES
 from lab.rounds import Contender, Rounds
-from nvlm_trt.builders.quantization.calibrate import document_samples
+from nvlm_trt.builders.quantization.build_samples import document_samples
 from nvlm_trt.engine import Engine
 from nvlm_trt.image.decoding import load_image
 from nvlm_trt.image.tiling import tile_image

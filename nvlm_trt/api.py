@@ -87,7 +87,8 @@ class SamplingParams(BaseModel):
     # go on to max_tokens
     ignore_eos: bool = Field(False, description="true or false")
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, max_tokens: int = 256, **values: Any) -> None:
+        values = {"max_tokens": max_tokens, **values}
         try:
             super().__init__(**values)
         except ValidationError as error:

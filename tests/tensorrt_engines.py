@@ -23,7 +23,7 @@ def for_tensorrt(engine: Engine, dtype: str, path: Path | None = None, stripped:
         profiles=profiles_of(engine.config, engine.limits),
         stripped=stripped,
     )
-    manifest = engine.manifest.model_copy(update={"backend": "tensorrt", "tensorrt": record})
+    manifest = engine.manifest.model_copy(update={"backend": "tensorrt", "backend_record": record.model_dump()})
     if path is not None:
         save_manifest(path, manifest)
     return replace(engine, manifest=manifest, path=path or engine.path)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nvlm_trt.builders.quantization.calibrate import document_samples, read_first_samples
+from nvlm_trt.builders.quantization.build_samples import document_samples, read_first_samples
 from nvlm_trt.engine import temporary_sibling
 from nvlm_trt.errors import EngineError
 from nvlm_trt.evaluation.accuracy import EvalOptions, Summary, agreement, evaluate, run_header

@@ -10,15 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from step_requests import StepRequest, decode
 
-from nvlm_trt.api import Message
 from nvlm_trt.backends.base import ImageFeatures, StepBackend
 from nvlm_trt.backends.opening import open_backend
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import EngineError, RequestError
-from nvlm_trt.prompt.encoder import EncodedPrompt, PromptEncoder
-from nvlm_trt.prompt.image_tokens import split_tiles
-from nvlm_trt.prompt.tokenizer import Tokenizer
 from nvlm_trt.reference.model import ReferenceModel
 
 Directory = Callable[[str], Path]
@@ -37,54 +34,10 @@ def backend(engine: Directory, name: str) -> Iterator[StepBackend]:
         yield opened
 
 
-class Request:
-    """A prompt with encoded images, and greedy decoding of it through a backend."""
-
-    def __init__(
-        self, backend: StepBackend, engine_dir: Path, text: str, tiles_per_image: list[int], seed: int
-    ) -> None:
-        config = backend.config
-        self.backend = backend
-        self.encoder = PromptEncoder(config, Tokenizer.from_directory(engine_dir))
-        self.prompt: EncodedPrompt = self.encoder.encode([Message("user", text)], tiles_per_image)
-        rng = np.random.default_rng(seed)
-        edge = config.vision.image_size
-        tokens = [
-            backend.encode(rng.standard_normal((tiles, 3, edge, edge), dtype=np.float32)) for tiles in tiles_per_image
-        ]
-        self.cross_tiles = [
-            image[split_tiles(config.architecture, len(image))[1]] for image in map(backend.to_host, tokens)
-        ]
-        self.images = [backend.features(image) for image in tokens]
-        self.embeddings = backend.embeddings(self.images, 0, self.prompt.placeholders)
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt.input_ids)
-
-    @property
-    def decode_range(self) -> tuple[int, int]:
-        return self.prompt.decode_range
-
-    def prefill(self, slot: int) -> np.ndarray:
-        start = 0
-        for image in self.images:
-            self.backend.write_cross_kv(slot, start, image)
-            start += image.cross_tokens
-        assert start == self.prompt.cross_tokens
-        return self.backend.prefill(slot, 0, self.prompt.input_ids, self.embeddings, self.prompt.cross_ranges)
-
-
-def decode(backend: StepBackend, requests: list[Request], tokens: np.ndarray, step: int) -> np.ndarray:
-    """Slot i decodes requests[i]; `step` tokens were generated before."""
-    positions = np.array([request.length + step for request in requests])
-    return backend.decode(tokens, positions, np.array([request.decode_range for request in requests], np.int32))
-
-
 def test_equals_reference(backend: StepBackend, engine: Directory, checkpoint: Directory, name: str) -> None:
     """Image tokens, cross-attention keys and values, prefill logits, and 12 greedy tokens."""
     model = ReferenceModel.from_checkpoint(checkpoint(name))
-    request = Request(backend, engine(name), "Compare <image> with <image>.", [3, 1], seed=1)
+    request = StepRequest(backend, engine(name), "Compare <image> with <image>.", [3, 1], seed=1)
     pixels = np.random.default_rng(1).standard_normal((3, 3, 56, 56), dtype=np.float32)
     np.testing.assert_allclose(backend.encode(pixels), model.encode(torch.from_numpy(pixels)), rtol=0, atol=2e-5)
     reference_kv = []
@@ -113,7 +66,7 @@ def test_equals_reference(backend: StepBackend, engine: Directory, checkpoint: D
     assert greedy(backend, request, logits, 12) == model.generate(request.prompt, llm_tokens, joined or None, 12)
 
 
-def greedy(backend: StepBackend, request: Request, logits: np.ndarray, count: int) -> list[int]:
+def greedy(backend: StepBackend, request: StepRequest, logits: np.ndarray, count: int) -> list[int]:
     tokens: list[int] = []
     while len(tokens) < count:
         logits = logits.copy()
@@ -128,7 +81,7 @@ def test_slots_are_independent_of_their_neighbours_bit_for_bit(
 ) -> None:
     """Prefill through a slot's view and decode in a batch of three: the logits are those of a request alone."""
     prompts = [("Hello", []), ("What is <image>?", [3]), ("Compare <image> with <image>.", [1, 5])]
-    requests = [Request(backend, engine(name), text, tiles, seed) for seed, (text, tiles) in enumerate(prompts)]
+    requests = [StepRequest(backend, engine(name), text, tiles, seed) for seed, (text, tiles) in enumerate(prompts)]
     steps = np.random.default_rng(0).integers(0, 256, (4, 3))
     alone = []
     for slot, request in enumerate(requests):
@@ -144,8 +97,8 @@ def test_slots_are_independent_of_their_neighbours_bit_for_bit(
 
 
 def test_prefill_leaves_other_slots_alone(backend: StepBackend, engine: Directory, name: str) -> None:
-    first = Request(backend, engine(name), "What is <image>?", [3], seed=0)
-    second = Request(backend, engine(name), "And <image>, a longer question about another image?", [5], seed=1)
+    first = StepRequest(backend, engine(name), "What is <image>?", [3], seed=0)
+    second = StepRequest(backend, engine(name), "And <image>, a longer question about another image?", [5], seed=1)
     first.prefill(0)
     expected = decode(backend, [first], np.array([65]), 0).copy()
     second.prefill(1)
@@ -153,7 +106,7 @@ def test_prefill_leaves_other_slots_alone(backend: StepBackend, engine: Director
 
 
 def test_chunked_prefill_equals_whole_prefill(backend: StepBackend, engine: Directory, name: str) -> None:
-    request = Request(backend, engine(name), "What is <image> and <image>?", [3, 2], seed=0)
+    request = StepRequest(backend, engine(name), "What is <image> and <image>?", [3, 2], seed=0)
     whole = request.prefill(0)
     prompt, taken = request.prompt, 0
     request.prefill(1)  # writes the cross-attended tokens of slot 1; its cache is overwritten below
@@ -168,13 +121,13 @@ def test_chunked_prefill_equals_whole_prefill(backend: StepBackend, engine: Dire
 
 
 def test_move_slot(backend: StepBackend, engine: Directory, name: str) -> None:
-    request = Request(backend, engine(name), "<image><image>", [7, 7], seed=0)
+    request = StepRequest(backend, engine(name), "<image><image>", [7, 7], seed=0)
     if backend.config.cross_layers:
         assert request.prompt.cross_tokens > request.length  # so that neither number passes for the other
     request.prefill(0)
     expected = decode(backend, [request], np.array([65]), 0).copy()
     request.prefill(3)
-    Request(backend, engine(name), "<image><image>", [7, 7], seed=1).prefill(0)
+    StepRequest(backend, engine(name), "<image><image>", [7, 7], seed=1).prefill(0)
     backend.move_slot(3, 0, request.length, request.prompt.cross_tokens)
     assert np.array_equal(decode(backend, [request], np.array([65]), 0), expected)
 
@@ -186,7 +139,7 @@ def test_text_only_is_bit_identical_to_the_llm_without_cross_attention(
     """Checkpoints of one seed share their LLM, so the D engine is the X or H engine's LLM alone."""
     with open_backend(Engine.open(engine("nvlm-d-tiny")), ("decoder",), threads=1) as llm_alone:
         for text in ("Hello", "A longer text that spans several words, twice as long as the first."):
-            request = Request(backend, engine(name), text, [], seed=0)
+            request = StepRequest(backend, engine(name), text, [], seed=0)
             logits = request.prefill(0)
             prompt = request.prompt
             expected = llm_alone.prefill(0, 0, prompt.input_ids, request.embeddings, prompt.cross_ranges)
@@ -284,7 +237,7 @@ def test_refuses_another_backend_or_device(engine: Directory) -> None:
 
 
 def test_features_are_read_only_and_know_their_size(backend: StepBackend, engine: Directory, name: str) -> None:
-    (features,) = Request(backend, engine(name), "<image>", [3], seed=0).images
+    (features,) = StepRequest(backend, engine(name), "<image>", [3], seed=0).images
     assert features.nbytes == sum(
         array.nbytes for array in (features.embeddings, features.cross_kv) if array is not None
     )

@@ -111,7 +111,6 @@ RAW: dict[str, tuple[dict[str, bytes], str]] = {
     "messages nested without end": ({"messages": b"[" * 100_000}, "not JSON"),
     "a prompt of 20 MB": ({"prompt": b"word " * 4_000_000}, "20000000 characters"),
     "a prompt that is not UTF-8": ({"prompt": b"\xff\xfe"}, "not UTF-8"),
-    "a guessed ticket": ({"prompt": b"Hi", "ticket": b"0" * 32}, "leave it out"),
 }
 
 

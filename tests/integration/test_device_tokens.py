@@ -18,20 +18,21 @@ from tensorrt_engines import for_tensorrt
 
 from nvlm_trt.api import ChatRequest, Message, SamplingParams
 from nvlm_trt.backends.opening import open_backend
+from nvlm_trt.backends.spec import TritonPlacement
 from nvlm_trt.engine import Engine
 from nvlm_trt.image.decoding import load_image
 from nvlm_trt.image.tiling import tile_image
 from nvlm_trt.runtime.pipeline import Pipeline
 from nvlm_trt.serving.client import Client
 from nvlm_trt.serving.triton import server as server_module
-from nvlm_trt.serving.triton.repository import RepositoryOptions, render_repository
+from nvlm_trt.serving.triton.repository import RepositoryOptions, placement_of, render_repository
 from nvlm_trt.serving.triton.server import TritonServer
 
 GREEDY = SamplingParams(max_tokens=12, ignore_eos=True)
 STAND_IN = """
 import torch
 import triton_python_backend_utils as pb_utils
-from nvlm_trt.backends import open_backend
+from nvlm_trt.backends.opening import open_backend
 from nvlm_trt.engine import Engine
 
 
@@ -52,8 +53,11 @@ class TritonPythonModel:
 """
 
 
-def render_for_a_cpu(engine: Engine, directory: Path, drain_file: Path, options: RepositoryOptions) -> None:
-    render_repository(for_tensorrt(engine, "bf16"), directory, drain_file, options)
+def render_for_a_cpu(
+    engine: Engine, placement: TritonPlacement, directory: Path, drain_file: Path, options: RepositoryOptions
+) -> None:
+    placed = placement_of(for_tensorrt(engine, "bf16"))
+    render_repository(engine, placed, directory, drain_file, options)
     for model in ("vision_encoder", "nvlm"):
         config = directory / model / "config.pbtxt"
         text = re.sub(r"kind: KIND_GPU count: 1[^}]*", "kind: KIND_CPU count: 1 ", config.read_text())
@@ -87,7 +91,7 @@ def test_answers_are_those_of_tokens_in_bfloat16(served: tuple[Path, TritonServe
 
         def encode(data: bytes, max_tiles: int) -> np.ndarray:
             pixels = tile_image(load_image(data), opened.config.vision.image_size, max_tiles)
-            return rounded(encoder.encode(rounded(pixels)))
+            return rounded(encoder.to_host(encoder.encode(rounded(pixels))))
 
         with Pipeline.open(path, encode_image=encode) as pipeline:
             expected = [token for delta in pipeline.generate(chat) for token in delta.token_ids]

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from nvlm_trt.builders.engine_build import BuildJob, BuildSteps
 
 NAME = "tensorrt"
+DEVICE = "cuda"
 PREFILL_CHUNK = 1024  # longer prompts are run in parts: activations take memory by the largest
 
 # An engine has one floating-point type. fp16 overflows where bf16 does not, so bf16 is the default.
@@ -53,7 +54,7 @@ def _check_limits(config: NvlmConfig, limits: EngineLimits, precisions: Mapping[
 def _open(engine: Engine, stages: Collection[str], options: OpenOptions) -> StepBackend:
     from nvlm_trt.backends.tensorrt.backend import TensorRtBackend
 
-    return TensorRtBackend(engine, stages, options.device or "cuda")
+    return TensorRtBackend(engine, stages, options.device or DEVICE)
 
 
 def _build(job: BuildJob) -> BuildSteps:
@@ -71,7 +72,7 @@ def _placement(engine: Engine) -> TritonPlacement:
 SPEC = BackendSpec(
     name=NAME,
     summary="tensorrt (the GPU of this machine, docs/tensorrt.md)",
-    device="cuda",
+    device=DEVICE,
     precisions=PRECISIONS,
     prefill_chunk=PREFILL_CHUNK,
     memory=MemoryModel(device="gpu", host_building=_host_building),

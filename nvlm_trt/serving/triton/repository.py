@@ -95,6 +95,7 @@ def _template_values(
         "drain_file": json.dumps(str(drain_file), ensure_ascii=False),
         "image_type": placement.image_type,
         "decoder_kind": placement.decoder_kind,
+        "cpu_only_inputs": "no" if placement.decoder_kind == "KIND_GPU" else "yes",
         "graph_specs": placement.graph_specs,
         "tile_size": str(config.vision.image_size),
         "tokens_per_tile": str(config.tokens_per_tile),

@@ -39,7 +39,7 @@ class Machine:
     def patched(self, cache: Path) -> Iterator[Machine]:
         import tensorrt as trt
 
-        from nvlm_trt import backends
+        from nvlm_trt.backends import tensorrt as room
         from nvlm_trt.backends.tensorrt import backend as tensorrt
         from nvlm_trt.backends.tensorrt import build as tensorrt_engine
         from nvlm_trt.backends.tensorrt import loaded_plan as tensorrt_stage
@@ -48,13 +48,13 @@ class Machine:
         target = tensorrt_target.Target(trt.__version__, CAPABILITY, GPU)
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("XDG_CACHE_HOME", str(cache))
-            patch.setitem(backends._DEVICES, "tensorrt", "cpu")
+            patch.setattr(room, "DEVICE", "cpu")
             # keep the real classes at hand: doubles are checked against them
             made = {"Builder": self.builder, "OnnxParser": self.parser, "Runtime": self.runtime}
             made |= {"Refitter": self.refitter, "OnnxParserRefitter": self.parser_refitter}
             for name, make in made.items():
                 patch.setattr(trt, name, constructor(getattr(trt, name), make))
-            for module in (tensorrt_engine, tensorrt):
+            for module in (tensorrt_engine, tensorrt, tensorrt_target):
                 patch.setattr(module, "find_target", lambda *_: target)
             for module in (tensorrt, tensorrt_stage):
                 patch.setattr(module, "import_torch", lambda: self.torch())
@@ -238,10 +238,10 @@ class Machine:
             yield
             machine.capturing = None
 
-        used = ("Stream", "stream", "CUDAGraph", "graph", "empty_cache", "current_stream", "default_stream")
+        used = ("Stream", "stream", "CUDAGraph", "graph", "empty_cache", "current_stream")
         for name in (*used, "get_device_capability", "get_device_name"):
             assert hasattr(torch.cuda, name)
-        assert hasattr(torch.cuda.Stream, "wait_stream")
+        assert hasattr(torch.cuda.Stream, "synchronize")
         inspect.signature(torch.cuda.graph).bind("graph", stream="stream", capture_error_mode="thread_local")
         cuda = SimpleNamespace(
             Stream=lambda device: SimpleNamespace(cuda_stream=7, synchronize=lambda: None),
@@ -249,13 +249,11 @@ class Machine:
             CUDAGraph=CudaGraph,
             graph=graph,
             empty_cache=lambda: None,
-            current_stream=lambda device: SimpleNamespace(
-                wait_stream=lambda other: machine.events.append(f"waited for the {other}")
-            ),
-            default_stream=lambda device: "default stream",
+            current_stream=lambda device: SimpleNamespace(synchronize=lambda: machine.events.append("synchronised")),
         )
-        names = ("empty", "zeros", "stack", "from_numpy", "uint8", "int32", "int64", "float32", "float16", "bfloat16")
-        members = {name: getattr(torch, name) for name in (*names, "OutOfMemoryError")}
+        names = ("empty", "zeros", "stack", "cat", "from_dlpack", "from_numpy")
+        types = ("uint8", "int32", "int64", "float32", "float16", "bfloat16")
+        members = {name: getattr(torch, name) for name in (*names, *types, "OutOfMemoryError")}
         return SimpleNamespace(cuda=cuda, **members)
 
 

@@ -10,13 +10,10 @@ import pytest
 import torch
 from tensorrt_on_cpu import Machine
 
+from nvlm_trt.backends.base import ImageFeatures
 from nvlm_trt.backends.opening import open_backend
 from nvlm_trt.backends.tensorrt import build as tensorrt_engine
-from nvlm_trt.backends.tensorrt import profiles as tensorrt_profiles
-from nvlm_trt.backends.tensorrt.build import build_tensorrt_engine
-from nvlm_trt.backends.tensorrt.device_tokens import DeviceTokens
-from nvlm_trt.backends.tensorrt.plan import PlanOptions
-from nvlm_trt.builders.engine_build import QuantizationOptions
+from nvlm_trt.builders.engine_build import QuantizationOptions, build_engine
 from nvlm_trt.builders.quantization.gate import AccuracyError, ComponentCost, GateOptions
 from nvlm_trt.engine import Engine
 
@@ -27,26 +24,26 @@ def build(checkpoint: Path, output: Path, **options: Any) -> list[str]:
     """Build in fp32; what happened, in order."""
     machine = Machine()
     with machine.patched(output.parent / "cache"):
-        build_tensorrt_engine(checkpoint, output, LIMITS, precision="fp32", options=PlanOptions(**options))
+        build_engine(checkpoint, output, LIMITS, precision="fp32", options=options, backend="tensorrt")
     return machine.events
 
 
 def build_with_limits(checkpoint: Path, output: Path, limits: dict[str, int], precision: str) -> None:
     with Machine().patched(output.parent / "cache"):
-        build_tensorrt_engine(checkpoint, output, limits, precision=precision)
+        build_engine(checkpoint, output, limits, precision=precision, backend="tensorrt")
 
 
 def build_for_a_plugin_of_wider_heads(checkpoint: Path, output: Path) -> None:
     with Machine().patched(output.parent / "cache"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(tensorrt_engine, "HEAD_DIMS", (64, 128))
-        build_tensorrt_engine(checkpoint, output, LIMITS, precision="fp32")
+        build_engine(checkpoint, output, LIMITS, precision="fp32", backend="tensorrt")
 
 
 def fail_to_build(checkpoint: Path, output: Path, code: str, text: str) -> None:
     machine = Machine()
     machine.refuse_to_build = code, text
     with machine.patched(output.parent / "cache"):
-        build_tensorrt_engine(checkpoint, output, LIMITS, precision="fp32")
+        build_engine(checkpoint, output, LIMITS, precision="fp32", backend="tensorrt")
 
 
 def fail_to_allocate(checkpoint: Path, output: Path) -> None:
@@ -55,13 +52,13 @@ def fail_to_allocate(checkpoint: Path, output: Path) -> None:
 
     with Machine().patched(output.parent / "cache"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "zeros", zeros)
-        build_tensorrt_engine(checkpoint, output, LIMITS, precision="fp32")
+        build_engine(checkpoint, output, LIMITS, precision="fp32", backend="tensorrt")
 
 
 def cache_bytes(checkpoint: Path, output: Path) -> dict[str, int]:
     """Build in fp32; the caches that the backend allocates, by name."""
     with Machine().patched(output.parent / "cache"):
-        build_tensorrt_engine(checkpoint, output, LIMITS, precision="fp32")
+        build_engine(checkpoint, output, LIMITS, precision="fp32", backend="tensorrt")
         with open_backend(Engine.open(output), ["decoder"]) as backend:
             return {name: cache.nbytes for name, cache in backend._cache.items()}  # type: ignore[attr-defined]
 
@@ -71,7 +68,7 @@ def build_quantised(checkpoint: Path, output: Path, precision: str, calibration:
     machine = Machine()
     quantization = QuantizationOptions(calibration=calibration, smoothquant_alpha=0, gate=gate)
     with machine.patched(output.parent / "cache"):
-        build_tensorrt_engine(checkpoint, output, LIMITS, precision=precision, quantization=quantization)
+        build_engine(checkpoint, output, LIMITS, precision=precision, quantization=quantization, backend="tensorrt")
     return machine.events
 
 
@@ -85,29 +82,39 @@ def refusal(*arguments: Any) -> tuple[str, list[ComponentCost]]:
 def ask(checkpoint: Path, output: Path, steps: dict[str, Any]) -> dict[str, np.ndarray]:
     """Build with chunks of 16 tokens and run `steps` through the backend."""
     with Machine().patched(output.parent / "cache"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tensorrt_profiles, "_LARGEST_CHUNK", 16)
-        build_tensorrt_engine(checkpoint, output, LIMITS, precision="fp32")
+        patch.setattr(tensorrt_engine, "PREFILL_CHUNK", 16)
+        build_engine(checkpoint, output, LIMITS, precision="fp32", backend="tensorrt")
         return run_steps(Engine.open(output), steps)
 
 
 def ask_with_tokens_on_the_device(checkpoint: Path, output: Path, pixels: np.ndarray) -> list[str]:
-    """Build; image tokens as an array and as DeviceTokens have to give the same keys, values and logits, bit for bit.
-    Returns what happened."""
+    """Build; image tokens from outside, as an array and by DLPack, give the same features and logits, bit for bit.
+
+    The features stay on the device. Returns what happened."""
     machine = Machine()
     with machine.patched(output.parent / "cache"):
-        build_tensorrt_engine(checkpoint, output, LIMITS, precision="fp32")
+        build_engine(checkpoint, output, LIMITS, precision="fp32", backend="tensorrt")
         with open_backend(Engine.open(output)) as backend:
-            tokens = backend.encode(pixels)
-            on_device = DeviceTokens(torch.from_numpy(tokens))
-            assert backend._upload(on_device).data_ptr() == on_device.tensor.data_ptr()  # type: ignore[attr-defined]
+            array = backend.to_host(backend.encode(pixels))
+            lent = torch.from_numpy(array.copy())
+            machine.events.append("import")
+            imported = [backend.import_tokens(array), backend.import_tokens(lent)]
+            lent.zero_()  # whoever lent it uses its memory again
             prompt = np.full(3, backend.config.image_token_id)
             results = []
-            for given in (tokens, on_device):
-                cross_kv = backend.cross_kv(given) if backend.config.cross_layers else np.zeros(1)  # type: ignore
-                images = given.reshape(-1, backend.config.llm.hidden_size)[:3]
-                results.append((cross_kv, backend.prefill(0, 0, prompt, images, np.zeros((3, 2), np.int32))))
-            for array, from_device in zip(*results, strict=True):
-                np.testing.assert_array_equal(array, from_device)
+            for tokens in imported:
+                features = backend.features(tokens)
+                assert isinstance(features.embeddings, torch.Tensor)
+                cross_kv: Any = features.cross_kv
+                assert cross_kv is None or isinstance(cross_kv, torch.Tensor)
+                images = backend.embeddings([features], 0, 3) if len(features.embeddings) >= 3 else None
+                if images is not None:
+                    logits = backend.prefill(0, 0, prompt, images, np.zeros((3, 2), np.int32))
+                    results.append((np.zeros(1) if cross_kv is None else cross_kv.numpy(), logits))
+                else:
+                    results.append((cross_kv.numpy(), np.zeros(1)))
+            for from_array, from_device in zip(*results, strict=True):
+                np.testing.assert_array_equal(from_array, from_device)
     return machine.events
 
 
@@ -115,13 +122,15 @@ def run_steps(engine: Engine, steps: dict[str, Any]) -> dict[str, np.ndarray]:
     """Prefill three slots, decode them twice as one batch, move a slot, decode two."""
     answers: dict[str, np.ndarray] = {}
     with open_backend(engine) as backend:
-        hidden = backend.config.llm.hidden_size
-        tokens = answers["image tokens"] = backend.encode(steps["pixels"])
+        tokens: Any = backend.encode(steps["pixels"])
+        answers["image tokens"] = backend.to_host(tokens)
+        flat = tokens.reshape(-1, backend.config.llm.hidden_size)
         if backend.config.cross_layers:
-            cross_kv = answers["cross kv"] = backend.cross_kv(tokens)
-            backend.write_cross_kv(1, 0, cross_kv)
+            cross_kv: Any = backend.cross_kv(tokens)  # type: ignore[attr-defined]  # of the thumbnail, too
+            answers["cross kv"] = backend.to_host(cross_kv)
+            backend.write_cross_kv(1, 0, ImageFeatures(flat[:0], cross_kv, len(tokens)))
         for slot, prompt in enumerate(steps["prompts"]):
-            images = tokens.reshape(-1, hidden)[: int((prompt == backend.config.image_token_id).sum())]
+            images = flat[: int((prompt == backend.config.image_token_id).sum())]
             ranges = steps["ranges"][slot]
             answers[f"prefill {slot}"] = backend.prefill(slot, 0, prompt, images, ranges)
         lengths = np.array([len(prompt) for prompt in steps["prompts"]])

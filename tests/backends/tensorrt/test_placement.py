@@ -15,16 +15,16 @@ from google.protobuf import text_format
 from tensorrt_engines import for_tensorrt
 from tritonclient.grpc import model_config_pb2
 
+from nvlm_trt.backends.table import find_backend
 from nvlm_trt.backends.tensorrt.build import write_graphs
 from nvlm_trt.backends.tensorrt.profiles import profiles_of
 from nvlm_trt.builders.quantization.formats import quantised
-from nvlm_trt.builders.source import EngineWriter
+from nvlm_trt.builders.source import EngineSource
 from nvlm_trt.checkpoint.reader import Checkpoint
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import ServerError
-from nvlm_trt.model.precision import parse_precision
 from nvlm_trt.progress import no_progress
-from nvlm_trt.serving.triton.repository import RepositoryOptions, check_shared_memory, render_repository
+from nvlm_trt.serving.triton.repository import RepositoryOptions, check_shared_memory, placement_of, render_repository
 from nvlm_trt.serving.triton.server import TritonServer
 
 Directory = Callable[[str], Path]
@@ -37,7 +37,7 @@ ONNX_TYPES = {
 
 
 def render(engine: Engine, directory: Path) -> Configs:
-    render_repository(engine, directory, directory / "draining", RepositoryOptions())
+    render_repository(engine, placement_of(engine), directory, directory / "draining", RepositoryOptions())
     return {
         folder.name: text_format.Parse((folder / "config.pbtxt").read_text(), model_config_pb2.ModelConfig())
         for folder in directory.iterdir()
@@ -54,11 +54,11 @@ def opened(engine: Directory) -> Engine:
 def test_vision_encoder_takes_and_gives_what_its_graph_does(
     engine: Directory, checkpoint: Directory, tmp_path: Path, name: str, dtype: str
 ) -> None:
-    writer = EngineWriter(checkpoint(name), {})
-    with Checkpoint.open(checkpoint(name)) as source:
-        recipe = quantised(source, parse_precision(dtype, "tensorrt"), None, 0, fold_fp8=False)
+    source = EngineSource(checkpoint(name), {})
+    with Checkpoint.open(checkpoint(name)) as weights:
+        recipe = quantised(weights, find_backend("tensorrt").precisions.parse(dtype), None, 0, fold_fp8=False)
     (tmp_path / "graphs").mkdir()
-    path = write_graphs(writer, recipe, dtype, tmp_path / "graphs", no_progress)["vision_encoder"]
+    path = write_graphs(source, recipe, dtype, tmp_path / "graphs", no_progress)["vision_encoder"]
     graph = onnx.load(path, load_external_data=False).graph
     config = render(for_tensorrt(Engine.open(engine(name)), dtype), tmp_path / "models")["vision_encoder"]
     for tensors, values in ((config.input, graph.input), (config.output, graph.output)):
@@ -119,7 +119,8 @@ def test_the_ensemble_connects_the_models_as_for_onnx_runtime(opened: Engine, tm
                 for tensors in (getattr(portable[name], kind), getattr(configs[name], kind))
             ]
             assert shapes[0] == shapes[1], name
-    check_shared_memory(for_tensorrt(opened, "bf16"))
+    engine = for_tensorrt(opened, "bf16")
+    check_shared_memory(engine, placement_of(engine))
 
 
 def test_refuses_plans_without_weights(opened: Engine, tmp_path: Path) -> None:

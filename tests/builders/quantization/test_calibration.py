@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from one_linear import NAME, OneWeight, session
 
+from nvlm_trt.backends.onnxruntime.build import write_graphs
+from nvlm_trt.backends.onnxruntime.observing import observe as observe_samples
 from nvlm_trt.backends.opening import open_backend
-from nvlm_trt.builders.engine_build import QuantizationOptions, build_engine
+from nvlm_trt.builders.engine_build import QuantizationOptions, build_engine, write_engine
 from nvlm_trt.builders.graphs.common import FLOAT, StageGraph
-from nvlm_trt.builders.quantization.calibrate import calibrate, document_samples
+from nvlm_trt.builders.quantization.build_samples import document_samples
 from nvlm_trt.builders.quantization.calibration import is_calibration, read_calibration
 from nvlm_trt.builders.quantization.formats import OBSERVING
 from nvlm_trt.builders.quantization.magnitudes import BINS, bin_edges, count, int8_clip
 from nvlm_trt.builders.quantization.observer import CHANNELS, COUNTS, Observer
-from nvlm_trt.builders.source import EngineWriter
+from nvlm_trt.builders.source import EngineSource
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import EngineError, ImageError, RequestError
 from nvlm_trt.evaluation.samples import read_samples
@@ -111,7 +114,8 @@ def test_every_linear_layer_is_observed(calibration_file: Directory, name: str) 
 @pytest.fixture(scope="module")
 def observing_engine(tmp_path_factory: pytest.TempPathFactory, checkpoint: Directory) -> Path:
     directory = tmp_path_factory.mktemp("observing")
-    EngineWriter(checkpoint("nvlm-x-tiny"), {}).write(directory, OBSERVING, no_progress)
+    source = EngineSource(checkpoint("nvlm-x-tiny"), {})
+    write_engine(source, directory, OBSERVING, "onnxruntime", (), partial(write_graphs, source, no_progress))
     return directory
 
 
@@ -119,7 +123,7 @@ def test_an_observing_engine_answers_as_any(observing_engine: Path, engine: Dire
     logits = []
     for path in (observing_engine, engine("nvlm-x-tiny")):
         with open_backend(Engine.open(path), ("decoder",), threads=1) as backend:
-            no_image = np.zeros((0, backend.config.llm.hidden_size), np.float32)
+            no_image = backend.embeddings([], 0, 0)
             logits.append(backend.prefill(0, 0, np.arange(40), no_image, np.zeros((40, 2), np.int32)))
     observing, plain = logits
     np.testing.assert_allclose(observing, plain, rtol=0, atol=1e-5)
@@ -127,7 +131,7 @@ def test_an_observing_engine_answers_as_any(observing_engine: Path, engine: Dire
 
 def test_text_alone_never_reaches_cross_attention(observing_engine: Path, samples: Path) -> None:
     text_only = [sample for sample in read_samples(samples) if not sample.images]
-    calibration = calibrate(observing_engine, text_only, no_progress)
+    calibration = observe_samples(observing_engine, text_only, no_progress)
     assert {component_of(name) for name in calibration.linears} == {"decoder", "lm_head"}
     with pytest.raises(EngineError, match="cross_layers.0.attn.q_proj, which its samples never reached.*about images"):
         calibration.of("language_model.cross_layers.0.attn.q_proj.weight", 192)

@@ -8,18 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from step_requests import StepRequest, decode
 
-from nvlm_trt.api import Message
-from nvlm_trt.backends.base import Backend
 from nvlm_trt.backends.opening import open_backend
 from nvlm_trt.builders.engine_build import QuantizationOptions, build_engine
 from nvlm_trt.checkpoint.random_checkpoint import write_random_checkpoint
 from nvlm_trt.checkpoint.reader import Checkpoint
 from nvlm_trt.engine import Engine
 from nvlm_trt.model.config import PRESETS
-from nvlm_trt.prompt.encoder import PromptEncoder
-from nvlm_trt.prompt.image_tokens import split_tiles
-from nvlm_trt.prompt.tokenizer import Tokenizer
 
 QuantisedEngine = Callable[[str, str], Path]
 # precisions that quantise every linear layer -> the least cosine between the engine's logits and those of fp32, for an
@@ -32,39 +28,6 @@ PRECISIONS = {
 }
 
 
-class Request:
-    """A prompt with images of noise, run by one backend."""
-
-    def __init__(self, backend: Backend, engine_dir: Path, text: str, tiles: list[int], seed: int) -> None:
-        edge = backend.config.vision.image_size
-        rng = np.random.default_rng(seed)
-        self._backend = backend
-        self.prompt = PromptEncoder(backend.config, Tokenizer.from_directory(engine_dir)).encode(
-            [Message("user", text)], tiles
-        )
-        self.images = [backend.encode(rng.standard_normal((n, 3, edge, edge), dtype=np.float32)) for n in tiles]
-
-    def prefill(self, slot: int) -> np.ndarray:
-        hidden = self._backend.config.llm.hidden_size
-        llm_tokens, start = [np.zeros((0, hidden), np.float32)], 0
-        for tokens in self.images:
-            in_llm, in_cross = split_tiles(self._backend.config.architecture, len(tokens))
-            llm_tokens.append(tokens[in_llm].reshape(-1, hidden))
-            if len(tokens[in_cross]):
-                cross_kv = self._backend.cross_kv(tokens[in_cross])
-                self._backend.write_cross_kv(slot, start, cross_kv)
-                start += cross_kv.shape[3]
-        return self._backend.prefill(
-            slot, 0, self.prompt.input_ids, np.concatenate(llm_tokens), self.prompt.cross_ranges
-        )
-
-
-def decode(backend: Backend, requests: list[Request], tokens: np.ndarray, step: int) -> np.ndarray:
-    positions = np.array([len(request.prompt.input_ids) + step for request in requests])
-    ranges = np.array([PromptEncoder.decode_range(request.prompt) for request in requests], np.int32)
-    return backend.decode(tokens, positions, ranges).copy()
-
-
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", ["nvlm-d-tiny", "nvlm-h-tiny"])
 def test_neighbours_do_not_change_a_bit(quantised_engine: QuantisedEngine, name: str, precision: str) -> None:
@@ -72,23 +35,23 @@ def test_neighbours_do_not_change_a_bit(quantised_engine: QuantisedEngine, name:
     path = quantised_engine(name, precision)
     with open_backend(Engine.open(path), threads=2) as backend:
         prompts = [("Hello", []), ("What is <image>?", [3]), ("Compare <image> with <image>.", [1, 5])]
-        requests = [Request(backend, path, text, tiles, seed) for seed, (text, tiles) in enumerate(prompts)]
+        requests = [StepRequest(backend, path, text, tiles, seed) for seed, (text, tiles) in enumerate(prompts)]
         tokens = np.random.default_rng(0).integers(0, 256, (2, 3))
         alone = []
         for row, request in enumerate(requests):
             logits = [request.prefill(0)]
-            logits += [decode(backend, [request], step[row : row + 1], i)[0] for i, step in enumerate(tokens)]
+            logits += [decode(backend, [request], step[row : row + 1], i)[0].copy() for i, step in enumerate(tokens)]
             alone.append(logits)
         together = [[request.prefill(slot)] for slot, request in enumerate(requests)]
         for i, step in enumerate(tokens):
-            for logits, row in zip(together, decode(backend, requests, step, i), strict=True):
+            for logits, row in zip(together, decode(backend, requests, step, i).copy(), strict=True):
                 logits.append(row)
         assert np.isfinite(np.array(alone)).all()
         np.testing.assert_array_equal(np.array(alone), np.array(together))
         # tiles are encoded two at a time
         pixels = np.random.default_rng(0).standard_normal((3, 3, 56, 56), dtype=np.float32)
-        one_by_one = np.concatenate([backend.encode(tile[None]) for tile in pixels])
-        np.testing.assert_array_equal(backend.encode(pixels), one_by_one)
+        one_by_one = np.concatenate([backend.to_host(backend.encode(tile[None])) for tile in pixels])
+        np.testing.assert_array_equal(backend.to_host(backend.encode(pixels)), one_by_one)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -99,7 +62,7 @@ def test_stays_near_fp32(
     logits = []
     for path in (engine(name), quantised_engine(name, precision)):
         with open_backend(Engine.open(path), threads=1) as backend:
-            logits.append(Request(backend, path, "What is <image>?", [3], seed=0).prefill(0).astype(np.float64))
+            logits.append(StepRequest(backend, path, "What is <image>?", [3], seed=0).prefill(0).astype(np.float64))
     full, quantised = logits
     cosine = full @ quantised / np.linalg.norm(full) / np.linalg.norm(quantised)
     assert PRECISIONS[precision] < cosine < 0.9999999
@@ -110,7 +73,7 @@ def test_text_only_x_is_the_same_llm_as_d(quantised_engine: QuantisedEngine) -> 
     logits = []
     for name in ("nvlm-d-tiny", "nvlm-x-tiny"):
         with open_backend(Engine.open(quantised_engine(name, "int8-weight-only")), ("decoder",), threads=2) as backend:
-            no_image = np.zeros((0, backend.config.llm.hidden_size), np.float32)
+            no_image = backend.embeddings([], 0, 0)
             logits.append(backend.prefill(0, 0, ids, no_image, np.zeros((50, 2), np.int32)))
     of_d, of_x = logits
     np.testing.assert_array_equal(of_d, of_x)

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import astuple, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from nvlm_trt.api import Message
+from nvlm_trt.backends.onnxruntime.build import write_graphs
 from nvlm_trt.backends.opening import open_backend
+from nvlm_trt.builders.engine_build import write_engine
 from nvlm_trt.builders.graphs import streamed
 from nvlm_trt.builders.graphs.common import Unquantised
 from nvlm_trt.builders.quantization.calibration import Calibration, LinearInput
 from nvlm_trt.builders.quantization.formats import Recipe
 from nvlm_trt.builders.quantization.smoothquant import Factors, MigratedWeights, migrate, migrations
-from nvlm_trt.builders.source import EngineWriter
+from nvlm_trt.builders.source import EngineSource
 from nvlm_trt.checkpoint.random_checkpoint import write_random_checkpoint
 from nvlm_trt.checkpoint.reader import Checkpoint
 from nvlm_trt.engine import Engine
@@ -25,7 +28,6 @@ from nvlm_trt.model.layout import checkpoint_layout
 from nvlm_trt.model.precision import COMPONENTS
 from nvlm_trt.progress import no_progress
 from nvlm_trt.prompt.encoder import PromptEncoder
-from nvlm_trt.prompt.image_tokens import split_tiles
 from nvlm_trt.prompt.tokenizer import Tokenizer
 
 INT8 = dict.fromkeys(COMPONENTS, "int8")
@@ -68,11 +70,13 @@ def test_the_migrated_model_computes_the_same(config: NvlmConfig, tmp_path: Path
     touched = {name for migration in migrations(config) for name in (*migration.producers, *migration.consumers)}
     assert set(factors) == touched
     assert max(factor.max() / factor.min() for each in factors.values() if (factor := each.columns) is not None) > 10
-    writer = EngineWriter(source, {})
+    engine_source = EngineSource(source, {})
     outputs = []
     for name, changes in (("plain", {}), ("migrated", factors)):
         (tmp_path / name).mkdir()
-        writer.write(tmp_path / name, Recipe(dict.fromkeys(COMPONENTS, "fp32"), Unquantised(), changes), no_progress)
+        recipe = Recipe(dict.fromkeys(COMPONENTS, "fp32"), Unquantised(), changes)
+        write_stages = partial(write_graphs, engine_source, no_progress)
+        write_engine(engine_source, tmp_path / name, recipe, "onnxruntime", (), write_stages)
         outputs.append(stages(tmp_path / name))
     for plain, migrated in zip(*outputs, strict=True):
         assert np.isfinite(migrated).all()
@@ -87,14 +91,13 @@ def stages(engine_dir: Path) -> list[np.ndarray]:
     pixels = np.random.default_rng(1).standard_normal((3, 3, edge, edge), dtype=np.float32)
     with open_backend(engine, threads=1) as backend:
         tokens = backend.encode(pixels)
-        in_llm, in_cross = split_tiles(engine.config.architecture, 3)
-        if len(tokens[in_cross]):
-            backend.write_cross_kv(0, 0, backend.cross_kv(tokens[in_cross]))
-        llm_tokens = tokens[in_llm].reshape(-1, tokens.shape[2])
-        logits = backend.prefill(0, 0, prompt.input_ids, llm_tokens, prompt.cross_ranges)
-        ranges = np.array([PromptEncoder.decode_range(prompt)], np.int32)
+        image = backend.features(tokens)
+        backend.write_cross_kv(0, 0, image)
+        embeddings = backend.embeddings([image], 0, prompt.placeholders)
+        logits = backend.prefill(0, 0, prompt.input_ids, embeddings, prompt.cross_ranges)
+        ranges = np.array([prompt.decode_range], np.int32)
         decoded = backend.decode(np.array([65]), np.array([len(prompt.input_ids)]), ranges)[0].copy()
-    return [tokens, logits, decoded]
+        return [backend.to_host(tokens), logits, decoded]
 
 
 def test_inputs_become_more_even(checkpoint: Callable[[str], Path]) -> None:

@@ -73,7 +73,11 @@ def test_a_builder_with_other_arguments_is_not_available(monkeypatch: pytest.Mon
     monkeypatch.setattr(tensorrt_engines, "BUILDER", "builder")
     tensorrt_engines.build(tmp_path, tmp_path / "out", "bf16", {"max_slots": 8}, None)
     assert calls == [
-        (tmp_path, tmp_path / "out", {"overrides": {"max_slots": 8}, "precision": "bf16", "quantization": (None, None)})
+        (
+            tmp_path,
+            tmp_path / "out",
+            {"overrides": {"max_slots": 8}, "precision": "bf16", "quantization": (None, None), "backend": "tensorrt"},
+        )
     ]
     module.build_engine = lambda checkpoint, output: None  # type: ignore[attr-defined]
     with pytest.raises(NotAvailableError, match="unexpected keyword argument"):

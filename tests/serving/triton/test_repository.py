@@ -18,10 +18,15 @@ from nvlm_trt.serving.triton.repository import (
     RepositoryOptions,
     available_cores,
     check_shared_memory,
+    placement_of,
     render_repository,
 )
 
-MODELS = {"tiling", "vision_encoder", "nvlm", "nvlm_ensemble"}
+MODELS = {"tiling", "vision_encoder", "nvlm", "image_encoder", "nvlm_ensemble"}
+ENSEMBLES = {
+    "image_encoder": ["tiling", "vision_encoder"],
+    "nvlm_ensemble": ["tiling", "vision_encoder", "nvlm"],
+}
 Configs = dict[str, model_config_pb2.ModelConfig]
 
 
@@ -31,7 +36,8 @@ def opened(engine: Callable[[str], Path]) -> Engine:
 
 
 def render(engine: Engine, directory: Path, options: RepositoryOptions | None = None) -> Configs:
-    render_repository(engine, directory, directory / "draining", options or RepositoryOptions())
+    placement = placement_of(engine)
+    render_repository(engine, placement, directory, directory / "draining", options or RepositoryOptions())
     return {
         folder.name: text_format.Parse((folder / "config.pbtxt").read_text(), model_config_pb2.ModelConfig())
         for folder in directory.iterdir()
@@ -62,22 +68,24 @@ def test_shapes_are_those_of_the_engine(opened: Engine, tmp_path: Path) -> None:
     assert configs["nvlm"].model_transaction_policy.decoupled
 
 
-def test_the_ensemble_connects_tensors_that_exist_and_agree(opened: Engine, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ENSEMBLES)
+def test_an_ensemble_connects_tensors_that_exist_and_agree(opened: Engine, tmp_path: Path, name: str) -> None:
     configs = render(opened, tmp_path)
-    ensemble = configs["nvlm_ensemble"]
+    ensemble = configs[name]
     steps = ensemble.ensemble_scheduling.step
-    assert [step.model_name for step in steps] == ["tiling", "vision_encoder", "nvlm"]
+    assert [step.model_name for step in steps] == ENSEMBLES[name]
     types = {tensor.name: tensor.data_type for tensor in ensemble.input}
     for step in steps:
         inputs = {tensor.name: tensor for tensor in configs[step.model_name].input}
         outputs = {tensor.name: tensor for tensor in configs[step.model_name].output}
-        for name, tensor in step.input_map.items():
-            assert inputs[name].data_type == types[tensor], (step.model_name, name)
-        required = {name for name, tensor in inputs.items() if not tensor.optional}
+        for key, tensor in step.input_map.items():
+            assert inputs[key].data_type == types[tensor], (step.model_name, key)
+        required = {key for key, tensor in inputs.items() if not tensor.optional}
         assert required <= step.input_map.keys()
-        types |= {tensor: outputs[name].data_type for name, tensor in step.output_map.items()}
+        types |= {tensor: outputs[key].data_type for key, tensor in step.output_map.items()}
     assert {tensor.name: tensor.data_type for tensor in ensemble.output}.items() <= types.items()
-    assert [tensor.name for tensor in ensemble.output] == [tensor.name for tensor in configs["nvlm"].output]
+    if name == "nvlm_ensemble":
+        assert [tensor.name for tensor in ensemble.output] == [tensor.name for tensor in configs["nvlm"].output]
 
 
 def test_paths_and_options_arrive_as_they_are(opened: Engine, tmp_path: Path) -> None:
@@ -99,7 +107,7 @@ def test_threads_are_the_cores_at_hand(opened: Engine, tmp_path: Path) -> None:
 
 
 def test_too_little_shared_memory_is_an_error(opened: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_shared_memory(opened)
+    check_shared_memory(opened, placement_of(opened))
     monkeypatch.setattr(repository, "_SHARED_MEMORY_SLACK", 1 << 60)
     with pytest.raises(ServerError, match="--shm-size"):
-        check_shared_memory(opened)
+        check_shared_memory(opened, placement_of(opened))
