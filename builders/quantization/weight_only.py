@@ -23,8 +23,9 @@ _FRACTIONS = (0.75, 0.8, 0.85, 0.9, 0.95, 1, 1.05, 1.1, 8 / 7)
 
 class WeightOnly:
     """ONNX Runtime's MatMulNBits. It quantises activations too, every row for itself: a request's result does not
-    depend on its neighbours. The standard blocked DequantizeLinear, which it would be fused from, is not used because
-    the fusion fails on weights of an If branch."""
+    depend on its neighbours (without AVX-512 because the backend multiplies no row alone: cpu_graph.py). The standard
+    blocked DequantizeLinear, which it would be fused from, is not used because the fusion fails on weights of an If
+    branch."""
 
     def __init__(self, bits: int) -> None:
         assert bits in (4, 8), "MatMulNBits has fast kernels for 4 and 8 bits"

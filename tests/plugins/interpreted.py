@@ -11,7 +11,8 @@ Array = npt.NDArray[np.generic]
 def multiply_row_by_row() -> None:
     """Make the interpreter add up every element of a product in the same order, as a GPU does.
 
-    It multiplies with BLAS, in whose kernels for AVX2 a row's bits depend on where in the matrix the row stands."""
+    It multiplies with BLAS, in whose kernels for AVX2 a row's bits depend on where in the matrix the row stands. Holds
+    on any CPU: einsum calls no BLAS, and its order depends on shapes and strides alone."""
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     def create_dot(self: object, a: TensorHandle, b: TensorHandle, d: TensorHandle, *options: object) -> TensorHandle:
