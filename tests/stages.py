@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime
 import torch
 
+from nvlm_trt.backends.onnxruntime.session import InferenceSession, open_session, session_options
 from nvlm_trt.model.config import PRESETS, Architecture, NvlmConfig
 from nvlm_trt.reference.model import ReferenceModel
 
@@ -61,14 +63,17 @@ class ArrayTensor:
         return self._values[start:stop]
 
 
-def session(model: ir.Model) -> onnxruntime.InferenceSession:
-    """Check a model and load it on one thread of the CPU."""
+def session(model: ir.Model, optimised: Path | None = None) -> InferenceSession:
+    """Open a model as the product does, on one thread; ONNX Runtime writes what it runs to `optimised`."""
     proto = ir.to_proto(model)
     onnx.checker.check_model(proto)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    options = session_options(threads=1)
+    if optimised:
+        options.optimized_model_filepath = str(optimised)
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "model.onnx")
+        path.write_bytes(proto.SerializeToString())
+        return open_session(path, options)
 
 
 def assert_close(actual: np.ndarray, expected: torch.Tensor | np.ndarray, tolerance: float = 2e-5) -> None:

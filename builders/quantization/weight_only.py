@@ -26,8 +26,9 @@ class WeightOnly:
     """Writes ONNX Runtime's MatMulNBits.
 
     MatMulNBits also quantises activations, each row by itself, so a request's result does not depend on its neighbours.
-    ONNX Runtime could fuse MatMulNBits from the standard blocked DequantizeLinear, but not for weights of an If branch,
-    so this class writes the node."""
+    (On CPUs without AVX-512 that takes help: backends/onnxruntime/cpu_graph.py multiplies no row alone.) ONNX Runtime
+    could fuse MatMulNBits from the standard blocked DequantizeLinear, but not for weights of an If branch, so this
+    class writes the node."""
 
     def __init__(self, bits: int) -> None:
         assert bits in (4, 8), "MatMulNBits has fast kernels for 4 and 8 bits"

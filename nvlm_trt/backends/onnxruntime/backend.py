@@ -33,6 +33,7 @@ from nvlm_trt.backends.onnxruntime.session import (
     bind_output,
     first_line,
     open_session,
+    session_options,
 )
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import EngineError
@@ -50,7 +51,9 @@ class OnnxRuntimeBackend:
         self.limits: EngineLimits = engine.limits
         self._path = engine.path
         self._sessions = {
-            stage: open_session(engine.path / f"{stage}.onnx", threads) for stage in STAGES if stage in stages
+            stage: open_session(engine.path / f"{stage}.onnx", session_options(threads))
+            for stage in STAGES
+            if stage in stages
         }
         self._cache = _allocate(self.config, self.limits) if "decoder" in self._sessions else {}
         self._logits = np.empty((self.limits.max_slots, self.config.llm.vocab_size), np.float32)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy.typing as npt
 
+from nvlm_trt.backends.onnxruntime import cpu
 from nvlm_trt.errors import EngineError
 
 # ONNX Runtime 1.32 keeps a telemetry session file unless told not to before it is imported.
@@ -17,6 +18,7 @@ import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as runtime_errors
 
 InferenceSession = onnxruntime.InferenceSession
+SessionOptions = onnxruntime.SessionOptions
 IOBinding = onnxruntime.IOBinding
 
 RUNTIME_ERRORS = (
@@ -38,20 +40,61 @@ _SPIN_US = 100
 _CAN_BOUND_SPINNING = tuple(map(int, onnxruntime.__version__.split(".")[:2])) >= (1, 32)
 
 
-def open_session(path: Path, threads: int | None) -> InferenceSession:
-    options = onnxruntime.SessionOptions()
+def session_options(threads: int | None) -> SessionOptions:
+    """Return the options of every session. `threads`: None is one per core that this process may use."""
+    options = SessionOptions()
     options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if _CAN_BOUND_SPINNING else "0")
     if _CAN_BOUND_SPINNING:
         options.add_session_config_entry("session.intra_op.spin_duration_us", str(_SPIN_US))
     options.log_severity_level = 3
+    if cpu.saturates():  # with VNNI the option would cost time and change no number
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    return options
+
+
+def open_session(path: Path, options: SessionOptions) -> InferenceSession:
+    """Open a stage's ONNX file. Raises EngineError for a file that cannot be loaded."""
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return InferenceSession(_model(path, options), options, providers=["CPUExecutionProvider"])
     except RUNTIME_ERRORS as error:
         raise EngineError(
             f"engine file {path} cannot be loaded ({first_line(error)}); rebuild the engine with `nvlm-trt build`"
         ) from error
+
+
+def _model(path: Path, options: SessionOptions) -> str | bytes:
+    """Return the file's name, or its graph rewritten for this CPU; adds to `options` where the weights are then.
+
+    Raises EngineError where the graph must be rewritten and onnx is not installed."""
+    if not _needs_rewriting(path):
+        return str(path)
+    try:
+        from nvlm_trt.backends.onnxruntime.cpu_graph import rewritten
+    except ImportError as error:
+        raise EngineError(
+            f"engine file {path} is quantised for CPUs with VNNI and AVX-512, which this one lacks; rewriting its graph "
+            f"needs onnx ({error}): pip install 'nvlm-trt[build]'"
+        ) from None
+    model = rewritten(path, cpu.saturates(), cpu.single_rows_differ())
+    if model is None:
+        return str(path)
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+    return model.SerializeToString()
+
+
+def _needs_rewriting(path: Path) -> bool:
+    """Whether the file, which holds no weights and is small, names an operator with a fault on this CPU."""
+    if not (cpu.saturates() or cpu.single_rows_differ()):
+        return False
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return False  # ONNX Runtime says why
+    return (cpu.saturates() and b"MatMulIntegerToFloat" in content) or (
+        cpu.single_rows_differ() and b"MatMulNBits" in content
+    )
 
 
 def bind_input(binding: IOBinding, name: str, array: npt.NDArray[Any]) -> None:

@@ -8,8 +8,8 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
+from decoder_runner import CROSS_TOKENS, LIMITS, DecoderRunner, random_prompt
 from stages import IMAGE_TOKEN, ReferenceWeights, assert_close, random_reference, session, tiny_config
-from test_graphs_decoder import CROSS_TOKENS, LIMITS, DecoderRunner, random_prompt
 
 from nvlm_trt.backends.tensorrt.build import DTYPES
 from nvlm_trt.backends.tensorrt.linter import lint

@@ -9,8 +9,8 @@ from typing import TypeVar
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime
 from onnx.reference import ReferenceEvaluator
+from stages import session
 
 from nvlm_trt.builders.graphs.common import FLOAT, StageGraph, WeightFormat
 from nvlm_trt.builders.quantization.calibration import Calibration, LinearInput
@@ -85,14 +85,3 @@ def _operators(graph: onnx.GraphProto) -> Iterator[str]:
         for attribute in node.attribute:
             if attribute.HasField("g"):
                 yield from _operators(attribute.g)
-
-
-def session(model: ir.Model, optimised: Path | None = None) -> onnxruntime.InferenceSession:
-    proto = ir.to_proto(model)
-    onnx.checker.check_model(proto)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    if optimised:
-        options.optimized_model_filepath = str(optimised)
-    return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])

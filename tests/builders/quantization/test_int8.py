@@ -29,6 +29,7 @@ def expected(x: np.ndarray, weight: np.ndarray, clip: float) -> np.ndarray:
 @pytest.mark.parametrize("clip", [None, 1.5], ids=["abs max", "clipped"])
 @pytest.mark.parametrize("in_branch", [False, True], ids=["main graph", "branch"])
 def test_equals_numpy(clip: float | None, in_branch: bool) -> None:
+    """Holds with VNNI, which adds up in 32 bits, and without, where the session makes the weights unsigned."""
     calibration = calibration_of(X, clip)
     y = run(linear_model(WEIGHT, Int8(calibration), in_branch), X)
     assert np.isfinite(y).all()

@@ -1,0 +1,39 @@
+"""Says which faults ONNX Runtime's kernels for x86 have on this CPU.
+
+ONNX Runtime chooses kernels by the same instruction sets (core/mlas/lib/platform.cpp). For other processors it has
+other kernels, of which no such fault is known."""
+
+from __future__ import annotations
+
+import functools
+import platform
+from pathlib import Path
+
+_DOT_PRODUCTS = ({"avx512_vnni"}, {"avx_vnni"}, {"amx_int8"})  # each adds up 8-bit products in 32 bits
+_AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
+
+
+def saturates() -> bool:
+    """Return whether integer products are wrong: without VNNI, pairs of products of unsigned and signed bytes are added
+    up in 16 bits."""
+    return _is_x86() and not any(names <= flags() for names in _DOT_PRODUCTS)
+
+
+def single_rows_differ() -> bool:
+    """Return whether a row times 4-bit weights has other bits alone than among others: without AVX-512, one row has a
+    kernel of its own."""
+    return _is_x86() and not flags() >= _AVX512
+
+
+@functools.cache
+def flags() -> frozenset[str]:
+    """Return the first core's instruction sets by Linux' names, or none where there is no such list."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())
+
+
+def _is_x86() -> bool:
+    return platform.machine().lower() in ("x86_64", "amd64")
