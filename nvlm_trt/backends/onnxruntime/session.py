@@ -74,8 +74,8 @@ def _model(path: Path, options: SessionOptions) -> str | bytes:
         from nvlm_trt.backends.onnxruntime.cpu_graph import rewritten
     except ImportError as error:
         raise EngineError(
-            f"engine file {path} is quantised for CPUs with VNNI and AVX-512, which this one lacks; rewriting its graph "
-            f"needs onnx ({error}): pip install 'nvlm-trt[build]'"
+            f"engine file {path} is quantised for CPUs with VNNI and AVX-512, which this one lacks; rewriting its "
+            f"graph needs onnx ({error}): pip install 'nvlm-trt[build]'"
         ) from None
     model = rewritten(path, cpu.saturates(), cpu.single_rows_differ())
     if model is None:
