@@ -101,6 +101,8 @@ def build_engine(
     refuses it; RequestError, ImageError for samples."""
     spec = find_backend(backend)
     chosen = spec.precisions.parse(precision)
+    all_options = {**spec.build_options, **(options or {})}
+    spec.check_options(all_options)
     spec.probe()
     progress = progress or no_progress
     quantization = quantization or QuantizationOptions(gate=None)
@@ -109,7 +111,7 @@ def build_engine(
         precisions = {name: chosen[name] for name in components_of(source.config)}
         trial = SmokeTest(source.prompts, source.limits, source.config)
         spec.check_limits(source.config, source.limits, precisions)
-        steps = spec.build(BuildJob(source, {**spec.build_options, **(options or {})}, staging, progress))
+        steps = spec.build(BuildJob(source, all_options, staging, progress))
         builder = _Builder(spec, source, steps, quantization, progress)
         is_quantised = bool(quantised_components(precisions))
         gate = None

@@ -71,5 +71,7 @@ class BackendSpec:
     open: Callable[[Engine, Collection[str], OpenOptions], StepBackend] | None = None  # some of STAGES
     open_generator: Callable[[Engine, OpenOptions, GeneratorOptions], TextGenerator] | None = None
     build_options: Mapping[str, Any] = field(default_factory=dict)  # option of `nvlm-trt build` -> its default
+    # both raise EngineError; of options and limits that are fine one by one
+    check_options: Callable[[Mapping[str, Any]], None] = lambda options: None
     check_limits: Callable[[NvlmConfig, EngineLimits, Mapping[str, str]], None] = lambda config, limits, chosen: None
     placement: Callable[[Engine], TritonPlacement] = lambda engine: TritonPlacement()

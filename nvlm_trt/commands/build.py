@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nvlm_trt import terminal
-from nvlm_trt.backends.table import DEFAULT_BACKEND, backend_summaries, find_backend, precision_summaries
+from nvlm_trt.backends.table import DEFAULT_BACKEND, backend_names, backend_summaries, find_backend, precision_summaries
 from nvlm_trt.errors import NvlmError
 from nvlm_trt.model.precision import COMPONENTS, needs_calibration, quantised_components
 
@@ -80,7 +80,8 @@ def build(
     options = {"strip_weights": strip_weights, "weight_streaming": weight_streaming}
     for name, given in options.items():
         if given and name not in spec.build_options:
-            raise NvlmError(f"{_dashed(name)} is no option of the backend {spec.name}; leave it out")
+            owners = " and ".join(other for other in backend_names() if name in find_backend(other).build_options)
+            raise NvlmError(f"{_dashed(name)} is of the backend {owners}, not of {spec.name}; leave it out")
     from nvlm_trt.builders.engine_build import build_engine
     from nvlm_trt.builders.quantization.gate import AccuracyError
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nvlm_trt.backends.spec import BackendSpec, MemoryModel, OpenOptions, TritonPlacement
 from nvlm_trt.engine import Engine
@@ -45,6 +45,12 @@ def _probe() -> str:
     return f"TensorRT {target.tensorrt} on {target.gpu}"
 
 
+def _check_options(options: Mapping[str, Any]) -> None:
+    from nvlm_trt.backends.tensorrt.options import PlanOptions
+
+    PlanOptions(**options)
+
+
 def _check_limits(config: NvlmConfig, limits: EngineLimits, precisions: Mapping[str, str]) -> None:
     from nvlm_trt.backends.tensorrt.cache_rows import check_rows
 
@@ -80,6 +86,7 @@ SPEC = BackendSpec(
     open=_open,
     build=_build,
     build_options={"strip_weights": False, "weight_streaming": False},
+    check_options=_check_options,
     check_limits=_check_limits,
     placement=_placement,
 )

@@ -12,7 +12,8 @@ import onnx_ir as ir
 
 from nvlm_trt.backends.onnxruntime.build import calibrate
 from nvlm_trt.backends.tensorrt import PREFILL_CHUNK, SPEC
-from nvlm_trt.backends.tensorrt.plan import PlanOptions, build_plan
+from nvlm_trt.backends.tensorrt.options import PlanOptions
+from nvlm_trt.backends.tensorrt.plan import build_plan
 from nvlm_trt.backends.tensorrt.profiles import profiles_of
 from nvlm_trt.backends.tensorrt.record import TensorRtRecord
 from nvlm_trt.backends.tensorrt.target import Target, find_target

@@ -4,29 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import onnx
 
 from nvlm_trt.backends.tensorrt.linter import check_graph
+from nvlm_trt.backends.tensorrt.options import PlanOptions
 from nvlm_trt.backends.tensorrt.profiles import Profile
 from nvlm_trt.backends.tensorrt.target import import_tensorrt
 from nvlm_trt.errors import EngineError
 from nvlm_trt.planner.memory import StageMemory
-
-
-@dataclass(frozen=True)
-class PlanOptions:
-    """The options of a build. Raises EngineError for options that exclude each other."""
-
-    strip_weights: bool = False  # loading refits the plan from the ONNX file
-    weight_streaming: bool = False  # weights that do not fit stay in host memory
-
-    def __post_init__(self) -> None:
-        if self.strip_weights and self.weight_streaming:
-            raise EngineError("--strip-weights and --weight-streaming exclude each other; choose one")
 
 
 def build_plan(

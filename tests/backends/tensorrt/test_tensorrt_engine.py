@@ -243,6 +243,6 @@ def test_precisions() -> None:
 
 def test_manifest_of_an_engine_for_onnx_runtime_has_no_record(engine: Directory) -> None:
     directory = engine("nvlm-d-tiny")
-    assert json.loads((directory / "manifest.json").read_text())["tensorrt"] is None
+    assert json.loads((directory / "manifest.json").read_text())["backend_record"] is None
     with pytest.raises(EngineError, match="does not say what it was built for"):
         check_target(Engine.open(directory), Target("11.4.0.106", 90, "H200"))
