@@ -11,6 +11,7 @@ import typer
 
 from nvlm_trt import terminal
 from nvlm_trt.errors import NvlmError
+from nvlm_trt.extras import require
 
 if TYPE_CHECKING:
     from nvlm_trt.builders.engine_build import QuantizationOptions
@@ -89,6 +90,7 @@ def build(
     precision = precision or default_precision(backend)
     if backend != "tensorrt" and (strip_weights or weight_streaming):
         raise NvlmError("--strip-weights and --weight-streaming are of the backend tensorrt; leave them out")
+    require("build", "building an engine")
     from nvlm_trt.builders.engine_build import build_engine
     from nvlm_trt.builders.quantization.gate import AccuracyError
 
@@ -105,6 +107,8 @@ def build(
         raise NvlmError(f"an fp32 engine passes no gate, but --{_option(judging)} was given; choose a --precision")
     if _given(calibrating) and not needs_calibration(precisions):
         raise NvlmError(f"only int8 and fp8 are calibrated, but --{_option(calibrating)} was given; choose one of them")
+    if quantised_components(precisions) and not no_gate:
+        require("eval", "measuring a quantised engine")
     limits = {"max_slots": max_slots, "max_seq_len": max_seq_len, "max_image_tokens": max_image_tokens}
     try:
         with terminal.progress() as progress:

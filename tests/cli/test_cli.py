@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from command_line import Run, assert_one_line_error
 
-PICTURE = Path(__file__).parent.parent / "docs" / "images" / "receipt.png"
+PICTURE = Path(__file__).parents[2] / "docs" / "images" / "receipt.png"
 
 
 @pytest.fixture

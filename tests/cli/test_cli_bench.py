@@ -13,7 +13,7 @@ import pytest
 from nvlm_trt.benchmark.load import ClosedLoop
 from nvlm_trt.benchmark.report import read_document
 
-sys.path.append(str(Path(__file__).parent / "benchmark"))
+sys.path.append(str(Path(__file__).parents[1] / "benchmark"))
 from command_line import Run, assert_one_line_error
 from results import document, point, write
 

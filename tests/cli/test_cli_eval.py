@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from command_line import Run, assert_one_line_error
 
-PICTURE = Path(__file__).parent.parent / "docs" / "images" / "receipt.png"
+PICTURE = Path(__file__).parents[2] / "docs" / "images" / "receipt.png"
 
 TOTAL = {"image": str(PICTURE), "prompt": "What is the total?", "answer": "23.40", "task": "total", "name": "t"}
 TALK = {"prompt": "Say hello.", "answer": "hello", "task": "talk", "name": "h"}

@@ -19,7 +19,7 @@ from PIL import Image
 
 from nvlm_trt.image.tile_sheet import draw_tile_sheet
 
-PICTURE = Path(__file__).parent.parent / "docs" / "images" / "receipt.png"
+PICTURE = Path(__file__).parents[2] / "docs" / "images" / "receipt.png"
 
 
 @pytest.fixture
