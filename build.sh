@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
-# Sets up .venv, then:  ./build.sh          build engines of the tiny models, serve each, ask it about a picture
-#                       ./build.sh test     lint, types and every test
-#                       ./build.sh COMMAND  any nvlm-trt command, for example: ./build.sh ask --help
+# Sets up .venv, then:  ./build.sh          builds an engine of each tiny model, serves it and asks it about an image
+#                       ./build.sh test     runs lint, types, the layers of imports and every test
+#                       ./build.sh COMMAND  runs any nvlm-trt command, for example: ./build.sh ask --help
+#
+# Takes the first of $PYTHON, python3, python3.12, python3.11 and python3.10 that is Python 3.10, 3.11 or 3.12. Without
+# any, gets a Python 3.12 into .uv/ with uv.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -10,18 +13,41 @@ fail() {
   exit 2
 }
 
+# fits PYTHON: whether this is a Python that tritonserver's wheel can serve with.
+fits() {
+  "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null
+}
+
+# find_python: prints a Python 3.10, 3.11 or 3.12.
 find_python() {
   local candidate
   for candidate in ${PYTHON:-} python3 python3.12 python3.11 python3.10; do
-    if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
+    if fits "$candidate"; then
       echo "$candidate"
       return
     fi
   done
-  fail "no Python 3.10, 3.11 or 3.12 on PATH; install one or set PYTHON=/path/to/python3"
+  fetch_python || fail "no Python 3.10, 3.11 or 3.12 on PATH, and uv cannot get one (see .uv/log); install Python 3.12" \
+    "or set PYTHON=/path/to/python3.12"
 }
 
-# pip_install LOG ARGUMENT...: quiet, unless it fails.
+# fetch_python: prints a Python 3.12 that uv puts into .uv/. Installs uv there unless it is on PATH.
+fetch_python() {
+  local uv=uv
+  export UV_PYTHON_INSTALL_DIR=$PWD/.uv/python
+  mkdir -p .uv
+  echo "No Python 3.10, 3.11 or 3.12 on PATH: getting 3.12 into .uv/ with uv ..." >&2
+  if ! command -v uv >/dev/null; then
+    uv=.uv/tool/bin/uv
+    [ -x "$uv" ] ||
+      { "${PYTHON:-python3}" -m venv .uv/tool && .uv/tool/bin/python -m pip install --quiet uv; } >.uv/log 2>&1 ||
+      return 1
+  fi
+  "$uv" python install --no-bin 3.12 >.uv/log 2>&1 &&
+    "$uv" python find --managed-python --no-project 3.12 2>>.uv/log
+}
+
+# pip_install LOG ARGUMENT...: installs quietly, and shows pip's messages if it fails.
 pip_install() {
   .venv/bin/python -m pip install --quiet --disable-pip-version-check "${@:2}" >"$1" 2>&1 || {
     cat "$1" >&2
@@ -29,18 +55,19 @@ pip_install() {
   }
 }
 
-# install SET: bring .venv to the pinned requirements of a set (runtime or test), unless it is there already.
+# install SET: brings .venv to the exact versions of a set, runtime or test, unless they are there already.
 install() {
-  local list=requirements/$1.txt stamp log=.venv/pip.log
+  local list=requirements/$1.txt stamp log=.venv/pip.log version
   if [ ! -x .venv/bin/python ]; then
     local python
     python=$(find_python)
     "$python" -m venv .venv ||
       fail "$python cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv"
   fi
-  if .venv/bin/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 10))'; then
+  version=$(.venv/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+  if [ -e "requirements/runtime-$version.txt" ]; then
     [ "$1" = runtime ] || fail "the tests need Python 3.11 or 3.12; remove .venv and set PYTHON=/path/to/python3"
-    list=requirements/runtime-3.10.txt
+    list=requirements/runtime-$version.txt
   fi
   stamp=.venv/installed-$1-$(cat "$list" pyproject.toml | sha256sum | cut -c1-16)
   [ -e "$stamp" ] && return
@@ -50,7 +77,7 @@ install() {
   touch "$stamp"
 }
 
-# run COMMAND ...: show an nvlm-trt command as a user would type it, then run it.
+# run COMMAND ...: shows an nvlm-trt command as a user would type it, then runs it.
 run() {
   local word line=
   for word in "$@"; do
@@ -63,7 +90,7 @@ run() {
   .venv/bin/nvlm-trt "$@"
 }
 
-# ask_served ENGINE IMAGE QUESTION: serve one engine, ask it one question over gRPC, stop the server.
+# ask_served ENGINE IMAGE QUESTION: serves an engine, asks it one question over gRPC and stops the server.
 ask_served() {
   local engine=$1 image=$2 question=$3 log address=
   log=$(mktemp)
@@ -82,7 +109,7 @@ ask_served() {
   rm -f "$log"
 }
 
-# build_demo_engine NAME: int8, unless that costs accuracy or fails; then what went wrong shows, and fp32 is built.
+# build_demo_engine NAME: builds it in int8. If that fails or costs accuracy, shows the message and builds fp32.
 build_demo_engine() {
   local paths=(--checkpoint "checkpoints/$1" --output "engines/$1" --overwrite)
   run build "${paths[@]}" --precision int8 || run build "${paths[@]}"
@@ -101,6 +128,35 @@ demo() {
   done
 }
 
+# check_types: runs mypy on the product, on the tests with looser options, and on each of the files that share a name.
+check_types() {
+  local file
+  .venv/bin/mypy
+  # tests pass wrong and partial values on purpose
+  .venv/bin/mypy --disable-error-code arg-type --disable-error-code union-attr tests
+  for file in triton_repo/*/1/model.py $(find tests -mindepth 2 -name conftest.py); do
+    .venv/bin/mypy "$file"
+  done
+}
+
+# check_code: runs lint, layers and types, the quickest first.
+check_code() {
+  .venv/bin/ruff check .
+  .venv/bin/ruff format --check .
+  .venv/bin/lint-imports --no-logo
+  check_types
+}
+
+# test_everything PYTEST-OPTION...: checks the code, then runs the tests in one worker per core, up to four.
+# pytest's summary is the last line.
+test_everything() {
+  local cores workers
+  check_code
+  cores=$(nproc)
+  workers=$((cores < 4 ? cores : 4))
+  exec .venv/bin/python -m pytest -n "$workers" --dist loadgroup --no-loadscope-reorder "$@"
+}
+
 case "${1:-demo}" in
   demo)
     install runtime
@@ -108,10 +164,7 @@ case "${1:-demo}" in
     ;;
   test)
     install test
-    .venv/bin/ruff check .
-    .venv/bin/ruff format --check .
-    .venv/bin/mypy
-    exec .venv/bin/python -m pytest "${@:2}"
+    test_everything "${@:2}"
     ;;
   *)
     install runtime

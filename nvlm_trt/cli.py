@@ -19,6 +19,7 @@ from nvlm_trt.commands.plan import plan
 from nvlm_trt.commands.tiles import tiles
 from nvlm_trt.commands.tinydocs import tinydocs
 from nvlm_trt.errors import NvlmError, RequestError
+from nvlm_trt.extras import require
 from nvlm_trt.model.config import PRESETS
 
 app = typer.Typer(
@@ -56,6 +57,7 @@ def init_checkpoint(
 
     Example: nvlm-trt init-checkpoint --preset nvlm-h-tiny --seed 0 checkpoints/nvlm-h
     """
+    require("build", "writing a checkpoint")
     from nvlm_trt.checkpoint.random_checkpoint import init_checkpoint as write
 
     with terminal.progress() as progress:

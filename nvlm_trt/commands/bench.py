@@ -11,6 +11,7 @@ import typer
 
 from nvlm_trt import terminal
 from nvlm_trt.errors import NvlmError, RequestError
+from nvlm_trt.extras import require
 
 if TYPE_CHECKING:
     from nvlm_trt.benchmark.load import Load
@@ -104,6 +105,8 @@ def measure(
     )
     slo = Slo(_seconds(slo_ttft, "--slo-ttft"), _seconds(slo_itl, "--slo-itl"))
     loads = _loads(concurrency, rate, requests, seed)
+    if plots:
+        require("bench", "drawing --plots")
     _check_outputs({"--output": output, "--csv": csv}, plots, overwrite)
     target = Target.connect(url)
     prompts = PromptWriter(target.tokenizer(tokenizer))

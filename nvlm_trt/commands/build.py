@@ -10,6 +10,7 @@ import typer
 from nvlm_trt import terminal
 from nvlm_trt.backends.table import DEFAULT_BACKEND, backend_names, backend_summaries, find_backend, precision_summaries
 from nvlm_trt.errors import NvlmError
+from nvlm_trt.extras import require
 from nvlm_trt.model.precision import COMPONENTS, needs_calibration, quantised_components
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ def build(
         if given and name not in spec.build_options:
             owners = " and ".join(other for other in backend_names() if name in find_backend(other).build_options)
             raise NvlmError(f"{_dashed(name)} is of the backend {owners}, not of {spec.name}; leave it out")
+    require("build", "building an engine")
     from nvlm_trt.builders.engine_build import build_engine
     from nvlm_trt.builders.quantization.gate import AccuracyError
 
@@ -97,6 +99,8 @@ def build(
         raise NvlmError(f"an fp32 engine passes no gate, but --{_option(judging)} was given; choose a --precision")
     if _given(calibrating) and not needs_calibration(precisions):
         raise NvlmError(f"only int8 and fp8 are calibrated, but --{_option(calibrating)} was given; choose one of them")
+    if quantised_components(precisions) and not no_gate:
+        require("eval", "measuring a quantised engine")
     limits = {"max_slots": max_slots, "max_seq_len": max_seq_len, "max_image_tokens": max_image_tokens}
     try:
         with terminal.progress() as progress:

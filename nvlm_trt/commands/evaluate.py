@@ -12,6 +12,7 @@ import typer
 
 from nvlm_trt import terminal
 from nvlm_trt.errors import NvlmError, RequestError
+from nvlm_trt.extras import require
 
 if TYPE_CHECKING:
     from nvlm_trt.evaluation.answerers import Answerer
@@ -60,6 +61,7 @@ def evaluate(
 
     Example: nvlm-trt eval --engine engines/nvlm-h --samples invoices.jsonl --metric anls --output results.json
     """
+    require("eval", "evaluating")
     from nvlm_trt.evaluation import accuracy
     from nvlm_trt.evaluation.results import ResultsFile, read_results
     from nvlm_trt.evaluation.samples import digest_of

@@ -18,6 +18,7 @@ from nvlm_trt.checkpoint.reader import Checkpoint
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import EngineError, ImageError, NvlmError, QueueFullError, RequestError, ServerError
 from nvlm_trt.evaluation.samples import Sample
+from nvlm_trt.extras import require
 from nvlm_trt.serving.triton.repository import available_cores
 
 Answers = Iterator[tuple[Sample, str]]
@@ -133,10 +134,9 @@ class ReferenceAnswerer:
 
     def __init__(self, checkpoint: Path, max_tokens: int, concurrency: int | None = None) -> None:
         """By default as many samples run at once as there are cores, each on one thread."""
-        try:
-            import torch
-        except ImportError as error:
-            raise NvlmError(f"the reference needs PyTorch ({error}); pip install 'nvlm-trt[reference]'") from None
+        require("reference", "the PyTorch reference")
+        import torch
+
         with Checkpoint.open(checkpoint) as source:
             self.identity = ModelIdentity("reference", source.config.name, source.digest)
         self._checkpoint = checkpoint

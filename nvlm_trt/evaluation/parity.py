@@ -20,7 +20,8 @@ from nvlm_trt.backends.base import ImageFeatures, StepBackend
 from nvlm_trt.backends.opening import open_backend
 from nvlm_trt.checkpoint.reader import Checkpoint
 from nvlm_trt.engine import Engine, save_manifest
-from nvlm_trt.errors import EngineError, NvlmError
+from nvlm_trt.errors import EngineError
+from nvlm_trt.extras import require
 from nvlm_trt.image.decoding import load_image
 from nvlm_trt.image.tiling import tile_image
 from nvlm_trt.progress import Progress, no_progress
@@ -180,8 +181,7 @@ def drawn_picture(engine: Engine) -> bytes:
 
 
 def _load_reference(checkpoint: Path) -> ReferenceModel:
-    try:
-        from nvlm_trt.reference.model import ReferenceModel
-    except ImportError as error:
-        raise NvlmError(f"the reference needs PyTorch ({error}); pip install 'nvlm-trt[reference]'") from None
+    require("reference", "the PyTorch reference")
+    from nvlm_trt.reference.model import ReferenceModel
+
     return ReferenceModel.from_checkpoint(checkpoint)

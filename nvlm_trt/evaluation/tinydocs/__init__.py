@@ -14,6 +14,7 @@ from nvlm_trt.evaluation.samples import Sample
 from nvlm_trt.evaluation.tinydocs import kinds, texts
 from nvlm_trt.evaluation.tinydocs.fonts import FONTS, SPLITS, Split
 from nvlm_trt.evaluation.tinydocs.kinds import Drawing, Question
+from nvlm_trt.extras import require
 
 __all__ = ["FONTS", "SPLITS", "TASKS", "TEXT_TASKS", "Split", "draw", "generate"]
 
@@ -42,12 +43,14 @@ TEXT_TASKS: tuple[str, ...] = tuple(_TEXTS)
 
 
 def generate(split: Split, tasks: Sequence[str] = (*TASKS, *TEXT_TASKS), count: int = 200) -> Iterator[Sample]:
-    """`count` samples of each task, pictures as PNG. Raises RequestError for an unknown split or task."""
+    """`count` samples of each task, pictures as PNG. Raises RequestError for an unknown split or task,
+    NvlmError without the fonts."""
     if split not in SPLITS:
         raise RequestError(f"split {split!r} is not one of {', '.join(SPLITS)}")
     for task in tasks:
         if task not in _PAGES and task not in _TEXTS:
             raise RequestError(f"task {task!r} is not one of {', '.join((*TASKS, *TEXT_TASKS))}")
+    require("eval", "drawing documents")
     for task in tasks:
         for index in range(count):
             yield _sample(split, task, index)

@@ -55,7 +55,7 @@ def load_font(name: str, size: float) -> ImageFont.FreeTypeFont:
         return font
     package, _, path = name.partition(":")
     spec = importlib.util.find_spec(package)  # found, not imported: matplotlib takes its time
-    assert spec, f"{package} is a dependency of nvlm-trt"
-    assert spec.origin, f"{package} has no files of its own"
+    assert spec is not None, f"{package} is in the extra `eval`"
+    assert spec.origin is not None, f"{package} has files"
     # basic layout: glyphs stand alone here, so that kerning and ligatures (Raqm) have nothing to do
     return ImageFont.truetype(str(Path(spec.origin).parent / path), size, layout_engine=ImageFont.Layout.BASIC)

@@ -1,0 +1,33 @@
+"""Checks that the optional packages of a command are installed, and names the extra of nvlm-trt that brings them."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from nvlm_trt.errors import NvlmError
+
+# extra in pyproject.toml -> module of each of its packages
+EXTRAS = {
+    "build": ("onnx", "onnxscript", "onnx_ir", "ml_dtypes"),
+    "eval": (
+        "rapidfuzz",
+        "matplotlib",
+        "font_caladea",
+        "font_hanken_grotesk",
+        "font_lato",
+        "font_manrope",
+        "font_source_serif_pro",
+    ),
+    "bench": ("matplotlib",),
+    "reference": ("torch",),
+}
+
+
+def require(extra: str, purpose: str) -> None:
+    """Raises NvlmError if a package of `extra` is missing. `purpose` begins the message: "building an engine".
+
+    Finds the packages and imports none, so a command can check before its work for the packages that it needs after.
+    """
+    missing = [module for module in EXTRAS[extra] if importlib.util.find_spec(module) is None]
+    if missing:
+        raise NvlmError(f"{purpose} needs {', '.join(missing)}; install with: pip install 'nvlm-trt[{extra}]'")
