@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from nvlm_trt.builders.quantization.build_samples import document_samples, read_first_samples
-from nvlm_trt.engine import temporary_sibling
 from nvlm_trt.errors import EngineError
 from nvlm_trt.evaluation.accuracy import EvalOptions, Summary, agreement, evaluate, run_header
 from nvlm_trt.evaluation.answerers import EngineAnswerer
@@ -16,6 +15,7 @@ from nvlm_trt.evaluation.results import ResultsFile
 from nvlm_trt.evaluation.samples import digest_of
 from nvlm_trt.model.precision import COMPONENTS, quantised_components
 from nvlm_trt.progress import Progress
+from nvlm_trt.staging import temporary_sibling
 
 # Does not judge engines whose unquantised score is below this: random weights score 0.
 MEANINGFUL_SCORE = 0.1

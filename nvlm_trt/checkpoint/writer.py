@@ -17,12 +17,12 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from nvlm_trt.engine import replace_directory, storage_errors, temporary_sibling
 from nvlm_trt.errors import CheckpointError
 from nvlm_trt.model.config import NvlmConfig
 from nvlm_trt.model.hf_config import config_to_hf
 from nvlm_trt.model.layout import Shapes, checkpoint_layout
 from nvlm_trt.progress import Progress
+from nvlm_trt.staging import replace_directory, storage_errors, temporary_sibling
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

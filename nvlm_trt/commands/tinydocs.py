@@ -28,8 +28,8 @@ def tinydocs(
 
     Example: nvlm-trt tinydocs --count 20 --output tinydocs
     """
-    from nvlm_trt.engine import replace_directory, storage_errors, temporary_sibling
     from nvlm_trt.evaluation.tinydocs import TASKS, TEXT_TASKS, generate
+    from nvlm_trt.staging import replace_directory, storage_errors, temporary_sibling
 
     output = output.absolute()
     if output.exists():

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from nvlm_trt.builders.engine_build import build_engine
-from nvlm_trt.engine import MANIFEST, Engine, publish, storage_errors
+from nvlm_trt.engine import MANIFEST, Engine, publish
 from nvlm_trt.errors import EngineError
 from nvlm_trt.limits import EngineLimits
+from nvlm_trt.staging import storage_errors
 
 
 @pytest.fixture

@@ -21,9 +21,9 @@ from nvlm_trt.builders.quantization.formats import OBSERVING, Recipe
 from nvlm_trt.builders.quantization.smoothquant import MigratedWeights
 from nvlm_trt.builders.source import EngineSource
 from nvlm_trt.checkpoint.reader import Checkpoint
-from nvlm_trt.engine import temporary_sibling
 from nvlm_trt.evaluation.samples import Sample
 from nvlm_trt.progress import Progress
+from nvlm_trt.staging import temporary_sibling
 
 _TOOLS = ("onnx", "onnx-ir", "onnxscript", "onnxruntime")
 

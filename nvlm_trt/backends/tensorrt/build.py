@@ -29,7 +29,6 @@ from nvlm_trt.builders.quantization.formats import Recipe
 from nvlm_trt.builders.quantization.smoothquant import MigratedWeights
 from nvlm_trt.builders.source import EngineSource
 from nvlm_trt.checkpoint.reader import Checkpoint
-from nvlm_trt.engine import temporary_sibling
 from nvlm_trt.errors import EngineError
 from nvlm_trt.evaluation.samples import Sample
 from nvlm_trt.model.config import NvlmConfig
@@ -39,6 +38,7 @@ from nvlm_trt.plugins.gated_cross_attention.blocks import HEAD_DIMS
 from nvlm_trt.plugins.gated_cross_attention.onnx_function import NAME, PLUGIN_ATTRIBUTES
 from nvlm_trt.plugins.gated_cross_attention.tensorrt_plugin import register_plugin
 from nvlm_trt.progress import Progress
+from nvlm_trt.staging import temporary_sibling
 
 DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 PLUGIN = f"{PLUGIN_ATTRIBUTES['plugin_namespace']}::{NAME}"

@@ -1,0 +1,57 @@
+"""Directories that appear whole or not at all: written beside their place, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from nvlm_trt.errors import EngineError
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk or a read-only folder into a one-line EngineError that names the place."""
+    try:
+        yield
+    except OSError as error:
+        # numpy reports a short write, which is a full disk, without a number
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None):
+            raise EngineError(f"disk full while writing {path}; free space there or choose another place") from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
+            raise _cannot_write(path, error) from error
+        raise
+
+
+def _cannot_write(path: Path, error: OSError) -> EngineError:
+    return EngineError(f"cannot write {path} ({error.strerror}); choose another place")
+
+
+@contextlib.contextmanager
+def temporary_sibling(target: Path) -> Iterator[Path]:
+    """A fresh folder beside `target`, on the same file system, gone afterwards unless it was renamed."""
+    staging = target.parent / f".{target.name}.{secrets.token_hex(8)}"  # named first: an interrupt may come at any time
+    try:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            staging.mkdir(mode=0o700)
+        except FileNotFoundError as error:  # its parent is there: a file system that makes no folders, /proc for one
+            raise _cannot_write(target, error) from error
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def replace_directory(staging: Path, target: Path) -> None:
+    """Rename `staging` to `target`, setting an older `target` aside first so that no moment shows half of one."""
+    staging.chmod(0o755)
+    if not target.exists():
+        os.rename(staging, target)
+        return
+    with temporary_sibling(target) as aside:
+        os.rename(target, aside / "previous")
+        os.rename(staging, target)
