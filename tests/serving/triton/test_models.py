@@ -1,0 +1,350 @@
+"""The logic of Triton's python models, without a server: tests/integration runs the same in a real one."""
+
+from __future__ import annotations
+
+import io
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fake_pb_utils import FINAL, InferenceResponse, Request, ResponseSender, Tensor, TritonError, fake_pb_utils, strings
+from PIL import Image
+
+from nvlm_trt.api import Delta, ImagePart, Message, SamplingParams, TextPart, Usage
+from nvlm_trt.backends.opening import open_backend
+from nvlm_trt.engine import Engine
+from nvlm_trt.errors import EngineError, ImageError, QueueFullError, RequestError
+from nvlm_trt.image.decoding import load_image
+from nvlm_trt.image.tiling import tile_image
+from nvlm_trt.runtime.request import Request as RuntimeRequest
+from nvlm_trt.serving.triton.models.answer_sender import AnswerSender, Event
+from nvlm_trt.serving.triton.models.chat import ChatModel
+from nvlm_trt.serving.triton.models.chat_request import read_chat
+from nvlm_trt.serving.triton.models.image_encoder import ImageEncoder
+from nvlm_trt.serving.triton.models.responses import Responses
+from nvlm_trt.serving.triton.models.tiling import TilingModel
+from nvlm_trt.serving.triton.models.vision_encoder import VisionEncoderModel
+
+WAIT = 20.0
+USAGE = Usage(1, 1, 0, 0, 0, 0.0, 0.0, 0.0, 0.0)
+
+
+def png(width: int, height: int) -> bytes:
+    encoded = io.BytesIO()
+    Image.linear_gradient("L").resize((width, height)).save(encoded, "PNG")
+    return encoded.getvalue()
+
+
+def arguments(**parameters: object) -> dict[str, str]:
+    """The argument of `initialize`."""
+    entries = {name: {"string_value": str(value)} for name, value in parameters.items()}
+    return {"model_config": json.dumps({"parameters": entries})}
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+# --- requests ----------------------------------------------------------------------------------------------------
+
+
+def test_read_chat() -> None:
+    content = [{"type": "text", "text": "See"}, {"type": "image"}]
+    request = Request(
+        messages=strings(json.dumps([{"role": "user", "content": content}]).encode()),
+        image=strings(b"one"),
+        sampling_parameters=strings(b'{"max_tokens": 3}'),
+        max_tiles=np.array([2], np.int32),
+    )
+    chat = read_chat(fake_pb_utils(), request, lambda tensor: tensor)
+    assert chat.messages == [Message("user", [TextPart("See"), ImagePart()])]
+    assert (chat.images, chat.sampling, chat.max_tiles) == ([b"one"], SamplingParams(3), 2)
+
+
+def test_image_tokens_of_several_images_are_split() -> None:
+    tokens = np.arange(5 * 2 * 3, dtype=np.float32).reshape(5, 2, 3)
+    inputs = {"prompt": strings(b"Hi"), "image_tokens": tokens, "tiles_per_image": np.array([2, 3], np.int32)}
+    chat = read_chat(fake_pb_utils(), Request(**inputs), lambda tensor: tensor.as_numpy().copy())
+    np.testing.assert_array_equal(chat.images[0], tokens[:2])
+    np.testing.assert_array_equal(chat.images[1], tokens[2:])
+    for tiles in ([2, 2], [0, 5], [6, -1], []):
+        inputs["tiles_per_image"] = np.array(tiles, np.int32)
+        with pytest.raises(RequestError, match="does not describe image_tokens of 5 tiles"):
+            read_chat(fake_pb_utils(), Request(**inputs), lambda tensor: tensor.as_numpy())
+    inputs |= {"tiles_per_image": np.array([5], np.int32), "image": strings(b"one")}
+    with pytest.raises(RequestError, match="send images as `image`"):
+        read_chat(fake_pb_utils(), Request(**inputs), lambda tensor: tensor.as_numpy())
+
+
+# --- answers -----------------------------------------------------------------------------------------------------
+
+
+class Asked:
+    """One request in the hands of an AnswerSender."""
+
+    def __init__(self, answers: AnswerSender) -> None:
+        self.sender = ResponseSender()
+        self.request = RuntimeRequest(SamplingParams(), print, print)
+        self.put: Callable[[Event], None]
+        answers.answer(self.sender, self._submit)
+
+    def _submit(self, put: Callable[[Event], None]) -> RuntimeRequest:
+        self.put = put
+        return self.request
+
+    @property
+    def texts(self) -> list[str]:
+        responses = [response for response, _ in self.sender.sent if response is not None]
+        return [r.tensors["text"].as_numpy()[0].decode() for r in responses if not r.has_error()]
+
+
+@pytest.fixture
+def late() -> list[int]:
+    return []
+
+
+@pytest.fixture
+def answers(late: list[int]) -> Iterator[AnswerSender]:
+    pb_utils = fake_pb_utils()
+    sender = AnswerSender(pb_utils, Responses(pb_utils), late.append)
+    yield sender
+    sender.close()
+
+
+def test_deltas_are_sent_in_order_and_the_last_is_final(answers: AnswerSender) -> None:
+    asked = Asked(answers)
+    for text in "abc":
+        asked.put(Delta(text, [ord(text)]))
+    asked.put(Delta("d", [100], finish_reason="stop", usage=USAGE))
+    wait_until(lambda: asked.sender.ended)
+    assert "".join(asked.texts) == "abcd"
+    assert [flags for _, flags in asked.sender.sent[:-1]] == [0] * (len(asked.sender.sent) - 1)
+    wait_until(lambda: answers.open_requests == 0)
+
+
+def test_an_error_after_deltas_is_the_last_response(answers: AnswerSender) -> None:
+    asked = Asked(answers)
+    asked.put(Delta("a", [97]))
+    asked.put(EngineError("it failed"))
+    wait_until(lambda: asked.sender.ended)
+    assert asked.texts == ["a"]
+    response, _ = asked.sender.sent[-1]
+    assert response is not None
+    assert response.error().message() == "it failed"  # type: ignore[union-attr]
+
+
+def test_a_cancelled_request_is_told_and_its_late_tokens_are_counted(answers: AnswerSender, late: list[int]) -> None:
+    asked = Asked(answers)
+    asked.sender.cancelled = True
+    wait_until(lambda: asked.request.cancelled)  # although it has nothing to send
+    asked.put(Delta("late", [1, 2]))
+    asked.put(Delta("", [], finish_reason="cancelled"))
+    wait_until(lambda: asked.sender.ended)
+    assert asked.texts == []  # an empty final response alone
+    assert late == [2, 0]
+
+
+def test_an_answer_that_cannot_be_sent_ends_alone(answers: AnswerSender) -> None:
+    broken, sound = Asked(answers), Asked(answers)
+    broken.sender.send_raises = OSError("gone")
+    broken.put(Delta("a", [97]))
+    wait_until(lambda: broken.request.cancelled)
+    sound.put(Delta("a", [97], finish_reason="stop"))
+    wait_until(lambda: sound.sender.ended)
+    assert not sound.request.cancelled
+    wait_until(lambda: answers.open_requests == 0)
+
+
+def test_a_request_that_is_refused_at_once_is_not_open(answers: AnswerSender) -> None:
+    def refuse(put: Callable[[Event], None]) -> RuntimeRequest:
+        raise QueueFullError("full")
+
+    with pytest.raises(QueueFullError):
+        answers.answer(ResponseSender(), refuse)
+    assert answers.open_requests == 0
+
+
+def test_closing_sends_what_was_handed_over() -> None:
+    pb_utils = fake_pb_utils()
+    sender = AnswerSender(pb_utils, Responses(pb_utils), print)
+    asked = [Asked(sender) for _ in range(5)]
+    for each in asked:
+        each.put(Delta("a", [97], finish_reason="stop"))
+    sender.close()
+    assert all(each.sender.ended for each in asked)
+
+
+def test_empty_tensors_are_made_once() -> None:
+    responses = Responses(fake_pb_utils())
+    responses.of_delta(Delta("a", [97]))
+    before = Tensor.made
+    responses.of_delta(Delta("b", [98]))
+    assert Tensor.made - before == 2  # text and token_ids
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (RequestError("bad"), TritonError.INVALID_ARG, "invalid request: bad"),
+        (ImageError("bad"), TritonError.INVALID_ARG, "invalid request: bad"),
+        (QueueFullError("full"), TritonError.UNAVAILABLE, "queue full: full"),
+        (EngineError("broken"), TritonError.INTERNAL, "broken"),
+        (ValueError("a defect"), TritonError.INTERNAL, "internal error (ValueError); the server's log has the details"),
+    ],
+)
+def test_errors_have_their_codes(error: Exception, code: str, message: str) -> None:
+    pb_utils = fake_pb_utils()
+    told = Responses(pb_utils).of_error(error).error()
+    assert (told.code, told.message()) == (code, message)
+    assert bool(pb_utils.logged) == isinstance(error, ValueError)
+
+
+# --- images ------------------------------------------------------------------------------------------------------
+
+
+def tiling(image_type: str = "TYPE_FP32") -> TilingModel:
+    model = TilingModel(fake_pb_utils())
+    model.initialize(
+        arguments(image_type=image_type, tile_size=56, max_tiles=6, max_pixels=10**6, max_bytes=10**6, max_images=2)
+    )
+    return model
+
+
+@pytest.mark.parametrize("image_type", ["TYPE_FP32", "TYPE_FP16", "TYPE_BF16"])
+def test_tiling(image_type: str) -> None:
+    images = [png(168, 112), png(56, 56)]
+    (response,) = tiling(image_type).execute([Request(image=strings(*images))])
+    assert not response.has_error()
+    assert response.tensors["tiles_per_image"].as_numpy().tolist() == [7, 1]
+    expected = torch.from_numpy(np.concatenate([tile_image(load_image(data), 56, 6) for data in images]))
+    types = {"TYPE_FP32": torch.float32, "TYPE_FP16": torch.float16, "TYPE_BF16": torch.bfloat16}
+    pixels = torch.as_tensor(response.tensors["pixel_values"].as_numpy())
+    assert pixels.dtype == types[image_type]
+    assert torch.equal(pixels, expected.to(types[image_type]))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({}, "the request has 0 images, 1 to 2 are allowed"),
+        ({"image": strings(*[png(56, 56)] * 3)}, "the request has 3 images, at most 2"),
+        ({"image": strings(b"text")}, "image: not a readable"),
+        ({"image": strings(png(56, 56), b"text")}, "image 2: not a readable"),
+        ({"image": strings(png(56, 56)), "max_tiles": np.array([7], np.int32)}, "max_tiles = 7"),
+    ],
+)
+def test_tiling_refuses(inputs: dict[str, np.ndarray], message: str) -> None:
+    model = tiling()
+    refused, answered = model.execute([Request(**inputs), Request(image=strings(png(56, 56)))])
+    assert refused.error().code == TritonError.INVALID_ARG
+    assert message in refused.error().message()
+    assert not answered.has_error()
+
+
+def test_vision_encoder_gives_each_request_its_tokens(engine: Callable[[str], Path]) -> None:
+    model = VisionEncoderModel(fake_pb_utils())
+    path = engine("nvlm-d-tiny")
+    model.initialize(arguments(engine=path, threads=1))
+    noise = np.random.default_rng(0).standard_normal((4, 3, 56, 56), dtype=np.float32)
+    responses = model.execute([Request(pixel_values=noise[:1]), Request(pixel_values=noise[1:])])
+    model.finalize()
+    with open_backend(Engine.open(path), ["vision_encoder"], threads=1) as backend:
+        expected = backend.to_host(backend.encode(noise))
+    got = [response.tensors["image_tokens"].as_numpy() for response in responses]
+    assert [len(tokens) for tokens in got] == [1, 3]
+    np.testing.assert_array_equal(np.concatenate(got), expected)
+
+
+def test_image_encoder_asks_the_ensemble_and_keeps_the_kind_of_its_errors() -> None:
+    requests: list[SimpleNamespace] = []
+    answer = InferenceResponse([Tensor("image_tokens", np.zeros((1, 2, 3)))])
+
+    def run(request: SimpleNamespace) -> InferenceResponse:
+        requests.append(request)
+        return answer
+
+    encoder = ImageEncoder(fake_pb_utils(run))
+    assert encoder.encode(b"png", 4) is answer.tensors["image_tokens"]
+    sent = {tensor.name(): tensor.as_numpy().tolist() for tensor in requests[0].inputs}
+    assert (requests[0].model_name, sent) == ("image_encoder", {"image": [b"png"], "max_tiles": [4]})
+    errors = {"invalid request: image: not a readable": ImageError, "CUDA out of memory": EngineError}
+    for message, kind in errors.items():
+        answer = InferenceResponse(error=TritonError(f"in ensemble 'image_encoder', {message}"))
+        with pytest.raises(kind):
+            encoder.encode(b"png", 4)
+
+
+# --- the model that clients call ---------------------------------------------------------------------------------
+
+
+def test_chat_model(engine: Callable[[str], Path], tmp_path: Path) -> None:
+    """An answer about an image whose tokens another model makes, a refused request, and a server that drains."""
+    path, drain_file = engine("nvlm-h-tiny"), tmp_path / "draining"
+    with open_backend(Engine.open(path), ["vision_encoder"], threads=1) as backend:
+
+        def run(request: SimpleNamespace) -> InferenceResponse:
+            (image,), (most,) = (tensor.as_numpy() for tensor in request.inputs)
+            tokens = backend.to_host(backend.encode(tile_image(load_image(image), 56, int(most))))
+            return InferenceResponse([Tensor("image_tokens", tokens)])
+
+        pb_utils = fake_pb_utils(run)
+        pb_utils.MetricFamily = FakeFamily
+        model = ChatModel(pb_utils)
+        limits = {"max_pixels": 10**6, "max_bytes": 10**6, "max_images": 2}
+        model.initialize(
+            arguments(engine=path, threads=1, max_queue=4, encode_workers=2, drain_file=drain_file, **limits)
+        )
+        sender, refused, drained = ResponseSender(), ResponseSender(), ResponseSender()
+        sampling = strings(b'{"max_tokens": 5, "ignore_eos": true}')
+        image = strings(png(168, 112))
+        model.execute(
+            [
+                Request(sender, prompt=strings(b"What is it?"), image=image, sampling_parameters=sampling),
+                Request(refused, prompt=strings(b"")),
+            ]
+        )
+        wait_until(lambda: sender.ended and FakeFamily.values.get("nvlm_generated_tokens_total") == 5)
+        drain_file.touch()
+        model.execute([Request(drained, prompt=strings(b"Hi"))])
+        model.finalize()
+    last = sender.sent[-1][0]
+    assert last is not None
+    usage = json.loads(last.tensors["usage"].as_numpy()[0])
+    assert (usage["completion_tokens"], usage["image_tiles"]) == (5, 7)
+    for sent, message in ((refused, "the prompt is empty"), (drained, "the server is stopping")):
+        ((response, flags),) = sent.sent
+        assert flags == FINAL
+        assert response is not None
+        assert message in response.error().message()  # type: ignore[union-attr]
+
+
+class FakeFamily:
+    """A metric family whose values can be read."""
+
+    COUNTER, GAUGE = "counter", "gauge"
+    values: dict[str, float] = {}  # noqa: RUF012
+    _lock = threading.Lock()
+
+    def __init__(self, name: str, description: str, kind: str) -> None:
+        assert kind == (self.COUNTER if name.endswith("_total") else self.GAUGE)
+        self._name = name
+
+    def Metric(self, labels: dict[str, str]) -> Any:  # noqa: N802
+        return SimpleNamespace(increment=self._add, set=self._set)
+
+    def _add(self, value: float) -> None:
+        with self._lock:
+            self.values[self._name] = self.values.get(self._name, 0) + value
+
+    def _set(self, value: float) -> None:
+        self.values[self._name] = value
