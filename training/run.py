@@ -10,7 +10,8 @@ from torch import nn
 
 from nvlm_trt.checkpoint.writer import write_checkpoint
 from nvlm_trt.evaluation.tinydocs import Split
-from nvlm_trt.model.config import PRESETS, NvlmConfig
+from nvlm_trt.model.config import NvlmConfig
+from nvlm_trt.model.presets import PRESETS
 from nvlm_trt.prompt.tokenizer import TOKENIZER_FILES, Tokenizer
 from nvlm_trt.reference.model import ReferenceModel
 from training import recipe

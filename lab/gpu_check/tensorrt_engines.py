@@ -74,7 +74,7 @@ def build(checkpoint: Path, output: Path, precision: str, limits: Mapping[str, i
 
 def tiny_config(architecture: str) -> NvlmConfig:
     """The preset with heads of 64, the least that the plugin has."""
-    from nvlm_trt.model.config import PRESETS
+    from nvlm_trt.model.presets import PRESETS
 
     config = PRESETS[f"nvlm-{architecture}-tiny"]
     llm = replace(config.llm, num_heads=3, num_kv_heads=1, head_dim=64)
@@ -83,7 +83,8 @@ def tiny_config(architecture: str) -> NvlmConfig:
 
 def stack_config() -> NvlmConfig:
     """NVLM-X-72B's shapes: two layers of the LLM behind one gated block, and two of the vision encoder."""
-    from nvlm_trt.model.config import PRESETS, CrossAttentionConfig
+    from nvlm_trt.model.config import CrossAttentionConfig
+    from nvlm_trt.model.presets import PRESETS
 
     config = PRESETS["nvlm-x-72b"]
     return replace(

@@ -17,9 +17,9 @@ import numpy as np
 
 from nvlm_trt.checkpoint.safetensors_file import FloatArray
 from nvlm_trt.checkpoint.writer import write_checkpoint
-from nvlm_trt.errors import ConfigError
-from nvlm_trt.model.config import PRESETS, NvlmConfig
+from nvlm_trt.model.config import NvlmConfig
 from nvlm_trt.model.layout import checkpoint_layout
+from nvlm_trt.model.presets import find_preset
 from nvlm_trt.progress import Progress
 from nvlm_trt.prompt.tokenizer import Tokenizer, write_byte_tokenizer
 
@@ -34,10 +34,8 @@ _CROSS_QUERY_GAIN = 3.0
 def init_checkpoint(
     directory: Path | str, preset: str, seed: int, overwrite: bool = False, progress: Progress | None = None
 ) -> None:
-    """`write_random_checkpoint` of a preset (config.PRESETS). Raises ConfigError for an unknown one."""
-    if preset not in PRESETS:
-        raise ConfigError(f"preset {preset!r} is not one of {', '.join(PRESETS)}")
-    write_random_checkpoint(directory, PRESETS[preset], seed, overwrite, progress)
+    """Calls `write_random_checkpoint` for a preset. Raises ConfigError for an unknown one."""
+    write_random_checkpoint(directory, find_preset(preset), seed, overwrite, progress)
 
 
 def write_random_checkpoint(

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nvlm_trt.errors import ConfigError, EngineError, NvlmError
-from nvlm_trt.model.config import PRESETS, NvlmConfig
+from nvlm_trt.errors import EngineError, NvlmError
+from nvlm_trt.model.preset_names import PRESET_NAMES
 
 if TYPE_CHECKING:
     from nvlm_trt.engine import EngineLimits
+    from nvlm_trt.model.config import NvlmConfig
     from nvlm_trt.planner.memory import EnginePlan, Work
 
 _PRESET_TAG_LENGTH = 1  # of the tokenizer that `nvlm-trt init-checkpoint` writes
@@ -22,7 +23,7 @@ _PRESET_TAG_LENGTH = 1  # of the tokenizer that `nvlm-trt init-checkpoint` write
 
 def plan(
     checkpoint: Annotated[Path | None, typer.Option(help="Checkpoint directory in HF layout.")] = None,
-    preset: Annotated[str | None, typer.Option(help=f"Instead of a checkpoint: {', '.join(PRESETS)}.")] = None,
+    preset: Annotated[str | None, typer.Option(help=f"Instead of a checkpoint: {', '.join(PRESET_NAMES)}.")] = None,
     backend: Annotated[str, typer.Option(help="onnxruntime or tensorrt.")] = "onnxruntime",
     precision: Annotated[
         str | None, typer.Option(help="As for `nvlm-trt build` [fp32 for onnxruntime, bf16 for tensorrt].")
@@ -49,7 +50,7 @@ def plan(
     Example: nvlm-trt plan --preset nvlm-d-72b --backend tensorrt --precision fp8 --bandwidth 4800 --tflops 1979
     """
     if (checkpoint is None) == (preset is None):
-        raise NvlmError(f"name either a checkpoint or a preset: --checkpoint DIR, or --preset {next(iter(PRESETS))}")
+        raise NvlmError(f"name either a checkpoint or a preset: --checkpoint DIR, or --preset {PRESET_NAMES[0]}")
     from nvlm_trt.model.precision import default_precision, parse_precision
 
     precision = precision or default_precision(backend)
@@ -98,9 +99,9 @@ def plan(
 def _model(checkpoint: Path | None, preset: str | None) -> tuple[NvlmConfig, int, int | None]:
     """Config, tokens of a tile's tag, and bytes of the checkpoint's weight files, None for a preset."""
     if preset is not None:
-        if preset not in PRESETS:
-            raise ConfigError(f"preset {preset!r} is not one of {', '.join(PRESETS)}")
-        return PRESETS[preset], _PRESET_TAG_LENGTH, None
+        from nvlm_trt.model.presets import find_preset
+
+        return find_preset(preset), _PRESET_TAG_LENGTH, None
     from nvlm_trt.checkpoint.reader import Checkpoint
     from nvlm_trt.prompt.encoder import PromptEncoder
     from nvlm_trt.prompt.tokenizer import Tokenizer

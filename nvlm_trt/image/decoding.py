@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import warnings
-from dataclasses import dataclass, fields
+from typing import Annotated, ClassVar
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from pydantic import Field, PositiveInt
+from pydantic.dataclasses import dataclass
 
-from nvlm_trt.errors import ConfigError, ImageError
+from nvlm_trt.errors import ImageError
+from nvlm_trt.validation import STRICT, CheckedFields
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
@@ -24,21 +27,16 @@ for _category in (Image.DecompressionBombWarning, UserWarning):
     warnings.filterwarnings("ignore", category=_category, module=r"PIL\.")
 
 
-@dataclass(frozen=True)
-class ImageLimits:
-    """What a request may send. `max_pixels` is width x height in the header, `max_bytes` the encoded size."""
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ImageLimits(CheckedFields):
+    """Bounds of the images of a request."""
 
-    max_pixels: int = 64_000_000
-    max_bytes: int = 32 << 20
-    max_images: int = 16
+    PREFIX: ClassVar[str] = "image limit "
+    REMEDY: ClassVar[str] = f"use a positive integer, for max_pixels at most {_PILLOW_CEILING}, Pillow's ceiling"
 
-    def __post_init__(self) -> None:
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if not isinstance(value, int) or value < 1:
-                raise ConfigError(f"image limit {item.name} = {value!r} must be a positive integer")
-        if self.max_pixels > _PILLOW_CEILING:
-            raise ConfigError(f"image limit max_pixels {self.max_pixels} is above {_PILLOW_CEILING}, Pillow's ceiling")
+    max_pixels: Annotated[int, Field(gt=0, le=_PILLOW_CEILING)] = 64_000_000  # width x height in the header
+    max_bytes: PositiveInt = 32 << 20  # of the encoded image
+    max_images: PositiveInt = 16
 
 
 def load_image(data: bytes, limits: ImageLimits | None = None) -> Image.Image:

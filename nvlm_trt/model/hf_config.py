@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,12 +88,7 @@ def config_from_hf(raw: Mapping[str, Any], name: str = "nvlm") -> NvlmConfig:
     llm = _llm_from_hf(_section(raw, "llm_config"))
     cross = None
     if architecture != "D":
-        section = _section(raw, "cross_attention_config")
-        unknown = set(section) - {f.name for f in fields(CrossAttentionConfig)}
-        if unknown:
-            raise ConfigError(f"cross_attention_config has the unknown key {sorted(unknown)[0]!r}; remove it")
-        _require(section, "interval", "cross_attention_config.")
-        cross = CrossAttentionConfig(**section)
+        cross = CrossAttentionConfig(**_section(raw, "cross_attention_config"))
     elif "cross_attention_config" in raw:
         raise ConfigError("cross_attention_config stands in an NVLM-D config; remove it or set model_type")
     return NvlmConfig(

@@ -18,7 +18,7 @@ from nvlm_trt.benchmark.prompts import PromptWriter
 from nvlm_trt.benchmark.record import Record
 from nvlm_trt.benchmark.workload import ImageSize, Lengths, Picture, Question, Workload, questions
 from nvlm_trt.errors import RequestError
-from nvlm_trt.model.config import PRESETS
+from nvlm_trt.model.presets import PRESETS
 from nvlm_trt.prompt.encoder import Message, PromptEncoder
 from nvlm_trt.prompt.tokenizer import Tokenizer, write_byte_tokenizer
 

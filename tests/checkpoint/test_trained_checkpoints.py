@@ -11,7 +11,7 @@ from nvlm_trt.evaluation.answerers import EngineAnswerer, ReferenceAnswerer
 from nvlm_trt.evaluation.samples import Sample
 from nvlm_trt.evaluation.tinydocs import TASKS, TEXT_TASKS, generate
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NAMES = ("nvlm-d-tiny", "nvlm-x-tiny", "nvlm-h-tiny")
 SAMPLES = 8  # of each task; the whole split is scored by lab/score_checkpoints.py
 

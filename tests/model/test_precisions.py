@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nvlm_trt.errors import EngineError
-from nvlm_trt.model.config import PRESETS
 from nvlm_trt.model.layout import checkpoint_layout
 from nvlm_trt.model.precision import (
     COMPONENTS,
@@ -18,6 +17,7 @@ from nvlm_trt.model.precision import (
     parse_precision,
     quantised_components,
 )
+from nvlm_trt.model.presets import PRESETS
 
 names = st.sampled_from(sorted(PRECISIONS))
 

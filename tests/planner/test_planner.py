@@ -26,8 +26,8 @@ from nvlm_trt.builders.quantization.calibration import LinearInput
 from nvlm_trt.builders.quantization.formats import quantised
 from nvlm_trt.checkpoint.reader import Checkpoint
 from nvlm_trt.engine import Engine, EngineLimits
-from nvlm_trt.model.config import PRESETS
 from nvlm_trt.model.precision import floating_type, parse_precision
+from nvlm_trt.model.presets import PRESETS
 from nvlm_trt.planner.memory import IMAGE_CACHE, PREFILL_CHUNK, EnginePlan, Roofline, Work, plan_engine
 from nvlm_trt.progress import no_progress
 from nvlm_trt.reference.model import ReferenceModel

@@ -13,7 +13,8 @@ from trained_tokenizers import QWEN2_SPECIAL, reference, train_qwen2_like, train
 from transformers import AutoTokenizer
 
 from nvlm_trt.errors import ConfigError, RequestError
-from nvlm_trt.model.config import PRESETS, NvlmConfig
+from nvlm_trt.model.config import NvlmConfig
+from nvlm_trt.model.presets import PRESETS
 from nvlm_trt.prompt.encoder import EncodedPrompt, Message, PromptEncoder, parse_messages, split_tiles
 from nvlm_trt.prompt.tokenizer import Tokenizer, write_byte_tokenizer
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from nvlm_trt.engine import EngineLimits
-from nvlm_trt.model.config import PRESETS
+from nvlm_trt.model.presets import PRESETS
 from nvlm_trt.prompt.encoder import EncodedPrompt
 from nvlm_trt.prompt.tokenizer import Tokenizer, write_byte_tokenizer
 from nvlm_trt.runtime.generation import GenerationRequest, ImageFeatures

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nvlm_trt.evaluation.tinydocs.kinds import Question
-from nvlm_trt.model.config import PRESETS
+from nvlm_trt.model.presets import PRESETS
 from nvlm_trt.prompt.encoder import Message, split_tiles
 from nvlm_trt.reference.model import ReferenceModel
 from training.forward import decode, encode_patches

@@ -15,7 +15,7 @@ from nvlm_trt.builders.engine_build import QuantizationOptions, build_engine
 from nvlm_trt.checkpoint.random_checkpoint import write_random_checkpoint
 from nvlm_trt.checkpoint.reader import Checkpoint
 from nvlm_trt.engine import Engine
-from nvlm_trt.model.config import PRESETS
+from nvlm_trt.model.presets import PRESETS
 from nvlm_trt.prompt.encoder import Message, PromptEncoder, split_tiles
 from nvlm_trt.prompt.tokenizer import Tokenizer
 

@@ -25,7 +25,7 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         entries = json.loads(args["model_config"])["parameters"]
         parameters = {name: entry["string_value"] for name, entry in entries.items()}
-        limits = ImageLimits(*(int(parameters[name]) for name in ("max_pixels", "max_bytes", "max_images")))
+        limits = ImageLimits(**{name: int(parameters[name]) for name in ("max_pixels", "max_bytes", "max_images")})
         self._drain_file = parameters["drain_file"]
         self._on_device = parameters["FORCE_CPU_ONLY_INPUT_TENSORS"] == "no"
         self._encoder = EnsembleEncoder()

@@ -23,7 +23,7 @@ class TritonPythonModel:
         parameters = {key: int(value["string_value"]) for key, value in entries.items()}
         self._tile_size = parameters["tile_size"]
         self._max_tiles = parameters["max_tiles"]
-        self._limits = ImageLimits(parameters["max_pixels"], parameters["max_bytes"], parameters["max_images"])
+        self._limits = ImageLimits(**{name: parameters[name] for name in ("max_pixels", "max_bytes", "max_images")})
 
     def execute(self, requests: list[Any]) -> list[Any]:
         return [self._respond(request) for request in requests]
