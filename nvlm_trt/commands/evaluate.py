@@ -114,7 +114,8 @@ def _samples(
         return _draw_tinydocs(split or "test", wanted, count or _TINYDOCS_COUNT, progress)
     if split is not None:
         raise RequestError("--split is for TinyDocs; a file of --samples is one split")
-    from nvlm_trt.evaluation.samples import Metric, read_samples
+    from nvlm_trt.evaluation.samples import read_samples
+    from nvlm_trt.evaluation.scoring import Metric
 
     if metric is not None and metric not in get_args(Metric):
         raise RequestError(f"--metric {metric!r} is not one of {', '.join(get_args(Metric))}")

@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 from nvlm_trt.errors import NvlmError
 from nvlm_trt.evaluation.answerers import Answerer
+from nvlm_trt.evaluation.intervals import mean_interval, wilson_interval
 from nvlm_trt.evaluation.results import SCHEMA_VERSION, Header, ResultsFile
 from nvlm_trt.evaluation.samples import Sample
-from nvlm_trt.evaluation.scoring import mean_interval, score, wilson_interval
+from nvlm_trt.evaluation.scoring import score
 from nvlm_trt.progress import Progress, no_progress
 
 Kind = Literal["image", "text"]

@@ -7,15 +7,13 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, overload
+from typing import Any, get_args, overload
 
 from nvlm_trt.errors import ImageError, NvlmError, RequestError
-from nvlm_trt.evaluation.scoring import number_in
+from nvlm_trt.evaluation.scoring import Metric, number_in
 from nvlm_trt.image.decoding import load_image
 from nvlm_trt.progress import Progress, no_progress
 from nvlm_trt.prompt.encoder import IMAGE_MARK
-
-Metric = Literal["exact", "contains", "anls", "numeric"]
 
 _REQUIRED = ("prompt", "answer")
 _KEYS = (*_REQUIRED, "image", "images", "task", "name", "metric")
