@@ -153,12 +153,14 @@ def _answerer(
 ) -> Answerer:
     if sum(source is not None for source in (engine, url, reference)) != 1:
         raise NvlmError("name who answers: pass one of --engine DIR, --url grpc://host:port and --reference CHECKPOINT")
-    from nvlm_trt.evaluation.answerers import EngineAnswerer, ReferenceAnswerer, ServerAnswerer
+    if url is not None:
+        from nvlm_trt.serving.server_answerer import ServerAnswerer
+
+        return ServerAnswerer(url, max_tokens, concurrency)
+    from nvlm_trt.evaluation.answerers import EngineAnswerer, ReferenceAnswerer
 
     if engine is not None:
         return EngineAnswerer(engine, max_tokens, concurrency)
-    if url is not None:
-        return ServerAnswerer(url, max_tokens, concurrency)
     assert reference is not None
     return ReferenceAnswerer(reference, max_tokens, concurrency)
 

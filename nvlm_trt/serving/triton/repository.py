@@ -14,6 +14,7 @@ from nvlm_trt.backends.tensorrt.placement import link_plan, most_tiles, placemen
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import ServerError
 from nvlm_trt.image.decoding import ImageLimits
+from nvlm_trt.machine import available_cores
 
 # Images of several requests on their way through the ensemble at once. Each holds one of the threads that the python
 # backend also needs to answer, so there must be fewer than of those: with all of them held nothing is ever answered.
@@ -59,16 +60,6 @@ def max_batch_tiles(engine: Engine) -> int:
         return most_tiles(engine.manifest.tensorrt)
     most = engine.limits.max_tiles
     return _BATCHED_IMAGES * (most + (most > 1))
-
-
-def available_cores() -> int:
-    """Cores that this process may use: its CPU affinity, and the CPU quota of a container."""
-    cores = len(os.sched_getaffinity(0))
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(cores, round(int(quota) / int(period))))
-    except (OSError, ValueError):  # no cgroup v2, or no quota ("max")
-        return cores
 
 
 def _template_values(engine: Engine, drain_file: Path, options: RepositoryOptions) -> dict[str, str]:
