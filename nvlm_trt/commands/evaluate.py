@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _TINYDOCS_COUNT = 200
 _NAMED_DIFFERENCES = 5
-# what two runs must share for their answers to be comparable; the model is what they are compared for
+# answers of two runs are comparable if these parts of their headers are equal; the models may differ
 _COMPARABLE = ("schema_version", "samples", "options")
 
 
@@ -94,7 +94,7 @@ def evaluate(
         if same.differing:
             terminal.note(f"different: {_few(same.differing)}")
             failed = True
-    # a mean of thirds that should be 0.9 may be 0.8999999999999999
+    # in floating point a mean of 0.9 may come out as 0.8999999999999999
     if min_score is not None and summary.overall.score < min_score - 1e-9:
         terminal.note(f"the mean over all tasks is {summary.overall.score:.4f}, below --min-score {min_score}")
         failed = True

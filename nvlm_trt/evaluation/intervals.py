@@ -10,7 +10,7 @@ _Z = NormalDist().inv_cdf(0.975)  # 1.96: 95 %, two-sided
 
 
 def wilson_interval(mean: float, count: int) -> tuple[float, float]:
-    """95 % confidence interval of a proportion (Wilson 1927; method 3 of Newcombe 1998, without continuity correction).
+    """Returns the 95 % interval of a proportion (Wilson 1927; Newcombe 1998's method 3, without continuity correction).
 
     For scores between 0 and 1 (anls) it is wider than need be, never narrower: their variance is at most
     mean * (1 - mean), which is that of scores 0 and 1 with the same mean.
@@ -24,8 +24,10 @@ def wilson_interval(mean: float, count: int) -> tuple[float, float]:
 
 
 def mean_interval(parts: Sequence[tuple[float, tuple[float, float]]]) -> tuple[float, float]:
-    """95 % interval of the mean of independent (mean, interval): square-and-add, as Newcombe 1998 (and MOVER, Zou and
-    Donner 2008) combine Wilson intervals: each side's distances add like errors, so the interval stays within 0..1.
+    """Returns the 95 % interval of the mean of independent (mean, interval).
+
+    Adds the squares of each side's distances, as errors add, so that the interval stays within 0..1: Newcombe 1998 (and
+    MOVER, Zou and Donner 2008) combine Wilson intervals so.
     """
     assert parts, "no parts, no interval"
     mean = math.fsum(part for part, _ in parts) / len(parts)

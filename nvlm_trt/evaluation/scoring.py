@@ -1,6 +1,6 @@
 """Scores an answer against the known one by one of four metrics. Every score is in 0..1.
 
-exact     1 if both are the same text once white space around them is gone; case counts.
+exact     1 if both are the same text, white space around them left out; case counts.
 contains  1 if the known answer occurs in the given one; both in lower case, runs of white space as one space.
           OCRBench's rule (Liu et al. 2023, arXiv 2305.07895). It finds "2" in "12" too.
 anls      Average normalized Levenshtein similarity (Biten et al. 2019, arXiv 1905.13648), as DocVQA uses
@@ -21,11 +21,11 @@ Metric = Literal["exact", "contains", "anls", "numeric"]
 
 ANLS_THRESHOLD = 0.5
 _NUMBER = re.compile(r"[$€£¥]? ?([+-]?)[$€£¥]?((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+) ?%?")
-_LONGEST_NUMBER = 100  # characters; what is longer is no quantity, and Python refuses to read thousands of digits
+_LONGEST_NUMBER = 100  # characters; a longer text is no quantity, and Python refuses to read thousands of digits
 
 
 def score(metric: Metric, given: str, known: str, tolerance: float = 0.0) -> float:
-    """How good the given answer is, 0..1; `tolerance` is relative and for `numeric` only."""
+    """Scores the given answer, 0..1; `tolerance` is relative and for `numeric` only."""
     if metric == "exact":
         return float(given.strip() == known.strip())
     if metric == "contains":
@@ -53,7 +53,7 @@ def anls(given: str, known: str) -> float:
 
 
 def number_in(text: str) -> Fraction | None:
-    """The number that the whole text is; None if it is not one."""
+    """Reads the whole text as one number; None if it is none."""
     text = text.strip()
     match = _NUMBER.fullmatch(text) if len(text) <= _LONGEST_NUMBER else None
     return Fraction(match[1] + match[2].replace(",", "")) if match else None

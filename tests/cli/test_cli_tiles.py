@@ -164,21 +164,21 @@ def test_directory_that_is_no_engine(run: Run, tmp_path: Path) -> None:
     ("name", "data", "fragments"),
     [
         ("missing.png", None, ("cannot read", "missing.png", "No such file")),
-        ("text.png", b"not a picture", ("text.png", "not a readable", "convert")),
+        ("text.png", b"not an image", ("text.png", "not a readable", "convert")),
         ("empty.png", b"", ("empty.png", "0 bytes")),
         ("half.png", IMAGE.read_bytes()[:2000], ("half.png", "truncated or corrupt")),
     ],
 )
-def test_bad_pictures(run: Run, tmp_path: Path, name: str, data: bytes | None, fragments: tuple[str, ...]) -> None:
-    picture = tmp_path / name
+def test_bad_images(run: Run, tmp_path: Path, name: str, data: bytes | None, fragments: tuple[str, ...]) -> None:
+    image = tmp_path / name
     if data is not None:
-        picture.write_bytes(data)
+        image.write_bytes(data)
     output = tmp_path / "out.png"
-    assert_one_line_error(run(picture, "--output", output), *fragments)
+    assert_one_line_error(run(image, "--output", output), *fragments)
     assert not output.exists()
 
 
-def test_a_directory_is_no_picture(run: Run, tmp_path: Path) -> None:
+def test_a_directory_is_no_image(run: Run, tmp_path: Path) -> None:
     assert_one_line_error(run(tmp_path, "--output", tmp_path / "out.png"), "cannot read", "directory")
 
 
@@ -211,21 +211,21 @@ def test_does_not_overwrite_unless_told(run: Run, tmp_path: Path) -> None:
     assert_is(output, sheet(56))
 
 
-def test_never_overwrites_the_picture(run: Run, tmp_path: Path) -> None:
-    picture, link = tmp_path / "picture.png", tmp_path / "link.png"
-    picture.write_bytes(IMAGE.read_bytes())
-    link.symlink_to(picture)
-    for output in (picture, link):
-        assert_one_line_error(run(picture, "--output", output, "--overwrite"), "the picture itself")
-    assert picture.read_bytes() == IMAGE.read_bytes()
+def test_never_overwrites_the_image(run: Run, tmp_path: Path) -> None:
+    image, link = tmp_path / "image.png", tmp_path / "link.png"
+    image.write_bytes(IMAGE.read_bytes())
+    link.symlink_to(image)
+    for output in (image, link):
+        assert_one_line_error(run(image, "--output", output, "--overwrite"), "the image itself")
+    assert image.read_bytes() == IMAGE.read_bytes()
 
 
 def test_sheet_larger_than_the_format_holds(run: Run, tmp_path: Path) -> None:
     """64 tiles in one row of 448 px are wider than WEBP's 16,383."""
-    picture = tmp_path / "strip.png"
-    Image.new("RGB", (640, 10), "red").save(picture)
+    image = tmp_path / "strip.png"
+    Image.new("RGB", (640, 10), "red").save(image)
     output = tmp_path / "out.webp"
-    assert_one_line_error(run(picture, "--output", output, "--max-tiles", 64), "16383", ".png")
+    assert_one_line_error(run(image, "--output", output, "--max-tiles", 64), "16383", ".png")
     assert not output.exists()
 
 
@@ -246,14 +246,14 @@ def test_full_disk(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("existing", [None, b"precious"])
 def test_interrupt_leaves_nothing_half_written(tmp_path: Path, existing: bytes | None) -> None:
     """SIGINT while a real sheet of noise is being compressed: exit 130, no traceback, the folder as it was."""
-    picture, output = tmp_path / "noise.png", tmp_path / "out.png"
+    image, output = tmp_path / "noise.png", tmp_path / "out.png"
     rng = np.random.default_rng(0)
-    Image.fromarray(rng.integers(0, 256, (600, 900, 3), dtype=np.uint8)).save(picture)
+    Image.fromarray(rng.integers(0, 256, (600, 900, 3), dtype=np.uint8)).save(image)
     if existing is not None:
         output.write_bytes(existing)
     before = set(tmp_path.iterdir())
     process = subprocess.Popen(
-        [sys.executable, "-m", "nvlm_trt.cli", "tiles", picture, "--output", output, "--tile-size", "1200",
+        [sys.executable, "-m", "nvlm_trt.cli", "tiles", image, "--output", output, "--tile-size", "1200",
          "--overwrite"],
         stderr=subprocess.PIPE,
         text=True,
