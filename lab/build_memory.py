@@ -33,9 +33,10 @@ from nvlm_trt.checkpoint.reader import Checkpoint
 from nvlm_trt.checkpoint.writer import WEIGHTS_FILE
 from nvlm_trt.engine import CALIBRATION
 from nvlm_trt.errors import EngineError
-from nvlm_trt.model.config import PRESETS, NvlmConfig
+from nvlm_trt.model.config import NvlmConfig
 from nvlm_trt.model.hf_config import config_to_hf
 from nvlm_trt.model.layout import checkpoint_layout
+from nvlm_trt.model.presets import PRESETS
 from nvlm_trt.prompt.tokenizer import Tokenizer, write_byte_tokenizer
 
 RESULT = "build_memory.json"

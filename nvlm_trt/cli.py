@@ -20,7 +20,7 @@ from nvlm_trt.commands.tiles import tiles
 from nvlm_trt.commands.tinydocs import tinydocs
 from nvlm_trt.errors import NvlmError, RequestError
 from nvlm_trt.extras import require
-from nvlm_trt.model.config import PRESETS
+from nvlm_trt.model.presets import PRESETS
 
 app = typer.Typer(
     name="nvlm-trt",

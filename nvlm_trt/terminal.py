@@ -1,4 +1,4 @@
-"""What a person sees: progress bars, the streamed answer with its statistics, the parity table, error lines."""
+"""Output for people: progress bars, the streamed answer with its statistics, tables, error lines."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def note(message: str) -> None:
 
 @contextlib.contextmanager
 def progress() -> Iterator[Progress]:
-    """A callback `(description, done, total)` that draws one bar per description on stderr; silent off a terminal."""
+    """Yields a callback `(description, done, total)` that draws a bar per description; silent off a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with ProgressBars(*columns, console=_stderr, disable=not _stderr.is_terminal) as bars:
         tasks: dict[str, TaskID] = {}
@@ -52,9 +52,9 @@ def progress() -> Iterator[Progress]:
 
 
 def print_answer(stream: Iterable[Delta], stats: bool, as_json: bool) -> None:
-    """Stream an answer to stdout as it arrives; `stats` go to stderr, so that stdout holds the answer alone."""
+    """Streams an answer to stdout as it arrives; `stats` go to stderr, so that stdout holds the answer alone."""
     started = time.perf_counter()
-    ttft_s = None  # as seen here, the way to a server and back included
+    ttft_s = None  # measured here, the way to a server and back included
     deltas = []
     for delta in stream:
         deltas.append(delta)
@@ -87,13 +87,13 @@ def _statistics(usage: Usage, ttft_s: float | None) -> Iterator[str]:
     yield f"{usage.completion_tokens} tokens"
     if ttft_s is not None:
         yield f"first token after {ttft_s * 1e3:.0f} ms"
-    # the first token belongs to prefill; the rest is timed where it is made, as several may arrive at once
+    # prefill makes the first token; the backend times the others, of which several may arrive here at once
     if usage.ttft_s is not None and usage.completion_tokens > 1:
         yield f"{(usage.completion_tokens - 1) / (usage.total_s - usage.ttft_s):.1f} tokens/s"
 
 
 def parity_table(report: ParityReport) -> None:
-    """One line per stage: what was compared, how far apart it is, whether that is within tolerance."""
+    """Prints a line per stage: its output's shape, the difference, and whether that is within the tolerance."""
     table = Table(title=f"{report.title}, tolerance {report.tolerance:.0e}", title_justify="left", box=SIMPLE_HEAD)
     for heading in ("stage", "shape", "max abs diff", "cosine", ""):
         table.add_column(heading, justify="left" if heading in ("stage", "shape") else "right", no_wrap=True)
@@ -104,7 +104,7 @@ def parity_table(report: ParityReport) -> None:
 
 
 def accuracy_table(summary: Summary, title: str) -> None:
-    """One line per task, then the means: tasks with images, text-only tasks, all."""
+    """Prints a line per task, then the means: tasks with images, text-only tasks, all."""
     table = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD)
     for heading in ("task", "", "metric", "n", "score", "95 % interval"):
         table.add_column(heading, justify="right" if heading in ("n", "score", "95 % interval") else "left")
@@ -125,5 +125,5 @@ def accuracy_table(summary: Summary, title: str) -> None:
 
 
 def _printable(text: str) -> str:
-    """Control characters shown as U+FFFD: an answer must not steer the terminal it is printed on."""
+    """Replaces control characters by U+FFFD: an answer must not steer the terminal that shows it."""
     return "".join(c if c in "\n\t" or c.isprintable() else "�" for c in text)

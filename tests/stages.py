@@ -12,7 +12,8 @@ import onnx_ir as ir
 import torch
 
 from nvlm_trt.backends.onnxruntime.session import InferenceSession, open_session, session_options
-from nvlm_trt.model.config import PRESETS, Architecture, NvlmConfig
+from nvlm_trt.model.config import Architecture, NvlmConfig
+from nvlm_trt.model.presets import PRESETS
 from nvlm_trt.reference.model import ReferenceModel
 
 IMAGE_TOKEN = 259

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from nvlm_trt.model.config import PRESETS, NvlmConfig
+from nvlm_trt.model.config import NvlmConfig
+from nvlm_trt.model.presets import PRESETS
 from training.mix import Mix
 from training.schedule import Schedule
 

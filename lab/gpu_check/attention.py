@@ -134,7 +134,17 @@ def boolean_mask(inputs: Inputs) -> Tensor:
 def oracle(inputs: Inputs) -> Tensor:
     """Computes the reference model's attention without its projections, in float64: [B, H, S, D]."""
     heads, head_dim = inputs.query.shape[1], inputs.query.shape[3]
-    llm = LlmConfig("llama", heads * head_dim, 1, heads, inputs.key.shape[1], 1, 1, 1e4, head_dim=head_dim)
+    llm = LlmConfig(
+        family="llama",
+        hidden_size=heads * head_dim,
+        num_layers=1,
+        num_heads=heads,
+        num_kv_heads=inputs.key.shape[1],
+        intermediate_size=1,
+        vocab_size=1,
+        rope_theta=1e4,
+        head_dim=head_dim,
+    )
     with torch.device("meta"):  # the projections' weights would be large
         attention = CrossAttention(llm, CrossAttentionConfig(interval=1))
     for projection in ("q_proj", "o_proj"):

@@ -75,7 +75,7 @@ def build(checkpoint: Path, output: Path, precision: str, limits: Mapping[str, i
 
 def tiny_config(architecture: str) -> NvlmConfig:
     """Returns the tiny preset with heads of 64, the smallest that the plugin has."""
-    from nvlm_trt.model.config import PRESETS
+    from nvlm_trt.model.presets import PRESETS
 
     config = PRESETS[f"nvlm-{architecture}-tiny"]
     llm = replace(config.llm, num_heads=3, num_kv_heads=1, head_dim=64)
@@ -84,7 +84,8 @@ def tiny_config(architecture: str) -> NvlmConfig:
 
 def stack_config() -> NvlmConfig:
     """Returns NVLM-X-72B's shapes: two layers of the LLM behind one gated block, and two of the vision encoder."""
-    from nvlm_trt.model.config import PRESETS, CrossAttentionConfig
+    from nvlm_trt.model.config import CrossAttentionConfig
+    from nvlm_trt.model.presets import PRESETS
 
     config = PRESETS["nvlm-x-72b"]
     return replace(

@@ -1,7 +1,7 @@
 """Dummy attention heads: nvidia/NVLM-D-72B stores InternViT's 25 heads padded to 32, which tensor parallelism divides.
 
-The padding follows the real heads in each of q, k and v, in the qk-norms' weights and in the input of `proj`. The
-variance of the norms is that of the real heads, and dummy heads add nothing to the output, so a reader cuts them off
+Dummy heads follow the real ones in each of q, k and v, in the qk-norms' weights and in the input of `proj`. The norms
+take the variance of the real heads alone, and dummy heads add nothing to the output, so a reader cuts them off
 (`num_dummy_heads` in modeling_intern_vit.py of nvidia/NVLM-D-72B and in vLLM).
 """
 
@@ -20,7 +20,7 @@ _PADDED = re.compile(
 
 
 def padded_shape(name: str, shape: tuple[int, ...], padding: int) -> tuple[int, ...]:
-    """The stored shape of a tensor when q, k and v each have `padding` more channels."""
+    """Returns the stored shape of a tensor when q, k and v each have `padding` more channels."""
     match = _PADDED.fullmatch(name)
     if match is None or (match["part"], match["kind"]) == ("proj", "bias"):
         return shape
@@ -30,7 +30,7 @@ def padded_shape(name: str, shape: tuple[int, ...], padding: int) -> tuple[int, 
 
 
 def real_heads(name: str, stored: FloatArray, shape: tuple[int, ...]) -> FloatArray:
-    """Cut a tensor of `padded_shape` down to `shape`."""
+    """Cuts a tensor of `padded_shape` down to `shape`."""
     if ".attn.qkv." in name:
         parts = stored.reshape(3, -1, *shape[1:])[:, : shape[0] // 3]  # q, k, v
         return np.ascontiguousarray(parts).reshape(shape)

@@ -1,6 +1,6 @@
-"""Random checkpoints: no model of the presets' sizes was published, and tests and benchmarks need weights.
+"""Writes random checkpoints: tests and benchmarks need weights, and of the presets only NVLM-D-72B was published.
 
-Scales keep activations near 1 through all layers, and make every part count: logits depend on the text, on the image
+Scales keep activations near 1 through all layers and make every part count: logits depend on the text, on the image
 and on the gates, so that an error in any of them shows.
 """
 
@@ -17,36 +17,34 @@ import numpy as np
 
 from nvlm_trt.checkpoint.safetensors_file import FloatArray
 from nvlm_trt.checkpoint.writer import write_checkpoint
-from nvlm_trt.errors import ConfigError
-from nvlm_trt.model.config import PRESETS, NvlmConfig
+from nvlm_trt.model.config import NvlmConfig
 from nvlm_trt.model.layout import checkpoint_layout
+from nvlm_trt.model.presets import find_preset
 from nvlm_trt.progress import Progress
 from nvlm_trt.prompt.tokenizer import Tokenizer, write_byte_tokenizer
 
-# What the decoder's layers add, relative to the embeddings: enough that the next token depends on the context. The
-# FFN adds most: attention averages over the context, and what it adds alike to every token makes decoding repeat.
+# Gains of the decoder's layers over the embeddings: enough that the next token depends on the context. The FFN adds
+# most: attention averages over the context, so that it adds nearly the same to every token, and decoding repeats.
 _ATTENTION_GAIN = 2.0
 _FFN_GAIN = 6.0
-# Random queries attend to all image tokens about equally, which hides most of what differs between two images.
+# Random queries attend to all image tokens about equally, which hides most differences between two images.
 _CROSS_QUERY_GAIN = 3.0
 
 
 def init_checkpoint(
     directory: Path | str, preset: str, seed: int, overwrite: bool = False, progress: Progress | None = None
 ) -> None:
-    """`write_random_checkpoint` of a preset (config.PRESETS). Raises ConfigError for an unknown one."""
-    if preset not in PRESETS:
-        raise ConfigError(f"preset {preset!r} is not one of {', '.join(PRESETS)}")
-    write_random_checkpoint(directory, PRESETS[preset], seed, overwrite, progress)
+    """Calls `write_random_checkpoint` for a preset. Raises ConfigError for an unknown one."""
+    write_random_checkpoint(directory, find_preset(preset), seed, overwrite, progress)
 
 
 def write_random_checkpoint(
     directory: Path | str, config: NvlmConfig, seed: int, overwrite: bool = False, progress: Progress | None = None
 ) -> None:
-    """Write a random checkpoint of `config` in bfloat16 with a byte-level tokenizer, whose image token it gets.
+    """Writes a random checkpoint of `config` in bfloat16, with a byte-level tokenizer and its image placeholder's id.
 
-    The same config and seed give the same files. Configs share every tensor that has the same name, shape and seed:
-    D, X and H of one size have one vision encoder and one LLM. Raises what `write_checkpoint` raises."""
+    The same config and seed give the same files. A tensor follows from its name, shape and seed: D, X and H of one
+    size share vision encoder and LLM. Raises what `write_checkpoint` raises."""
     with tempfile.TemporaryDirectory() as folder:
         write_byte_tokenizer(Path(folder), config.max_tiles)
         config = replace(config, image_token_id=Tokenizer.from_directory(Path(folder)).image_token_id)
@@ -73,7 +71,7 @@ def _random_tensor(config: NvlmConfig, name: str, shape: tuple[int, ...], random
         return random.uniform(0.1, 0.5, shape).astype(np.float32)
     values = random.standard_normal(shape, dtype=np.float32)
     if name == "language_model.model.norm.weight" and config.llm.tie_word_embeddings:
-        # around 0: a tied lm_head would score the input token highest and repeat it for ever
+        # around 0: else a tied lm_head scores the input token highest and repeats it for ever
         return values / math.sqrt(config.llm.hidden_size)
     values *= _std(config, name, shape)
     if len(shape) == 1 and name.endswith(".weight"):  # norms
@@ -82,7 +80,7 @@ def _random_tensor(config: NvlmConfig, name: str, shape: tuple[int, ...], random
 
 
 def _std(config: NvlmConfig, name: str, shape: tuple[int, ...]) -> float:
-    """Standard deviation of a tensor's elements."""
+    """Returns the standard deviation of a tensor's elements."""
     if len(shape) == 1:
         return 0.1 if name.endswith(".weight") else 0.05
     if name.endswith("embed_tokens.weight"):

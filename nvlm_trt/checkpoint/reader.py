@@ -1,7 +1,7 @@
-"""A checkpoint in HF layout: config.json, tokenizer.json and safetensors shards, read a tensor or some rows at a time.
+"""Reads checkpoints in HF layout, config.json, tokenizer.json and safetensors shards, a tensor or some rows at a time.
 
-Names and shapes are checked against `layout` when a checkpoint is opened, and every tensor has to be taken exactly
-once: a loader that silently skips weights builds cleanly and speaks nonsense.
+Checks names and shapes against `layout` when a checkpoint is opened. Every tensor has to be taken exactly once: a
+loader that silently skips weights builds cleanly and speaks nonsense.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from nvlm_trt.model.config import NvlmConfig
 from nvlm_trt.model.hf_config import config_to_hf, read_config
 from nvlm_trt.model.layout import IGNORED, checkpoint_layout
 
-# Checkpoints up to this size are hashed whole for their digest (seconds); larger ones are sampled.
+# The digest hashes checkpoints up to this size whole (seconds), and samples of larger ones.
 _FULL_DIGEST_BYTES = 4 << 30
 _SAMPLE_BYTES = 4096
 _SAMPLES = 64
@@ -34,19 +34,19 @@ _SAMPLES = 64
 
 @dataclass(frozen=True)
 class LazyWeight:
-    """A tensor that is read when `load` or `rows` is called, as often as it is; valid while its checkpoint is open."""
+    """A tensor that every call of `load` and `rows` reads again; valid while its checkpoint is open."""
 
     name: str
     shape: tuple[int, ...]
     file: SafetensorsFile
 
     def load(self) -> FloatArray:
-        """The tensor as a new float32 array, without dummy heads. BF16, F16 and F32 convert exactly."""
+        """Reads the tensor as a new float32 array, without dummy heads. BF16, F16 and F32 convert exactly."""
         stored = self.file.load(self.name)
         return stored if stored.shape == self.shape else real_heads(self.name, stored, self.shape)
 
     def rows(self, start: int, stop: int) -> FloatArray:
-        """Rows [start, stop) of the first axis of what `load` returns, [stop - start, ...], without reading others."""
+        """Reads rows [start, stop) of the array that `load` returns, [stop - start, ...], and no others."""
         record = self.file.records[self.name]
         if record.shape != self.shape:
             return self._real_rows(start, stop, record.shape)
@@ -55,7 +55,7 @@ class LazyWeight:
         return out
 
     def _real_rows(self, start: int, stop: int, stored: tuple[int, ...]) -> FloatArray:
-        """`rows` of a tensor that is stored with dummy heads."""
+        """Reads rows of a tensor that is stored with dummy heads."""
         if len(self.shape) == 1:  # small
             return self.load()[start:stop]
         parts = 3 if ".attn.qkv." in self.name else 1  # q, k and v, each with dummy heads behind its own
@@ -79,7 +79,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, directory: Path | str) -> Checkpoint:
-        """Check every header against config.json; no tensor is read.
+        """Checks every header against config.json; reads no tensor.
 
         Raises ConfigError, or CheckpointError naming a tensor that is missing, not expected or misshapen, or a
         file that is missing, truncated or corrupt."""
@@ -96,16 +96,16 @@ class Checkpoint:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every tensor that has to be taken, in layout order."""
+        """Names of all tensors that have to be taken, in layout order."""
         return tuple(self._layout)
 
     @property
     def digest(self) -> str:
-        """sha256 of the config and of every tensor's name, dtype, shape and data, but not of model name and shards.
+        """Hashes (sha256) the config and every tensor's name, dtype, shape and data, but not model name and shards.
 
-        Data is hashed whole up to 4 GiB in all (about 1 s per GB). Beyond, a tensor of more than 256 KiB gives 64
-        blocks of 4 KiB, evenly spaced from its first byte to its last: training, merging or quantising changes
-        nearly every element and is seen, an edit of a few elements between the blocks is not."""
+        Hashes up to 4 GiB of data whole (about 1 s per GB). Takes 64 blocks of 4 KiB from each tensor of more than
+        256 KiB in a larger checkpoint, evenly spaced from its first byte to its last: sees training, merging and
+        quantising, which change nearly every element, but not an edit of a few elements between the blocks."""
         records = {name: self._file_of[name].records[name] for name in sorted(self._layout)}
         sampled = sum(record.nbytes for record in records.values()) > _FULL_DIGEST_BYTES
         digest = hashlib.sha256(json.dumps(config_to_hf(replace(self.config, name="")), sort_keys=True).encode())
@@ -116,7 +116,7 @@ class Checkpoint:
         return digest.hexdigest()
 
     def take(self, name: str) -> LazyWeight:
-        """Consume a tensor. Raises CheckpointError when it was taken before or is not in the layout."""
+        """Consumes a tensor. Raises CheckpointError when it was taken before or is not in the layout."""
         if name not in self._layout:
             raise CheckpointError(f"tensor {name} is not in the layout of NVLM-{self.config.architecture}")
         if name not in self._remaining:
@@ -127,7 +127,7 @@ class Checkpoint:
         return LazyWeight(name, self._layout[name], self._file_of[name])
 
     def rows(self, name: str, ids: npt.ArrayLike) -> FloatArray:
-        """Rows `ids` [n] of a matrix, [n, columns] float32: a look at the embedding that does not consume it."""
+        """Reads rows `ids` [n] of a matrix, [n, columns] float32, without consuming it."""
         return self._file_of[name].load_rows(name, np.asarray(ids, np.int64))
 
     def finish(self) -> None:
@@ -151,7 +151,7 @@ class Checkpoint:
         self.close()
 
     def _dummy_channels(self) -> int:
-        """Channels of the vision encoder's dummy heads, from the first layer's `proj`; 0 without."""
+        """Counts the channels of the vision encoder's dummy heads, by the first layer's `proj`; 0 if it has none."""
         vision = self.config.vision
         name = "vision_model.encoder.layers.0.attn.proj.weight"
         shape = self._file_of[name].records[name].shape if name in self._file_of else ()
@@ -159,7 +159,7 @@ class Checkpoint:
         return extra if extra > 0 and extra % vision.head_dim == 0 else 0
 
     def _check_dummy_heads(self, attention: str) -> None:
-        """What is cut off must add nothing: its columns of `proj` are zero, or its values are."""
+        """Raises CheckpointError unless dummy heads add nothing: their columns of `proj` are 0, or their values."""
         projection, qkv = f"{attention}.proj.weight", f"{attention}.qkv.weight"
         width = self.config.vision.hidden_size
         padded = width + self._padding
@@ -199,7 +199,7 @@ def _others(names: Sequence[str]) -> str:
 
 
 def _shard_names(directory: Path) -> list[str]:
-    """The weight files, from the index or the one file of a small checkpoint."""
+    """Lists the weight files: those of the index, or the one file of a small checkpoint."""
     index = directory / INDEX_FILE
     if not index.exists():
         if not (directory / WEIGHTS_FILE).exists():
@@ -215,7 +215,7 @@ def _shard_names(directory: Path) -> list[str]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Tensor name -> file name, from model.safetensors.index.json."""
+    """Reads model.safetensors.index.json -> tensor name: file name."""
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         outside = [name for name in weight_map.values() if Path(name).name != name]
@@ -227,7 +227,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _locate(directory: Path, files: Sequence[SafetensorsFile]) -> dict[str, SafetensorsFile]:
-    """Tensor name -> the one file that holds it."""
+    """Maps each tensor's name to the one file that holds it."""
     located: dict[str, SafetensorsFile] = {}
     for file in files:
         for name in file.records:
@@ -241,7 +241,7 @@ def _locate(directory: Path, files: Sequence[SafetensorsFile]) -> dict[str, Safe
 
 
 def _samples(file: SafetensorsFile, record: TensorRecord) -> list[bytearray]:
-    """Evenly spaced blocks of a tensor's data, its first and last bytes among them; all of a small tensor."""
+    """Reads evenly spaced blocks of a tensor's data, from its first bytes to its last; all of a small tensor."""
     if record.nbytes <= _SAMPLES * _SAMPLE_BYTES:
         return list(file.blocks(record))
     last = record.nbytes - _SAMPLE_BYTES

@@ -1,8 +1,8 @@
-"""One safetensors file, read tensor by tensor.
+"""Reads one safetensors file, tensor by tensor.
 
-The safetensors package checks the header (lengths, offsets, overlaps, truncation). Data is then read by position
-instead of through its memory map: pages of a map stay in the process's resident set until the kernel wants them
-back, and a file that shrinks under a map kills the process with SIGBUS instead of raising an error.
+The safetensors package checks the header (lengths, offsets, overlaps, truncation). Data is then read by position, not
+through the package's memory map: pages of a map stay in the process's resident set until the kernel wants them back,
+and a file that shrinks under a map kills the process with SIGBUS instead of raising an error.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from nvlm_trt.errors import CheckpointError
 FloatArray = npt.NDArray[np.float32]
 
 _ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
-_BLOCK_BYTES = 16 << 20  # read and converted at a time, so that a load holds one float32 tensor and little more
+_BLOCK_BYTES = 16 << 20  # read and converted at a time: a load holds one float32 tensor and little more
 
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """Where a tensor lies: `begin` is its first byte from the start of the file."""
+    """Place of a tensor in a file: `begin` is its first byte from the start of the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -56,14 +56,14 @@ class SafetensorsFile:
         self.records = _read_header(self._file)
 
     def load(self, name: str) -> FloatArray:
-        """The whole tensor as float32. Raises CheckpointError for a dtype other than BF16, F16 and F32."""
+        """Reads a whole tensor as float32. Raises CheckpointError for a dtype other than BF16, F16 and F32."""
         record = self.records[name]
         out = np.empty(record.shape, np.float32)
         self.read_floats(name, record, 0, out.reshape(-1))
         return out
 
     def load_rows(self, name: str, rows: npt.NDArray[np.int64]) -> FloatArray:
-        """Rows of a matrix, [len(rows), columns] float32, without reading the others."""
+        """Reads rows of a matrix, [len(rows), columns] float32, and no others."""
         record = self.records[name]
         count, columns = record.shape
         assert not len(rows) or 0 <= rows.min() <= rows.max() < count, f"rows of {name} must be in 0..{count - 1}"
@@ -73,7 +73,7 @@ class SafetensorsFile:
         return out
 
     def read_bytes(self, record: TensorRecord, start: int, length: int) -> bytearray:
-        """Stored bytes [start, start + length) of a tensor."""
+        """Reads the stored bytes [start, start + length) of a tensor."""
         buffer = bytearray(length)
         view, done = memoryview(buffer), 0
         while done < length:
@@ -84,7 +84,7 @@ class SafetensorsFile:
         return buffer
 
     def blocks(self, record: TensorRecord) -> Iterator[bytearray]:
-        """All stored bytes of a tensor, block by block."""
+        """Reads all stored bytes of a tensor, block by block."""
         for start in range(0, record.nbytes, _BLOCK_BYTES):
             yield self.read_bytes(record, start, min(_BLOCK_BYTES, record.nbytes - start))
 
@@ -92,7 +92,7 @@ class SafetensorsFile:
         self._file.close()
 
     def read_floats(self, name: str, record: TensorRecord, first: int, out: FloatArray) -> None:
-        """Fill the flat `out` with elements [first, first + len(out)) of a tensor."""
+        """Fills the flat `out` with elements [first, first + len(out)) of a tensor."""
         if record.dtype not in _ITEM_BYTES:
             raise CheckpointError(
                 f"{self.path}: {name} is stored as {record.dtype}; convert the checkpoint to BF16, F16 or F32"
@@ -110,7 +110,7 @@ class SafetensorsFile:
 
 
 def _read_header(file: BinaryIO) -> dict[str, TensorRecord]:
-    """8 bytes of length, then JSON {name: {dtype, shape, data_offsets from the header's end}}; already checked."""
+    """Reads a checked header: its length, 8 bytes, then JSON {name: {dtype, shape, data_offsets from its end}}."""
     (length,) = struct.unpack("<Q", file.read(8))
     header = json.loads(file.read(length))
     header.pop("__metadata__", None)

@@ -1,7 +1,7 @@
-"""Write a checkpoint in HF layout: bfloat16 safetensors shards, one tensor in memory at a time.
+"""Writes checkpoints in HF layout: bfloat16 safetensors shards, one tensor in memory at a time.
 
 File sizes and offsets follow from the layout, so a header is written before its data and tensors may come in any
-order. The directory appears under its name when it is whole.
+order. The directory gets its name when it is whole.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _ITEM_BYTES = 2  # bfloat16
 
 @dataclass
 class _Shard:
-    """A file to write: where each of its tensors begins, from the end of the header."""
+    """A file to write. `begins`: the first byte of each tensor, from the end of the header."""
 
     begins: dict[str, int] = field(default_factory=dict)
     nbytes: int = 0
@@ -49,10 +49,10 @@ def write_checkpoint(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> None:
-    """Write config.json and every tensor of `config`'s layout, rounded to bfloat16; copy `files` beside them.
+    """Writes config.json and every tensor of `config`'s layout, rounded to bfloat16; copies `files` beside them.
 
     Raises CheckpointError when the tensors are not those of the layout or when `directory` exists (with `overwrite`:
-    when it is not a checkpoint), EngineError when the disk is full. Nothing half-written is left behind."""
+    when it is not a checkpoint), EngineError when the disk is full. Leaves nothing half-written behind."""
     directory = Path(directory).absolute()
     _check_target(directory, overwrite)
     with storage_errors(directory), temporary_sibling(directory) as staging:
@@ -103,7 +103,7 @@ def _write_tensors(
 
 
 def _create_files(directory: Path, layout: Shapes, shard_bytes: int) -> dict[str, tuple[Path, int]]:
-    """Write the headers, and the index when there are several files. Returns each tensor's file and offset in it."""
+    """Writes the headers, and the index when there are several files. Returns each tensor's file and offset in it."""
     shards = _plan_shards(layout, shard_bytes)
     places: dict[str, tuple[Path, int]] = {}
     for number, shard in enumerate(shards, start=1):
@@ -121,7 +121,7 @@ def _create_files(directory: Path, layout: Shapes, shard_bytes: int) -> dict[str
 
 
 def _plan_shards(layout: Shapes, shard_bytes: int) -> list[_Shard]:
-    """Fill files up to `shard_bytes` in layout order; a larger tensor gets a file of its own."""
+    """Fills files up to `shard_bytes` in layout order; a larger tensor gets its own file."""
     shards = [_Shard()]
     for name, shape in layout.items():
         if shards[-1].begins and shards[-1].nbytes + _nbytes(shape) > shard_bytes:
@@ -132,8 +132,8 @@ def _plan_shards(layout: Shapes, shard_bytes: int) -> list[_Shard]:
 
 
 def _header(shard: _Shard, layout: Shapes) -> bytes:
-    """Length (8 bytes) and JSON, padded with spaces so that data begins at a multiple of 8 bytes."""
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers refuses files that do not say so
+    """Makes a header: length (8 bytes) and JSON, padded with spaces so that data begins at a multiple of 8 bytes."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers refuses files without it
     for name, begin in shard.begins.items():
         entries[name] = {
             "dtype": "BF16",

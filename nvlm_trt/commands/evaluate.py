@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _TINYDOCS_COUNT = 200
 _NAMED_DIFFERENCES = 5
-# what two runs must share for their answers to be comparable; the model is what they are compared for
+# answers of two runs are comparable if these parts of their headers are equal; the models may differ
 _COMPARABLE = ("schema_version", "samples", "options")
 
 
@@ -96,7 +96,7 @@ def evaluate(
         if same.differing:
             terminal.note(f"different: {_few(same.differing)}")
             failed = True
-    # a mean of thirds that should be 0.9 may be 0.8999999999999999
+    # in floating point a mean of 0.9 may come out as 0.8999999999999999
     if min_score is not None and summary.overall.score < min_score - 1e-9:
         terminal.note(f"the mean over all tasks is {summary.overall.score:.4f}, below --min-score {min_score}")
         failed = True
@@ -116,7 +116,8 @@ def _samples(
         return _draw_tinydocs(split or "test", wanted, count or _TINYDOCS_COUNT, progress)
     if split is not None:
         raise RequestError("--split is for TinyDocs; a file of --samples is one split")
-    from nvlm_trt.evaluation.samples import Metric, read_samples
+    from nvlm_trt.evaluation.samples import read_samples
+    from nvlm_trt.evaluation.scoring import Metric
 
     if metric is not None and metric not in get_args(Metric):
         raise RequestError(f"--metric {metric!r} is not one of {', '.join(get_args(Metric))}")
@@ -154,12 +155,14 @@ def _answerer(
 ) -> Answerer:
     if sum(source is not None for source in (engine, url, reference)) != 1:
         raise NvlmError("name who answers: pass one of --engine DIR, --url grpc://host:port and --reference CHECKPOINT")
-    from nvlm_trt.evaluation.answerers import EngineAnswerer, ReferenceAnswerer, ServerAnswerer
+    if url is not None:
+        from nvlm_trt.serving.server_answerer import ServerAnswerer
+
+        return ServerAnswerer(url, max_tokens, concurrency)
+    from nvlm_trt.evaluation.answerers import EngineAnswerer, ReferenceAnswerer
 
     if engine is not None:
         return EngineAnswerer(engine, max_tokens, concurrency)
-    if url is not None:
-        return ServerAnswerer(url, max_tokens, concurrency)
     assert reference is not None
     return ReferenceAnswerer(reference, max_tokens, concurrency)
 

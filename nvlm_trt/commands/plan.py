@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nvlm_trt.backends.table import DEFAULT_BACKEND, backend_names, default_precisions, find_backend
-from nvlm_trt.errors import ConfigError, EngineError, NvlmError
-from nvlm_trt.model.config import PRESETS, NvlmConfig
+from nvlm_trt.errors import EngineError, NvlmError
+from nvlm_trt.model.presets import PRESETS
 
 if TYPE_CHECKING:
     from nvlm_trt.limits import EngineLimits
+    from nvlm_trt.model.config import NvlmConfig
     from nvlm_trt.planner.memory import EnginePlan
     from nvlm_trt.planner.roofline import Work
 
@@ -98,9 +99,9 @@ def plan(
 def _model(checkpoint: Path | None, preset: str | None) -> tuple[NvlmConfig, int, int | None]:
     """Config, tokens of a tile's tag, and bytes of the checkpoint's weight files, None for a preset."""
     if preset is not None:
-        if preset not in PRESETS:
-            raise ConfigError(f"preset {preset!r} is not one of {', '.join(PRESETS)}")
-        return PRESETS[preset], _PRESET_TAG_LENGTH, None
+        from nvlm_trt.model.presets import find_preset
+
+        return find_preset(preset), _PRESET_TAG_LENGTH, None
     from nvlm_trt.checkpoint.reader import Checkpoint
     from nvlm_trt.prompt.encoder import PromptEncoder
     from nvlm_trt.prompt.tokenizer import Tokenizer

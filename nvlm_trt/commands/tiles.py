@@ -1,4 +1,4 @@
-"""`nvlm-trt tiles`: draw what the model sees of a picture."""
+"""`nvlm-trt tiles`: draw the tiles that the model sees of an image."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _LONGEST_EDGE = {"JPEG": 65_500, "WEBP": 16_383}
 
 
 def tiles(
-    image: Annotated[Path, typer.Argument(help="Picture to draw the tiles of.")],
+    image: Annotated[Path, typer.Argument(help="Image to draw the tiles of.")],
     output: Annotated[Path, typer.Option(help="File to write: .png, .jpg, .jpeg or .webp.")],
     tile_size: Annotated[int | None, typer.Option(help="Edge of a tile in pixels [448].")] = None,
     max_tiles: Annotated[int | None, typer.Option(help="Most tiles, thumbnail not counted [6].")] = None,
@@ -38,29 +38,29 @@ def tiles(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file of that name.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
-    """Draw the tiles that the model sees of a picture.
+    """Draw the tiles that the model sees of an image.
 
     Example: nvlm-trt tiles docs/images/receipt.png --output tiles.png --checkpoint checkpoints/nvlm-h
     """
     options = _save_options(output)
     _check_output(output, image, overwrite)
     tile_size, max_tiles = _tiling(tile_size, max_tiles, engine, checkpoint)
-    picture = _load_picture(image)
+    loaded = _load(image)
 
     from nvlm_trt.image.tile_sheet import draw_tile_sheet, layout_sheet
 
-    layout = layout_sheet(picture.size, tile_size, max_tiles)
+    layout = layout_sheet(loaded.size, tile_size, max_tiles)
     longest = _LONGEST_EDGE.get(options["format"])
     if longest and max(layout.size) > longest:
         raise RequestError(
             f"{output}: the sheet has {layout.size[0]} x {layout.size[1]} pixels, {options['format']} holds at most "
             f"{longest} along an edge; write a .png"
         )
-    _save(draw_tile_sheet(picture, tile_size, max_tiles), output, options)
+    _save(draw_tile_sheet(loaded, tile_size, max_tiles), output, options)
     if as_json:
         report = {
             "output": str(output),
-            "image_size": picture.size,
+            "image_size": loaded.size,
             "grid": layout.grid,
             "tile_size": tile_size,
             "tiles": len(layout.tags),
@@ -81,14 +81,14 @@ def _save_options(output: Path) -> dict[str, Any]:
 
 
 def _check_output(output: Path, image: Path, overwrite: bool) -> None:
-    """What can be refused at once is; `_save` answers for the rest."""
+    """Refuses early; `_save` finds the rest."""
     if not os.path.isdir(output.parent):
         raise RequestError(f"{output.parent} is not a directory; create it or choose another --output")
     if os.path.isdir(output):
         raise RequestError(f"{output} is a directory; choose another --output")
     if os.path.lexists(output):
         if os.path.exists(output) and os.path.exists(image) and os.path.samefile(output, image):
-            raise RequestError(f"{output} is the picture itself, which is not overwritten; choose another --output")
+            raise RequestError(f"{output} is the image itself, which is not overwritten; choose another --output")
         if not overwrite:
             raise RequestError(f"{output} exists; choose another --output or pass --overwrite")
 
@@ -96,7 +96,7 @@ def _check_output(output: Path, image: Path, overwrite: bool) -> None:
 def _tiling(
     tile_size: int | None, max_tiles: int | None, engine: Path | None, checkpoint: Path | None
 ) -> tuple[int, int]:
-    """(tile size, most tiles): the model's, or the numbers given."""
+    """Returns the tile size and the most tiles: the model's, or the numbers given."""
     given = {"--tile-size": tile_size, "--max-tiles": max_tiles, "--engine": engine, "--checkpoint": checkpoint}
     named = [name for name, value in given.items() if value is not None]
     if (engine or checkpoint) and len(named) > 1:
@@ -116,20 +116,20 @@ def _tiling(
     return 448 if tile_size is None else tile_size, 6 if max_tiles is None else max_tiles
 
 
-def _load_picture(path: Path) -> Image.Image:
+def _load(path: Path) -> Image.Image:
     from nvlm_trt.image.decoding import load_image
 
     try:
         return load_image(path.read_bytes())
     except OSError as error:
-        raise RequestError(f"cannot read image {path} ({error.strerror}); name a readable picture file") from None
+        raise RequestError(f"cannot read image {path} ({error.strerror}); name a readable image file") from None
     except ImageError as error:
         raise ImageError(f"{path}: {str(error).removeprefix('image: ')}") from None
 
 
 def _save(sheet: Image.Image, output: Path, options: dict[str, Any]) -> None:
-    """Write beside `output` and rename: a file of that name is always whole."""
-    # named before it exists, so that there is no moment at which an interrupt could leave it behind
+    """Writes beside `output` and renames: a file of that name is always whole."""
+    # named before it exists: an interrupt at any moment leaves no file behind
     temporary = output.with_name(f".{output.name}.{secrets.token_hex(4)}")
     try:
         sheet.save(temporary, **options)

@@ -18,13 +18,13 @@ SAMPLES_FILE = "samples.jsonl"
 
 
 def tinydocs(
-    output: Annotated[Path, typer.Option(help="Directory to write pictures and samples.jsonl to.")],
+    output: Annotated[Path, typer.Option(help="Directory to write images and samples.jsonl to.")],
     count: Annotated[int, typer.Option(min=1, help="Samples per task.")] = 20,
     split: Annotated[str, typer.Option(help="train, validation or test: they differ in seed and fonts.")] = "test",
     tasks: Annotated[str | None, typer.Option(help="Only these tasks: a,b,c.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing directory of that name.")] = False,
 ) -> None:
-    """Write pictures of small documents with questions and answers, ready for `nvlm-trt eval --samples`.
+    """Write images of small documents with questions and answers, ready for `nvlm-trt eval --samples`.
 
     Example: nvlm-trt tinydocs --count 20 --output tinydocs
     """
@@ -44,23 +44,23 @@ def tinydocs(
         (staging / "images").mkdir()
         with (staging / SAMPLES_FILE).open("w", encoding="utf-8") as file:
             for done, sample in enumerate(samples, start=1):
-                file.write(json.dumps(_write_pictures(sample, staging)) + "\n")
+                file.write(json.dumps(_write_images(sample, staging)) + "\n")
                 progress("drawing samples", done, total)
         replace_directory(staging, output)
     terminal.note(f"wrote {output} ({total} samples of {len(chosen)} tasks, split {split})")
 
 
-def _write_pictures(sample: Sample, directory: Path) -> dict[str, object]:
-    """Write a sample's pictures; returns its line of JSONL."""
+def _write_images(sample: Sample, directory: Path) -> dict[str, object]:
+    """Writes the images of a sample; returns its line of JSONL."""
     paths = []
     for number, image in enumerate(sample.images, start=1):
         paths.append(f"images/{sample.name}-{number}.png" if len(sample.images) > 1 else f"images/{sample.name}.png")
         (directory / paths[-1]).write_bytes(image)
-    pictures = {"images": paths} if len(paths) > 1 else {"image": paths[0]} if paths else {}
+    image_keys = {"images": paths} if len(paths) > 1 else {"image": paths[0]} if paths else {}
     return {
         "name": sample.name,
         "task": sample.task,
-        **pictures,
+        **image_keys,
         "prompt": sample.prompt,
         "answer": sample.answer,
         "metric": sample.metric,

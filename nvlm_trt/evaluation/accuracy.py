@@ -1,4 +1,4 @@
-"""Accuracy of a model on a set of samples: asks what is not answered yet, scores, summarises by task."""
+"""Measures the accuracy of a model on a set of samples: asks the open questions, scores, summarises by task."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 from nvlm_trt.errors import NvlmError
 from nvlm_trt.evaluation.answerers import Answerer
+from nvlm_trt.evaluation.intervals import mean_interval, wilson_interval
 from nvlm_trt.evaluation.results import SCHEMA_VERSION, Header, ResultsFile
 from nvlm_trt.evaluation.samples import Sample
-from nvlm_trt.evaluation.scoring import mean_interval, score, wilson_interval
+from nvlm_trt.evaluation.scoring import score
 from nvlm_trt.progress import Progress, no_progress
 
 Kind = Literal["image", "text"]
@@ -20,7 +21,7 @@ Kind = Literal["image", "text"]
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """What an answer or its score depends on, besides model and sample."""
+    """Options that an answer or its score depends on, besides model and sample."""
 
     max_tokens: int = 32
     tolerance: float = 0.0  # of the metric numeric
@@ -52,12 +53,12 @@ class GroupScore:
 
 @dataclass(frozen=True)
 class Summary:
-    """Text-only tasks stand apart: how much of its LLM a model has kept is another question than what it sees."""
+    """Keeps text-only tasks apart: they measure how much of its LLM a model has kept, the others how well it sees."""
 
     tasks: tuple[TaskScore, ...]  # those with images first
 
     def group(self, kind: Kind | None = None) -> GroupScore | None:
-        """The tasks of one kind, or all; None if there are none."""
+        """Averages the tasks of one kind, or all tasks; None if there are none."""
         tasks = [task for task in self.tasks if kind in (None, task.kind)]
         if not tasks:
             return None
@@ -83,7 +84,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How two runs over the same samples compare, answer by answer."""
+    """Compares two runs over the same samples, answer by answer."""
 
     equal: int
     total: int
@@ -91,7 +92,7 @@ class Agreement:
 
 
 def run_header(digest: str, count: int, answerer: Answerer, options: EvalOptions) -> Header:
-    """What answers belong to; two runs with the same header give the same results."""
+    """Identifies a run by samples, model and options; two runs with the same header give the same results."""
     return {
         "schema_version": SCHEMA_VERSION,
         "samples": {"count": count, "digest": digest},
@@ -107,9 +108,9 @@ def evaluate(
     options: EvalOptions,
     progress: Progress = no_progress,
 ) -> Summary:
-    """Ask what `results` lacks, then summarise. Every answer is in `results` before the next one is waited for.
+    """Asks the samples that `results` has no answer to, then summarises. Adds each answer to `results` at once.
 
-    The model is not even loaded if nothing is left to ask. Raises what the answerer raises, saying what was kept.
+    Does not load the model if every sample has an answer. Raises what the answerer raises, and says what is kept.
     """
     remaining = [sample for sample in samples if sample.name not in results.answers]
     if remaining:
@@ -125,7 +126,7 @@ def evaluate(
 
 
 def summarise(samples: Sequence[Sample], answers: Mapping[str, str], options: EvalOptions) -> Summary:
-    """Tasks in the order of their first sample; a task of which only some samples have images is in both parts."""
+    """Scores by task, in the order of the tasks' first samples; a task with samples of both kinds has two rows."""
     scores: dict[tuple[Kind, str], list[float]] = {}
     metrics: dict[tuple[Kind, str], dict[str, None]] = {}
     for sample in samples:
@@ -141,7 +142,7 @@ def summarise(samples: Sequence[Sample], answers: Mapping[str, str], options: Ev
 
 
 def document(samples: Sequence[Sample], results: ResultsFile, summary: Summary, options: EvalOptions) -> dict[str, Any]:
-    """The results as one JSON object."""
+    """Returns the results as one JSON object."""
     answers = [
         {
             "name": sample.name,
@@ -156,14 +157,14 @@ def document(samples: Sequence[Sample], results: ResultsFile, summary: Summary, 
 
 
 def agreement(a: Mapping[str, str], b: Mapping[str, str]) -> Agreement:
-    """Compare answers by sample name, character by character; a sample that only one has is a difference."""
+    """Compares answers by sample name, character by character; a sample that only one run has is a difference."""
     names = list(dict.fromkeys([*a, *b]))
     differing = tuple(name for name in names if name not in a or name not in b or a[name] != b[name])
     return Agreement(len(names) - len(differing), len(names), differing)
 
 
 def kept(results: ResultsFile, total: int) -> str:
-    """What an end before the end has left, and what to do."""
+    """Says how many answers an interrupted run keeps, and what to do."""
     if results.partial is None:
         return "nothing is kept; with --output FILE.json the same command goes on where it stopped"
     return f"{len(results.answers)} of {total} answers are kept in {results.partial}; run the same command to go on"

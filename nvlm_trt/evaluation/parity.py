@@ -1,7 +1,7 @@
-"""Parity of an engine with the PyTorch reference, stage by stage: `nvlm-trt verify`.
+"""Compares an engine with the PyTorch reference, stage by stage: `nvlm-trt verify`.
 
-Every stage but the last gets the reference's own input, so a difference names the stage that makes it. The last
-row is end to end: the tokens that the whole pipeline generates from encoded image bytes and text.
+Gives every stage the reference's own input, so that a difference names the stage that makes it. The last row is end
+to end: the tokens that the whole pipeline generates from encoded image bytes and text.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ QUESTION = "What is written in the second line?"
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One comparison. `max_abs_diff` is NaN-aware: a non-finite value on either side makes it infinite."""
+class StageComparison:
+    """One row of a report. A value on either side that is not finite makes `max_abs_diff` infinite."""
 
     name: str
     shape: str
@@ -55,25 +55,25 @@ class Stage:
 class ParityReport:
     title: str
     tolerance: float
-    stages: list[Stage] = field(default_factory=list)
+    stages: list[StageComparison] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
         return bool(self.stages) and all(stage.passed for stage in self.stages)
 
     def compare(self, name: str, actual: npt.NDArray[Any], expected: npt.NDArray[Any]) -> None:
-        """Add a stage: same shape, finite everywhere, largest absolute difference within the tolerance."""
+        """Adds a row: passed if shapes are equal, all values finite, and no difference is above the tolerance."""
         a, b = actual.astype(np.float64).ravel(), expected.astype(np.float64).ravel()
         comparable = actual.shape == expected.shape and bool(np.isfinite(a).all() and np.isfinite(b).all())
         difference = float(np.abs(a - b).max(initial=0.0)) if comparable else float("inf")
         cosine = f"{a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-30):.8f}" if comparable else "-"
         shape = "x".join(map(str, actual.shape))
-        self.stages.append(Stage(name, shape, difference, cosine, difference <= self.tolerance))
+        self.stages.append(StageComparison(name, shape, difference, cosine, difference <= self.tolerance))
 
     def compare_tokens(self, name: str, actual: list[int], expected: list[int]) -> None:
         equal = sum(a == b for a, b in zip(actual, expected, strict=False))
         passed = actual == expected and bool(expected)
-        self.stages.append(Stage(name, f"{equal} of {len(expected)}", None, "", passed))
+        self.stages.append(StageComparison(name, f"{equal} of {len(expected)}", None, "", passed))
 
     def to_dict(self) -> dict[str, Any]:
         stages = [
@@ -91,7 +91,7 @@ def verify_engine(
     tolerance: float = 1e-3,
     progress: Progress = no_progress,
 ) -> ParityReport:
-    """Compare an engine with the reference of `checkpoint` and record the result in the engine's manifest.
+    """Compares an engine with the reference of `checkpoint` and records the result in the engine's manifest.
 
     Raises EngineError when the engine was built from another checkpoint, NvlmError when torch is not installed.
     """
@@ -104,7 +104,7 @@ def verify_engine(
             )
     reference = _load_reference(checkpoint)
     report = ParityReport(f"{engine.config.name} on {engine.manifest.backend}", tolerance)
-    data = image.read_bytes() if image is not None else drawn_picture(engine)
+    data = image.read_bytes() if image is not None else draw_image(engine)
     progress("verifying", 0, 3)
     with open_backend(engine) as backend:
         prompt, llm_tokens, cross_kv = _compare_stages(report, engine, backend, reference, data)
@@ -125,16 +125,16 @@ def verify_engine(
 def _compare_stages(
     report: ParityReport, engine: Engine, backend: StepBackend, reference: ReferenceModel, data: bytes
 ) -> tuple[EncodedPrompt, Any, Any]:
-    """Tiles, image tokens, cross K/V and prefill logits; returns what the reference generates from."""
+    """Compares tiles, image tokens, cross K/V and prefill logits; returns the inputs of the reference's `generate`."""
     import torch
 
     from nvlm_trt.reference.preprocess import reference_tiles
 
     config, max_tiles = engine.config, engine.limits.max_tiles
     encoder = PromptEncoder(config, Tokenizer.from_directory(engine.path))
-    picture = load_image(data)
-    tiles = reference_tiles(picture, config.vision.image_size, max_tiles)  # [n, 3, E, E]
-    report.compare("tiles", tile_image(picture, config.vision.image_size, max_tiles), tiles.numpy())
+    loaded = load_image(data)
+    tiles = reference_tiles(loaded, config.vision.image_size, max_tiles)  # [n, 3, E, E]
+    report.compare("tiles", tile_image(loaded, config.vision.image_size, max_tiles), tiles.numpy())
 
     with torch.inference_mode():
         image_tokens = reference.encode(tiles)  # [n, T, hidden]
@@ -166,8 +166,8 @@ def _compare_stages(
     return prompt, llm_tokens, cross_kv
 
 
-def drawn_picture(engine: Engine) -> bytes:
-    """A PNG with text and shapes, wide enough to become several tiles of `engine`'s size."""
+def draw_image(engine: Engine) -> bytes:
+    """Draws a PNG with text and shapes, wide enough to become several tiles of `engine`'s size."""
     edge = engine.config.vision.image_size
     image = Image.new("RGB", (3 * edge, 2 * edge), "white")
     draw = ImageDraw.Draw(image)

@@ -1,4 +1,4 @@
-"""One answer of the PyTorch reference, from a sample's encoded pictures and prompt to text."""
+"""Answers of the PyTorch reference, from the encoded images and the prompt of a sample to text."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nvlm_trt.reference.preprocess import reference_tiles
 
 
 class ReferenceAnswer:
-    """Calls answer a sample greedily. Nothing of the engines' path is used but prompts and tokenizer."""
+    """Answers a sample greedily when called. Shares only prompts and tokenizer with the engines."""
 
     def __init__(self, checkpoint: Path, max_tokens: int) -> None:
         self._model = ReferenceModel.from_checkpoint(checkpoint)
@@ -42,7 +42,7 @@ class ReferenceAnswer:
         return self._tokenizer.decode(self._model.generate(prompt, llm_tokens, cross_kv, self._max_tokens, stop_ids))
 
     def _features(self, images: list[Tensor]) -> tuple[Tensor | None, list[KeyValue] | None]:
-        """Tiles [n, 3, E, E] of each image -> LLM image tokens [M, hidden] and cross keys and values of all."""
+        """Tiles [n, 3, E, E] of each image -> image embeddings [M, hidden] and cross keys and values of all images."""
         if not images:
             return None, None
         in_llm, in_cross = [], []
@@ -56,6 +56,6 @@ class ReferenceAnswer:
             return llm_tokens, None
         if self._config.architecture != "H":
             return llm_tokens, self._model.cross_kv(crossed)
-        # the tiles of each image are counted from 1; an image of a single tile is a thumbnail only
+        # tags count the tiles of each image from 1; an image of a single tile is a thumbnail only
         tags = [torch.from_numpy(self._prompts.tag_ids(len(part))) for part in in_cross if len(part)]
         return llm_tokens, self._model.cross_kv(crossed, torch.cat(tags))

@@ -1,4 +1,4 @@
-"""The results file of an evaluation: answers are appended to FILE.partial as they come, FILE is written at the end.
+"""The results file of an evaluation: appends answers to FILE.partial as they come, writes FILE at the end.
 
 FILE.partial is JSONL: a header that says which samples, model and options the answers belong to, then one line per
 answer. FILE is one JSON object that holds the same header, the summary and every answer.
@@ -23,14 +23,14 @@ Header = dict[str, Any]  # "schema_version", "samples", "model", "options"
 
 @dataclass(frozen=True)
 class SavedResults:
-    """What a results file, finished or not, holds."""
+    """The content of a results file, finished or not."""
 
     path: Path
     header: Header
     answers: dict[str, str] = field(default_factory=dict)  # name -> answer
 
     def check(self, header: Header, same: Sequence[str], remedy: str) -> None:
-        """Raise RequestError unless the parts `same` of its header are those of `header`."""
+        """Raises RequestError unless the parts `same` of both headers are equal."""
         for part in same:
             there, here = self.header.get(part), header[part]
             if there != here:
@@ -48,15 +48,15 @@ _NAMES = {
 
 
 class ResultsFile:
-    """The answers of one run. A context manager; without a path they are kept in memory only."""
+    """The answers of one run. A context manager; keeps answers in memory only if it has no path."""
 
     def __init__(self, path: Path | None, header: Header, names: Sequence[str]) -> None:
-        """Takes up what an earlier run of the same header left. Raises RequestError for a file of another one."""
+        """Takes over what an earlier run with this header answered. Raises RequestError for a file of another run."""
         self.header = header
         self._path = path
         self.answers: dict[str, str] = {}
         self._file: BinaryIO | None = None
-        self._whole_bytes = 0  # of FILE.partial; behind them is at most the beginning of a line
+        self._whole_bytes = 0  # of FILE.partial; at most the beginning of a line follows them
         if path is not None:
             self._take_up(path, names)
 
@@ -87,7 +87,7 @@ class ResultsFile:
         self._append({"name": name, "answer": answer, "score": score})
 
     def publish(self, document: Mapping[str, Any]) -> None:
-        """Write FILE, all of it or nothing, and remove FILE.partial, whose answers it holds."""
+        """Writes FILE, whole or not at all, and removes FILE.partial, whose answers FILE holds."""
         if self._path is None or self.partial is None:
             return
         with _writing(self._path):
@@ -125,7 +125,7 @@ def partial_path(path: Path) -> Path:
 
 
 def read_results(path: Path) -> SavedResults:
-    """A finished results file. Raises RequestError for anything else."""
+    """Reads a finished results file. Raises RequestError for anything else."""
     remedy = "name a file that `nvlm-trt eval --output` wrote"
     try:
         document = json.loads(path.read_bytes())
@@ -140,7 +140,7 @@ def read_results(path: Path) -> SavedResults:
 
 
 def _read_partial(path: Path) -> tuple[SavedResults, int]:
-    """What FILE.partial holds, and the bytes of its whole lines; a line that an interruption cut is left out."""
+    """Reads FILE.partial -> its content and the bytes of its whole lines; leaves out a line that was cut."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -170,7 +170,7 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def _brief(value: Any) -> str:
-    """A part of a header in a few words."""
+    """Shortens a part of a header to a few words."""
     if isinstance(value, dict):
         return " ".join(f"{key}={str(item)[:12] if key == 'digest' else item}" for key, item in value.items())
     return str(value)

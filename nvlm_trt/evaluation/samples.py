@@ -1,4 +1,4 @@
-"""A question with its pictures and its known answer: what every evaluation asks and scores; sets of them in JSONL."""
+"""Samples, the questions of every evaluation, each with its images and its known answer; sets of them in JSONL."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, overload
+from typing import Any, get_args, overload
 
 from nvlm_trt.errors import ImageError, NvlmError, RequestError
-from nvlm_trt.evaluation.scoring import number_in
+from nvlm_trt.evaluation.scoring import Metric, number_in
 from nvlm_trt.image.decoding import load_image
 from nvlm_trt.progress import Progress, no_progress
 from nvlm_trt.prompt.conversation import IMAGE_MARK
-
-Metric = Literal["exact", "contains", "anls", "numeric"]
 
 _REQUIRED = ("prompt", "answer")
 _KEYS = (*_REQUIRED, "image", "images", "task", "name", "metric")
@@ -23,7 +21,7 @@ _KEYS = (*_REQUIRED, "image", "images", "task", "name", "metric")
 
 @dataclass(frozen=True)
 class Sample:
-    """One question. `images` are encoded files in the order in which the prompt shows them."""
+    """One question. `images` are encoded files, in the order in which the prompt shows them."""
 
     name: str  # unique within its set
     task: str
@@ -34,8 +32,8 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class PictureFiles(Sequence[bytes]):
-    """Pictures that are read whenever they are looked at, as a set of many need not fit into memory."""
+class ImageFiles(Sequence[bytes]):
+    """Reads a file whenever its item is asked for: the images of a set need not fit into memory."""
 
     paths: tuple[Path, ...]
 
@@ -46,22 +44,22 @@ class PictureFiles(Sequence[bytes]):
     def __getitem__(self, index: int) -> bytes: ...
 
     @overload
-    def __getitem__(self, index: slice) -> PictureFiles: ...
+    def __getitem__(self, index: slice) -> ImageFiles: ...
 
-    def __getitem__(self, index: int | slice) -> bytes | PictureFiles:
+    def __getitem__(self, index: int | slice) -> bytes | ImageFiles:
         if isinstance(index, slice):
-            return PictureFiles(self.paths[index])
+            return ImageFiles(self.paths[index])
         path = self.paths[index]
         try:
             return path.read_bytes()
         except OSError as error:
-            raise RequestError(f"cannot read image {path} ({error.strerror}); name a readable picture file") from None
+            raise RequestError(f"cannot read image {path} ({error.strerror}); name a readable image file") from None
 
 
 def read_samples(path: Path, metric: Metric = "exact") -> list[Sample]:
-    """A set from JSONL, one object per line; `metric` is for lines that name none. docs/evaluation.md has the keys.
+    """Reads a set from JSONL, with the keys of docs/evaluation.md; `metric` is for lines that name none.
 
-    Raises RequestError naming the line that is not a sample, names a picture that is not there, or repeats a name.
+    Raises RequestError naming the line that is not a sample, names an image that is not there, or repeats a name.
     """
     samples: list[Sample] = []
     line_of: dict[str, int] = {}
@@ -80,23 +78,23 @@ def read_samples(path: Path, metric: Metric = "exact") -> list[Sample]:
 
 
 def digest_of(samples: Sequence[Sample], progress: Progress = no_progress) -> str:
-    """Identifies a set: sha256 of everything in it, the pictures' bytes included.
+    """Identifies a set: sha256 of everything in it, the bytes of the images included.
 
-    Raises ImageError or RequestError for a picture that does not decode: it is decoded here because a broken one
-    should end an evaluation before its first question, not hours into it.
+    Raises ImageError or RequestError for an image that does not decode. Decodes every image here, so that a broken one
+    ends an evaluation before its first question, not hours into it.
     """
     digest = hashlib.sha256()
-    whole: set[str] = set()  # many questions may be about one picture
+    whole: set[str] = set()  # many questions may be about one image
     for done, sample in enumerate(samples):
         progress("checking samples", done, len(samples))
-        pictures = []
+        keys = []
         for index, data in enumerate(sample.images):
             key = hashlib.sha256(data).hexdigest()
             if key not in whole:
-                _check_picture(sample, index, data)
+                _check_image(sample, index, data)
             whole.add(key)
-            pictures.append(key)
-        fields = [sample.name, sample.task, sample.prompt, sample.answer, sample.metric, pictures]
+            keys.append(key)
+        fields = [sample.name, sample.task, sample.prompt, sample.answer, sample.metric, keys]
         digest.update(json.dumps(fields).encode() + b"\n")
     progress("checking samples", len(samples), len(samples))
     return digest.hexdigest()
@@ -113,7 +111,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _parse(line: bytes, number: int, folder: Path, metric: Metric) -> Sample:
-    """The errors are completed by the caller with file and line."""
+    """Parses one line. Raises errors without file and line, which the caller adds."""
     try:
         fields = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, an integer of thousands of digits
@@ -134,7 +132,7 @@ def _parse(line: bytes, number: int, folder: Path, metric: Metric) -> Sample:
         task=_text(fields, "task", "default"),
         prompt=_text(fields, "prompt"),
         answer=_text(fields, "answer"),
-        images=_pictures(fields, folder),
+        images=_images(fields, folder),
         metric=chosen,  # type: ignore[arg-type]  # checked above
     )
     _check_marks(sample)
@@ -153,7 +151,7 @@ def _text(fields: dict[str, Any], key: str, default: str = "") -> str:
     return value
 
 
-def _pictures(fields: dict[str, Any], folder: Path) -> Sequence[bytes]:
+def _images(fields: dict[str, Any], folder: Path) -> Sequence[bytes]:
     if "image" in fields and "images" in fields:
         raise RequestError("both 'image' and 'images'; use one of them")
     names = [fields["image"]] if "image" in fields else fields.get("images", [])
@@ -167,7 +165,7 @@ def _pictures(fields: dict[str, Any], folder: Path) -> Sequence[bytes]:
             found = False
         if not found:
             raise RequestError(f"there is no image {str(path)!r}; paths are relative to the JSONL file")
-    return PictureFiles(paths) if paths else ()
+    return ImageFiles(paths) if paths else ()
 
 
 def _check_marks(sample: Sample) -> None:
@@ -181,9 +179,9 @@ def _check_answer(sample: Sample) -> None:
         raise RequestError(f"the answer {sample.answer!r} is not a number, which the metric numeric needs")
 
 
-def _check_picture(sample: Sample, index: int, data: bytes) -> None:
+def _check_image(sample: Sample, index: int, data: bytes) -> None:
     try:
         load_image(data)
     except ImageError as error:
-        name = sample.images.paths[index] if isinstance(sample.images, PictureFiles) else f"image {index + 1}"
+        name = sample.images.paths[index] if isinstance(sample.images, ImageFiles) else f"image {index + 1}"
         raise ImageError(f"sample {sample.name}: {name}: {str(error).removeprefix('image: ')}") from None

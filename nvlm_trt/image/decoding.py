@@ -1,15 +1,18 @@
-"""Encoded bytes -> an upright RGB image, within limits that are checked before any pixel is decoded."""
+"""Decodes image files to upright RGB images, within limits that are checked before any pixel is decoded."""
 
 from __future__ import annotations
 
 import io
 import warnings
-from dataclasses import dataclass, fields
+from typing import Annotated, ClassVar
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from pydantic import Field, PositiveInt
+from pydantic.dataclasses import dataclass
 
-from nvlm_trt.errors import ConfigError, ImageError, RequestError
+from nvlm_trt.errors import ImageError, RequestError
+from nvlm_trt.validation import STRICT, CheckedFields
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
@@ -18,27 +21,22 @@ MIN_EDGE = 4
 # The widest grid is 6:1 at the default max_tiles; beyond 200:1 a tile squeezes one axis more than 30-fold.
 MAX_ASPECT = 200
 
-# Pillow raises above this. From half of it on it warns, as it does of damaged metadata; our own checks decide there.
+# Pillow raises above this number of pixels. It warns above half of it, and for damaged metadata: our checks decide.
 _PILLOW_CEILING = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)
 for _category in (Image.DecompressionBombWarning, UserWarning):
     warnings.filterwarnings("ignore", category=_category, module=r"PIL\.")
 
 
-@dataclass(frozen=True)
-class ImageLimits:
-    """What a request may send. `max_pixels` is width x height in the header, `max_bytes` the encoded size."""
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ImageLimits(CheckedFields):
+    """Bounds of the images of a request."""
 
-    max_pixels: int = 64_000_000
-    max_bytes: int = 32 << 20
-    max_images: int = 16
+    PREFIX: ClassVar[str] = "image limit "
+    REMEDY: ClassVar[str] = f"use a positive integer, for max_pixels at most {_PILLOW_CEILING}, Pillow's ceiling"
 
-    def __post_init__(self) -> None:
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if not isinstance(value, int) or value < 1:
-                raise ConfigError(f"image limit {item.name} = {value!r} must be a positive integer")
-        if self.max_pixels > _PILLOW_CEILING:
-            raise ConfigError(f"image limit max_pixels {self.max_pixels} is above {_PILLOW_CEILING}, Pillow's ceiling")
+    max_pixels: Annotated[int, Field(gt=0, le=_PILLOW_CEILING)] = 64_000_000  # width x height in the header
+    max_bytes: PositiveInt = 32 << 20  # of the encoded image
+    max_images: PositiveInt = 16
 
     def check_count(self, images: int) -> None:
         """Check the number of images of a request. Raises RequestError."""
@@ -47,10 +45,10 @@ class ImageLimits:
 
 
 def load_image(data: bytes, limits: ImageLimits | None = None) -> Image.Image:
-    """Decode to mode RGB: EXIF orientation applied, transparency on white, first frame of an animation.
+    """Decodes to mode RGB: applies the EXIF orientation, puts transparency on white, takes an animation's first frame.
 
-    Raises ImageError for anything that is not a whole image within `limits`. Formats are those of FORMATS: the rest
-    of what Pillow opens is seldom asked for and seldom fuzzed.
+    Raises ImageError for anything that is not a whole image within `limits`, in one of FORMATS: Pillow's other formats
+    are seldom asked for and seldom fuzzed.
     """
     limits = limits or ImageLimits()
     if not data:
@@ -78,7 +76,7 @@ def load_image(data: bytes, limits: ImageLimits | None = None) -> Image.Image:
 
 
 def _check_size(width: int, height: int, limits: ImageLimits) -> None:
-    """Raise ImageError for a size that must not be decoded or cannot be tiled meaningfully."""
+    """Raises ImageError for a size that must not be decoded or cannot be tiled in a useful way."""
     size = f"image: {width} x {height} pixels"
     if width * height > limits.max_pixels:
         raise ImageError(f"{size}, at most {limits.max_pixels} in all are allowed; scale it down")
@@ -90,7 +88,7 @@ def _check_size(width: int, height: int, limits: ImageLimits) -> None:
 
 
 def _make_upright(image: Image.Image) -> None:
-    """Apply the EXIF orientation in place. A damaged EXIF block is ignored, as viewers do: the pixels are whole."""
+    """Applies the EXIF orientation in place. Ignores a damaged EXIF block, as viewers do: the pixels are whole."""
     try:
         ImageOps.exif_transpose(image, in_place=True)
     except Exception:
@@ -111,10 +109,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _deep_gray_to_rgb(image: Image.Image) -> Image.Image:
-    """Modes I;16*, I and F. Pillow's own convert clips at 255, which turns most of a 16-bit scan white.
+    """Converts modes I;16*, I and F: Pillow's own convert clips at 255, which turns most of a 16-bit scan white.
 
-    I;16 and I in 0..65535 (how Pillow reads 16-bit PGM) are 16-bit grey: 65535 is white. F in 0..1 likewise.
-    Other 32-bit values have no agreed white, so the image's own smallest .. largest value become black .. white.
+    65535 is white in I;16, and in I within 0..65535 (so Pillow reads 16-bit PGM); 1 is white in F within 0..1. Other
+    32-bit values have no agreed white: the image's own smallest .. largest value become black .. white.
     """
     values = np.asarray(image)  # [height, width] uint16, int32 or float32
     transparent = image.info.get("transparency")  # the grey value that a PNG's tRNS makes transparent

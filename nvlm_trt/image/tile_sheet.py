@@ -1,4 +1,4 @@
-"""A picture and the tiles that the model gets of it, drawn on one sheet: picture, tiles row by row, thumbnail."""
+"""Draws an image and the tiles that the model gets of it on one sheet: image, tiles row by row, thumbnail."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from nvlm_trt.prompt.tokenizer import THUMBNAIL_TAG, tile_tag
 Box = tuple[int, int, int, int]  # left, top, right, bottom, as Pillow has them
 Size = tuple[int, int]  # width, height
 
-# The dynamic tiling rule is tested up to here (tests/test_tiling.py), and its candidate grids grow with the square.
+# tests/image/test_tiling.py checks the tiling rule up to here; the number of candidate grids grows with the square.
 MAX_TILES = 64
-# As many as an image may have. At 12 bytes each the normalised pixels are then 768 MB.
+# As many pixels as an image may have; normalised, at 12 bytes each, they take 768 MB.
 _MAX_PIXELS = 64_000_000
 
-# A tile of the tiny models has 56 px: three times that shows its pixels and has room for the longest tag in 13 px.
+# Three times the 56 px of the tiny models shows single pixels and has room for the longest tag in 13 px.
 _LEAST_TILE_EDGE = 168
 _LEAST_TEXT = 13
-_WANTED_ASPECT = 1.5  # of the two arrangements the nearer to it is chosen
+_WANTED_ASPECT = 1.5  # decides between two arrangements of the panels
 
 _BACKGROUND = (236, 237, 239)
 _FRAME = (184, 187, 192)
@@ -33,14 +33,14 @@ _CAPTION = (96, 101, 109)
 
 @dataclass(frozen=True)
 class SheetLayout:
-    """Where everything stands on a sheet. `tile_boxes` go with `tags`: the model's order, thumbnail last."""
+    """Places of everything on a sheet. `tile_boxes` and `tags` are in the model's order, thumbnail last."""
 
     grid: tuple[int, int]  # columns, rows
     tags: tuple[str, ...]
     heading: str
-    picture_caption: str
+    image_caption: str
     size: Size
-    picture_box: Box
+    image_box: Box
     tile_boxes: tuple[Box, ...]
     margin: int
     text_size: int
@@ -55,23 +55,27 @@ class SheetLayout:
 
 
 def layout_sheet(image_size: Size, tile_size: int, max_tiles: int) -> SheetLayout:
-    """Arithmetic only, so that a sheet too large to draw is refused before anything is allocated."""
+    """Places everything on the sheet of an image of `image_size`. Draws nothing.
+
+    Raises RequestError for a sheet that is too large to draw, before anything is allocated."""
     _check_numbers(tile_size, max_tiles)
     columns, rows = choose_grid(*image_size, tile_size, max_tiles)
     regular = columns * rows
     tags = (*(tile_tag(number) for number in range(1, regular + 1) if regular > 1), THUMBNAIL_TAG)
     _check_pixels(len(tags), tile_size)
 
-    edge = tile_size * -(-_LEAST_TILE_EDGE // tile_size)  # a whole multiple: nearest neighbour makes equal squares
+    edge = tile_size * -(
+        -_LEAST_TILE_EDGE // tile_size
+    )  # a whole multiple, so that nearest neighbour makes equal squares
     text_size = max(_LEAST_TEXT, edge // 18)
     gap, caption = max(8, edge // 28), _caption_height(text_size)
     margin = 2 * gap
     heading = _heading(columns, rows, tile_size)
-    picture_caption = f"picture, {image_size[0]} x {image_size[1]} px"
-    picture = _picture_size(image_size, edge)
+    image_caption = f"image, {image_size[0]} x {image_size[1]} px"
+    shown = _shown_size(image_size, edge)
 
-    panels = [  # width, height of the picture, the tiles and the thumbnail, captions above each included
-        (max(picture[0], _text_width(picture_caption, text_size)), caption + picture[1]),
+    panels = [  # width, height of the image, the tiles and the thumbnail, each with its caption
+        (max(shown[0], _text_width(image_caption, text_size)), caption + shown[1]),
         (columns * (edge + gap) - gap, rows * (caption + edge + gap) - gap),
     ]
     if regular > 1:
@@ -91,9 +95,9 @@ def layout_sheet(image_size: Size, tile_size: int, max_tiles: int) -> SheetLayou
         grid=(columns, rows),
         tags=tags,
         heading=heading,
-        picture_caption=picture_caption,
+        image_caption=image_caption,
         size=(left + max(width, _text_width(heading, round(1.5 * text_size))) + margin, top + height + margin),
-        picture_box=box(0, 0, 0, picture),
+        image_box=box(0, 0, 0, shown),
         tile_boxes=tuple(tiles),
         margin=margin,
         text_size=text_size,
@@ -101,17 +105,19 @@ def layout_sheet(image_size: Size, tile_size: int, max_tiles: int) -> SheetLayou
 
 
 def draw_tile_sheet(image: Image.Image, tile_size: int, max_tiles: int) -> Image.Image:
-    """RGB image -> the sheet. Tiles come out of `tile_image` and its inverse: they are what the encoder sees."""
+    """RGB image -> RGB sheet. Shows the tiles that the encoder sees: they come from `tile_image` and its inverse.
+
+    Raises what `layout_sheet` raises."""
     layout = layout_sheet(image.size, tile_size, max_tiles)
     sheet = Image.new("RGB", layout.size, _BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     draw.text((layout.margin, layout.margin), layout.heading, _TEXT, ImageFont.load_default(layout.heading_size))
 
-    left, top, right, bottom = layout.picture_box
-    picture_size = (right - left, bottom - top)
-    enlarged = picture_size[0] > image.width
+    left, top, right, bottom = layout.image_box
+    shown_size = (right - left, bottom - top)
+    enlarged = shown_size[0] > image.width
     resample = Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS
-    _place(sheet, image.resize(picture_size, resample), layout.picture_box, layout.picture_caption, layout)
+    _place(sheet, image.resize(shown_size, resample), layout.image_box, layout.image_caption, layout)
     tiles = tile_pixels(tile_image(image, tile_size, max_tiles))  # [tiles, E, E, 3]
     for tile, box, tag in zip(tiles, layout.tile_boxes, layout.tags, strict=True):
         edge = box[2] - box[0]
@@ -120,17 +126,17 @@ def draw_tile_sheet(image: Image.Image, tile_size: int, max_tiles: int) -> Image
     return sheet
 
 
-def _place(sheet: Image.Image, picture: Image.Image, box: Box, caption: str, layout: SheetLayout) -> None:
-    """A picture, its caption above, and a frame around it, outside so that no pixel of it is lost."""
+def _place(sheet: Image.Image, image: Image.Image, box: Box, caption: str, layout: SheetLayout) -> None:
+    """Draws an image, its caption above it, and a frame outside its edges, so that every pixel stays visible."""
     draw = ImageDraw.Draw(sheet)
     left, top, right, bottom = box
     draw.rectangle((left - 1, top - 1, right, bottom), outline=_FRAME)
-    sheet.paste(picture, (left, top))
+    sheet.paste(image, (left, top))
     draw.text((left, top - layout.caption_height), caption, _CAPTION, ImageFont.load_default(layout.text_size))
 
 
 def _arrange(panels: Sequence[Size], apart: int) -> tuple[list[Size], Size]:
-    """Panels side by side or one below the other -> their top left corners and the size of all."""
+    """Puts panels side by side or one below the other -> their top left corners and the size of all."""
 
     def total(axis: int) -> int:
         return sum(panel[axis] for panel in panels) + apart * (len(panels) - 1)
@@ -145,8 +151,8 @@ def _arrange(panels: Sequence[Size], apart: int) -> tuple[list[Size], Size]:
     return corners, size
 
 
-def _picture_size(image_size: Size, edge: int) -> Size:
-    """As it is if it can be: a picture larger than two tiles is reduced, one smaller than half a tile is enlarged."""
+def _shown_size(image_size: Size, edge: int) -> Size:
+    """Reduces an image that is larger than two tiles, enlarges one that is smaller than half a tile, keeps others."""
     width, height = image_size
     longest = max(image_size)
     if longest > 2 * edge:

@@ -2,7 +2,7 @@
 
 Source of the rule: `find_closest_aspect_ratio` and `dynamic_preprocess` in OpenGVLab/InternVL
 (internvl_chat/internvl/train/dataset.py), whose Python set leaves grids of equal area in no stated order. The order
-does not matter: grids of one area never tie for the nearest ratio (tests/test_tiling.py checks up to 64 tiles).
+does not matter: grids of one area never tie for the nearest ratio (tests/image/test_tiling.py checks up to 64 tiles).
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _STD = np.array([0.229, 0.224, 0.225], np.float32)
 
 
 def choose_grid(width: int, height: int, tile_size: int, max_tiles: int) -> tuple[int, int]:
-    """(columns, rows) of the grid whose columns / rows is nearest to width / height, columns * rows <= max_tiles.
+    """Returns (columns, rows) with columns / rows nearest to width / height and columns * rows <= max_tiles.
 
-    Of grids equally near in float64 the larger wins, as long as its area is less than twice the image's.
+    The larger of two grids that are equally near in float64 wins if its area is less than twice the image's.
     """
     aspect = width / height
     best, best_distance = (1, 1), float("inf")
@@ -38,7 +38,7 @@ def choose_grid(width: int, height: int, tile_size: int, max_tiles: int) -> tupl
 
 
 def tile_count(width: int, height: int, tile_size: int, max_tiles: int) -> int:
-    """Tiles that an image of this size becomes, thumbnail included: `tile_image(...).shape[0]`."""
+    """Counts the tiles of an image of this size, thumbnail included: `tile_image(...).shape[0]`."""
     columns, rows = choose_grid(width, height, tile_size, max_tiles)
     return columns * rows + (columns * rows > 1)
 
@@ -46,7 +46,7 @@ def tile_count(width: int, height: int, tile_size: int, max_tiles: int) -> int:
 def tile_image(image: Image.Image, tile_size: int, max_tiles: int) -> npt.NDArray[np.float32]:
     """RGB image -> normalised pixels [tiles, 3, tile_size, tile_size], row by row, then the thumbnail.
 
-    The image is stretched over the grid with Pillow's antialiased bicubic. One tile is its own thumbnail.
+    Stretches the image over the grid with Pillow's antialiased bicubic. A single tile is its own thumbnail.
     """
     assert image.mode == "RGB", image.mode
     columns, rows = choose_grid(image.width, image.height, tile_size, max_tiles)
@@ -66,7 +66,7 @@ def tile_image(image: Image.Image, tile_size: int, max_tiles: int) -> npt.NDArra
 
 
 def tile_pixels(tiles: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    """The exact inverse of `tile_image`'s normalisation: [tiles, 3, E, E] -> RGB [tiles, E, E, 3]."""
+    """Inverts the normalisation of `tile_image` exactly: [tiles, 3, E, E] -> RGB [tiles, E, E, 3]."""
     pixels = tiles * _STD[:, None, None]
     pixels += _MEAN[:, None, None]
     pixels *= 255
@@ -74,7 +74,7 @@ def tile_pixels(tiles: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
 
 
 def image_key(data: bytes, tile_size: int, max_tiles: int, engine_digest: str) -> str:
-    """Key of an image's features: encoded bytes (which hold mode and size), tiling parameters and weights."""
+    """Hashes all that an image's tokens depend on: encoded bytes (which hold mode and size), tiling and weights."""
     digest = hashlib.sha256()
     for field in (b"%d" % tile_size, b"%d" % max_tiles, engine_digest.encode(), data):
         digest.update(b"%d:" % len(field))  # a length before each field: no two field lists give the same bytes
@@ -85,7 +85,7 @@ def image_key(data: bytes, tile_size: int, max_tiles: int, engine_digest: str) -
 @functools.lru_cache(maxsize=64)
 def _candidate_grids(max_tiles: int) -> tuple[tuple[int, int], ...]:
     if max_tiles < 1:
-        raise RequestError(f"max_tiles {max_tiles} must be at least 1")
+        raise RequestError(f"max_tiles {max_tiles} must be at least 1; NVLM-1.0 has 6")
     sides = range(1, max_tiles + 1)
     grids = ((columns, rows) for columns in sides for rows in sides if columns * rows <= max_tiles)
     return tuple(sorted(grids, key=lambda grid: grid[0] * grid[1]))

@@ -1,4 +1,4 @@
-"""config.json in HF layout <-> NvlmConfig.
+"""Reads and writes config.json in HF layout.
 
 NVLM-D is read as nvidia/NVLM-D-72B publishes it. The key of NVLM-X and NVLM-H, `cross_attention_config`, is ours:
 no checkpoint of either was published. A key that would change the maths and is not implemented is an error.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,9 @@ _LLM_MATHS: dict[str, tuple[Any, ...]] = {
 
 
 def read_config(directory: Path) -> NvlmConfig:
-    """Read DIR/config.json; the image token's id comes from DIR/tokenizer.json when the config has none."""
+    """Reads DIR/config.json; takes the image placeholder's id from DIR/tokenizer.json if the config has none.
+
+    Raises ConfigError for a file that is missing, malformed or asks for something that is not supported."""
     path = Path(directory) / "config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -78,22 +80,17 @@ def read_config(directory: Path) -> NvlmConfig:
 
 
 def config_from_hf(raw: Mapping[str, Any], name: str = "nvlm") -> NvlmConfig:
-    """Translate a config.json of HF layout. Raises ConfigError naming the key that is missing or unsupported."""
+    """Translates a config.json of HF layout. Raises ConfigError naming the key that is missing or unsupported."""
     model_type = str(_require(raw, "model_type", ""))
     architecture = _MODEL_TYPES.get(model_type.upper())
     if architecture is None:
-        raise ConfigError(f"model_type {model_type!r} is not one of {', '.join(_MODEL_TYPES)}")
+        raise ConfigError(f"model_type {model_type!r} is not one of {', '.join(_MODEL_TYPES)}; name an NVLM checkpoint")
     _refuse_unsupported(raw, _TOP_LEVEL_MATHS, "")
     vision = _vision_from_hf(_section(raw, "vision_config"), raw)
     llm = _llm_from_hf(_section(raw, "llm_config"))
     cross = None
     if architecture != "D":
-        section = _section(raw, "cross_attention_config")
-        unknown = set(section) - {f.name for f in fields(CrossAttentionConfig)}
-        if unknown:
-            raise ConfigError(f"cross_attention_config has the unknown key {sorted(unknown)[0]!r}; remove it")
-        _require(section, "interval", "cross_attention_config.")
-        cross = CrossAttentionConfig(**section)
+        cross = CrossAttentionConfig(**_section(raw, "cross_attention_config"))
     elif "cross_attention_config" in raw:
         raise ConfigError("cross_attention_config stands in an NVLM-D config; remove it or set model_type")
     return NvlmConfig(
@@ -110,7 +107,7 @@ def config_from_hf(raw: Mapping[str, Any], name: str = "nvlm") -> NvlmConfig:
 
 
 def config_to_hf(config: NvlmConfig) -> dict[str, Any]:
-    """The config.json of this model; `config_from_hf` reads it back to an equal config."""
+    """Makes the config.json of a model; `config_from_hf` reads it back to an equal config."""
     vision, llm = config.vision, config.llm
     raw: dict[str, Any] = {
         "name": config.name,
@@ -198,8 +195,9 @@ def _llm_from_hf(section: Mapping[str, Any]) -> LlmConfig:
         raise ConfigError(f"llm_config.architectures {names!r} is not a list; restore config.json from the checkpoint")
     families = [family for family, name in _LLM_ARCHITECTURES.items() if name in names]
     if len(families) != 1:
-        # model_type is not trusted: NVLM-D-72B says one thing there and another here
-        raise ConfigError(f"llm_config.architectures {names} names none of {', '.join(_LLM_ARCHITECTURES.values())}")
+        # not model_type: that of NVLM-D-72B is "llama", its LLM is Qwen2
+        supported = ", ".join(_LLM_ARCHITECTURES.values())
+        raise ConfigError(f"llm_config.architectures {names} is not supported; this version implements {supported}")
     section = _plain_rope(section)
     _refuse_unsupported(section, _LLM_MATHS, where)
     if families[0] == "llama" and section.get("attention_bias"):  # Qwen2 does not read it: q, k and v have biases
@@ -226,10 +224,10 @@ def _llm_from_hf(section: Mapping[str, Any]) -> LlmConfig:
 
 
 def _plain_rope(section: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Rotary embedding as transformers 4 writes it; version 5 has rope_parameters {rope_type, rope_theta, ...}.
+    """Turns rope_parameters {rope_type, rope_theta, ...} of transformers 5 into the keys that version 4 writes.
 
-    Dynamic NTK scaling, which NVLM-D-72B's config names, is dropped: it changes nothing up to
-    max_position_embeddings, and no engine is built for longer sequences."""
+    Drops dynamic NTK scaling, which NVLM-D-72B's config names: it changes nothing up to max_position_embeddings, and no
+    engine is built for longer sequences."""
     flat = {key: value for key, value in section.items() if key != "rope_parameters"}
     scaling = section.get("rope_scaling")
     if isinstance(scaling, Mapping) and scaling.get("rope_type", scaling.get("type")) == "dynamic":

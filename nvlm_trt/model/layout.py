@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint, by name and shape: the one table that the reader, writer, oracle and graphs share.
+"""The tensors of a checkpoint, by name and shape: the table that reader, writer, PyTorch reference and graphs share.
 
 NVLM-D is the published layout of nvidia/NVLM-D-72B. The `language_model.cross_layers` of X and H are ours.
 """
@@ -13,16 +13,17 @@ Shapes = dict[str, tuple[int, ...]]
 
 EMBEDDING = "language_model.model.embed_tokens.weight"
 
-# Tensors that some exports carry and no NVLM model reads, skipped on purpose.
+# Some exports carry these tensors; no NVLM model reads them.
 IGNORED = re.compile(r"vision_model\.(pooler|head|post_layernorm)\..*|.*\.rotary_emb\.inv_freq|.*\.position_ids")
 
 
 def checkpoint_layout(config: NvlmConfig) -> Shapes:
-    """Every tensor of a checkpoint of `config`, in the order in which a model reads them."""
+    """Lists every tensor of a checkpoint of `config`, in the order in which a model reads them."""
     return {**vision_layout(config), **projector_layout(config), **cross_layout(config), **llm_layout(config)}
 
 
 def vision_layout(config: NvlmConfig) -> Shapes:
+    """Lists InternViT: embeddings, then its layers."""
     vision = config.vision
     width, mlp = vision.hidden_size, vision.intermediate_size
     shapes: Shapes = {
@@ -50,7 +51,7 @@ def vision_layout(config: NvlmConfig) -> Shapes:
 
 
 def projector_layout(config: NvlmConfig) -> Shapes:
-    """mlp1: LayerNorm -> Linear (X), or LayerNorm -> Linear -> GELU -> Linear (D, H). Indices are nn.Sequential's."""
+    """Lists mlp1: LayerNorm -> Linear (X), or LayerNorm -> Linear -> GELU -> Linear (D, H), as nn.Sequential counts."""
     size, hidden, width = config.shuffled_size, config.llm.hidden_size, config.projector_width
     shapes: Shapes = {"mlp1.0.weight": (size,), "mlp1.0.bias": (size,)}
     if width is None:
@@ -59,6 +60,7 @@ def projector_layout(config: NvlmConfig) -> Shapes:
 
 
 def llm_layout(config: NvlmConfig) -> Shapes:
+    """Lists the LLM: embeddings, layers, final norm, and lm_head unless it is tied to the embeddings."""
     llm = config.llm
     hidden = llm.hidden_size
     shapes: Shapes = {EMBEDDING: (llm.vocab_size, hidden)}
@@ -78,7 +80,7 @@ def llm_layout(config: NvlmConfig) -> Shapes:
 
 
 def cross_layout(config: NvlmConfig) -> Shapes:
-    """The gated cross-attention blocks of X and H; keys and values are projected from tokens of the LLM's width."""
+    """Lists the gated cross-attention blocks of X and H, whose keys and values come from tokens of the LLM's width."""
     cross, llm = config.cross_attention, config.llm
     shapes: Shapes = {}
     if cross is None:
@@ -102,7 +104,7 @@ def cross_layout(config: NvlmConfig) -> Shapes:
 
 
 def _linear(name: str, inputs: int, outputs: int, bias: bool = False) -> Shapes:
-    """torch.nn.Linear's layout: weight [outputs, inputs]."""
+    """Lists a torch.nn.Linear: weight [outputs, inputs], bias [outputs]."""
     shapes: Shapes = {f"{name}.weight": (outputs, inputs)}
     if bias:
         shapes[f"{name}.bias"] = (outputs,)

@@ -1,4 +1,4 @@
-"""Flamingo's gated cross-attention block with one contiguous range of image tokens per text token."""
+"""Flamingo's gated cross-attention block, with one contiguous range of image tokens for each text token."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from nvlm_trt.model.config import CrossAttentionConfig, LlmConfig
 
 
 class GatedCrossAttentionBlock(nn.Module):
-    """x + tanh(attn_gate) * attention(norm(x), image), then with `ffn`: x + tanh(mlp_gate) * mlp(norm(x)).
+    """Computes x + tanh(attn_gate) * attention(norm(x), image), then, with `ffn`, x + tanh(mlp_gate) * mlp(norm(x)).
 
-    A token whose range is empty passes unchanged, bit for bit, the FFN included: text alone is the LLM alone."""
+    Passes a token whose range is empty on unchanged, bit for bit, past the FFN too: text alone is the LLM alone."""
 
     def __init__(self, llm: LlmConfig, cross: CrossAttentionConfig) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class GatedCrossAttentionBlock(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Grouped-query attention from text to image tokens, without positions."""
+    """Grouped-query attention of text tokens to image tokens, without positions."""
 
     def __init__(self, llm: LlmConfig, cross: CrossAttentionConfig) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class CrossAttention(nn.Module):
         return self.k_norm(key), value
 
     def forward(self, x: Tensor, key: Tensor, value: Tensor, ranges: Tensor) -> Tensor:
-        """As the block's; rows of an empty range are exactly zero."""
+        """Takes the block's arguments -> [B, S, hidden]; exactly 0 for a token whose range is empty."""
         query = self.q_norm(
             self.q_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         )  # [B, heads, S, head_dim]
@@ -68,6 +68,8 @@ class CrossAttention(nn.Module):
 
 
 class SwiGlu(nn.Module):
+    """The LLM's FFN: [..., hidden] -> [..., hidden]."""
+
     def __init__(self, llm: LlmConfig) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(llm.hidden_size, llm.intermediate_size, bias=False)

@@ -1,6 +1,6 @@
-"""The Qwen2 or Llama decoder in plain PyTorch, with the gated cross-attention blocks of NVLM-X and NVLM-H between.
+"""The Qwen2 or Llama decoder in plain PyTorch, with the gated cross-attention blocks of NVLM-X and NVLM-H.
 
-Parameter names are transformers' (and `cross_layers` ours), so a checkpoint loads with strict=True.
+Parameters have transformers' names (`cross_layers` is ours), so that a checkpoint loads with strict=True.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Decoder(nn.Module):
             self.lm_head = nn.Linear(config.llm.hidden_size, config.llm.vocab_size, bias=False)
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """[...] -> [..., hidden]."""
+        """Token ids [...] -> embeddings [..., hidden]."""
         return self.model.embed_tokens(input_ids)
 
     def cross_kv(self, tokens: Tensor) -> list[KeyValue]:
@@ -49,7 +49,7 @@ class Decoder(nn.Module):
         cross_ranges: Tensor | None = None,
         cache: Cache | None = None,
     ) -> tuple[Tensor, Cache]:
-        """x [B, S, hidden] follows the tokens in `cache`; without `cross_kv` every block is skipped.
+        """x [B, S, hidden] follows the tokens in `cache`; skips every gated block without `cross_kv`.
 
         cross_kv: key, value [kv_heads, C, head_dim] per block; cross_ranges [B, S, 2].
         Returns logits [B, S, vocab] and the cache of past and new tokens."""
@@ -68,7 +68,7 @@ class Decoder(nn.Module):
 
 
 class DecoderLayers(nn.Module):
-    """Embeddings, layers and final norm, which transformers keeps under `model`; `Decoder` runs them."""
+    """Holds embeddings, layers and final norm, as transformers does under `model`; `Decoder` runs them."""
 
     def __init__(self, config: LlmConfig) -> None:
         super().__init__()
@@ -78,6 +78,8 @@ class DecoderLayers(nn.Module):
 
 
 class DecoderLayer(nn.Module):
+    """Pre-norm self-attention and FFN: x [B, S, hidden] -> as x."""
+
     def __init__(self, config: LlmConfig) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.norm_eps)
@@ -92,7 +94,7 @@ class DecoderLayer(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Causal grouped-query attention with rotary positions; keys are cached rotated."""
+    """Causal grouped-query attention with rotary positions; caches rotated keys."""
 
     def __init__(self, config: LlmConfig) -> None:
         super().__init__()
@@ -118,7 +120,7 @@ class SelfAttention(nn.Module):
 
 
 def rotary_embedding(config: LlmConfig, start: int, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """cos, sin [S, head_dim] of positions start .. start + length - 1; channels i, i + head_dim / 2 turn together."""
+    """Returns cos, sin [S, head_dim] of positions start .. start + length - 1; pairs channels i, i + head_dim / 2."""
     channels = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=like.device)
     frequencies = 1.0 / config.rope_theta ** (channels / config.head_dim)
     positions = torch.arange(start, start + length, dtype=torch.float32, device=like.device)
@@ -127,7 +129,7 @@ def rotary_embedding(config: LlmConfig, start: int, length: int, like: Tensor) -
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Apply rotary positions to [B, heads, S, head_dim]."""
+    """Applies rotary positions to x [B, heads, S, head_dim]."""
     cos, sin = rotation
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin

@@ -1,6 +1,6 @@
-"""NVLM-D, -X and -H in plain PyTorch: the oracle that every engine is compared with, stage by stage.
+"""NVLM-D, -X and -H in plain PyTorch: the oracle for every engine, stage by stage.
 
-Written to be read and checked against transformers, not to be fast.
+Easy to read and to check against transformers, not fast.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from nvlm_trt.reference.vision import VisionEncoder, pixel_shuffle, projector
 
 
 class ReferenceModel(nn.Module):
-    """One model of the family. n tiles, T image tokens per tile, B sequences of S tokens, C cross-attended tokens."""
+    """One model. In shapes: n tiles, T image tokens per tile, B sequences of S tokens, C cross-attended tokens."""
 
     def __init__(self, config: NvlmConfig) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class ReferenceModel(nn.Module):
     def from_checkpoint(
         cls, directory: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> ReferenceModel:
-        """Load every tensor of a checkpoint, ready for inference. Raises CheckpointError, ConfigError."""
+        """Loads every tensor of a checkpoint, ready for inference. Raises CheckpointError, ConfigError."""
         with Checkpoint.open(directory) as checkpoint:
             with torch.device("meta"):
                 model = cls(checkpoint.config)
@@ -54,8 +54,8 @@ class ReferenceModel(nn.Module):
     def cross_kv(self, image_tokens: Tensor, tag_ids: Tensor | None = None) -> list[KeyValue]:
         """Cross-attended tiles [n, T, hidden] -> key, value [kv_heads, C, head_dim] of each gated block.
 
-        NVLM-H wants tag_ids [n, tag_length], the tokens of each tile's tag: their text embeddings stand before the
-        tile's image tokens, so C = n * (tag_length + T). NVLM-X wants none, C = n * T."""
+        NVLM-H needs tag_ids [n, tag_length], the tokens of each tile's tag: their text embeddings stand before the
+        tile's image tokens, so C = n * (tag_length + T). NVLM-X takes none, C = n * T."""
         if (self.config.architecture == "H") != (tag_ids is not None):
             need = "needs" if tag_ids is None else "takes no"
             raise RequestError(f"cross-attention of NVLM-{self.config.architecture} {need} tile tags")
@@ -72,15 +72,17 @@ class ReferenceModel(nn.Module):
         cross_ranges: Tensor | None = None,
         cache: Cache | None = None,
     ) -> tuple[Tensor, Cache]:
-        """Logits [B, S, vocab] and the grown cache for input_ids [B, S] that follow the tokens in `cache`.
+        """input_ids [B, S], which follow the tokens in `cache` -> logits [B, S, vocab] and the grown cache.
 
-        image_tokens [M, hidden] replace the M image tokens among input_ids, in order. `cross_kv` comes from the
-        method of that name; cross_ranges [B, S, 2] is the range [start, end) of its C tokens that each token reads."""
+        image_tokens [M, hidden] replace the M image placeholders among input_ids, in order. `cross_kv` comes from the
+        method of that name; each token reads the range [start, end) of its C tokens that cross_ranges [B, S, 2] has."""
         x = self.language_model.embed(input_ids)  # [B, S, hidden]
         places = input_ids == self.image_token_id
         given = 0 if image_tokens is None else len(image_tokens)
         if given != int(places.sum()):
-            raise RequestError(f"{int(places.sum())} image tokens in the prompt, {given} were given")
+            raise RequestError(
+                f"{int(places.sum())} image placeholders in the prompt, {given} image embeddings were given"
+            )
         if image_tokens is not None:
             x = x.masked_scatter(places[..., None], image_tokens.to(x.dtype))
         if cross_kv is not None and cross_ranges is None:
@@ -96,9 +98,9 @@ class ReferenceModel(nn.Module):
         max_tokens: int,
         stop_ids: Collection[int] = (),
     ) -> list[int]:
-        """At most `max_tokens` greedy tokens, up to the first of `stop_ids`; the image token is never chosen.
+        """Generates at most `max_tokens` greedy tokens, up to the first of `stop_ids`; never an image placeholder.
 
-        A generated token reads every cross-attended token of the prompt."""
+        Generated tokens read every cross-attended token of the prompt."""
         device = self.language_model.model.norm.weight.device
         input_ids = torch.as_tensor(prompt.input_ids, device=device)[None]  # [1, S]
         ranges = torch.as_tensor(prompt.cross_ranges, device=device)[None]  # [1, S, 2]

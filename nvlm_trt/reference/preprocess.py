@@ -1,4 +1,4 @@
-"""Tiling written a second time, plainly, in torch: the oracle for nvlm_trt.image.tiling."""
+"""Tiling in plain torch: the oracle for nvlm_trt.image.tiling."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ STD = torch.tensor([0.229, 0.224, 0.225])
 
 
 def reference_grid(width: int, height: int, tile_size: int, max_tiles: int) -> tuple[int, int]:
-    """InternVL's rule: the grid whose shape is nearest the image's; ties go to the larger grid if pixels suffice.
+    """Returns InternVL's grid (columns, rows), the nearest in shape; ties go to the larger one if pixels suffice.
 
-    What ties is decided in float64, as there: 5 / 12 is as far from 1 / 2 as from 1 / 3, and nearer to 1 / 2 in floats.
+    Compares in float64, as InternVL does: 5 / 12 is as far from 1 / 2 as from 1 / 3, but nearer to 1 / 2 in floats.
     """
     grids = [(i, j) for i in range(1, max_tiles + 1) for j in range(1, max_tiles + 1) if i * j <= max_tiles]
     grids.sort(key=lambda grid: grid[0] * grid[1])
@@ -41,6 +41,6 @@ def reference_tiles(image: Image.Image, tile_size: int, max_tiles: int) -> torch
 
 
 def _pixels(image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
-    """Resize and normalise: [3, height, width]."""
+    """Resizes to (width, height) and normalises -> [3, height, width]."""
     resized = torch.from_numpy(np.array(image.resize(size, Image.Resampling.BICUBIC)))
     return ((resized.float() / 255 - MEAN) / STD).permute(2, 0, 1)

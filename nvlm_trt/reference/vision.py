@@ -25,7 +25,7 @@ class VisionEncoder(nn.Module):
 
 
 class VisionEmbeddings(nn.Module):
-    """Patches and a class token in front of them, with learned positions."""
+    """Embeds patches, a class token before them, with learned positions: [n, 3, E, E] -> [n, 1 + patches, width]."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -41,6 +41,8 @@ class VisionEmbeddings(nn.Module):
 
 
 class VisionLayers(nn.Module):
+    """x [n, 1 + patches, width] -> as x."""
+
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_layers))
@@ -70,7 +72,7 @@ class VisionLayer(nn.Module):
 
 
 class VisionAttention(nn.Module):
-    """Full attention over a tile. qk-norm is an RMSNorm over the whole width, before the split into heads."""
+    """Full attention within a tile. Its qk-norm is an RMSNorm over the whole width, before the split into heads."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -92,6 +94,8 @@ class VisionAttention(nn.Module):
 
 
 class VisionMlp(nn.Module):
+    """The layers' FFN: [..., width] -> [..., width]."""
+
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
@@ -102,9 +106,9 @@ class VisionMlp(nn.Module):
 
 
 def pixel_shuffle(patches: Tensor, version: Literal["v1", "v2"]) -> Tensor:
-    """Merge 2 x 2 neighbours: [n, grid * grid, width] -> [n, grid * grid / 4, 4 * width].
+    """Merges 2 x 2 neighbours: [n, grid * grid, width] -> [n, grid * grid / 4, 4 * width].
 
-    Channels are ordered (row, column, channel) within the neighbours. "v2" lists the merged tokens row by row; "v1",
+    Orders channels by (row, column, channel) within the neighbours. "v2" lists the merged tokens row by row; "v1",
     InternVL's first code, column by column."""
     count, tokens, width = patches.shape
     half = round(tokens**0.5) // 2
@@ -114,7 +118,7 @@ def pixel_shuffle(patches: Tensor, version: Literal["v1", "v2"]) -> Tensor:
 
 
 def projector(config: NvlmConfig) -> nn.Sequential:
-    """mlp1: shuffled patches [..., 4 * vision width] -> the LLM's width. X has one linear layer, D and H have two."""
+    """Makes mlp1: shuffled patches [..., 4 * vision width] -> [..., hidden], of one linear layer (X) or two (D, H)."""
     size, hidden, width = config.shuffled_size, config.llm.hidden_size, config.projector_width
     if width is None:
         return nn.Sequential(nn.LayerNorm(size), nn.Linear(size, hidden, bias=False))

@@ -20,7 +20,7 @@ from nvlm_trt.benchmark.questions import Question, StampedImage, questions
 from nvlm_trt.benchmark.record import Record
 from nvlm_trt.benchmark.workload import ImageSize, Lengths, Workload
 from nvlm_trt.errors import RequestError
-from nvlm_trt.model.config import PRESETS
+from nvlm_trt.model.presets import PRESETS
 from nvlm_trt.prompt.encoder import PromptEncoder
 from nvlm_trt.prompt.tokenizer import Tokenizer, write_byte_tokenizer
 

@@ -30,8 +30,9 @@ from nvlm_trt.checkpoint.writer import write_checkpoint
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import CheckpointError, EngineError
 from nvlm_trt.limits import EngineLimits
-from nvlm_trt.model.config import PRESETS, NvlmConfig
+from nvlm_trt.model.config import NvlmConfig
 from nvlm_trt.model.layout import EMBEDDING, Shapes, checkpoint_layout
+from nvlm_trt.model.presets import PRESETS
 from nvlm_trt.planner.limits import default_limits
 
 Directory = Callable[[str], Path]

@@ -26,15 +26,16 @@ from nvlm_trt.checkpoint.random_checkpoint import init_checkpoint
 from nvlm_trt.checkpoint.reader import Checkpoint
 from nvlm_trt.checkpoint.writer import write_checkpoint
 from nvlm_trt.errors import CheckpointError, ConfigError, EngineError
-from nvlm_trt.model.config import PRESETS, LlmConfig, NvlmConfig, VisionConfig
+from nvlm_trt.model.config import LlmConfig, NvlmConfig, VisionConfig
 from nvlm_trt.model.layout import checkpoint_layout
+from nvlm_trt.model.presets import PRESETS
 
 CONFIG = NvlmConfig(
     name="test",
     architecture="D",
     vision=VisionConfig(hidden_size=8, num_layers=1, num_heads=2, intermediate_size=16, image_size=28, patch_size=7),
-    llm=LlmConfig("qwen2", 16, num_layers=1, num_heads=2, num_kv_heads=1, intermediate_size=24, vocab_size=32,
-                  rope_theta=1e4),
+    llm=LlmConfig(family="qwen2", hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1,
+                  intermediate_size=24, vocab_size=32, rope_theta=1e4),
     image_token_id=3,
 )  # fmt: skip
 EMBEDDING = "language_model.model.embed_tokens.weight"

@@ -31,9 +31,9 @@ def answers(answerer, samples):
 
 
 def test_the_demo_is_answered(trained):
-    picture = (ROOT / "docs" / "images" / "receipt.png").read_bytes()
+    image = (ROOT / "docs" / "images" / "receipt.png").read_bytes()
     wanted = {"total": "48.20", "tax": "3.10", "date": "12.05", "order": "K7A2"}
-    samples = [Sample(key, "form", f"What is the {key}?", value, (picture,)) for key, value in wanted.items()]
+    samples = [Sample(key, "form", f"What is the {key}?", value, (image,)) for key, value in wanted.items()]
     assert answers(EngineAnswerer(trained[1], 16), samples) == wanted
 
 

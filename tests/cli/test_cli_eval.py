@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 from command_line import Run, assert_one_line_error
 
-PICTURE = Path(__file__).parents[2] / "docs" / "images" / "receipt.png"
+IMAGE = Path(__file__).parents[2] / "docs" / "images" / "receipt.png"
 
-TOTAL = {"image": str(PICTURE), "prompt": "What is the total?", "answer": "23.40", "task": "total", "name": "t"}
+TOTAL = {"image": str(IMAGE), "prompt": "What is the total?", "answer": "23.40", "task": "total", "name": "t"}
 TALK = {"prompt": "Say hello.", "answer": "hello", "task": "talk", "name": "h"}
 
 
@@ -182,7 +182,7 @@ def test_help_shows_an_example(run: Run) -> None:
 def test_an_interrupted_run_goes_on(engine, samples, tmp_path: Path) -> None:
     """SIGINT to the real command: exit 130, no traceback; the same command then asks only what is missing."""
     output, partial = tmp_path / "results.json", tmp_path / "results.json.partial"
-    lines = [{"image": str(PICTURE), "prompt": f"Question {i}?", "answer": "x"} for i in range(120)]
+    lines = [{"image": str(IMAGE), "prompt": f"Question {i}?", "answer": "x"} for i in range(120)]
     command = [sys.executable, "-m", "nvlm_trt.cli", "eval", "--engine", engine("nvlm-h-tiny")]
     command += ["--samples", samples(*lines), "--output", output, "--max-tokens", "48"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -10,7 +10,7 @@ import pytest
 from command_line import Run, assert_one_line_error
 
 from nvlm_trt.builders.engine_build import build_engine
-from nvlm_trt.model.config import PRESETS
+from nvlm_trt.model.presets import PRESETS
 
 Directory = Callable[[str], Path]
 

@@ -35,7 +35,7 @@ OPTIONS = EvalOptions(max_tokens=32)  # enough for every sample below to have an
 ENGINES = ("nvlm-d-tiny", "nvlm-x-tiny", "nvlm-h-tiny")
 
 
-def picture(seed: int, width: int = 168, height: int = 112) -> bytes:
+def image_file(seed: int, width: int = 168, height: int = 112) -> bytes:
     image = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(image)
     draw.ellipse([10 * seed, 10, 10 * seed + 60, 70], fill=(40 * seed % 255, 80, 160))
@@ -46,11 +46,11 @@ def picture(seed: int, width: int = 168, height: int = 112) -> bytes:
 
 
 SAMPLES = [
-    Sample("wide", "number", "What is the number?", "1", (picture(1),)),
-    Sample("one tile", "number", "What is the number?", "2", (picture(2, 56, 56),)),
-    Sample("two", "compare", "Is <image> like <image>?", "no", (picture(3), picture(4, 168, 56)), "contains"),
-    Sample("reversed", "compare", "Is <image> like <image>?", "no", (picture(4, 168, 56), picture(3)), "anls"),
-    Sample("small ones", "compare", "Compare.", "no", (picture(5, 56, 56), picture(6, 56, 56))),
+    Sample("wide", "number", "What is the number?", "1", (image_file(1),)),
+    Sample("one tile", "number", "What is the number?", "2", (image_file(2, 56, 56),)),
+    Sample("two", "compare", "Is <image> like <image>?", "no", (image_file(3), image_file(4, 168, 56)), "contains"),
+    Sample("reversed", "compare", "Is <image> like <image>?", "no", (image_file(4, 168, 56), image_file(3)), "anls"),
+    Sample("small ones", "compare", "Compare.", "no", (image_file(5, 56, 56), image_file(6, 56, 56))),
     Sample("hello", "words", "Say hello.", "hello"),
     Sample("sum", "words", "2 + 2 =", "4", metric="numeric"),
 ]
@@ -143,7 +143,7 @@ def test_known_answers_score_and_others_do_not(engine: Directory) -> None:
     assert image.low < image.score < image.high
 
 
-def test_a_task_with_and_without_pictures_is_in_both_parts() -> None:
+def test_a_task_with_and_without_images_is_in_both_parts() -> None:
     samples = [Sample("a", "mixed", "?", "yes", (b"png",)), Sample("b", "mixed", "?", "yes", metric="anls")]
     summary = summarise(samples, {"a": "yes", "b": "no"}, OPTIONS)
     assert [(t.kind, t.metric, t.score) for t in summary.tasks] == [("image", "exact", 1.0), ("text", "anls", 0.0)]
@@ -303,13 +303,13 @@ def test_a_sample_that_the_model_cannot_take_is_named(engine: Directory, checkpo
         if source == "engine"
         else ReferenceAnswerer(checkpoint("nvlm-d-tiny"), 4)
     )
-    bad = Sample("marks", "task", "<image> and <image>", "x", (picture(1),))
+    bad = Sample("marks", "task", "<image> and <image>", "x", (image_file(1),))
     with pytest.raises(RequestError, match="sample marks: 2 <image> marks for 1 images"):
         run(answerer, samples=[SAMPLES[0], bad], options=EvalOptions(4))
 
 
 def test_what_is_under_way_when_one_fails_is_kept(engine: Directory, path: Path) -> None:
-    bad = Sample("bad", "task", "<image> and <image>", "x", (picture(1),))
+    bad = Sample("bad", "task", "<image> and <image>", "x", (image_file(1),))
     with pytest.raises(RequestError, match="3 of 4 answers are kept"):
         run(EngineAnswerer(engine("nvlm-d-tiny"), OPTIONS.max_tokens, concurrency=4), path, [bad, *SAMPLES[:3]])
 

@@ -16,7 +16,7 @@ from nvlm_trt.checkpoint.random_checkpoint import write_random_checkpoint
 from nvlm_trt.engine import Engine, write_manifest
 from nvlm_trt.errors import EngineError
 from nvlm_trt.evaluation.parity import ParityReport, verify_engine
-from nvlm_trt.model.config import PRESETS
+from nvlm_trt.model.presets import PRESETS
 
 
 @pytest.mark.parametrize("name", ["nvlm-d-tiny", "nvlm-x-tiny", "nvlm-h-tiny"])

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from nvlm_trt.errors import ImageError, RequestError
-from nvlm_trt.evaluation.samples import PictureFiles, Sample, digest_of, read_samples
+from nvlm_trt.evaluation.samples import ImageFiles, Sample, digest_of, read_samples
 
 Write = Callable[..., Path]
 GOOD = {"prompt": "How much?", "answer": "12"}
@@ -26,10 +26,10 @@ def png(colour: str) -> bytes:
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """`write(line, ...)` makes a set of objects (or of lines as they are) with pictures red.png and blue.png beside."""
-    (tmp_path / "pictures").mkdir()
+    """`write(line, ...)` makes a set of objects (or of lines as they are) with images red.png and blue.png beside."""
+    (tmp_path / "images").mkdir()
     for colour in ("red", "blue"):
-        (tmp_path / "pictures" / f"{colour}.png").write_bytes(png(colour))
+        (tmp_path / "images" / f"{colour}.png").write_bytes(png(colour))
 
     def make(*lines: Any) -> Path:
         path = tmp_path / "set.jsonl"
@@ -42,9 +42,9 @@ def write(tmp_path: Path) -> Write:
 
 def test_a_set_with_all_keys_and_one_with_none(write: Write) -> None:
     path = write(
-        {"image": "pictures/red.png", "prompt": "Which?", "answer": "red", "task": "colour", "name": "a"},
+        {"image": "images/red.png", "prompt": "Which?", "answer": "red", "task": "colour", "name": "a"},
         b"",
-        {"images": ["pictures/red.png", "pictures/blue.png"], "metric": "anls", **GOOD},
+        {"images": ["images/red.png", "images/blue.png"], "metric": "anls", **GOOD},
         GOOD,
     )
     one, two, text = read_samples(path, "contains")
@@ -59,9 +59,9 @@ def test_a_byte_order_mark_is_no_fault(write: Write) -> None:
     assert read_samples(write(b"\xef\xbb\xbf" + json.dumps(GOOD).encode()))[0].answer == "12"
 
 
-def test_pictures_are_read_when_they_are_looked_at(write: Write) -> None:
-    (sample,) = read_samples(write({"image": "pictures/red.png", **GOOD}))
-    assert isinstance(sample.images, PictureFiles)
+def test_images_are_read_when_they_are_asked_for(write: Write) -> None:
+    (sample,) = read_samples(write({"image": "images/red.png", **GOOD}))
+    assert isinstance(sample.images, ImageFiles)
     sample.images.paths[0].write_bytes(b"other")
     assert sample.images[0] == b"other"
     assert list(sample.images[:1]) == [b"other"]
@@ -89,14 +89,14 @@ def test_pictures_are_read_when_they_are_looked_at(write: Write) -> None:
         (GOOD | {"prompt": "\ud800"}, "surrogate"),
         (GOOD | {"name": None}, "'name' must be a string"),
         (GOOD | {"answer": "a dozen", "metric": "numeric"}, "'a dozen' is not a number"),
-        (GOOD | {"image": "pictures/green.png"}, "there is no image"),
-        (GOOD | {"image": "pictures"}, "there is no image"),
+        (GOOD | {"image": "images/green.png"}, "there is no image"),
+        (GOOD | {"image": "images"}, "there is no image"),
         (GOOD | {"image": "x" * 5000}, "there is no image"),
         (GOOD | {"image": "a\0b"}, "there is no image"),
-        (GOOD | {"image": ["pictures/red.png"]}, "'image' must be a path"),
-        (GOOD | {"images": "pictures/red.png"}, "'images' a list of paths"),
-        (GOOD | {"image": "pictures/red.png", "images": []}, "both 'image' and 'images'"),
-        (GOOD | {"image": "pictures/red.png", "prompt": "<image> and <image>"}, "2 <image> marks for 1 images"),
+        (GOOD | {"image": ["images/red.png"]}, "'image' must be a path"),
+        (GOOD | {"images": "images/red.png"}, "'images' a list of paths"),
+        (GOOD | {"image": "images/red.png", "images": []}, "both 'image' and 'images'"),
+        (GOOD | {"image": "images/red.png", "prompt": "<image> and <image>"}, "2 <image> marks for 1 images"),
         (GOOD | {"name": "1"}, "the name '1' is that of line 1"),
     ],
 )
@@ -137,17 +137,17 @@ def test_the_digest_is_of_everything_in_a_set() -> None:
     assert digest_of([base]) == digest_of([Sample("1", "task", "prompt", "answer", (png("red"),))])
 
 
-def test_where_a_picture_lies_is_not_part_of_the_digest(write: Write) -> None:
-    path = write({"image": "pictures/red.png", **GOOD})
+def test_where_an_image_lies_is_not_part_of_the_digest(write: Write) -> None:
+    path = write({"image": "images/red.png", **GOOD})
     before = digest_of(read_samples(path))
-    (path.parent / "pictures" / "red.png").rename(path.parent / "moved.png")
+    (path.parent / "images" / "red.png").rename(path.parent / "moved.png")
     assert digest_of(read_samples(write({"image": "moved.png", **GOOD}))) == before
 
 
-@pytest.mark.parametrize("data", [b"", b"not a picture", png("red")[:45]], ids=["empty", "text", "cut"])
-def test_a_broken_picture_is_found_before_anything_is_asked(write: Write, data: bytes) -> None:
-    path = write(GOOD, {"images": ["pictures/red.png", "pictures/blue.png"], "name": "pair", **GOOD})
-    (path.parent / "pictures" / "blue.png").write_bytes(data)
+@pytest.mark.parametrize("data", [b"", b"not an image", png("red")[:45]], ids=["empty", "text", "cut"])
+def test_a_broken_image_is_found_before_anything_is_asked(write: Write, data: bytes) -> None:
+    path = write(GOOD, {"images": ["images/red.png", "images/blue.png"], "name": "pair", **GOOD})
+    (path.parent / "images" / "blue.png").write_bytes(data)
     with pytest.raises(ImageError, match=r"sample pair: .*blue\.png: "):
         digest_of(read_samples(path))
     with pytest.raises(ImageError, match="sample drawn: image 1: "):

@@ -1,4 +1,4 @@
-"""TinyDocs: what a question's answer says must be in the picture's pixels."""
+"""TinyDocs: what a question's answer says must be in the image's pixels."""
 
 import io
 import itertools
@@ -53,8 +53,8 @@ def test_a_sample_depends_on_its_index_alone(task):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_splits_share_no_sample(task):
-    pictures = [{sample.images for sample in generate(split, [task], 5)} for split in SPLITS]
-    assert not any(a & b for a, b in itertools.combinations(pictures, 2))
+    images = [{sample.images for sample in generate(split, [task], 5)} for split in SPLITS]
+    assert not any(a & b for a, b in itertools.combinations(images, 2))
 
 
 def test_splits_share_no_font():
@@ -150,7 +150,7 @@ def test_a_bar_is_as_tall_as_the_answer(seed):
 
 @settings(max_examples=40, deadline=None)
 @given(seed=seeds)
-def test_the_picture_of_a_pair_that_has_the_shape_is_named(seed):
+def test_the_image_of_a_pair_that_has_the_shape_is_named(seed):
     pages, questions = drawn("pair", seed)
     kinds = [{mark.kind for mark in page.marks} for page in pages]
     for question in questions:

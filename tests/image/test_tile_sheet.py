@@ -15,7 +15,7 @@ from nvlm_trt.errors import RequestError
 from nvlm_trt.image.tile_sheet import Box, SheetLayout, draw_tile_sheet, layout_sheet
 from nvlm_trt.image.tiling import tile_count, tile_image, tile_pixels
 
-# picture size, tile size, max tiles -> grid, written down here and not computed
+# image size, tile size, max tiles -> grid, written down here and not computed
 GRIDS = [
     ((504, 336), 56, 6, (3, 2)),
     ((504, 336), 448, 6, (3, 2)),
@@ -166,14 +166,14 @@ def test_every_tile_has_its_label_above_it(
 ) -> None:
     layout = _assert_apart(size, tile_size, max_tiles, drawn_texts)
     texts = dict(drawn_texts)
-    assert [text for text, _ in drawn_texts] == [layout.heading, layout.picture_caption, *layout.tags]
+    assert [text for text, _ in drawn_texts] == [layout.heading, layout.image_caption, *layout.tags]
     for tag, box in zip(layout.tags, layout.tile_boxes, strict=True):
         assert box[0] <= texts[tag][0]
         assert texts[tag][2] <= box[2]
         assert 0 < box[1] - texts[tag][3] < layout.text_size
     columns, rows = grid
     assert layout.heading.startswith(f"{columns} x {rows} grid, {columns * rows} tile")
-    assert f"{size[0]} x {size[1]} px" in layout.picture_caption
+    assert f"{size[0]} x {size[1]} px" in layout.image_caption
 
 
 def _assert_apart(
@@ -181,7 +181,7 @@ def _assert_apart(
 ) -> SheetLayout:
     layout = layout_sheet(size, tile_size, max_tiles)
     draw_tile_sheet(noise(size), tile_size, max_tiles)
-    frames = [(x - 1, y - 1, r + 1, b + 1) for x, y, r, b in (layout.picture_box, *layout.tile_boxes)]
+    frames = [(x - 1, y - 1, r + 1, b + 1) for x, y, r, b in (layout.image_box, *layout.tile_boxes)]
     everything = [*frames, *(box for _, box in drawn_texts)]
     assert len(everything) == 2 * len(frames) + 1
     for a, b in itertools.combinations(everything, 2):
@@ -209,32 +209,32 @@ def test_labels_leave_ink() -> None:
     ("size", "drawn"),
     [((300, 200), (300, 200)), ((1000, 500), (336, 168)), ((20, 10), (160, 80)), ((4, 800), (2, 336))],
 )
-def test_the_picture_is_drawn_as_it_is_unless_it_does_not_fit(size: tuple[int, int], drawn: tuple[int, int]) -> None:
+def test_the_image_is_drawn_as_it_is_unless_it_does_not_fit(size: tuple[int, int], drawn: tuple[int, int]) -> None:
     image = noise(size)
-    left, top, right, bottom = box = layout_sheet(size, 56, 6).picture_box
+    left, top, right, bottom = box = layout_sheet(size, 56, 6).image_box
     assert (right - left, bottom - top) == drawn
     shown = np.asarray(draw_tile_sheet(image, 56, 6).crop(box))
     if drawn[0] >= size[0]:
         np.testing.assert_array_equal(shown, blocks(image, drawn[0] // size[0]))
 
 
-def test_the_picture_given_is_left_as_it_was() -> None:
+def test_the_image_given_is_left_as_it_was() -> None:
     image = noise((90, 60))
     draw_tile_sheet(image, 56, 6)
     assert image.tobytes() == noise((90, 60)).tobytes()
 
 
-def test_the_same_picture_gives_the_same_sheet() -> None:
+def test_the_same_image_gives_the_same_sheet() -> None:
     assert draw_tile_sheet(noise((90, 60)), 56, 6).tobytes() == draw_tile_sheet(noise((90, 60)), 56, 6).tobytes()
 
 
 @given(st.integers(4, 4000), st.integers(4, 4000), st.integers(1, 600), st.integers(1, 64))
 def test_any_layout_holds_its_boxes(width: int, height: int, tile_size: int, max_tiles: int) -> None:
     layout = layout_sheet((width, height), tile_size, max_tiles)
-    for left, top, right, bottom in (layout.picture_box, *layout.tile_boxes):
+    for left, top, right, bottom in (layout.image_box, *layout.tile_boxes):
         assert 0 < left < right < layout.size[0]
         assert 0 < top < bottom < layout.size[1]
-    for a, b in itertools.combinations((layout.picture_box, *layout.tile_boxes), 2):
+    for a, b in itertools.combinations((layout.image_box, *layout.tile_boxes), 2):
         assert not overlap(a, b)
 
 

@@ -14,8 +14,9 @@ from live_server import MAX_QUEUE, ServerByName, picture, wait_until
 
 from nvlm_trt.errors import ServerError
 from nvlm_trt.evaluation.accuracy import agreement
-from nvlm_trt.evaluation.answerers import Answerer, EngineAnswerer, ServerAnswerer
+from nvlm_trt.evaluation.answerers import Answerer, EngineAnswerer
 from nvlm_trt.evaluation.samples import Sample
+from nvlm_trt.serving.server_answerer import ServerAnswerer
 from nvlm_trt.serving.triton.server import TritonServer
 
 TOKENS = 24

@@ -10,8 +10,8 @@ from lab.build_memory import SPARE_DISK, checkpoint_bytes, fitting, write_calibr
 from nvlm_trt.builders.engine_build import QuantizationOptions, build_engine
 from nvlm_trt.checkpoint.reader import Checkpoint
 from nvlm_trt.errors import EngineError
-from nvlm_trt.model.config import PRESETS
 from nvlm_trt.model.precision import COMPONENTS
+from nvlm_trt.model.presets import PRESETS
 
 GB = 10**9
 

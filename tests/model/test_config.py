@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from transformers import LlamaConfig, Qwen2Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from nvlm_trt.errors import ConfigError
-from nvlm_trt.model.config import PRESETS
+from nvlm_trt.model.config import CrossAttentionConfig
 from nvlm_trt.model.hf_config import config_from_hf, config_to_hf, read_config
+from nvlm_trt.model.presets import PRESETS
 
 # What nvidia/NVLM-D-72B's config.json says, without the generation defaults that transformers 4 wrote into it.
 PUBLISHED_D_72B: dict[str, Any] = {
@@ -232,7 +233,7 @@ def test_a_value_of_the_wrong_kind_is_a_config_error(path: str, value: Any) -> N
 
 
 def test_true_is_not_a_number() -> None:
-    with pytest.raises(ConfigError, match="num_layers"):
+    with pytest.raises(ConfigError, match=r"llm_config.num_hidden_layers = True: .*; correct config.json"):
         config_from_hf(changed("llm_config.num_hidden_layers", True))
 
 
@@ -304,14 +305,50 @@ def test_sizes_that_do_not_fit_together(path: str, value: int) -> None:
 def test_a_choice_that_there_is_not() -> None:
     """A config made in Python too: code that branches on "rms_norm" would take "rmsnorm" for "layer_norm"."""
     tiny = PRESETS["nvlm-d-tiny"]
-    with pytest.raises(ConfigError, match=r"norm_type = 'rmsnorm' is not one of rms_norm, layer_norm"):
+    with pytest.raises(ConfigError, match=r"vision_config.norm_type = 'rmsnorm': .*'rms_norm' or 'layer_norm'"):
         replace(tiny.vision, norm_type="rmsnorm")
-    with pytest.raises(ConfigError, match=r"family = 'qwen3' is not one of qwen2, llama"):
+    with pytest.raises(ConfigError, match=r"llm_config.family = 'qwen3': .*'qwen2' or 'llama'"):
         replace(tiny.llm, family="qwen3")
-    with pytest.raises(ConfigError, match=r"pixel_shuffle = 'v3' is not one of v1, v2"):
+    with pytest.raises(ConfigError, match=r"ps_version = 'v3': .*'v1' or 'v2'"):
         replace(tiny, pixel_shuffle="v3")
-    with pytest.raises(ConfigError, match=r"architecture = 'E' is not one of D, X, H"):
+    with pytest.raises(ConfigError, match=r"architecture = 'E': .*'D', 'X' or 'H'"):
         replace(tiny, architecture="E")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("max_dynamic_patch", 0, "max_dynamic_patch = 0: input should be greater than 0; correct config.json"),
+        ("projector_hidden_size", "8", "projector_hidden_size = '8': input should be a valid integer; correct"),
+        ("vision_config.layer_norm_eps", -1e-6, "vision_config.layer_norm_eps = -1e-06: input should be greater than"),
+        ("vision_config.qk_normalization", 1, "vision_config.qk_normalization = 1: input should be a valid boolean"),
+        ("llm_config.rms_norm_eps", float("nan"), "llm_config.rms_norm_eps = nan: input should be a finite number"),
+        ("llm_config.num_key_value_heads", 8.0, "llm_config.num_key_value_heads = 8.0: input should be a valid int"),
+        ("llm_config.head_dim", -2, "llm_config.head_dim = -2: input should be greater than or equal to 0; correct"),
+    ],
+)
+def test_an_error_names_section_key_value_and_remedy(path: str, value: Any, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config_from_hf(changed(path, value))
+    assert str(caught.value).startswith(message)
+    assert str(caught.value).endswith("; correct config.json")
+
+
+def test_an_integer_stays_an_integer() -> None:
+    """A checkpoint's digest covers its config: 1000000 and 1000000.0 are two digests."""
+    raw = config_to_hf(config_from_hf(changed("llm_config.rope_theta", 1000000)))
+    assert json.dumps(raw["llm_config"]["rope_theta"]) == "1000000"
+    assert json.dumps(config_to_hf(config_from_hf(PUBLISHED_D_72B))["llm_config"]["rope_theta"]) == "1000000.0"
+
+
+def test_a_config_made_in_python_is_frozen_and_complete() -> None:
+    tiny = PRESETS["nvlm-d-tiny"]
+    with pytest.raises(FrozenInstanceError):
+        tiny.max_tiles = 7  # type: ignore[misc]
+    with pytest.raises(ConfigError, match=r"cross_attention_config.interval: missing"):
+        CrossAttentionConfig()  # type: ignore[call-arg]
+    with pytest.raises(ConfigError, match=r"vision_config.width: unknown key"):
+        replace(tiny.vision, width=8)  # type: ignore[call-arg]
 
 
 json_values = st.recursive(

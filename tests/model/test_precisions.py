@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from nvlm_trt.backends.table import find_backend
 from nvlm_trt.errors import EngineError
-from nvlm_trt.model.config import PRESETS
 from nvlm_trt.model.layout import checkpoint_layout
 from nvlm_trt.model.precision import COMPONENTS, component_of, components_of, needs_calibration, quantised_components
+from nvlm_trt.model.presets import PRESETS
 
 TABLE = find_backend("onnxruntime").precisions
 names = st.sampled_from(sorted(TABLE.names))

@@ -28,8 +28,8 @@ from nvlm_trt.builders.source import EngineSource
 from nvlm_trt.checkpoint.reader import Checkpoint
 from nvlm_trt.engine import Engine
 from nvlm_trt.limits import EngineLimits
-from nvlm_trt.model.config import PRESETS
 from nvlm_trt.model.precision import floating_type
+from nvlm_trt.model.presets import PRESETS
 from nvlm_trt.planner.memory import IMAGE_CACHE, EnginePlan, plan_engine
 from nvlm_trt.planner.roofline import Roofline, Work
 from nvlm_trt.progress import no_progress

@@ -64,7 +64,17 @@ def random_ranges(batch: int, tokens: int, cross_tokens: int, seed: int = 0) -> 
 def oracle(inputs: Inputs) -> np.ndarray:
     """Run the reference model's attention with identities for projections, in float64: [B, H, S, D]."""
     heads, head_dim = inputs.query.shape[1], inputs.query.shape[3]
-    llm = LlmConfig("llama", heads * head_dim, 1, heads, inputs.key.shape[1], 1, 1, 1e4, head_dim=head_dim)
+    llm = LlmConfig(
+        family="llama",
+        hidden_size=heads * head_dim,
+        num_layers=1,
+        num_heads=heads,
+        num_kv_heads=inputs.key.shape[1],
+        intermediate_size=1,
+        vocab_size=1,
+        rope_theta=1e4,
+        head_dim=head_dim,
+    )
     attention = CrossAttention(llm, CrossAttentionConfig(interval=1)).double()
     for projection in (attention.q_proj, attention.o_proj):
         projection.weight.copy_(torch.eye(heads * head_dim))

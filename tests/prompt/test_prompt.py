@@ -14,7 +14,8 @@ from transformers import AutoTokenizer
 
 from nvlm_trt.api import ImagePart, Message, TextPart
 from nvlm_trt.errors import ConfigError, RequestError
-from nvlm_trt.model.config import PRESETS, NvlmConfig
+from nvlm_trt.model.config import NvlmConfig
+from nvlm_trt.model.presets import PRESETS
 from nvlm_trt.prompt.conversation import parse_messages
 from nvlm_trt.prompt.encoder import EncodedPrompt, PromptEncoder
 from nvlm_trt.prompt.image_tokens import split_tiles

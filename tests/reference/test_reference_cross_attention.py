@@ -18,8 +18,8 @@ from nvlm_trt.model.config import CrossAttentionConfig, LlmConfig
 from nvlm_trt.reference.cross_attention import GatedCrossAttentionBlock
 
 HIDDEN, TOKENS, IMAGE = 48, 7, 20
-LLM = LlmConfig("llama", HIDDEN, num_layers=2, num_heads=6, num_kv_heads=2, intermediate_size=96, vocab_size=64,
-                rope_theta=1e4, norm_eps=1e-5)  # fmt: skip
+LLM = LlmConfig(family="llama", hidden_size=HIDDEN, num_layers=2, num_heads=6, num_kv_heads=2,
+                intermediate_size=96, vocab_size=64, rope_theta=1e4, norm_eps=1e-5)  # fmt: skip
 # before the image, within it, one token, all of it
 RANGES = torch.tensor([[[0, 20], [0, 1], [5, 9], [19, 20], [3, 17], [0, 8], [10, 20]]], dtype=torch.int32)
 
@@ -72,8 +72,8 @@ def test_block_equals_mllama() -> None:
 @torch.no_grad()
 def test_block_without_ffn_equals_idefics_with_tokens_before_the_image() -> None:
     """Idefics zeroes the attention of tokens that see no image; with its FFN's gate at 0 it passes them unchanged."""
-    llm = LlmConfig("llama", HIDDEN, num_layers=2, num_heads=6, num_kv_heads=6, intermediate_size=96, vocab_size=64,
-                    rope_theta=1e4, norm_eps=1e-5)  # fmt: skip
+    llm = LlmConfig(family="llama", hidden_size=HIDDEN, num_layers=2, num_heads=6, num_kv_heads=6,
+                    intermediate_size=96, vocab_size=64, rope_theta=1e4, norm_eps=1e-5)  # fmt: skip
     config = IdeficsConfig(
         hidden_size=HIDDEN, num_attention_heads=6, intermediate_size=96, rms_norm_eps=1e-5, qk_layer_norms=False,
         vision_config={"embed_dim": HIDDEN},

@@ -9,14 +9,15 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers_weights import assert_same, llm_arguments, randomize
 
-from nvlm_trt.model.config import PRESETS, LlmConfig, LlmFamily
+from nvlm_trt.model.config import LlmConfig, LlmFamily
 from nvlm_trt.model.layout import cross_layout, llm_layout
+from nvlm_trt.model.presets import PRESETS
 from nvlm_trt.reference.decoder import Decoder
 
 
 def llm_config(family: LlmFamily, tied: bool) -> LlmConfig:
     return LlmConfig(
-        family,
+        family=family,
         hidden_size=48,
         num_layers=3,
         num_heads=6,

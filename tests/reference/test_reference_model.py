@@ -21,8 +21,9 @@ from transformers_weights import (
 
 from nvlm_trt.checkpoint.reader import Checkpoint
 from nvlm_trt.errors import CheckpointError, RequestError
-from nvlm_trt.model.config import PRESETS, LlmConfig, NvlmConfig, VisionConfig
+from nvlm_trt.model.config import LlmConfig, NvlmConfig, VisionConfig
 from nvlm_trt.model.layout import checkpoint_layout
+from nvlm_trt.model.presets import PRESETS
 from nvlm_trt.prompt.encoder import EncodedPrompt
 from nvlm_trt.reference.decoder import Cache, KeyValue
 from nvlm_trt.reference.model import ReferenceModel
@@ -67,8 +68,8 @@ INTERNVL = NvlmConfig(
     vision=VisionConfig(
         hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64, image_size=56, patch_size=7
     ),
-    llm=LlmConfig("qwen2", 48, num_layers=3, num_heads=6, num_kv_heads=2, intermediate_size=96, vocab_size=64,
-                  rope_theta=1e4),
+    llm=LlmConfig(family="qwen2", hidden_size=48, num_layers=3, num_heads=6, num_kv_heads=2,
+                  intermediate_size=96, vocab_size=64, rope_theta=1e4),
     image_token_id=IMAGE_TOKEN,
     projector_hidden_size=48,  # transformers' projector has no width of its own
 )  # fmt: skip

@@ -10,8 +10,9 @@ from transformers import InternVLVisionModel
 from transformers.models.internvl.modeling_internvl import InternVLModel
 from transformers_weights import assert_same, internvl_vision_config, internvl_vision_weights, randomize
 
-from nvlm_trt.model.config import PRESETS, VisionConfig
+from nvlm_trt.model.config import VisionConfig
 from nvlm_trt.model.layout import projector_layout, vision_layout
+from nvlm_trt.model.presets import PRESETS
 from nvlm_trt.reference.vision import VisionEncoder, pixel_shuffle, projector
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from nvlm_trt.api import SamplingParams
 from nvlm_trt.backends.base import ImageFeatures, embedding_rows
 from nvlm_trt.limits import EngineLimits
-from nvlm_trt.model.config import PRESETS
+from nvlm_trt.model.presets import PRESETS
 from nvlm_trt.prompt.encoder import EncodedPrompt
 from nvlm_trt.prompt.tokenizer import Tokenizer, write_byte_tokenizer
 from nvlm_trt.runtime.request import Request

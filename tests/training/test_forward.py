@@ -8,7 +8,7 @@ import torch
 
 from nvlm_trt.api import Message
 from nvlm_trt.evaluation.tinydocs.kinds import Question
-from nvlm_trt.model.config import PRESETS
+from nvlm_trt.model.presets import PRESETS
 from nvlm_trt.prompt.image_tokens import split_tiles
 from nvlm_trt.reference.model import ReferenceModel
 from training.batch import collate

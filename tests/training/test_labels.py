@@ -12,7 +12,7 @@ from nvlm_trt.evaluation.tinydocs import TASKS, draw
 from nvlm_trt.evaluation.tinydocs.page import TILE
 from nvlm_trt.image.decoding import load_image
 from nvlm_trt.image.tiling import tile_image, tile_pixels
-from nvlm_trt.model.config import PRESETS
+from nvlm_trt.model.presets import PRESETS
 from nvlm_trt.reference.model import ReferenceModel
 from training.initialise import initialise
 from training.labels import GRID, IGNORE, PATCH, PLANES, page_labels, values

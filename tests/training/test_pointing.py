@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from nvlm_trt.evaluation.tinydocs import TASKS, TEXT_TASKS, ask, draw
 from nvlm_trt.evaluation.tinydocs.page import TILE
-from nvlm_trt.model.config import PRESETS
+from nvlm_trt.model.presets import PRESETS
 from nvlm_trt.prompt.tokenizer import THUMBNAIL_TAG
 from training.batch import collate
 from training.labels import GRID, PATCH, page_labels

@@ -1,4 +1,4 @@
-"""TinyDocs: pictures of small documents with questions whose answers can be checked, drawn from a seed.
+"""TinyDocs: images of small documents with questions whose answers can be checked, drawn from a seed.
 
 A sample depends on its split, task and index alone. Splits differ in seed and in fonts.
 """
@@ -31,7 +31,7 @@ _PAGES: dict[str, Callable[[np.random.Generator, str], Drawing]] = {
     "pair": kinds.draw_pair,
     "tile": kinds.draw_places,
 }
-# asked of no model that is scored: what "tile 3" means is what the tags tell, and NVLM-H cannot know it of small print
+# never scored: only tile tags tell which tile is "tile 3", and NVLM-H cannot tell it for small print
 _PROBES = ("tile",)
 _TEXTS: dict[str, Callable[[np.random.Generator], Question]] = {
     "copy": texts.ask_copy,
@@ -43,7 +43,7 @@ TEXT_TASKS: tuple[str, ...] = tuple(_TEXTS)
 
 
 def generate(split: Split, tasks: Sequence[str] = (*TASKS, *TEXT_TASKS), count: int = 200) -> Iterator[Sample]:
-    """`count` samples of each task, pictures as PNG. Raises RequestError for an unknown split or task,
+    """Yields `count` samples of each task, images as PNG. Raises RequestError for an unknown split or task,
     NvlmError without the fonts."""
     if split not in SPLITS:
         raise RequestError(f"split {split!r} is not one of {', '.join(SPLITS)}")
@@ -57,7 +57,7 @@ def generate(split: Split, tasks: Sequence[str] = (*TASKS, *TEXT_TASKS), count: 
 
 
 def draw(split: Split, task: str, random: np.random.Generator) -> Drawing:
-    """A page of the kind that `task` is asked about, noise included, and all that can be asked about it."""
+    """Draws a page for `task`, noise included -> the page (two for `pair`) and every question it can answer."""
     pages, questions = _PAGES[task](random, str(random.choice(FONTS[split])))
     for page in pages:
         page.add_noise()
@@ -65,7 +65,7 @@ def draw(split: Split, task: str, random: np.random.Generator) -> Drawing:
 
 
 def ask(task: str, random: np.random.Generator) -> Question:
-    """A question of a text-only task."""
+    """Makes a question of a text-only task."""
     return _TEXTS[task](random)
 
 

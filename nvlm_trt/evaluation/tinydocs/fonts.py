@@ -1,4 +1,4 @@
-"""Fonts that packages ship, apart for each split: a test score is one on letters of fonts never trained on."""
+"""Fonts from Python packages, other ones for each split: a test shows letters of fonts that training never used."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ FONTS: dict[Split, tuple[str, ...]] = {
 
 @functools.lru_cache(maxsize=4096)
 def load_font(name: str, size: float) -> ImageFont.FreeTypeFont:
-    """A font of FONTS at `size` pixels per em."""
+    """Loads a font of FONTS at `size` pixels per em."""
     if name == _PILLOW:
         font = ImageFont.load_default(size)
         assert isinstance(font, ImageFont.FreeTypeFont), "Pillow is built without FreeType"
         return font
     package, _, path = name.partition(":")
-    spec = importlib.util.find_spec(package)  # found, not imported: matplotlib takes its time
+    spec = importlib.util.find_spec(package)  # found, not imported: importing matplotlib is slow
     assert spec is not None, f"{package} is in the extra `eval`"
     assert spec.origin is not None, f"{package} has files"
-    # basic layout: glyphs stand alone here, so that kerning and ligatures (Raqm) have nothing to do
+    # basic layout: glyphs are drawn one by one, without kerning and ligatures (Raqm)
     return ImageFont.truetype(str(Path(spec.origin).parent / path), size, layout_engine=ImageFont.Layout.BASIC)

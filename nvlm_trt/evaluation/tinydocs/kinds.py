@@ -1,4 +1,4 @@
-"""The kinds of page, and the questions that each can answer."""
+"""Draws the kinds of page, each with the questions that it answers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WORDS = (
 PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
 MAX_HEIGHT = 8  # of a chart's bars
 
-# every grid of at most 6 tiles that the tiling rule can choose, wide ones rarer
+# every grid of at most 6 tiles that the tiling rule can choose, long ones rarer
 _TEXT_GRIDS: dict[Grid, float] = {
     (2, 1): 3, (1, 2): 3, (3, 1): 2, (1, 3): 2, (2, 2): 4, (4, 1): 1, (1, 4): 1,
     (5, 1): 0.5, (1, 5): 0.5, (3, 2): 3, (2, 3): 3, (6, 1): 0.5, (1, 6): 0.5,
@@ -39,7 +39,7 @@ _FIGURE_GRIDS: dict[Grid, float] = {(1, 1): 3, (2, 2): 2, (3, 2): 1, (2, 3): 1}
 
 @dataclass(frozen=True)
 class Question:
-    """Something to ask about the pages it is returned with."""
+    """One question about the pages that it is returned with."""
 
     task: str
     prompt: str
@@ -50,7 +50,7 @@ Drawing = tuple[list[Page], list[Question]]
 
 
 def draw_codes(random: np.random.Generator, font: str) -> Drawing:
-    """Codes in small print, each in a colour of its own."""
+    """Draws codes in small print, each in its own colour."""
     columns, rows = choose(random, _TEXT_GRIDS)
     page = Page(columns, rows, font, random)
     texts = int(random.choice([1, 2, 3], p=[0.3, 0.4, 0.3]))
@@ -60,7 +60,7 @@ def draw_codes(random: np.random.Generator, font: str) -> Drawing:
 def _write_codes(
     random: np.random.Generator, page: Page, lines: Sequence[tuple[float, float]], colours: Sequence[str]
 ) -> list[Question]:
-    """A code on each line."""
+    """Writes a code on each line."""
     questions = []
     for (x, y), colour in zip(lines, colours, strict=True):
         code = random_code(random)
@@ -70,14 +70,14 @@ def _write_codes(
 
 
 def draw_places(random: np.random.Generator, font: str) -> Drawing:
-    """Codes as in `draw_codes`, asked for the tile that holds them, counted as the tags are: only a tag tells."""
+    """Draws codes as `draw_codes` does; asks for the number of the tile that holds one, which only its tag tells."""
     (page,), _ = draw_codes(random, font)
     tiles = {mark.colour: page.tile_of(mark) + 1 for mark in page.marks}
     return [page], [Question("tile", f"Which tile has the {colour} text?", str(tile)) for colour, tile in tiles.items()]
 
 
 def draw_sum(random: np.random.Generator, font: str) -> Drawing:
-    """A sum of two digits, and often a code that is none of its business."""
+    """Draws a sum of two digits, and often a code to be ignored."""
     columns, rows = choose(random, _TEXT_GRIDS)
     page = Page(columns, rows, font, random)
     lines = text_lines(random, page, int(random.integers(1, 3)))
@@ -89,7 +89,7 @@ def draw_sum(random: np.random.Generator, font: str) -> Drawing:
 
 
 def draw_form(random: np.random.Generator, font: str) -> Drawing:
-    """Key and value pairs, the value under its key, one pair in a tile."""
+    """Draws pairs of key and value, the value under its key, one pair in a tile."""
     columns, rows = choose(random, _TEXT_GRIDS)
     page = Page(columns, rows, font, random)
     pairs = min(columns * rows, int(random.integers(1, 5)))
@@ -105,11 +105,11 @@ def draw_form(random: np.random.Generator, font: str) -> Drawing:
 
 
 def draw_list(random: np.random.Generator, font: str) -> Drawing:
-    """Words on two to four lines that run across the page, a word or none in each tile of a line."""
+    """Draws words on two to four lines that run across the page, a word or none in each tile of a line."""
     columns, _ = choose(random, _LIST_GRIDS)
     page = Page(columns, 1, font, random)
     lines = int(random.integers(2, 5))
-    pitch, top = 14.0, random.uniform(0, 2)  # lines begin at the top, so that a tile alone tells which is which
+    pitch, top = 14.0, random.uniform(0, 2)  # lines begin at the top, so that each tile alone tells the lines apart
     places = [(column, line) for line in range(lines) for column in range(columns)]
     first = [(int(random.integers(columns)), line) for line in range(lines)]  # no line is empty
     rest = [place for place in pick(random, places, len(places)) if place not in first]
@@ -123,7 +123,7 @@ def draw_list(random: np.random.Generator, font: str) -> Drawing:
 
 
 def draw_shapes(random: np.random.Generator, font: str, grids: dict[Grid, float] | None = None) -> Drawing:
-    """One to five shapes, large enough for the thumbnail, each in a cell of 3 x 3."""
+    """Draws one to five shapes, large enough for the thumbnail, each in a cell of 3 x 3."""
     columns, rows = choose(random, grids or _FIGURE_GRIDS)
     page = Page(columns, rows, font, random)
     kinds = _shape_kinds(random)
@@ -139,7 +139,7 @@ def draw_shapes(random: np.random.Generator, font: str, grids: dict[Grid, float]
 
 
 def _shape_kinds(random: np.random.Generator) -> list[str]:
-    """Half of the pages repeat one kind, for counting; the others mix."""
+    """Repeats one kind on half of the pages, for counting; mixes kinds on the others."""
     total = int(random.integers(1, 6))
     if random.random() < 0.5:
         kind, *others = pick(random, SHAPES, len(SHAPES))
@@ -164,7 +164,7 @@ def _shape_questions(page: Page) -> list[Question]:
 
 
 def draw_chart(random: np.random.Generator, font: str) -> Drawing:
-    """Three to five bars on a scale of eight, with a baseline and sometimes rules."""
+    """Draws three to five bars on a scale of eight, with a baseline and sometimes rules."""
     columns, rows = choose(random, _FIGURE_GRIDS)
     page = Page(columns, rows, font, random)
     bars = int(random.integers(3, 6))
@@ -183,11 +183,12 @@ def draw_chart(random: np.random.Generator, font: str) -> Drawing:
 
 
 def draw_pair(random: np.random.Generator, font: str) -> Drawing:
-    """Two one-tile pictures of shapes, and which of them holds a shape that the other lacks."""
+    """Draws two one-tile images of shapes; asks which of them holds a shape that the other lacks."""
     drawn = [draw_shapes(random, font, {(1, 1): 1})[0][0] for _ in range(2)]
     kinds = [{mark.kind for mark in page.marks} for page in drawn]
     questions = []
     for answer, own, other in (("first", kinds[0], kinds[1]), ("second", kinds[1], kinds[0])):
         for kind in sorted(own - other):
+            # the shipped checkpoints are trained on this wording
             questions.append(Question("pair", f"Which picture has a {kind}?", answer))
     return drawn, questions

@@ -1,7 +1,7 @@
-"""A page under the pen: a Pillow canvas over a grid of tiles, and a record of what was drawn where.
+"""A page: a Pillow canvas over a grid of tiles, and a record of everything drawn on it.
 
-Positions are in tile pixels: a page of `columns` x `rows` tiles is columns * TILE wide, whatever its picture's size.
-The record (`Mark`s) is what questions are made from and what a vision encoder can be trained on.
+Positions are in tile pixels: a page of `columns` x `rows` tiles is columns * TILE wide, whatever its image's size.
+Questions are made from the record (`Mark`s), and a vision encoder can be trained on it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from nvlm_trt.evaluation.tinydocs.fonts import load_font
 from nvlm_trt.image.tiling import choose_grid
 
-TILE = 56  # what the tiny models take; larger models see the same pages larger
+TILE = 56  # pixels of the tiny models' tiles; larger models see the same pages larger
 MAX_TILES = 6
 COLOURS = {
     "red": (215, 30, 30),
@@ -32,7 +32,7 @@ MIN_ADVANCE = 7.3  # tile pixels from one glyph to the next: a patch of 7 never 
 
 @dataclass(frozen=True)
 class Mark:
-    """One thing drawn. What does not apply is None."""
+    """One thing drawn. Fields that do not apply are None."""
 
     kind: str  # glyph, word, a shape, bar
     x: float  # centre, tile pixels
@@ -49,7 +49,7 @@ class Mark:
 
 @dataclass
 class Page:
-    """One picture, `columns` x `rows` tiles. `generator` decides size, tint and noise."""
+    """One image, `columns` x `rows` tiles. `generator` decides size, tint and noise."""
 
     columns: int
     rows: int
@@ -66,7 +66,7 @@ class Page:
         self._pen = ImageDraw.Draw(self.image)
 
     def choose_size(self) -> tuple[int, int]:
-        """Pixels of the picture: 0.95 to 1.7 times the tiles', its aspect up to 15 % off, if the grid stays ours."""
+        """Chooses the image's pixels: 0.95 to 1.7 times the tiles', aspect up to 15 % off, tiled into the same grid."""
         for _ in range(20):
             scale, skew = self.generator.uniform(0.95, 1.7), self.generator.uniform(0.93, 1.07)
             width, height = round(self.width * scale * skew), round(self.height * scale / skew)
@@ -75,13 +75,13 @@ class Page:
         return self.width, self.height
 
     def tile_of(self, mark: Mark) -> int:
-        """The number, from 0, of the tile that holds a mark's centre."""
+        """Returns the number, from 0, of the tile that holds a mark's centre."""
         return int(mark.y // TILE) * self.columns + int(mark.x // TILE)
 
     def text(self, text: str, x: float, y: float, size: float, colour: str | None = None, **facts: object) -> None:
-        """Draw `text` from the left edge x, centred on y, glyph by glyph; `facts` go into every glyph's mark.
+        """Draws `text` from the left edge x, centred on y, glyph by glyph; `facts` go into every glyph's mark.
 
-        Its letters become `glyph` marks with their index, or `word` marks where the facts name a word."""
+        Letters become `glyph` marks with their index, or `word` marks where the facts name a word."""
         font, scale = self._font(size)
         x_scale, y_scale = self._scale
         for index, character in enumerate(text):
@@ -94,12 +94,12 @@ class Page:
             x += advance
 
     def advance(self, character: str, size: float) -> float:
-        """Tile pixels from this glyph's left edge to the next glyph's."""
+        """Returns the tile pixels from this glyph's left edge to the next glyph's."""
         font, scale = self._font(size)
         return max(font.getlength(character) / scale, MIN_ADVANCE)
 
     def fit(self, text: str, size: float, width: float) -> tuple[float, float]:
-        """The largest size up to `size` at which text is at most `width` tile pixels wide, and that width."""
+        """Returns the largest size up to `size` at which text fits in `width` tile pixels, and the text's width."""
         while True:
             length = sum(self.advance(character, size) for character in text)
             if length <= width or size <= 9:
@@ -107,7 +107,7 @@ class Page:
             size -= 0.5
 
     def _font(self, size: float) -> tuple[ImageFont.FreeTypeFont, float]:
-        """The font at `size` tile pixels, and the picture's pixels in one tile pixel."""
+        """Returns the font at `size` tile pixels, and the image's pixels in one tile pixel."""
         scale = min(self._scale)
         return load_font(self.font, round(size * scale * 2) / 2), scale
 
@@ -122,7 +122,7 @@ class Page:
         self.marks.append(Mark("bar", (left + right) / 2, top, colour, number=height))
 
     def rule(self, left: float, y: float, right: float, fill: tuple[int, int, int]) -> None:
-        """A thin horizontal line."""
+        """Draws a thin horizontal line."""
         self._rectangle(left, y - 0.4, right, y + 0.4, fill)
 
     def _rectangle(self, left: float, top: float, right: float, bottom: float, fill: tuple[int, ...]) -> None:
@@ -130,7 +130,7 @@ class Page:
         self._pen.rectangle((left * x_scale, top * y_scale, right * x_scale, bottom * y_scale), fill=fill)
 
     def add_noise(self) -> None:
-        """Gaussian noise of at most 7 levels, as a scanner adds; a third of the pages stay clean."""
+        """Adds Gaussian noise of at most 7 levels, as a scanner does; leaves a third of the pages clean."""
         strength = max(0.0, self.generator.uniform(-3.5, 7))
         if strength:
             pixels = np.asarray(self.image, np.float32)
@@ -144,7 +144,7 @@ class Page:
 
 
 def _regular(corners: int, inner: float = 1.0) -> list[tuple[float, float]]:
-    """Corners around the unit circle from the top, every second one at `inner`."""
+    """Returns corners around the unit circle from the top, every second one at radius `inner`."""
     turns = [2 * math.pi * k / corners for k in range(corners)]
     radii = [1.0 if k % 2 == 0 else inner for k in range(corners)]
     return [(r * math.sin(t), -r * math.cos(t)) for r, t in zip(radii, turns, strict=True)]

@@ -1,4 +1,4 @@
-"""Tasks without a picture: what a language model could do before it saw, and must still do after."""
+"""Tasks without an image: a language model must still do them after it has learned to see."""
 
 from __future__ import annotations
 

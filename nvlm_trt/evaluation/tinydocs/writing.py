@@ -1,4 +1,4 @@
-"""How text gets onto a page: what is written, where there is room, and in which size."""
+"""Writes text on a page: chooses the text, a free place and a size."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nvlm_trt.evaluation.tinydocs.page import TILE, Page
 T = TypeVar("T")
 Grid = tuple[int, int]  # columns, rows
 
-# no I O Q D (1 and 0), B (8), S (5), Z (2), J: what licence keys leave out because fonts draw them alike
+# without I O Q D (1 and 0), B (8), S (5), Z (2), J: fonts draw them alike, and licence keys leave them out too
 CODE_CHARACTERS = "0123456789ACEFGHKLMNPRTUVWXY"
 
 
@@ -22,7 +22,7 @@ def random_code(random: np.random.Generator, shortest: int = 4, longest: int = 6
 
 
 def random_value(random: np.random.Generator) -> str:
-    """A form's value: an amount, a number or a code."""
+    """Makes a form's value: an amount, a number or a code."""
     kind = random.integers(3)
     if kind == 0:
         return f"{random.integers(1, 100)}.{random.integers(0, 100):02}"
@@ -37,13 +37,13 @@ def choose(random: np.random.Generator, grids: dict[Grid, float]) -> Grid:
 
 
 def pick(random: np.random.Generator, items: Iterable[T], count: int) -> list[T]:
-    """`count` different items in random order."""
+    """Picks `count` different items in random order."""
     pool = list(items)
     return [pool[i] for i in random.permutation(len(pool))[:count]]
 
 
 def text_lines(random: np.random.Generator, page: Page, count: int) -> list[tuple[float, float]]:
-    """Left edge of a tile and centre of a line in it, for `count` different lines: three fit in a tile."""
+    """Picks `count` different lines, three of which fit in a tile -> for each the tile's left edge and the centre y."""
     tiles = page.columns * page.rows
     places = []
     for line in pick(random, range(3 * tiles), count):
@@ -56,7 +56,7 @@ def text_lines(random: np.random.Generator, page: Page, count: int) -> list[tupl
 def write(
     random: np.random.Generator, page: Page, text: str, left: float, y: float, colour: str | None, **facts: object
 ) -> None:
-    """A line of small print somewhere in the tile whose left edge is `left`."""
+    """Writes a line of small print somewhere in the tile whose left edge is `left`."""
     size, width = page.fit(text, random.uniform(11.5, 13.5), TILE - 3)
     page.text(text, left + 1 + random.uniform(0, max(0.0, TILE - 2 - width)), y, size, colour, **facts)
 

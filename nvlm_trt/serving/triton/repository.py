@@ -15,6 +15,7 @@ from nvlm_trt.backends.spec import TritonPlacement
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import ServerError
 from nvlm_trt.image.decoding import ImageLimits
+from nvlm_trt.machine import available_cores
 
 # Images of several requests on their way through the ensemble at once. Each holds one of the threads that the python
 # backend also needs to answer, so there must be fewer than of those: with all of them held nothing is ever answered.
@@ -72,16 +73,6 @@ def check_backend(engine: Engine, placement: TritonPlacement, backends: Path) ->
             f"engine {engine.path} needs Triton's backend {placement.needs_backend}, which this tritonserver lacks "
             f"({backends}); {placement.remedy}"
         )
-
-
-def available_cores() -> int:
-    """Cores that this process may use: its CPU affinity, and the CPU quota of a container."""
-    cores = len(os.sched_getaffinity(0))
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(cores, round(int(quota) / int(period))))
-    except (OSError, ValueError):  # no cgroup v2, or no quota ("max")
-        return cores
 
 
 def _template_values(

@@ -25,7 +25,7 @@ from nvlm_trt.builders.engine_build import build_engine
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import EngineError
 from nvlm_trt.limits import EngineLimits
-from nvlm_trt.model.config import PRESETS
+from nvlm_trt.model.presets import PRESETS
 from nvlm_trt.planner.memory import plan_engine
 
 pytest.importorskip("polygraphy", reason="needs polygraphy: pip install 'nvlm-trt[test]'")

@@ -28,9 +28,9 @@ from nvlm_trt.engine import Engine
 from nvlm_trt.errors import EngineError, ImageError, RequestError
 from nvlm_trt.evaluation.samples import read_samples
 from nvlm_trt.evaluation.tinydocs import TASKS, TEXT_TASKS
-from nvlm_trt.model.config import PRESETS
 from nvlm_trt.model.layout import checkpoint_layout
 from nvlm_trt.model.precision import component_of
+from nvlm_trt.model.presets import PRESETS
 from nvlm_trt.progress import no_progress
 
 Directory = Callable[[str], Path]

@@ -15,7 +15,7 @@ from nvlm_trt.builders.engine_build import QuantizationOptions, build_engine
 from nvlm_trt.checkpoint.random_checkpoint import write_random_checkpoint
 from nvlm_trt.checkpoint.reader import Checkpoint
 from nvlm_trt.engine import Engine
-from nvlm_trt.model.config import PRESETS
+from nvlm_trt.model.presets import PRESETS
 
 QuantisedEngine = Callable[[str, str], Path]
 # precisions that quantise every linear layer -> the least cosine between the engine's logits and those of fp32, for an

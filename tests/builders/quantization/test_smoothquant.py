@@ -23,9 +23,10 @@ from nvlm_trt.builders.source import EngineSource
 from nvlm_trt.checkpoint.random_checkpoint import write_random_checkpoint
 from nvlm_trt.checkpoint.reader import Checkpoint
 from nvlm_trt.engine import Engine
-from nvlm_trt.model.config import PRESETS, CrossAttentionConfig, NvlmConfig
+from nvlm_trt.model.config import CrossAttentionConfig, NvlmConfig
 from nvlm_trt.model.layout import checkpoint_layout
 from nvlm_trt.model.precision import COMPONENTS
+from nvlm_trt.model.presets import PRESETS
 from nvlm_trt.progress import no_progress
 from nvlm_trt.prompt.encoder import PromptEncoder
 from nvlm_trt.prompt.tokenizer import Tokenizer
@@ -57,7 +58,7 @@ def uneven_calibration(config: NvlmConfig) -> Calibration:
             TINY["X"],
             vision=replace(TINY["X"].vision, norm_type="layer_norm", qk_norm=False, qkv_bias=True),
             llm=replace(TINY["X"].llm, tie_word_embeddings=True, num_kv_heads=3),
-            cross_attention=CrossAttentionConfig(2, qk_norm=True, ffn=False),
+            cross_attention=CrossAttentionConfig(interval=2, qk_norm=True, ffn=False),
         ),
     ],
     ids=["D", "H", "X with other options"],

@@ -13,10 +13,10 @@ from tritonclient.grpc import model_config_pb2
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import ServerError
 from nvlm_trt.image.decoding import ImageLimits
+from nvlm_trt.machine import available_cores
 from nvlm_trt.serving.triton import repository
 from nvlm_trt.serving.triton.repository import (
     RepositoryOptions,
-    available_cores,
     check_shared_memory,
     placement_of,
     render_repository,
