@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from nvlm_trt.errors import ConfigError
 from nvlm_trt.model.config import ARCHITECTURES, CrossAttentionConfig, LlmConfig, NvlmConfig, VisionConfig
-from nvlm_trt.model.preset_names import PRESET_NAMES
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,9 @@ def _preset(name: str) -> NvlmConfig:
     )
 
 
-PRESETS: dict[str, NvlmConfig] = {name: _preset(name) for name in PRESET_NAMES}
+PRESETS: dict[str, NvlmConfig] = {
+    f"nvlm-{letter}-{size}": _preset(f"nvlm-{letter}-{size}") for size in _SIZES for letter in "dxh"
+}
 
 
 def find_preset(name: str) -> NvlmConfig:
