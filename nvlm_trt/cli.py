@@ -20,7 +20,7 @@ from nvlm_trt.commands.tiles import tiles
 from nvlm_trt.commands.tinydocs import tinydocs
 from nvlm_trt.errors import NvlmError, RequestError
 from nvlm_trt.extras import require
-from nvlm_trt.model.presets import PRESETS
+from nvlm_trt.model.preset_names import PRESET_NAMES
 
 app = typer.Typer(
     name="nvlm-trt",
@@ -49,7 +49,7 @@ def main_options(
 @app.command("init-checkpoint")
 def init_checkpoint(
     directory: Annotated[Path, typer.Argument(help="Directory to write.")],
-    preset: Annotated[str, typer.Option(help=f"One of {', '.join(PRESETS)}.")],
+    preset: Annotated[str, typer.Option(help=f"One of {', '.join(PRESET_NAMES)}.")],
     seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
     overwrite: OverwriteOption = False,
 ) -> None:

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nvlm_trt.engine import Engine
-from nvlm_trt.limits import EngineLimits
-from nvlm_trt.model.config import NvlmConfig
 from nvlm_trt.model.precision import PrecisionTable
 
 if TYPE_CHECKING:
     from nvlm_trt.backends.base import StepBackend
     from nvlm_trt.builders.engine_build import BuildJob, BuildSteps
+    from nvlm_trt.engine import Engine
+    from nvlm_trt.limits import EngineLimits
+    from nvlm_trt.model.config import NvlmConfig
     from nvlm_trt.runtime.text_generator import GeneratorOptions, TextGenerator
 
 

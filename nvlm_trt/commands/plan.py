@@ -12,7 +12,7 @@ import typer
 
 from nvlm_trt.backends.table import DEFAULT_BACKEND, backend_names, default_precisions, find_backend
 from nvlm_trt.errors import EngineError, NvlmError
-from nvlm_trt.model.presets import PRESETS
+from nvlm_trt.model.preset_names import PRESET_NAMES
 
 if TYPE_CHECKING:
     from nvlm_trt.limits import EngineLimits
@@ -25,7 +25,7 @@ _PRESET_TAG_LENGTH = 1  # of the tokenizer that `nvlm-trt init-checkpoint` write
 
 def plan(
     checkpoint: Annotated[Path | None, typer.Option(help="Checkpoint directory in HF layout.")] = None,
-    preset: Annotated[str | None, typer.Option(help=f"Instead of a checkpoint: {', '.join(PRESETS)}.")] = None,
+    preset: Annotated[str | None, typer.Option(help=f"Instead of a checkpoint: {', '.join(PRESET_NAMES)}.")] = None,
     backend: Annotated[str, typer.Option(help=f"{' or '.join(backend_names())}.")] = DEFAULT_BACKEND,
     precision: Annotated[str | None, typer.Option(help=f"As for `nvlm-trt build` [{default_precisions()}].")] = None,
     max_slots: Annotated[int | None, typer.Option(min=1, help="Requests decoded at once [8].")] = None,
@@ -50,7 +50,7 @@ def plan(
     Example: nvlm-trt plan --preset nvlm-d-72b --backend tensorrt --precision fp8 --bandwidth 4800 --tflops 1979
     """
     if (checkpoint is None) == (preset is None):
-        raise NvlmError(f"name either a checkpoint or a preset: --checkpoint DIR, or --preset {next(iter(PRESETS))}")
+        raise NvlmError(f"name either a checkpoint or a preset: --checkpoint DIR, or --preset {PRESET_NAMES[0]}")
     spec = find_backend(backend)
     precision = precision or spec.precisions.default
     rates = [rate for rate in (bandwidth, tflops) if rate is not None]

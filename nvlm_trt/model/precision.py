@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from nvlm_trt.errors import EngineError
-from nvlm_trt.model.config import NvlmConfig
+
+if TYPE_CHECKING:
+    from nvlm_trt.model.config import NvlmConfig
 
 # How the tensors of each component begin. Components divide the linear layers by what quantising them puts at risk.
 # `lm_head` is the embedding table where the two are tied; `cross_attention` is the gated blocks with their keys and

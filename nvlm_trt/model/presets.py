@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from nvlm_trt.errors import ConfigError
 from nvlm_trt.model.config import ARCHITECTURES, CrossAttentionConfig, LlmConfig, NvlmConfig, VisionConfig
+from nvlm_trt.model.preset_names import PRESET_NAMES
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,7 @@ def _preset(name: str) -> NvlmConfig:
     )
 
 
-PRESETS: dict[str, NvlmConfig] = {
-    f"nvlm-{letter}-{size}": _preset(f"nvlm-{letter}-{size}") for size in _SIZES for letter in "dxh"
-}
+PRESETS: dict[str, NvlmConfig] = {name: _preset(name) for name in PRESET_NAMES}
 
 
 def find_preset(name: str) -> NvlmConfig:

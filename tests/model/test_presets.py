@@ -8,12 +8,13 @@ import sys
 import pytest
 
 from nvlm_trt.errors import ConfigError
+from nvlm_trt.model.preset_names import PRESET_NAMES
 from nvlm_trt.model.presets import PRESETS, find_preset
 
 
 def test_names_say_architecture_and_size() -> None:
-    sizes = ("tiny", "small", "34b", "72b")
-    assert list(PRESETS) == [f"nvlm-{letter}-{size}" for size in sizes for letter in "dxh"]
+    assert tuple(PRESETS) == PRESET_NAMES
+    assert len(set(PRESET_NAMES)) == 12
     for name, config in PRESETS.items():
         assert config.name == name
         assert name.startswith(f"nvlm-{config.architecture.lower()}-")

@@ -6,13 +6,13 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from nvlm_trt.backends.spec import BackendSpec, MemoryModel, OpenOptions
-from nvlm_trt.engine import Engine
 from nvlm_trt.errors import EngineError
 from nvlm_trt.model.precision import PrecisionTable
 
 if TYPE_CHECKING:
     from nvlm_trt.backends.base import StepBackend
     from nvlm_trt.builders.engine_build import BuildJob, BuildSteps
+    from nvlm_trt.engine import Engine
 
 NAME = "onnxruntime"
 PREFILL_CHUNK = 256

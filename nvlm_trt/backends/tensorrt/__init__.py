@@ -6,14 +6,14 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from nvlm_trt.backends.spec import BackendSpec, MemoryModel, OpenOptions, TritonPlacement
-from nvlm_trt.engine import Engine
-from nvlm_trt.limits import EngineLimits
-from nvlm_trt.model.config import NvlmConfig
 from nvlm_trt.model.precision import PrecisionTable
 
 if TYPE_CHECKING:
     from nvlm_trt.backends.base import StepBackend
     from nvlm_trt.builders.engine_build import BuildJob, BuildSteps
+    from nvlm_trt.engine import Engine
+    from nvlm_trt.limits import EngineLimits
+    from nvlm_trt.model.config import NvlmConfig
 
 NAME = "tensorrt"
 DEVICE = "cuda"
