@@ -19,6 +19,7 @@ from nvlm_trt.errors import ServerError
 ENVIRONMENT_VARIABLE = "NVLM_TRT_TRITONSERVER"
 _CONTAINER_ROOT = Path("/opt/tritonserver")
 _STUB = "triton_python_backend_stub"
+_TOO_NEW = (3, 13)  # the first Python without a stub in the wheel
 _PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
@@ -75,6 +76,12 @@ def find_triton() -> TritonInstall:
     if (_CONTAINER_ROOT / "bin" / "tritonserver").is_file():
         return _install_at(_CONTAINER_ROOT)
     install = _wheel_install()
+    if install is None and sys.version_info >= _TOO_NEW:
+        raise ServerError(
+            f"tritonserver's wheel serves with Python 3.10 to 3.12, this is {_PYTHON}; install nvlm-trt for one of "
+            "those and serve this engine there (an engine does not depend on the Python version), or set "
+            f"{ENVIRONMENT_VARIABLE} to a tritonserver for {_PYTHON}"
+        )
     if install is None:
         raise ServerError(
             "tritonserver not found; `pip install nvidia-pytriton` (Linux, x86-64), run in NVIDIA's Triton container, "

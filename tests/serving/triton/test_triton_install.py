@@ -66,6 +66,15 @@ def test_the_error_without_tritonserver_says_what_to_install(monkeypatch: pytest
     assert ENVIRONMENT_VARIABLE in str(raised.value)
 
 
+def test_a_python_that_the_wheel_does_not_serve_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(triton_install, "_CONTAINER_ROOT", tmp_path / "nothing")
+    monkeypatch.setattr(triton_install, "_wheel_install", lambda: None)
+    monkeypatch.setattr(triton_install, "_TOO_NEW", sys.version_info[:2])
+    with pytest.raises(ServerError, match=r"serves with Python 3\.10 to 3\.12, this is 3\.") as raised:
+        find_triton()
+    assert "\n" not in str(raised.value)
+
+
 def test_a_stub_of_another_python_is_an_error(tmp_path: Path) -> None:
     stub = tmp_path / "triton_python_backend_stub"
     with pytest.raises(ServerError, match="no stub"):
