@@ -46,7 +46,7 @@ def measure(arguments: argparse.Namespace, rounds: Rounds) -> None:
     with contextlib.ExitStack() as opened:
         decoders: dict[str, Decode] = {}
         for precision, engine in engines.items():
-            backend = opened.enter_context(open_backend(engine, components=("decoder",), threads=arguments.threads))
+            backend = opened.enter_context(open_backend(engine, stages=("decoder",), threads=arguments.threads))
             decoders[f"nvlm-trt {precision}"] = engine_decoder(backend)
         models = {dtype: language_model(checkpoint, TORCH_DTYPES[dtype]) for dtype in arguments.dtypes}
         for dtype, attention, cache in itertools.product(models, ("eager", "sdpa"), ("dynamic", "static")):

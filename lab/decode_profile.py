@@ -136,7 +136,7 @@ def role_of(name: str) -> str:
 
 def profile_of_engine(engine: Engine, prompt: np.ndarray, steps: int, threads: int) -> Profile:
     def decode() -> float:
-        with open_backend(engine, components=("decoder",), threads=threads) as backend:
+        with open_backend(engine, stages=("decoder",), threads=threads) as backend:
             seconds, _ = engine_decoder(backend)(prompt, steps, image_placeholder(engine))
             return seconds * 1e3 / steps
 

@@ -33,6 +33,7 @@ from nvlm_trt.image.decoding import load_image
 from nvlm_trt.image.tiling import tile_image
 from nvlm_trt.prompt.encoder import PromptEncoder
 from nvlm_trt.prompt.tokenizer import Tokenizer
+from nvlm_trt.runtime.batcher import Batcher
 from nvlm_trt.runtime.pipeline import Pipeline
 
 RESULT = "ttft.json"
@@ -86,7 +87,8 @@ class Ours:
         self._backend = open_backend(engine, threads=threads)
         self._edge, self._max_tiles = engine.config.vision.image_size, engine.limits.max_tiles
         tokenizer = Tokenizer.from_directory(engine.path)
-        self._pipeline = Pipeline(engine, self._backend, tokenizer, encode_image=self._encode_image)
+        generator = Batcher(self._backend, tokenizer)
+        self._pipeline = Pipeline(engine, generator, tokenizer, encode_image=self._encode_image)
         self._question = question
         self._tiling_s = self._vision_s = 0.0
 

@@ -54,7 +54,7 @@ class ImageCache:
 
     def metrics(self) -> ImageCacheMetrics:
         with self._lock:
-            return ImageCacheMetrics(self._hits, self._misses, len(self._features), self._features.currsize)
+            return ImageCacheMetrics(self._hits, self._misses, len(self._features), int(self._features.currsize))
 
     def _encode(
         self, key: str, encode: Callable[[], ImageFeatures], in_progress: Future[ImageFeatures]

@@ -15,11 +15,8 @@ from nvlm_trt.errors import EngineError
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import onnxruntime
+from onnxruntime import InferenceSession, IOBinding, SessionOptions
 from onnxruntime.capi import onnxruntime_pybind11_state as runtime_errors
-
-InferenceSession = onnxruntime.InferenceSession
-SessionOptions = onnxruntime.SessionOptions
-IOBinding = onnxruntime.IOBinding
 
 RUNTIME_ERRORS = (
     runtime_errors.EPFail,
