@@ -23,12 +23,12 @@ from lab.rounds import Contender, Rounds
 from nvlm_trt.api import Message
 from nvlm_trt.backends.base import ImageFeatures, StepBackend
 from nvlm_trt.backends.opening import open_backend
+from nvlm_trt.backends.table import DEFAULT_BACKEND, find_backend
 from nvlm_trt.benchmark.prompts import PromptWriter
 from nvlm_trt.engine import Engine
 from nvlm_trt.model.config import NvlmConfig
 from nvlm_trt.prompt.encoder import EncodedPrompt, PromptEncoder
 from nvlm_trt.prompt.tokenizer import Tokenizer
-from nvlm_trt.runtime.pipeline import RuntimeOptions
 
 RESULT = "architectures.json"
 PACKAGES = ("nvlm-trt", "onnxruntime", "numpy")
@@ -44,7 +44,9 @@ def options() -> argparse.ArgumentParser:
     made.add_argument("--text-tokens", type=int, default=1024)
     made.add_argument("--tiles", type=int, default=7, help="thumbnail included")
     made.add_argument("--steps", type=int, default=16)
-    made.add_argument("--chunk", type=int, default=RuntimeOptions().prefill_chunk, help="tokens prefilled at once")
+    made.add_argument(
+        "--chunk", type=int, default=find_backend(DEFAULT_BACKEND).prefill_chunk, help="tokens prefilled at once"
+    )
     return made
 
 

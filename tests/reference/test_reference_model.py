@@ -345,7 +345,7 @@ class TestDecoding:
         ids = random_ids(10)
         ids[0, :3] = model.image_token_id
         image = None if given is None else torch.zeros(given, model.config.llm.hidden_size)
-        with pytest.raises(RequestError, match="3 image tokens"):
+        with pytest.raises(RequestError, match="3 image placeholders"):
             model(ids, image)
 
     def test_one_sequence_does_not_touch_another_of_its_batch(self, reference: Callable[[str], ReferenceModel]) -> None:
