@@ -82,6 +82,17 @@ def test_missing_file_is_named(copy: Path) -> None:
         Engine.open(copy)
 
 
+@pytest.mark.parametrize("record", [None, {"version": "11.1.0.33"}])
+def test_a_manifest_of_schema_version_1_opens(copy: Path, record: dict[str, str] | None) -> None:
+    """It had neither `runtimes` nor `backend_record`, and named the record of one backend by a key of its own."""
+    manifest = json.loads((copy / MANIFEST).read_text())
+    del manifest["runtimes"], manifest["backend_record"]
+    (copy / MANIFEST).write_text(json.dumps({**manifest, "schema_version": 1, "tensorrt": record}))
+    opened = Engine.open(copy)
+    assert opened.manifest.backend_record == record
+    assert opened.manifest.runtimes == {}
+
+
 def test_other_schema_version(copy: Path) -> None:
     edit_manifest(copy, schema_version=99)
     with pytest.raises(EngineError, match="schema version 99.*rebuild"):
