@@ -55,6 +55,7 @@ def load_font(name: str, size: float) -> ImageFont.FreeTypeFont:
         return font
     package, _, path = name.partition(":")
     spec = importlib.util.find_spec(package)  # found, not imported: matplotlib takes its time
-    assert spec and spec.origin, f"{package} is in the extra `eval`, and has files"
+    assert spec, f"`generate` has checked that {package} is installed"
+    assert spec.origin, f"{package} has no files of its own"
     # basic layout: glyphs stand alone here, so that kerning and ligatures (Raqm) have nothing to do
     return ImageFont.truetype(str(Path(spec.origin).parent / path), size, layout_engine=ImageFont.Layout.BASIC)
