@@ -74,7 +74,7 @@ def test_what_serves_imports_no_optional_package() -> None:
     """Imports the modules that the server's process and Triton's python models import."""
     models = [path for path in (ROOT / "triton_repo").glob("*/1/*.py") if path.is_file()]
     imported = {name for path in models for name in re.findall(r"^from (nvlm_trt\S*) import", path.read_text(), re.M)}
-    assert {"nvlm_trt.runtime.pipeline", "nvlm_trt.backends"} <= imported
+    assert {f"nvlm_trt.serving.triton.models.{name}" for name in ("chat", "tiling", "vision_encoder")} == imported
     serving = {"nvlm_trt.serving.foreground", "nvlm_trt.serving.triton.guard", "nvlm_trt.serving.client"}
     backends = {"nvlm_trt.backends.onnxruntime.backend", "nvlm_trt.backends.tensorrt.backend"}
     run_without_optional_packages("".join(f"import {name}\n" for name in sorted(imported | serving | backends)))

@@ -1,4 +1,4 @@
-"""Triton's model `vision_encoder`: tiles -> image tokens.
+"""Triton's model `vision_encoder`: tiles -> image embeddings.
 
 The logic is nvlm_trt.serving.triton.models.vision_encoder.
 """
