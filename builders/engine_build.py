@@ -35,7 +35,7 @@ Precisions = Mapping[str, str]  # component -> precision
 
 @dataclass(frozen=True)
 class QuantizationOptions:
-    """What a quantised build measures before it publishes; ignored by an unquantised one."""
+    """Chooses what a quantised build measures before it publishes; an unquantised build ignores it."""
 
     calibration: Path | None = None  # JSONL of samples or a saved calibration.json; None: the document tasks
     calibration_samples: int | None = None  # None: all of a file, CALIBRATION_SAMPLES of the document tasks

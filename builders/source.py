@@ -1,4 +1,4 @@
-"""What an engine is built from: a checkpoint, its prompts, and the limits that were asked for."""
+"""The input of an engine build: a checkpoint, its prompts, and the limits that were asked for."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ from nvlm_trt.serving.triton.server import ServerOptions, TritonServer
 RESULT = "serving_overhead.json"
 PACKAGES = ("nvlm-trt", "onnxruntime", "numpy", "tritonclient", "nvidia-pytriton")
 THROUGHPUT = "tokens/s"
-TEXT, NEW, REPEATED = "TTFT of text ms", "TTFT of a new picture ms", "TTFT of it again ms"
+TEXT, NEW, REPEATED = "TTFT of text ms", "TTFT of a new image ms", "TTFT of it again ms"
 IN_PROCESS, SERVED = "in process", "through Triton"
 
 Ask = Callable[[str, Sequence[bytes], SamplingParams], Iterator[Delta]]  # a question about images

@@ -77,7 +77,7 @@ def measure(arguments: argparse.Namespace, rounds: Rounds) -> None:
         rounds.run(contenders, arguments.rounds)
     baselines = [rounds.best(TTFT, f"transformers {dtype}", largest=False) for dtype in arguments.dtypes]
     ratios = [(TTFT, f"nvlm-trt {name}", baseline) for name in engines for baseline in baselines if baseline]
-    rounds.report(ratios, picture=str(SIZE), same_first_token=len(first_tokens) == 2)
+    rounds.report(ratios, image=str(SIZE), same_first_token=len(first_tokens) == 2)
 
 
 class Ours:

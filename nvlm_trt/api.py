@@ -136,7 +136,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a request took. Times are seconds; those that start with submission include waiting."""
+    """Counts the tokens and times of one request. Times are seconds; those from submission on include waiting."""
 
     prompt_tokens: int  # in the LLM's sequence, image placeholders included
     completion_tokens: int

@@ -1,4 +1,4 @@
-"""What tests of the command line share: `run_cli` of conftest.py gives a Result."""
+"""Helpers of the tests of the command line: `run_cli` of conftest.py gives a Result."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class BackendArray(Protocol):
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """What the decoder needs of one image, in the memory of the backend that made it.
+    """Holds one image as the decoder reads it, in the memory of the backend that made it.
 
     Requests share the features of one image, so nobody writes to them."""
 

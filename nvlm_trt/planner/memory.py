@@ -169,7 +169,7 @@ def _stored(name: str, shape: tuple[int, ...], precision: str, size: int) -> int
 
 
 def _caches(config: NvlmConfig, limits: EngineLimits, size: int) -> tuple[int, int]:
-    """Of all slots: keys and values of self-attention, and of cross-attention."""
+    """Return the bytes of the keys and values of all slots: self-attention's, cross-attention's."""
     llm = config.llm
     token = 2 * llm.num_kv_heads * llm.head_dim * size  # in one layer
     cross_tokens = cache_length(limits.max_image_tokens)

@@ -28,7 +28,7 @@ class Work:
 
 
 class Roofline:
-    """What requests cost at least. Activations are counted as if they stayed in the processor's own memory."""
+    """Computes the least cost of requests. Activations count as if they stayed in the processor's own memory."""
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class Roofline:
 
 
 def _rows_of(name: str) -> str:
-    """What a linear layer is run for each row of."""
+    """Name the rows that a linear layer multiplies."""
     if ".patch_embedding." in name:
         return "patches"
     component, stage = component_of_tensor(name), stage_of_tensor(name)

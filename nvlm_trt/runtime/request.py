@@ -143,7 +143,7 @@ class Request:
         return Chunk(start, input_ids, first, self._embeddings_used, ranges)
 
     def next_token(self) -> tuple[int, int, tuple[int, int]]:
-        """What one decoding step needs: (token id, its position, its cross-attention range); then it is cached."""
+        """Return the input of the next decoding step: (token id, its position, its cross-attention range); count it as cached."""
         self.cached += 1
         return self._last_id, self.cached - 1, self.prompt.decode_range
 
@@ -183,7 +183,7 @@ class Request:
             self.state = State.ENDED
 
     def usage(self) -> Usage:
-        """What the request has taken up to now."""
+        """Return the tokens and times of the request up to now."""
         return Usage(
             prompt_tokens=len(self.prompt.input_ids),
             completion_tokens=self._generated,

@@ -179,7 +179,7 @@ def _needs_a_step(waiting: Request) -> bool:
 
 
 def _next_delta(request: Request, logits: FloatArray) -> Delta | Exception:
-    """What goes wrong with one request's token stays with that request."""
+    """Accept the next token of one request; return its error, so that the other requests go on."""
     try:
         return request.accept(logits)
     except Exception as error:

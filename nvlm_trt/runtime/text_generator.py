@@ -46,7 +46,7 @@ class TextGenerator(Protocol):
         ...
 
     def features(self, image_tokens: BackendArray) -> ImageFeatures:
-        """What a request needs of one image."""
+        """Prepare one image's tokens [tiles, T, hidden] for requests."""
         ...
 
     @property

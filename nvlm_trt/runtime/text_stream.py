@@ -7,7 +7,7 @@ from typing import Protocol
 
 
 class Detokenizer(Protocol):
-    """What turns ids into text as they come, e.g. tokenizer.IncrementalDecoder."""
+    """Turns ids into text as they come, e.g. tokenizer.IncrementalDecoder."""
 
     def push(self, token_id: int) -> str: ...
 

@@ -232,7 +232,7 @@ class OneForAll:
     "weight_format", [Unquantised(), Int8(OneForAll()), WeightOnly(4)], ids=["fp32", "int8", "int4-weight-only"]
 )
 def test_memory_does_not_grow_with_the_model(tmp_path: Path, weight_format: WeightFormat) -> None:
-    """What saving holds at a time is a few tensors, of a file of more than a hundred in fp32."""
+    """Saving holds a few tensors at a time, from a file of more than a hundred in fp32."""
     tiny = PRESETS["nvlm-d-tiny"]
     layers = 40 if isinstance(weight_format, Unquantised) else 12  # of 9 tensors; searching scales takes its time
     config = replace(tiny, image_token_id=259, llm=replace(tiny.llm, num_layers=layers))

@@ -20,7 +20,7 @@ from nvlm_trt.model.config import CrossAttentionConfig
 from nvlm_trt.model.hf_config import config_from_hf, config_to_hf, read_config
 from nvlm_trt.model.presets import PRESETS
 
-# What nvidia/NVLM-D-72B's config.json says, without the generation defaults that transformers 4 wrote into it.
+# The values of nvidia/NVLM-D-72B's config.json, without the generation defaults that transformers 4 wrote into it.
 PUBLISHED_D_72B: dict[str, Any] = {
     "architectures": ["NVLM_D"],
     "auto_map": {"AutoConfig": "configuration_nvlm_d.NVLM_D_Config", "AutoModel": "modeling_nvlm_d.NVLM_D_Model"},

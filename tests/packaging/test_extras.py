@@ -1,4 +1,4 @@
-"""What commands need: asking and serving run without the optional packages, and a command that lacks one names it."""
+"""Asking and serving run without the optional packages, and a command that lacks one names it."""
 
 from __future__ import annotations
 

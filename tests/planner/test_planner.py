@@ -233,7 +233,7 @@ def test_flops_are_those_that_pytorch_counts(name: str) -> None:
 
 
 def test_bytes_of_a_decoding_step_are_the_weights_and_the_caches_in_use() -> None:
-    """Of full caches: all that the decoder holds, except for embeddings that are looked up."""
+    """With full caches, a step reads all that the decoder holds, except for embeddings that are looked up."""
     plan = plan_of("nvlm-x-tiny", "int8", "tensorrt")
     config, precisions = PRESETS["nvlm-x-tiny"], TENSORRT.precisions.parse("int8")
     step = Roofline(config, LIMITS, precisions, TENSORRT, 0).decode(LIMITS.max_slots, LIMITS.max_seq_len, 416)

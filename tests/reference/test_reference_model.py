@@ -184,7 +184,7 @@ class TestCheckpoint:
 
 
 class TestCrossAttention:
-    """What NVLM-X and NVLM-H promise; both share the vision encoder and the LLM of NVLM-D with the same seed."""
+    """Properties of NVLM-X and NVLM-H; both share the vision encoder and the LLM of NVLM-D with the same seed."""
 
     @pytest.mark.parametrize("name", ["nvlm-x-tiny", "nvlm-h-tiny"])
     def test_text_alone_is_the_llm_alone_bit_for_bit(

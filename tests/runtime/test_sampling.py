@@ -30,7 +30,7 @@ logit_vectors = st.lists(st.integers(-640, 640), min_size=2, max_size=40).map(
 
 
 def huggingface_scores(logits: np.ndarray, params: SamplingParams, seen: list[int]) -> np.ndarray:
-    """What transformers' generate makes of logits [vocab] before it draws; excluded tokens are -inf."""
+    """Process logits [vocab] as transformers' generate does before it draws; excluded tokens are -inf."""
     steps: list[Any] = [RepetitionPenaltyLogitsProcessor(params.repetition_penalty)] if seen else []
     steps.append(TemperatureLogitsWarper(params.temperature))
     if params.top_k:

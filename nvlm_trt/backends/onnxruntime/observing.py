@@ -73,7 +73,7 @@ class ObservingBackend(OnnxRuntimeBackend):
         return self
 
     def linears(self) -> dict[str, LinearInput]:
-        """What was seen so far, of the layers that were reached.
+        """Return the inputs seen so far, by layer, for the layers that were reached.
 
         Raises EngineError for a layer whose inputs were not finite, or zero throughout."""
         return {name: _linear_input(name, channels, self._counts[name]) for name, channels in self._channels.items()}

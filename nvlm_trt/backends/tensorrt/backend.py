@@ -246,7 +246,7 @@ class TensorRtBackend:
         return rows | {output: rows[source] for output, source in self._record.aliased.items()}
 
     def _step_tensors(self, batch: int, tokens: int, image_tokens: int) -> dict[str, Any]:
-        """What a run of the decoder reads and writes beside the caches; logit_index is 0."""
+        """Allocate the decoder's inputs and outputs beside the caches; logit_index is 0."""
         torch, llm = self._torch, self.config.llm
         shapes = {
             "input_ids": ((batch, tokens), torch.int64),

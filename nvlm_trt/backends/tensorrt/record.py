@@ -1,4 +1,4 @@
-"""What an engine for TensorRT notes of itself in the manifest."""
+"""The record of a TensorRT engine in the manifest."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from nvlm_trt.errors import EngineError
 
 
 class TensorRtRecord(BaseModel):
-    """What an engine can run on, and how its plans are to be fed."""
+    """Names the GPUs an engine runs on, and how its plans are fed."""
 
     model_config = ConfigDict(extra="forbid")
 

@@ -28,7 +28,7 @@ _NUMPY = {"FLOAT": np.float32, "INT32": np.int32, "INT64": np.int64}
 
 
 class Machine:
-    """What a process with a GPU would have: patches `tensorrt` and what the product uses of torch.cuda."""
+    """Patches `tensorrt` and the parts of torch.cuda that the product uses, as a process with a GPU has them."""
 
     def __init__(self) -> None:
         self.events: list[str] = []

@@ -1,4 +1,4 @@
-"""What the tests of the TensorRT engine run in the process that has TensorRT's bindings."""
+"""Functions that the tests of the TensorRT engine run in the process that has TensorRT's bindings."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def build_quantised(checkpoint: Path, output: Path, precision: str, calibration:
 
 
 def refusal(*arguments: Any) -> tuple[str, list[ComponentCost]]:
-    """What the gate says of a build that it refuses; the exception itself cannot be sent to another process."""
+    """Return the gate's message for a build that it refuses; the exception itself cannot be sent to another process."""
     with pytest.raises(AccuracyError) as caught:
         build_quantised(*arguments)
     return str(caught.value), list(caught.value.costs)

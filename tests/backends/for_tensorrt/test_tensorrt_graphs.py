@@ -150,7 +150,7 @@ def quantised_session(model: ReferenceModel, weight_format: str) -> onnxruntime.
 
 
 def test_unread_cache_does_not_show() -> None:
-    """What lies beyond kv_lengths is read by nobody."""
+    """Nothing reads the cache beyond kv_lengths."""
     runner = DecoderRunner(MODELS["X"], TensorRtAttention)
     input_ids, ranges = random_prompt(1, 12)
     clean = runner.step(input_ids, [0], ranges)

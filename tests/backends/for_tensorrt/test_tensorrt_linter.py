@@ -1,4 +1,4 @@
-"""What TensorRT's parser would get wrong silently, one graph each: refused with the node's name and the remedy."""
+"""Graphs that TensorRT's parser would get wrong silently: each is refused with the node's name and the remedy."""
 
 from __future__ import annotations
 
