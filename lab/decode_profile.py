@@ -33,6 +33,7 @@ from lab.decoders import engine_decoder
 from lab.decoding import decoding_parser, image_placeholder, prepare, prompts
 from lab.peers.client import Peer, open_peers
 from lab.rounds import Rounds
+from nvlm_trt.backends.onnxruntime import session
 from nvlm_trt.backends.opening import open_backend
 from nvlm_trt.engine import Engine
 
@@ -149,7 +150,7 @@ def profile_of_engine(engine: Engine, prompt: np.ndarray, steps: int, threads: i
                 self.enable_profiling = True
                 self.profile_file_prefix = f"{folder}/profile"
 
-        with mock.patch.object(onnxruntime, "SessionOptions", Profiled):
+        with mock.patch.object(session, "SessionOptions", Profiled):
             decode()
         (path,) = Path(folder).glob("profile*.json")
         events = json.loads(path.read_text(encoding="utf-8"))

@@ -8,7 +8,7 @@ from nvlm_trt.errors import RequestError
 
 
 class EngineLimits(BaseModel):
-    """Holds the sizes that the engine was built for. The checks raise RequestError with the number that was exceeded."""
+    """Holds the sizes an engine was built for. The checks raise RequestError with the number that was exceeded."""
 
     model_config = ConfigDict(extra="forbid")
 

@@ -143,7 +143,7 @@ class Request:
         return Chunk(start, input_ids, first, self._embeddings_used, ranges)
 
     def next_token(self) -> tuple[int, int, tuple[int, int]]:
-        """Return the input of the next decoding step: (token id, its position, its cross-attention range); count it as cached."""
+        """Count the last token as cached; return (its id, its position, its cross-attention range) for decoding."""
         self.cached += 1
         return self._last_id, self.cached - 1, self.prompt.decode_range
 

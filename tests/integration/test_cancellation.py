@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from live_server import ENDLESS, MAX_QUEUE, ServerByName, metric, make_image, wait_until, wait_until_idle
+from live_server import ENDLESS, MAX_QUEUE, ServerByName, make_image, metric, wait_until, wait_until_idle
 
 from nvlm_trt.api import Delta
 from nvlm_trt.errors import QueueFullError

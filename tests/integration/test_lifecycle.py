@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from live_server import ENDLESS, metric, make_image, wait_until
+from live_server import ENDLESS, make_image, metric, wait_until
 
 from nvlm_trt.engine import Manifest, write_manifest
 from nvlm_trt.errors import EngineError, ServerError
