@@ -75,9 +75,7 @@ def verify(
     checkpoint: CheckpointOption,
     tokens: Annotated[int, typer.Option(min=1, help="Greedy tokens to compare.")] = 64,
     tolerance: Annotated[float, typer.Option(min=0, help="Largest absolute difference allowed.")] = 1e-3,
-    image: Annotated[
-        Path | None, typer.Option(help="Picture to compare on; default: one drawn for the purpose.")
-    ] = None,
+    image: Annotated[Path | None, typer.Option(help="Image to compare on; default: one drawn for the purpose.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compare every stage of an engine with the PyTorch reference (needs the extra `reference`).
@@ -117,8 +115,8 @@ def serve(
 
 @app.command()
 def ask(
-    question: Annotated[str, typer.Argument(help="The question; <image> marks where a picture belongs.")],
-    image: Annotated[list[Path] | None, typer.Option(help="Picture to ask about; repeat for several.")] = None,
+    question: Annotated[str, typer.Argument(help="The question; <image> marks where an image belongs.")],
+    image: Annotated[list[Path] | None, typer.Option(help="Image to ask about; repeat for several.")] = None,
     engine: Annotated[Path | None, typer.Option(help="Engine directory, run in this process.")] = None,
     url: Annotated[str | None, typer.Option(help="A running server, grpc://host:port.")] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
@@ -130,12 +128,12 @@ def ask(
     repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages repetition.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; repeat for several.")] = None,
-    max_tiles: Annotated[int | None, typer.Option(help="Tiles per picture, thumbnail not counted.")] = None,
+    max_tiles: Annotated[int | None, typer.Option(help="Tiles per image, thumbnail not counted.")] = None,
     threads: ThreadsOption = None,
     stats: Annotated[bool, typer.Option("--stats", help="Report tiles, time to first token and tokens/s.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Ask about pictures and stream the answer.
+    """Ask about images and stream the answer.
 
     Example: nvlm-trt ask "What is the total?" --image docs/images/receipt.png --engine engines/nvlm-h --stats
     """
@@ -155,19 +153,19 @@ def ask(
     )
     messages = [Message("system", system)] if system else []
     messages.append(Message("user", question))
-    pictures = tuple(_read_picture(path) for path in image or ())
+    images = tuple(_read_image(path) for path in image or ())
     if engine is not None:
         from nvlm_trt.api import ChatRequest
         from nvlm_trt.runtime.pipeline import Pipeline
 
         with Pipeline.open(engine, threads=threads) as pipeline:
-            stream = pipeline.generate(ChatRequest(messages, pictures, sampling, max_tiles))
+            stream = pipeline.generate(ChatRequest(messages, images, sampling, max_tiles))
             terminal.print_answer(stream, stats=stats, as_json=as_json)
     else:
         from nvlm_trt.serving.client import Client
 
         with Client(str(url)) as client:
-            stream = client.stream(messages=messages, images=pictures, sampling=sampling, max_tiles=max_tiles)
+            stream = client.stream(messages=messages, images=images, sampling=sampling, max_tiles=max_tiles)
             terminal.print_answer(stream, stats=stats, as_json=as_json)
 
 
@@ -177,11 +175,11 @@ app.command()(tinydocs)
 app.add_typer(bench, name="bench")
 
 
-def _read_picture(path: Path) -> bytes:
+def _read_image(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise RequestError(f"cannot read image {path} ({error.strerror}); name a readable picture file") from None
+        raise RequestError(f"cannot read image {path} ({error.strerror}); name a readable image file") from None
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from command_line import Run, assert_one_line_error
 
-PICTURE = Path(__file__).parents[2] / "docs" / "images" / "receipt.png"
+IMAGE = Path(__file__).parents[2] / "docs" / "images" / "receipt.png"
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def run(run_cli: Run) -> Run:
 
 @pytest.mark.parametrize("name", ["nvlm-d-tiny", "nvlm-x-tiny", "nvlm-h-tiny"])
 def test_ask_streams_an_answer_and_its_statistics(run: Run, engine, name: str) -> None:
-    status, out, err = run("ask", "What is the total?", "--image", PICTURE, "--engine", engine(name), "--max-tokens", 8,
+    status, out, err = run("ask", "What is the total?", "--image", IMAGE, "--engine", engine(name), "--max-tokens", 8,
                            "--stats")  # fmt: skip
     assert status == 0
     assert out
@@ -75,7 +75,7 @@ def test_bad_requests(run: Run, engine, options: tuple[object, ...], fragment: s
 
 
 def test_forty_images(run: Run, engine) -> None:
-    images = [argument for _ in range(40) for argument in ("--image", PICTURE)]
+    images = [argument for _ in range(40) for argument in ("--image", IMAGE)]
     assert_one_line_error(run("ask", "hello", "--engine", engine("nvlm-d-tiny"), *images), "40")
 
 

@@ -1,4 +1,4 @@
-"""What tests of a running server share: pictures, metrics, waiting."""
+"""What tests of a running server share: images, metrics, waiting."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MAX_QUEUE = 12
 ENDLESS = {"max_tokens": 3000, "ignore_eos": True}
 
 
-def picture(seed: int, width: int = 120, height: int = 80) -> bytes:
+def image_png(seed: int, width: int = 120, height: int = 80) -> bytes:
     """A PNG of random colour blocks, another for every seed."""
     blocks = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     encoded = io.BytesIO()

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tritonclient.grpc
-from live_server import ServerByName, ask_raw, picture
+from live_server import ServerByName, ask_raw, image_png
 
 from nvlm_trt.api import ChatRequest, Message, SamplingParams
 from nvlm_trt.runtime.pipeline import Pipeline
@@ -30,7 +30,7 @@ CONVERSATION = [
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_served_answers_equal_those_in_process(name: str, served: ServerByName, engine: Callable[[str], Path]) -> None:
-    images = [picture(1), picture(2, 200, 60)]
+    images = [image_png(1), image_png(2, 200, 60)]
     chats = [
         ChatRequest([Message("user", "What is this?")], images[:1], GREEDY),
         ChatRequest([Message("user", "Hello")], (), GREEDY),
@@ -57,7 +57,7 @@ def test_eight_concurrent_streams_answer_as_each_does_alone(served: ServerByName
     requests = [
         {
             "prompt": "Describe it. " * (i + 1),
-            "images": [picture(100 + i, 60 + 20 * i, 90)],
+            "images": [image_png(100 + i, 60 + 20 * i, 90)],
             "sampling": SamplingParams(
                 max_tokens=30 + 5 * i, temperature=0.0 if i % 2 else 1.0, seed=i, ignore_eos=True
             ),
@@ -79,8 +79,8 @@ def test_eight_concurrent_streams_answer_as_each_does_alone(served: ServerByName
 def test_a_stream_is_the_answer_in_pieces(served: ServerByName) -> None:
     sampling = SamplingParams(max_tokens=40, ignore_eos=True, logprobs=2)
     with Client(served("nvlm-d-tiny").address) as client:
-        whole = client.generate("What?", images=[picture(3)], sampling=sampling)
-        deltas = list(client.stream("What?", images=[picture(3)], sampling=sampling))
+        whole = client.generate("What?", images=[image_png(3)], sampling=sampling)
+        deltas = list(client.stream("What?", images=[image_png(3)], sampling=sampling))
     assert len(deltas) > 1
     assert "".join(delta.text for delta in deltas) == whole.text
     assert [t for delta in deltas for t in delta.token_ids] == whole.token_ids
@@ -95,19 +95,19 @@ def test_async_client_answers_the_same(served: ServerByName) -> None:
 
     async def ask() -> tuple[bool, list[Answer]]:
         async with AsyncClient(address) as client:
-            asked = [client.generate("What?", images=[picture(i)], sampling=GREEDY) for i in range(4)]
+            asked = [client.generate("What?", images=[image_png(i)], sampling=GREEDY) for i in range(4)]
             return await client.ready(), await asyncio.gather(*asked)
 
     ready, answers = asyncio.run(ask())
     with Client(address) as client:
-        expected = [client.generate("What?", images=[picture(i)], sampling=GREEDY) for i in range(4)]
+        expected = [client.generate("What?", images=[image_png(i)], sampling=GREEDY) for i in range(4)]
     assert ready
     assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in expected]
 
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_the_ensemble_called_directly_streams_the_same_answer(name: str, served: ServerByName) -> None:
-    images = [picture(11), picture(12, 70, 200)]
+    images = [image_png(11), image_png(12, 70, 200)]
     request = infer_request(messages=CONVERSATION, images=images, sampling=GREEDY, model="nvlm_ensemble")
     with Client(served(name).address) as client:
         deltas = ask_raw(served(name), request)
@@ -129,11 +129,11 @@ def test_an_image_seen_before_skips_tiling_and_encoding(served: ServerByName) ->
         return [counts["tiling"], counts["vision_encoder"]]
 
     with Client(server.address) as client:
-        first = client.generate("What?", images=[picture(21)], sampling=GREEDY)
+        first = client.generate("What?", images=[image_png(21)], sampling=GREEDY)
         before = executions()
-        second = client.generate("What?", images=[picture(21)], sampling=GREEDY)
+        second = client.generate("What?", images=[image_png(21)], sampling=GREEDY)
         assert executions() == before
-        client.generate("What?", images=[picture(21)], sampling=GREEDY, max_tiles=1)  # other tiles of the same image
+        client.generate("What?", images=[image_png(21)], sampling=GREEDY, max_tiles=1)  # other tiles of the same image
         assert executions() == [count + 1 for count in before]
     assert second.token_ids == first.token_ids
     assert first.usage is not None
@@ -154,10 +154,10 @@ def test_tiles_of_several_requests_are_encoded_as_one_batch(served: ServerByName
     first_requests, first_executions = encoder()
     with Client(server.address) as client, ThreadPoolExecutor(8) as pool:
         for attempt in range(20):
-            pictures = [picture(1000 + 8 * attempt + i) for i in range(8)]
+            images = [image_png(1000 + 8 * attempt + i) for i in range(8)]
             answers = pool.map(
                 lambda image: client.generate("What?", images=[image], sampling={"max_tokens": 1}, max_tiles=1),
-                pictures,
+                images,
             )
             assert [answer.finish_reason for answer in answers] == ["length"] * 8
             requests, executions = encoder()
@@ -178,7 +178,7 @@ def test_another_client_library_gets_the_answer(served: ServerByName) -> None:
         return tensor
 
     sampling = json.dumps({"max_tokens": 5, "ignore_eos": True}).encode()
-    inputs = [strings("prompt", b"What?"), strings("image", picture(1)), strings("sampling_parameters", sampling)]
+    inputs = [strings("prompt", b"What?"), strings("image", image_png(1)), strings("sampling_parameters", sampling)]
     answers: list[tuple] = []
     client.start_stream(callback=lambda result, error: answers.append((result, error)))
     client.async_stream_infer("nvlm", inputs, request_id="7")
@@ -186,4 +186,4 @@ def test_another_client_library_gets_the_answer(served: ServerByName) -> None:
     assert [error for _, error in answers] == [None] * len(answers)
     token_ids = [int(t) for result, _ in answers for t in result.as_numpy("token_ids")]
     with Client(server.address) as own:
-        assert token_ids == own.generate("What?", images=[picture(1)], sampling=json.loads(sampling)).token_ids
+        assert token_ids == own.generate("What?", images=[image_png(1)], sampling=json.loads(sampling)).token_ids

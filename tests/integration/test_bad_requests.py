@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tritonclient.grpc
-from live_server import ServerByName, ask_raw, picture
+from live_server import ServerByName, ask_raw, image_png
 from PIL import Image
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import InferenceServerException
@@ -47,40 +47,40 @@ def png_header(width: int, height: int) -> bytes:
 IMAGES = {
     "not an image": (b"this is text", "not a readable"),
     "empty": (b"", "0 bytes"),
-    "truncated": (picture(1)[:300], "truncated or corrupt"),
+    "truncated": (image_png(1)[:300], "truncated or corrupt"),
     "zero-sized": (png_header(0, 10), ""),
     "one pixel high": (png(300, 1), "300 x 1"),
     "decompression bomb": (png_header(30_000, 30_000), "64000000 pixels"),
     "over 64 megapixels": (png_header(9_000, 9_000), "9000 x 9000"),
-    "over 32 MiB": (picture(1) + bytes(32 << 20), "at most 33554432"),
+    "over 32 MiB": (image_png(1) + bytes(32 << 20), "at most 33554432"),
 }
 
 
 @pytest.mark.parametrize("kind", IMAGES)
 def test_a_bad_image_is_named(kind: str, server: TritonServer) -> None:
     image, expected = IMAGES[kind]
-    assert_rejected(server, expected, prompt="Compare", images=[picture(1), image], names="image 2: ")
+    assert_rejected(server, expected, prompt="Compare", images=[image_png(1), image], names="image 2: ")
 
 
 CHATS: dict[str, tuple[dict[str, Any], str]] = {
-    "40 images": ({"prompt": "Hi", "images": [picture(1)] * 40}, "40 images, at most 16"),
+    "40 images": ({"prompt": "Hi", "images": [image_png(1)] * 40}, "40 images, at most 16"),
     "empty prompt": ({"prompt": ""}, "empty"),
     "no messages": ({"messages": []}, "messages must be a non-empty list"),
     "unknown role": ({"messages": [{"role": "robot", "content": "Hi"}]}, "robot"),
     "neither prompt nor messages": ({}, "exactly one of the inputs"),
     "both prompt and messages": ({"prompt": "Hi", "messages": [USER]}, "exactly one of the inputs"),
-    "fewer images than marks": ({"prompt": "<image> <image>", "images": [picture(1)]}, "<image>"),
+    "fewer images than marks": ({"prompt": "<image> <image>", "images": [image_png(1)]}, "<image>"),
     "half a surrogate pair": ({"prompt": "\ud800"}, "not UTF-8"),
     "prompt too long": ({"prompt": "word " * 2000}, "the engine holds 4096"),
     "too many image tokens": (
-        {"prompt": "Hi", "images": [picture(i, 300, 200) for i in range(12)]},
+        {"prompt": "Hi", "images": [image_png(i, 300, 200) for i in range(12)]},
         "the engine holds",
     ),
     "negative max_tokens": ({"prompt": "Hi", "sampling": {"max_tokens": -1}}, "max_tokens = -1"),
     "NaN temperature": ({"prompt": "Hi", "sampling": {"temperature": float("nan")}}, "temperature = nan"),
     "unknown sampling key": ({"prompt": "Hi", "sampling": {"heat": 1}}, "unknown sampling parameter 'heat'"),
-    "max_tiles of 0": ({"prompt": "Hi", "images": [picture(1)], "max_tiles": 0}, "max_tiles = 0"),
-    "max_tiles over the engine's": ({"prompt": "Hi", "images": [picture(1)], "max_tiles": 99}, "max_tiles = 99"),
+    "max_tiles of 0": ({"prompt": "Hi", "images": [image_png(1)], "max_tiles": 0}, "max_tiles = 0"),
+    "max_tiles over the engine's": ({"prompt": "Hi", "images": [image_png(1)], "max_tiles": 99}, "max_tiles = 99"),
 }
 
 
@@ -157,7 +157,7 @@ def assert_invalid(server: TritonServer, request: service_pb2.ModelInferRequest,
 
 
 def test_a_bad_image_is_an_error_of_the_ensemble_too(server: TritonServer) -> None:
-    request = infer_request("Compare", images=[picture(1), b"this is text"], model="nvlm_ensemble")
+    request = infer_request("Compare", images=[image_png(1), b"this is text"], model="nvlm_ensemble")
     assert_invalid(server, request, "image 2: not a readable")
 
 

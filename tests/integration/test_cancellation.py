@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from live_server import ENDLESS, MAX_QUEUE, ServerByName, metric, picture, wait_until, wait_until_idle
+from live_server import ENDLESS, MAX_QUEUE, ServerByName, image_png, metric, wait_until, wait_until_idle
 
 from nvlm_trt.api import Delta
 from nvlm_trt.errors import QueueFullError
@@ -29,7 +29,7 @@ def server(served: ServerByName) -> Iterator[TritonServer]:
 
 def occupy(client: Client, count: int) -> list[Iterator[Delta]]:
     """Endless streams, each of which has received its first token."""
-    streams = [client.stream(f"Tell me {i}", images=[picture(i)], sampling=ENDLESS) for i in range(count)]
+    streams = [client.stream(f"Tell me {i}", images=[image_png(i)], sampling=ENDLESS) for i in range(count)]
     for stream in streams:
         assert next(stream).token_ids
     return streams
@@ -63,7 +63,7 @@ def test_requests_without_a_slot_can_be_cancelled(server: TritonServer) -> None:
     async def queue_and_cancel() -> None:
         async with AsyncClient(server.address) as client:
             asked = [
-                asyncio.ensure_future(client.generate("Go on", images=[picture(300 + i)], sampling=ENDLESS))
+                asyncio.ensure_future(client.generate("Go on", images=[image_png(300 + i)], sampling=ENDLESS))
                 for i in range(MAX_QUEUE)
             ]
             everything = SLOTS - 1 + MAX_QUEUE

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from live_server import picture
+from live_server import image_png
 from tensorrt_engines import for_tensorrt
 
 from nvlm_trt.api import ChatRequest, Message, SamplingParams
@@ -84,7 +84,7 @@ def rounded(array: np.ndarray) -> np.ndarray:
 
 def test_answers_are_those_of_tokens_in_bfloat16(served: tuple[Path, TritonServer]) -> None:
     path, server = served
-    image = picture(3, 200, 120)
+    image = image_png(3, 200, 120)
     chat = ChatRequest([Message("user", "What is this?")], [image], GREEDY)
     opened = Engine.open(path)
     with open_backend(opened, ["vision_encoder"], threads=1) as encoder:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from live_server import MAX_QUEUE, ServerByName, picture, wait_until
+from live_server import MAX_QUEUE, ServerByName, image_png, wait_until
 
 from nvlm_trt.errors import ServerError
 from nvlm_trt.evaluation.accuracy import agreement
@@ -23,11 +23,11 @@ TOKENS = 24
 
 
 def samples(count: int) -> list[Sample]:
-    """Every third without a picture, every third with two."""
+    """Every third without an image, every third with two."""
     made = []
     for i in range(count):
-        pictures = tuple(picture(seed) for seed in range(i, i + i % 3))
-        made.append(Sample(f"sample {i}", "task", f"What is this, {i}?", "noise", pictures))
+        images = tuple(image_png(seed) for seed in range(i, i + i % 3))
+        made.append(Sample(f"sample {i}", "task", f"What is this, {i}?", "noise", images))
     return made
 
 
@@ -61,7 +61,7 @@ def test_a_server_that_dies_in_the_middle_loses_nothing(engine: Callable[[str], 
     total = 80
     lines = []
     for i in range(total):
-        (tmp_path / f"{i}.png").write_bytes(picture(i))
+        (tmp_path / f"{i}.png").write_bytes(image_png(i))
         lines.append(json.dumps({"image": f"{i}.png", "prompt": f"What is this, {i}?", "answer": "noise"}))
     (tmp_path / "set.jsonl").write_text("\n".join(lines))
     output, partial = tmp_path / "results.json", tmp_path / "results.json.partial"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from live_server import ENDLESS, metric, picture, wait_until
+from live_server import ENDLESS, image_png, metric, wait_until
 
 from nvlm_trt.engine import Manifest, write_manifest
 from nvlm_trt.errors import EngineError, ServerError
@@ -99,11 +99,11 @@ def test_a_signal_lets_running_requests_finish(serve: Callable[..., ServeCommand
     processes = command.descendants()
     assert len(processes) >= 5  # the server, its three python models, the guard
     with Client(command.address) as client, ThreadPoolExecutor(8) as pool:
-        streams = [client.stream("Tell me", images=[picture(i)], sampling=LONG) for i in range(4)]
+        streams = [client.stream("Tell me", images=[image_png(i)], sampling=LONG) for i in range(4)]
         for stream in streams:
             next(stream)
         asked = [
-            pool.submit(client.generate, "Tell me", images=[picture(100 + i, 300, 200)], sampling=LONG)
+            pool.submit(client.generate, "Tell me", images=[image_png(100 + i, 300, 200)], sampling=LONG)
             for i in range(8)
         ]
         wait_until(lambda: metric(command, "nvlm_open_requests") == 12, "all requests are accepted")

@@ -33,7 +33,7 @@ LONG = SamplingParams(max_tokens=3000, ignore_eos=True)
 WAIT = 60.0  # seconds until a test gives up
 
 
-def picture(seed: int, width: int = 160, height: int = 90) -> bytes:
+def image_png(seed: int, width: int = 160, height: int = 90) -> bytes:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
@@ -112,7 +112,7 @@ def test_neighbours_do_not_change_an_answer(engine: DirectoryByName, name: str) 
     requests = [
         chat(
             "What is written here? " * (1 + 5 * (seed % 3)),
-            *(picture(10 * seed + i, width=60 + 50 * seed) for i in range(seed % 3)),
+            *(image_png(10 * seed + i, width=60 + 50 * seed) for i in range(seed % 3)),
             sampling=SamplingParams(
                 max_tokens=10 + 3 * seed, temperature=(seed % 2) * 1.2, top_p=0.95, seed=seed, ignore_eos=True
             ),
@@ -139,7 +139,7 @@ def test_neighbours_do_not_change_an_answer(engine: DirectoryByName, name: str) 
 
 @pytest.mark.parametrize("name", ALL)
 def test_chunks_of_the_prompt_do_not_change_an_answer(engine: DirectoryByName, name: str) -> None:
-    request = chat("First <image>, then <image>: compare them.", picture(1), picture(2, 90, 200))
+    request = chat("First <image>, then <image>: compare them.", image_png(1), image_png(2, 90, 200))
     answers = []
     for chunk in (7, 64, 4096):
         with Pipeline.open(engine(name), threads=1, options=RuntimeOptions(prefill_chunk=chunk)) as pipeline:
@@ -152,7 +152,7 @@ def test_logprobs_are_the_references(engine: DirectoryByName, checkpoint: Direct
     """Every token of an answer about two images, sampled, against the oracle fed with the whole sequence at once."""
     model = ReferenceModel.from_checkpoint(checkpoint(name))
     config = model.config
-    images = [picture(1), picture(2, 90, 200)]
+    images = [image_png(1), image_png(2, 90, 200)]
     messages = [Message("user", "Compare <image> and <image>.")]
     sampling = SamplingParams(max_tokens=8, temperature=1, seed=3, logprobs=3, ignore_eos=True)
     with Pipeline.open(engine(name), threads=1, options=RuntimeOptions(prefill_chunk=50)) as pipeline:
@@ -184,7 +184,7 @@ def test_logprobs_are_the_references(engine: DirectoryByName, checkpoint: Direct
 
 @pytest.mark.parametrize("name", ALL)
 def test_an_answer_depends_on_each_image_and_on_their_order(engine: DirectoryByName, name: str) -> None:
-    red, noise = picture(1), picture(2, 90, 200)
+    red, noise = image_png(1), image_png(2, 90, 200)
     with Pipeline.open(engine(name), threads=1) as pipeline:
         logprobs = SamplingParams(max_tokens=1, logprobs=20)
         tops = []
@@ -224,7 +224,7 @@ def test_max_tokens_is_cut_at_what_the_engine_holds(pipeline: Pipeline) -> None:
 
 
 def test_a_known_image_is_not_encoded_again(pipeline: Pipeline, encoder: CountingEncoder) -> None:
-    image, other = picture(1), picture(2)
+    image, other = image_png(1), image_png(2)
     first, _, usage = answer(pipeline, chat("What is it?", image))
     assert (encoder.calls, usage.cached_images) == (1, 0)
     again, _, usage = answer(pipeline, chat("What is it?", image))
@@ -240,7 +240,7 @@ def test_a_known_image_is_not_encoded_again(pipeline: Pipeline, encoder: Countin
 
 def test_usage_counts_tiles_and_tokens(engine: DirectoryByName, pipeline: Pipeline) -> None:
     config = Engine.open(engine("nvlm-h-tiny")).config
-    tokens, _, usage = answer(pipeline, chat("Look.", picture(1, 112, 56), picture(2, 56, 56)))
+    tokens, _, usage = answer(pipeline, chat("Look.", image_png(1, 112, 56), image_png(2, 56, 56)))
     assert usage.image_tiles == 3 + 1  # 2 x 1 and a thumbnail; one tile alone
     assert usage.cross_tokens == 2 * config.cross_tokens_per_tile(tag_length=1)
     assert usage.prompt_tokens > 2 * config.tokens_per_tile
@@ -292,7 +292,7 @@ def test_cancelling_stops_between_images(pipeline: Pipeline, encoder: CountingEn
 
     encoder.before = wait
     listener = Listener()
-    handle = pipeline.submit(chat("Compare.", picture(1), picture(2)), listener.on_delta, listener.on_error)
+    handle = pipeline.submit(chat("Compare.", image_png(1), image_png(2)), listener.on_delta, listener.on_error)
     assert encoding.wait(WAIT)
     handle.cancel()
     assert listener.done.wait(WAIT)
@@ -306,7 +306,7 @@ def test_decoding_goes_on_while_an_image_is_encoded(pipeline: Pipeline, encoder:
     may_end = threading.Event()
     encoder.before = lambda: assert_true(may_end.wait(WAIT))
     listener = Listener()
-    pipeline.submit(chat("Look.", picture(1)), listener.on_delta, listener.on_error)
+    pipeline.submit(chat("Look.", image_png(1)), listener.on_delta, listener.on_error)
     tokens, _, _ = answer(pipeline, chat("Meanwhile.", sampling=SamplingParams(max_tokens=20, ignore_eos=True)))
     assert len(tokens) == 20
     assert not listener.started.is_set()
@@ -323,7 +323,7 @@ def test_closing_drains_and_then_refuses(engine: DirectoryByName) -> None:
     pipeline = Pipeline.open(engine("nvlm-h-tiny"), threads=1)
     listeners = [Listener() for _ in range(3)]
     for seed, listener in enumerate(listeners):
-        pipeline.submit(chat("Look.", picture(seed)), listener.on_delta, listener.on_error)
+        pipeline.submit(chat("Look.", image_png(seed)), listener.on_delta, listener.on_error)
     pipeline.close()
     assert all(listener.deltas[-1].finish_reason in ("stop", "length") for listener in listeners)
     with pytest.raises(EngineError, match="closed"):
@@ -350,18 +350,18 @@ def test_an_error_inside_with_cancels_what_runs(engine: DirectoryByName) -> None
         (chat("x", np.zeros((0, 16, 192), np.float32)), RequestError, r"image_tokens of 0 tiles .* 1 to 7"),
         (chat("x", np.zeros((8, 16, 192), np.float32)), RequestError, r"image_tokens of 8 tiles .* 1 to 7"),
         (chat("x", *[b"?"] * 40), RequestError, r"40 images, at most 16"),
-        (chat("x", picture(1), max_tiles=0), RequestError, r"max_tiles = 0 .* from 1 to 6"),
-        (chat("x", picture(1), max_tiles=7), RequestError, r"max_tiles = 7 .* from 1 to 6"),
-        (chat("x", picture(1), max_tiles=True), RequestError, r"max_tiles = True"),
-        (chat("x", picture(1), max_tiles=1.5), RequestError, r"max_tiles = 1.5"),  # type: ignore[arg-type]
+        (chat("x", image_png(1), max_tiles=0), RequestError, r"max_tiles = 0 .* from 1 to 6"),
+        (chat("x", image_png(1), max_tiles=7), RequestError, r"max_tiles = 7 .* from 1 to 6"),
+        (chat("x", image_png(1), max_tiles=True), RequestError, r"max_tiles = True"),
+        (chat("x", image_png(1), max_tiles=1.5), RequestError, r"max_tiles = 1.5"),  # type: ignore[arg-type]
         (chat(""), RequestError, r"empty|no text"),
         (ChatRequest([]), RequestError, r"."),
-        (chat("<image> <image>", picture(1)), RequestError, r"2 .*1|1 .*2"),
+        (chat("<image> <image>", image_png(1)), RequestError, r"2 .*1|1 .*2"),
         (chat("x", b"not an image"), ImageError, r"^image 1: .*; convert it to PNG or JPEG"),
-        (chat("x", picture(1), b""), ImageError, r"^image 2: 0 bytes"),
-        (chat("x", picture(1)[:2000]), ImageError, r"^image 1: truncated"),
+        (chat("x", image_png(1), b""), ImageError, r"^image 2: 0 bytes"),
+        (chat("x", image_png(1)[:2000]), ImageError, r"^image 1: truncated"),
         (
-            chat("x", *(picture(i, 168, 112) for i in range(6))),
+            chat("x", *(image_png(i, 168, 112) for i in range(6))),
             RequestError,
             r"510 cross-attended tokens, the engine holds 408",
         ),
@@ -382,7 +382,7 @@ def test_too_many_image_tokens_are_found_before_all_images_are_encoded(
     pipeline: Pipeline, encoder: CountingEncoder
 ) -> None:
     with pytest.raises(RequestError, match="send fewer images"):
-        list(pipeline.generate(chat("x", *(picture(i, 168, 112) for i in range(16)))))
+        list(pipeline.generate(chat("x", *(image_png(i, 168, 112) for i in range(16)))))
     assert encoder.calls == 5  # 102 tokens each, 408 fit
 
 
@@ -392,9 +392,9 @@ def test_an_encoder_that_fails_fails_its_request_only(pipeline: Pipeline, encode
 
     encoder.before = fail
     with pytest.raises(ValueError, match="no such model"):
-        list(pipeline.generate(chat("x", picture(1))))
+        list(pipeline.generate(chat("x", image_png(1))))
     encoder.before = lambda: None
-    assert answer(pipeline, chat("x", picture(1)))[2].cached_images == 0
+    assert answer(pipeline, chat("x", image_png(1)))[2].cached_images == 0
 
 
 def test_a_full_queue_refuses_before_anything_is_encoded(pipeline: Pipeline, encoder: CountingEncoder) -> None:
@@ -402,9 +402,9 @@ def test_a_full_queue_refuses_before_anything_is_encoded(pipeline: Pipeline, enc
     encoder.before = lambda: assert_true(may_end.wait(WAIT))
     listeners = [Listener() for _ in range(3)]
     for seed, listener in enumerate(listeners):
-        pipeline.submit(chat("x", picture(seed)), listener.on_delta, listener.on_error)
+        pipeline.submit(chat("x", image_png(seed)), listener.on_delta, listener.on_error)
     with pytest.raises(QueueFullError, match="3 requests are waiting"):
-        list(pipeline.generate(chat("x", picture(9))))
+        list(pipeline.generate(chat("x", image_png(9))))
     may_end.set()
     assert all(listener.done.wait(WAIT) and listener.error is None for listener in listeners)
     assert encoder.calls == 3
