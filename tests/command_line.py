@@ -1,4 +1,4 @@
-"""What tests of the command line share: `run_cli` of conftest.py gives a Result."""
+"""Defines the result of `run_cli` (conftest.py) for tests of the command line."""
 
 from __future__ import annotations
 

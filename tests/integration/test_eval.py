@@ -1,4 +1,4 @@
-"""`nvlm-trt eval --url` against a real tritonserver, also one that dies in the middle."""
+"""Tests `nvlm-trt eval --url` against a real tritonserver, also against one that dies in the middle."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TOKENS = 24
 
 
 def samples(count: int) -> list[Sample]:
-    """Every third without an image, every third with two."""
+    """Makes samples with 0, 1 and 2 images in turn."""
     made = []
     for i in range(count):
         images = tuple(image_png(seed) for seed in range(i, i + i % 3))

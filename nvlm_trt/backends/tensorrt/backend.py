@@ -114,7 +114,7 @@ class TensorRtBackend:
     # --- slots -------------------------------------------------------------------------------------------------------
 
     def write_cross_kv(self, slot: int, start: int, features: ImageFeatures) -> None:
-        """Copy keys and values [cross layers, 2, kv_heads, C, head_dim] on the GPU into a slot from token `start` on."""
+        """Copy keys and values [cross layers, 2, kv_heads, C, head_dim] into a slot from `start` on, within the GPU."""
         stop = start + features.cross_tokens
         self.limits.check_cross_tokens(stop)
         if features.cross_kv is None:

@@ -1,4 +1,4 @@
-"""Every graph that goes to TensorRT: checked, typed, linted; and run by ONNX Runtime as the reference does."""
+"""Tests the graphs for TensorRT: validity, types, linter, and their results in ONNX Runtime against the reference."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TAGS = np.random.default_rng(3).standard_normal((6, 5, 192), dtype=np.float32)
 
 
 class Everywhere:
-    """Stands for a calibration: every linear layer's input is at most 6."""
+    """Replaces a calibration: the inputs of every linear layer are at most 6."""
 
     def of(self, name: str, inputs: int) -> LinearInput:
         return LinearInput(abs_max=6.0, clip=6.0, channels=[6.0] * inputs)
@@ -150,7 +150,7 @@ def quantised_session(model: ReferenceModel, weight_format: str) -> onnxruntime.
 
 
 def test_unread_cache_does_not_show() -> None:
-    """What lies beyond kv_lengths is read by nobody."""
+    """Cached values beyond kv_lengths do not change the result."""
     runner = DecoderRunner(MODELS["X"], TensorRtAttention)
     input_ids, ranges = random_prompt(1, 12)
     clean = runner.step(input_ids, [0], ranges)

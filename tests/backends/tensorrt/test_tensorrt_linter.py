@@ -1,4 +1,4 @@
-"""What TensorRT's parser would get wrong silently, one graph each: refused with the node's name and the remedy."""
+"""Tests that the linter refuses each graph that TensorRT's parser would misread, with the node's name and a remedy."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def plugin_in_function():
 
 
 def quantised(zero: np.ndarray, between: str | None = None):
-    """x quantised and restored, times w; `between` is put before MatMul."""
+    """Makes x, quantised and restored, times w; `between` is put before MatMul."""
     nodes = [
         node("QuantizeLinear", "x s zero", "q", name=NODE),
         node("DequantizeLinear", "q s zero", "d", name="restore"),
