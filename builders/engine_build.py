@@ -1,6 +1,6 @@
-"""A checkpoint -> a published engine: calibrate, write, try it, measure what quantising costs, publish.
+"""Builds an engine from a checkpoint: calibrates, writes, runs the smoke test, measures the accuracy, publishes.
 
-A backend supplies the steps that are its own (`BuildSteps`).
+A backend implements the steps in which backends differ (`BuildSteps`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from nvlm_trt.model.precision import components_of, needs_calibration, quantised
 from nvlm_trt.planner.memory import plan_engine
 from nvlm_trt.progress import Progress, no_progress
 
-CALIBRATION_SAMPLES = 128  # of the document tasks
+CALIBRATION_SAMPLES = 128  # drawn from the document tasks
 SMOOTHQUANT_ALPHA = 0.5
 
 Precisions = Mapping[str, str]  # component -> precision
@@ -40,7 +40,7 @@ class QuantizationOptions:
     calibration: Path | None = None  # JSONL of samples or a saved calibration.json; None: the document tasks
     calibration_samples: int | None = None  # None: all of a file, CALIBRATION_SAMPLES of the document tasks
     smoothquant_alpha: float = SMOOTHQUANT_ALPHA  # 0: no migration
-    gate: GateOptions | None = field(default_factory=GateOptions)  # None: published unmeasured
+    gate: GateOptions | None = field(default_factory=GateOptions)  # None: the engine is published without a gate
 
     def __post_init__(self) -> None:
         if not 0 <= self.smoothquant_alpha <= 1:
@@ -52,26 +52,26 @@ class QuantizationOptions:
 
 @dataclass(frozen=True)
 class BuildJob:
-    """One build, as a backend sees it."""
+    """Holds what a backend needs to know about a build."""
 
     source: EngineSource
-    options: Mapping[str, Any]  # the backend's own
-    staging: Path  # the engine; temporary engines are its siblings
+    options: Mapping[str, Any]  # options that only this backend has
+    staging: Path  # directory of the engine; temporary engines are its siblings
     progress: Progress
 
 
 class BuildSteps(Protocol):
-    """The steps of a build that a backend decides."""
+    """The steps of a build that each backend implements."""
 
-    tools: Sequence[str]  # packages whose versions the manifest notes
-    fold_fp8: bool  # the form of fp8 weights that ONNX Runtime folds
+    tools: Sequence[str]  # packages whose versions the manifest lists
+    fold_fp8: bool  # True: write fp8 weights in the form that ONNX Runtime folds into constants
 
     def unquantised(self, precisions: Precisions) -> str:
-        """The precision that a quantised engine is compared with."""
+        """Return the precision of the unquantised engine that a quantised engine is compared with."""
         ...
 
     def write_stages(self, directory: Path, recipe: Recipe) -> dict[str, Any] | None:
-        """Write the files of all stages; return what the manifest notes for the backend."""
+        """Write the files of all stages. Return the backend's record in the manifest."""
         ...
 
     def calibrate(self, samples: Sequence[Sample]) -> Calibration:
@@ -91,14 +91,14 @@ def build_engine(
     backend: str = DEFAULT_BACKEND,
     options: Mapping[str, Any] | None = None,
 ) -> Engine:
-    """Publish the engine of a checkpoint as the directory `output`; on any failure nothing is left there.
+    """Publish the engine of a checkpoint as the directory `output`. A failed build leaves nothing there.
 
-    `overrides` replaces fields of `default_limits`; `precision` is what the backend's PrecisionTable parses, None its
-    default; `options` are the backend's own. Memory does not grow with the model, save for the smoke test, the
-    calibration and the gate, which load an engine each.
-    Raises CheckpointError, ConfigError for the checkpoint; EngineError for backend, precision, limits, an existing
-    `output`, a full disk, a calibration that does not fit or an engine that speaks nonsense; AccuracyError if the gate
-    refuses it; RequestError, ImageError for samples."""
+    `overrides` replaces fields of `default_limits`; `precision` is read by the backend's PrecisionTable, None: its
+    default; `options` are those that only this backend has. Memory does not grow with the model, except for the smoke
+    test, the calibration and the gate, each of which loads an engine.
+    Raises CheckpointError and ConfigError for the checkpoint; EngineError for backend, precision, limits, an existing
+    `output`, a full disk, a calibration that does not fit or an engine whose results are not finite; AccuracyError if
+    the gate refuses the engine; RequestError and ImageError for samples."""
     spec = find_backend(backend)
     chosen = spec.precisions.parse(precision)
     all_options = {**spec.build_options, **(options or {})}
@@ -130,7 +130,7 @@ def build_engine(
 
 @dataclass
 class _Builder:
-    """Engines of one checkpoint in any precision, all from one calibration, which is made when it is first needed."""
+    """Writes engines of one checkpoint in any precision, all with one calibration, measured when it is first needed."""
 
     spec: BackendSpec
     source: EngineSource
@@ -139,7 +139,7 @@ class _Builder:
     progress: Progress
 
     def write(self, chosen: Precisions, directory: Path) -> Manifest:
-        """Fill an empty directory."""
+        """Write an engine into an empty directory."""
         precisions = {name: chosen[name] for name in components_of(self.source.config)}
         recipe = self._recipe(precisions, directory)
         return write_engine(self.source, directory, recipe, self.spec.name, self.steps.tools, self.steps.write_stages)
@@ -164,7 +164,8 @@ class _Builder:
 
     @functools.cached_property
     def _calibration(self) -> Calibration:
-        """Raises EngineError for a saved one that does not fit; RequestError, ImageError for samples."""
+        """Read or measure the calibration. Raises EngineError for a saved calibration that does not fit; RequestError
+        and ImageError for samples."""
         path, count = self.quantization.calibration, self.quantization.calibration_samples
         if path and is_calibration(path):
             calibration = read_calibration(path)
@@ -185,7 +186,7 @@ def write_engine(
     tools: Sequence[str],
     write_stages: Callable[[Path, Recipe], dict[str, Any] | None],
 ) -> Manifest:
-    """Fill an empty directory with configuration, tokenizer, stages and manifest. Memory does not grow with the model.
+    """Write config, tokenizer, stages and manifest into an empty directory. Memory does not grow with the model.
 
     Raises EngineError for a full disk."""
     source.write_model_files(directory)

@@ -1,4 +1,4 @@
-"""The last step of every build: generate from a line of text and from an image before anyone is served."""
+"""Tests every engine before it is published: generates tokens from a line of text and from an image."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _TOKENS = 4
 
 
 class SmokeTest:
-    """A prompt without and one with an image, sized to the limits of the engine that they will try."""
+    """Holds a prompt without and a prompt with an image, both within the limits of the engine to test."""
 
     def __init__(self, prompts: PromptEncoder, limits: EngineLimits, config: NvlmConfig) -> None:
-        """Raises EngineError when `limits` leave no room for an image of one tile."""
+        """Encode the prompts. Raises EngineError if `limits` leave no room for an image of one tile."""
         self._prompts = [_encode(prompts, 0)]
         for tiles in (3, 1) if limits.max_tiles > 1 else (1,):
             prompt = _encode(prompts, tiles)
@@ -35,7 +35,7 @@ class SmokeTest:
         )
 
     def run(self, engine: Engine) -> None:
-        """Raises EngineError when a stage answers with numbers that are not finite."""
+        """Run both prompts. Raises EngineError if a stage returns numbers that are not finite."""
         edge = engine.config.vision.image_size
         noise = np.random.default_rng(0).standard_normal((self._tiles, 3, edge, edge), dtype=np.float32)
         with open_backend(engine) as backend:
@@ -48,7 +48,7 @@ def _encode(prompts: PromptEncoder, tiles: int) -> EncodedPrompt:
 
 
 def _generate(backend: StepBackend, prompt: EncodedPrompt, pixel_values: FloatArray) -> None:
-    """Greedy tokens of one request; pixel_values [tiles, 3, E, E] of its one image, or no tiles."""
+    """Generate greedy tokens; pixel_values [tiles, 3, E, E] of one image, or no tiles."""
     config, images = backend.config, []
     if len(pixel_values):
         image_tokens = backend.encode(pixel_values)

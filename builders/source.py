@@ -17,12 +17,12 @@ from nvlm_trt.prompt.tokenizer import TOKENIZER_FILES, Tokenizer
 
 
 class EngineSource:
-    """One checkpoint, from which an engine and those that it is measured against are written."""
+    """One checkpoint, from which a build writes its engine and the engines that the gate compares it with."""
 
     def __init__(self, checkpoint_dir: Path | str, overrides: Mapping[str, int]) -> None:
-        """`overrides` replaces fields of `default_limits`. Hashes the checkpoint, once for all engines.
+        """Open and hash the checkpoint, once for all engines. `overrides` replaces fields of `default_limits`.
 
-        Raises CheckpointError, ConfigError for the checkpoint and EngineError for limits."""
+        Raises CheckpointError and ConfigError for the checkpoint, and EngineError for limits."""
         self.checkpoint_dir = Path(checkpoint_dir)
         with Checkpoint.open(checkpoint_dir) as checkpoint:
             self.config = checkpoint.config
@@ -39,7 +39,7 @@ class EngineSource:
                 shutil.copyfile(self.checkpoint_dir / name, directory / name)
 
     def tag_embeddings(self, checkpoint: Checkpoint) -> FloatArray | None:
-        """[max_tiles, tag_length, hidden] of NVLM-H's tile tags, None for other architectures."""
+        """Read the text embeddings [max_tiles, tag_length, hidden] of NVLM-H's tile tags; None for NVLM-D and -X."""
         if self.config.architecture != "H":
             return None
         tags = self.prompts.tag_ids(self.config.max_tiles)

@@ -1,4 +1,4 @@
-"""The types that a caller sees: messages, sampling parameters, chats, answers. Imports nothing heavy."""
+"""Defines the types that a caller sees: messages, sampling parameters, chats, answers. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MAX_LOGPROBS = 20
 
 @dataclass(frozen=True)
 class TextPart:
-    """Text of a message. Nothing in it is ever markup: `<image>` is seven letters."""
+    """Text of a message, never markup: `<image>` in it is seven characters."""
 
     text: str
 
@@ -46,15 +46,15 @@ Part = TextPart | ImagePart
 class Message:
     """One turn of a conversation. `content` is a list of parts in order, or a plain string.
 
-    A user's plain string marks the places of images that are sent beside the messages by `<image>`; write `\\<image>`
-    for the text itself. Marks count only if there are such images and no message has an ImagePart."""
+    In a user's plain string, `<image>` marks the place of an image that is sent beside the messages, and `\\<image>`
+    is the text `<image>`. Marks count only if images are sent beside the messages and no message has an ImagePart."""
 
     role: Role
     content: str | Sequence[Part]
 
 
 def _as_tuple(value: Any) -> Any:
-    """Accepts a single stop string, and the list that JSON has."""
+    """Makes a tuple of a single stop string, or of the list that JSON has."""
     return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
 
@@ -63,7 +63,7 @@ _StopStrings = Annotated[tuple[_StopString, ...], BeforeValidator(_as_tuple), Fi
 
 
 class SamplingParams(BaseModel):
-    """How one request's tokens are chosen. Raises RequestError naming the value that is wrong.
+    """Says how the tokens of one request are chosen. Raises RequestError that names the wrong value.
 
     The descriptions complete the sentence "it is ..." of that error."""
 
@@ -71,20 +71,20 @@ class SamplingParams(BaseModel):
 
     # cut at the engine's max_seq_len
     max_tokens: int = Field(256, ge=1, description="an integer of at least 1")
-    # 0: greedy, and the filters below change nothing
+    # 0: greedy; top_k, top_p and min_p then change nothing
     temperature: float = Field(0.0, ge=0, le=100, description="a number from 0 to 100")
     top_k: int = Field(0, ge=0, description="an integer of at least 0 (0: off)")
     top_p: float = Field(1.0, gt=0, le=1, description="a number above 0, at most 1")
     min_p: float = Field(0.0, ge=0, le=1, description="a number from 0 to 1")
-    # over the ids of prompt and answer
+    # for the ids of prompt and answer
     repetition_penalty: float = Field(1.0, ge=0.01, le=100, description="a number from 0.01 to 100")
-    # None: another answer every time
+    # None: sampling gives another answer every time
     seed: int | None = Field(None, ge=0, lt=1 << 64, description="none or an integer from 0 to 2**64 - 1")
-    # a single string is accepted too; none of them is part of the answer
+    # a single string is accepted too; the answer ends before a stop string
     stop: _StopStrings = Field((), description=f"up to {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_LENGTH} characters")
     # alternatives reported beside each token; 0: no logprobs at all
     logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS, description=f"an integer from 0 to {MAX_LOGPROBS}")
-    # go on to max_tokens
+    # True: generate until max_tokens
     ignore_eos: bool = Field(False, description="true or false")
 
     def __init__(self, max_tokens: int = 256, **values: Any) -> None:
@@ -96,7 +96,7 @@ class SamplingParams(BaseModel):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SamplingParams:
-        """Parameters as a client sends them. A key that is not one of ours is an error, never ignored."""
+        """Reads parameters as a client sends them. Raises RequestError for an unknown key."""
         return cls(**values)
 
 
@@ -113,8 +113,9 @@ def _sampling_error(values: Mapping[str, Any], name: str) -> RequestError:
 class ChatRequest:
     """A conversation that ends with the user's turn.
 
-    `images` are sent beside the messages: encoded files (PNG, JPEG, ... bytes), or image tokens [tiles, T, hidden] in
-    the memory of the backend, of an image that the caller has encoded; those are not cached."""
+    `images` are sent beside the messages. Each is an encoded file (bytes of a PNG, JPEG, ...), or the image tokens
+    [tiles, T, hidden] of an image that the caller has encoded, in the memory of the backend. The features of such image
+    tokens are not cached."""
 
     messages: Sequence[Message]
     images: Sequence[Any] = ()
@@ -127,7 +128,7 @@ class ChatRequest:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """Natural-log probabilities under the model's own distribution: temperature, penalty and filters not applied."""
+    """Natural logarithms of the model's own probabilities, before temperature, repetition penalty and filters."""
 
     token_id: int
     logprob: float
@@ -141,27 +142,27 @@ class Usage:
     prompt_tokens: int  # in the LLM's sequence, image placeholders included
     completion_tokens: int
     image_tiles: int
-    cross_tokens: int  # image tokens (and tags, NVLM-H) that are cross-attended
+    cross_tokens: int  # cross-attended tokens: image tokens, with NVLM-H also tile tags
     cached_images: int  # images whose features were in the cache
     encode_s: float  # tiling, encoding and cross-attention keys and values of the images
-    queue_s: float  # from submission until a slot was given, encoding included
-    ttft_s: float | None  # from submission to the first token; None: there was none
+    queue_s: float  # from submission until the request has a slot, encoding included
+    ttft_s: float | None  # from submission to the first token; None: no token was generated
     total_s: float  # from submission to the end
 
 
 @dataclass(frozen=True)
 class Delta:
-    """One step of an answer: a token, and the text that it completes (often none).
+    """One step of an answer: a token, and the text that the token completes (often none).
 
     The last delta has a finish_reason: "stop" (end-of-text token or stop string), "length" (max_tokens or the
-    engine's max_seq_len) or "cancelled" (without a token). The end-of-text token is reported, its text is empty.
+    engine's max_seq_len) or "cancelled" (without a token). The end-of-text token has an id and an empty text.
     """
 
     text: str
     token_ids: list[int]
-    logprobs: list[TokenLogprob] = field(default_factory=list)  # one per token id, if the request asked for them
+    logprobs: list[TokenLogprob] = field(default_factory=list)  # one per token id, if the request asks for logprobs
     finish_reason: FinishReason | None = None
-    usage: Usage | None = None  # with the last delta; None if the request was cancelled before it had a slot
+    usage: Usage | None = None  # of the last delta; None too if the request was cancelled before it had a slot
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ class Answer:
 
 
 def merge_deltas(deltas: Sequence[Delta]) -> Delta:
-    """Consecutive deltas of one answer as one; only the last may have a finish_reason."""
+    """Joins consecutive deltas of one answer; only the last may have a finish_reason."""
     return Delta(
         text="".join(delta.text for delta in deltas),
         token_ids=[token_id for delta in deltas for token_id in delta.token_ids],

@@ -35,7 +35,7 @@ EngineArgument = Annotated[Path, typer.Argument(help="Engine directory that `nvl
 CheckpointOption = Annotated[Path, typer.Option(help="Checkpoint directory in HF layout.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an existing directory of that name.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads per engine; default: the cores at hand.")]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads per engine; default: all usable cores.")]
 
 
 @app.callback()
@@ -124,7 +124,7 @@ def ask(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens of this total probability.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="Keep tokens of at least this share of the likeliest's.")] = 0.0,
+    min_p: Annotated[float, typer.Option(help="Keep tokens of at least this share of the highest probability.")] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages repetition.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; repeat for several.")] = None,
@@ -183,7 +183,7 @@ def _read_image(path: Path) -> bytes:
 
 
 def main() -> None:
-    """Entry point: run a command, turn its error into one line."""
+    """Run a command and print its error in one line."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # an answer may hold characters that the terminal's encoding lacks
     try:

@@ -1,7 +1,7 @@
-"""The engine directory: what a build publishes and a server loads, described by manifest.json.
+"""Publishes, describes (manifest.json) and opens the engine directory: the result of a build, which a server loads.
 
-An engine is written to a temporary sibling and renamed, so a directory of its name is always whole. A loader
-checks schema, sizes and hashes before it opens a session, and says which file is wrong and what to run.
+A build writes the engine to a temporary sibling and renames it, so a directory with the engine's name is always whole.
+A loader checks schema, sizes and hashes before it opens a session, and says which file is wrong and what to run.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from nvlm_trt.staging import replace_directory, storage_errors, temporary_siblin
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 CALIBRATION = "calibration.json"
-# Files up to this size are hashed whenever an engine is opened; larger ones when it is served or verified.
+# Files up to this size are hashed whenever an engine is opened, larger files when the engine is served or verified.
 _QUICK_HASH_BYTES = 16 << 20
 
 
@@ -45,7 +45,7 @@ class Manifest(_Record):
     model_name: str
     architecture: str
     backend: str
-    runtimes: dict[str, str] = Field(default_factory=dict)  # stage -> the backend that runs it, where it is another
+    runtimes: dict[str, str] = Field(default_factory=dict)  # stage -> its backend, where that is not `backend`
     precision: dict[str, str]  # component -> "fp32", "int8", ...
     limits: EngineLimits
     checkpoint_digest: str
@@ -53,13 +53,13 @@ class Manifest(_Record):
     files: dict[str, FileRecord] = Field(default_factory=dict)
     calibration: dict[str, Any] | None = None
     verification: dict[str, Any] | None = None
-    backend_record: dict[str, Any] | None = None  # what the backend notes for itself
-    accuracy_gate: dict[str, Any] | None = None  # of a quantised engine that was measured before it was published
+    backend_record: dict[str, Any] | None = None  # written and read by the backend alone
+    accuracy_gate: dict[str, Any] | None = None  # measured before a quantised engine is published
 
 
 @dataclass(frozen=True)
 class Engine:
-    """A published engine, checked. `config` is the model's; files are named by `path / name`."""
+    """A published engine that was checked. Its files are `path / name`."""
 
     path: Path
     manifest: Manifest
@@ -67,7 +67,9 @@ class Engine:
 
     @classmethod
     def open(cls, path: Path | str, full_check: bool = False) -> Engine:
-        """Check and open an engine directory. `full_check` hashes large weight files too (about 1 s per GB)."""
+        """Check and open an engine directory. `full_check` hashes large weight files too (about 1 s per GB).
+
+        Raises EngineError, and ConfigError for its config.json."""
         path = Path(path)
         manifest = _read_manifest(path)
         for name, record in manifest.files.items():
@@ -86,7 +88,7 @@ class Engine:
 
     @property
     def digest(self) -> str:
-        """Identifies the weights and their precision: part of every image cache key."""
+        """Identify the weights and their precision. Every key of the image cache holds this digest."""
         parts = [self.manifest.checkpoint_digest, json.dumps(self.manifest.precision, sort_keys=True)]
         if self.manifest.calibration:  # static scales are part of the weights
             scales = self.manifest.files.get(CALIBRATION)
@@ -150,7 +152,7 @@ def _read_manifest(path: Path) -> Manifest:
 
 
 def _upgraded(raw: dict[str, Any]) -> dict[str, Any]:
-    """A manifest of schema version 1 in today's form: it named the record of one backend by a key of its own."""
+    """Bring a manifest of schema version 1, whose backend record has the key `tensorrt`, to the current schema."""
     if raw.get("schema_version") != 1:
         return raw
     record = raw.pop("tensorrt", None)

@@ -1,12 +1,12 @@
-"""Errors that a user can act on: one line saying what, where and what to do. The CLI prints them and exits with 2."""
+"""Errors that a user can act on: one line that says what, where and what to do. The CLI prints it and exits with 2."""
 
 
 class NvlmError(Exception):
-    """Base of every error that user input or the environment can cause."""
+    """Base of all errors that user input or the environment can cause."""
 
 
 class ConfigError(NvlmError):
-    """config.json asks for something that is malformed or that the graphs do not implement."""
+    """A value of config.json is malformed, or the graphs do not implement it."""
 
 
 class CheckpointError(NvlmError):
@@ -18,15 +18,15 @@ class EngineError(NvlmError):
 
 
 class DeviceMemoryError(EngineError):
-    """A device has no memory for an engine that is whole."""
+    """The device has too little memory for an engine whose files are in order."""
 
 
 class ImageError(NvlmError):
-    """Encoded bytes are not an image that we accept."""
+    """The bytes of an image cannot be decoded, or the image exceeds a limit."""
 
 
 class RequestError(NvlmError):
-    """A prompt, sampling parameter or limit of one request is invalid; the server goes on."""
+    """A request is invalid (prompt, sampling parameter) or exceeds a limit; other requests are not affected."""
 
 
 class QueueFullError(NvlmError):

@@ -1,4 +1,4 @@
-"""Checks that the optional packages of a command are installed, and names the extra of nvlm-trt that brings them."""
+"""Checks that the optional packages of a command are installed, and names the extra of nvlm-trt that installs them."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ EXTRAS = {
 
 
 def require(extra: str, purpose: str) -> None:
-    """Raises NvlmError if a package of `extra` is missing. `purpose` begins the message: "building an engine".
+    """Raise NvlmError if a package of `extra` is missing. `purpose` begins the message: "building an engine".
 
-    Finds the packages and imports none, so a command can check before its work for the packages that it needs after.
+    Imports no package, so a command can check all packages quickly before it starts to work.
     """
     missing = [module for module in EXTRAS[extra] if importlib.util.find_spec(module) is None]
     if missing:

@@ -1,4 +1,4 @@
-"""The limits of an engine, and what is said to a request that does not fit them: every check is made here."""
+"""Checks requests against the limits of an engine: all checks and their messages are here."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class EngineLimits(BaseModel):
 
     @property
     def tiles_per_image(self) -> int:
-        """The most tiles that one image becomes, thumbnail included."""
+        """Count the most tiles that one image becomes, thumbnail included."""
         return self.max_tiles + (self.max_tiles > 1)
 
     def check_max_tiles(self, max_tiles: object) -> None:
-        """Check the option of a request."""
+        """Check the option `max_tiles` of a request."""
         if not (type(max_tiles) is int and 1 <= max_tiles <= self.max_tiles):
             raise RequestError(f"max_tiles = {max_tiles!r} is not allowed; it is an integer from 1 to {self.max_tiles}")
 
@@ -33,7 +33,8 @@ class EngineLimits(BaseModel):
             raise RequestError(f"image_tokens of {tiles} tiles in one image, 1 to {self.tiles_per_image} are allowed")
 
     def check_characters(self, characters: int, most: int) -> None:
-        """Check a text before it is tokenised; `most` characters can be as few as max_seq_len tokens."""
+        """Check the length of a text before it is tokenised: more than `most` characters give more than max_seq_len
+        tokens."""
         if characters > most:
             raise RequestError(
                 f"the prompt has {characters} characters, more than the {self.max_seq_len} tokens that the engine "
@@ -41,7 +42,7 @@ class EngineLimits(BaseModel):
             )
 
     def check_prompt(self, tokens: int, image_embeddings: int) -> None:
-        """Check that the engine holds a prompt of `tokens`, image embeddings included, and one token of an answer."""
+        """Check that the engine holds a prompt of `tokens`, image embeddings included, and one token of the answer."""
         if tokens >= self.max_seq_len:
             raise RequestError(
                 f"the prompt has {tokens} tokens ({image_embeddings} of images), the engine holds "
@@ -49,7 +50,7 @@ class EngineLimits(BaseModel):
             )
 
     def check_sequence(self, tokens: int) -> None:
-        """Check the tokens that are cached once a step has run."""
+        """Check the number of tokens in the KV cache after a step."""
         if tokens > self.max_seq_len:
             raise RequestError(
                 f"the sequence would have {tokens} tokens, the engine holds {self.max_seq_len}; shorten the prompt, or "
@@ -57,7 +58,7 @@ class EngineLimits(BaseModel):
             )
 
     def check_cross_tokens(self, tokens: int) -> None:
-        """Check the cross-attended tokens of all images of a request."""
+        """Check the number of cross-attended tokens of all images of a request."""
         if tokens > self.max_image_tokens:
             raise RequestError(
                 f"the images have {tokens} cross-attended tokens, the engine holds {self.max_image_tokens}; send "
@@ -66,7 +67,7 @@ class EngineLimits(BaseModel):
 
 
 def check_embeddings(placeholders: int, embeddings: int) -> None:
-    """Check that every image placeholder of a prompt has its image embedding. Raises RequestError."""
+    """Check that a prompt has one image embedding per image placeholder. Raises RequestError."""
     if placeholders != embeddings:
         raise RequestError(
             f"{placeholders} image placeholders in the prompt, {embeddings} image embeddings were given; encode the "

@@ -1,4 +1,4 @@
-"""The machine that this process runs on."""
+"""Finds out what the machine offers to this process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def available_cores() -> int:
-    """Cores that this process may use: its CPU affinity, and the CPU quota of a container."""
+    """Count the cores that this process may use, by its CPU affinity and the CPU quota of its container."""
     cores = len(os.sched_getaffinity(0))
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()

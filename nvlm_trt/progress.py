@@ -1,4 +1,4 @@
-"""How long-running work reports how far it is: `progress(description, done, total)`, drawn by whoever called it."""
+"""Reports the progress of long-running work to its caller: `progress(description, done, total)`."""
 
 from __future__ import annotations
 
@@ -8,4 +8,4 @@ Progress = Callable[[str, float, float], None]
 
 
 def no_progress(description: str, done: float, total: float) -> None:
-    """For callers that show nothing."""
+    """Show nothing."""

@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all: written beside their place, then renamed."""
+"""Writes directories that appear whole or not at all: beside their place first, then renamed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def storage_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        # numpy reports a short write, which is a full disk, without a number
+        # on a full disk, NumPy raises an error without errno after a short write
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None):
             raise EngineError(f"disk full while writing {path}; free space there or choose another place") from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
@@ -33,13 +33,16 @@ def _cannot_write(path: Path, error: OSError) -> EngineError:
 
 @contextlib.contextmanager
 def temporary_sibling(target: Path) -> Iterator[Path]:
-    """A fresh folder beside `target`, on the same file system, gone afterwards unless it was renamed."""
-    staging = target.parent / f".{target.name}.{secrets.token_hex(8)}"  # named first: an interrupt may come at any time
+    """Yield a new folder beside `target`, on the same file system. Remove the folder at the end unless it was renamed.
+
+    Raises EngineError for a place where no folder can be made."""
+    # named before `try`, so that `finally` can remove the folder after an interrupt at any time
+    staging = target.parent / f".{target.name}.{secrets.token_hex(8)}"
     try:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             staging.mkdir(mode=0o700)
-        except FileNotFoundError as error:  # its parent is there: a file system that makes no folders, /proc for one
+        except FileNotFoundError as error:  # the parent exists, but its file system makes no folders (/proc)
             raise _cannot_write(target, error) from error
         yield staging
     finally:
@@ -47,7 +50,7 @@ def temporary_sibling(target: Path) -> Iterator[Path]:
 
 
 def replace_directory(staging: Path, target: Path) -> None:
-    """Rename `staging` to `target`, setting an older `target` aside first so that no moment shows half of one."""
+    """Rename `staging` to `target`. An older `target` is renamed first, so that a half-written one is never visible."""
     staging.chmod(0o755)
     if not target.exists():
         os.rename(staging, target)

@@ -1,4 +1,4 @@
-"""Checks of values that come from outside: frozen dataclasses that pydantic validates, and its errors in one line."""
+"""Validates values from outside by pydantic: frozen dataclasses, and pydantic's errors in one line."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pydantic.dataclasses import dataclass
 
 from nvlm_trt.errors import ConfigError
 
-STRICT = ConfigDict(extra="forbid", strict=True)  # "8" and True are no numbers
+STRICT = ConfigDict(extra="forbid", strict=True)  # refuses "8" and True where a number is expected
 
-# pydantic's types of error about a key instead of its value
+# pydantic's error types that concern a key and not its value
 _KEY_FAULTS = {"missing": "missing", "unexpected_keyword_argument": "unknown key", "extra_forbidden": "unknown key"}
 
 
 def first_error(error: ValidationError, keys: Mapping[str, str] | None = None) -> str:
-    """The first of pydantic's errors: `limits.max_slots = 0: input should be greater than 0`.
+    """Return pydantic's first error in one line: `limits.max_slots = 0: input should be greater than 0`.
 
     `keys` renames fields to the keys of the file that the reader of the message has to correct."""
     first = error.errors(include_url=False, include_context=False)[0]
@@ -32,13 +32,13 @@ def first_error(error: ValidationError, keys: Mapping[str, str] | None = None) -
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class CheckedFields:
-    """Base of frozen dataclasses whose fields are validated whenever one is made, by `dataclasses.replace` too.
+    """Base of frozen dataclasses whose fields are validated at every construction, also by `dataclasses.replace`.
 
-    Subclasses need the same decorator. A value of the wrong type or outside its bounds, an unknown field and a
-    missing one raise ConfigError."""
+    Subclasses need the same decorator. Raises ConfigError for a value of the wrong type or outside its bounds, an
+    unknown field and a missing field."""
 
-    PREFIX: ClassVar[str] = ""  # of the field's name in an error
-    KEYS: ClassVar[Mapping[str, str]] = {}  # field -> its key in the file, where that is another
+    PREFIX: ClassVar[str] = ""  # put before the field's name in an error
+    KEYS: ClassVar[Mapping[str, str]] = {}  # field -> its key in the file, where the two differ
     REMEDY: ClassVar[str] = "correct config.json"
 
     @model_validator(mode="wrap")

@@ -52,6 +52,6 @@ class StepRequest:
 
 
 def decode(backend: StepBackend, requests: list[StepRequest], tokens: np.ndarray, step: int) -> np.ndarray:
-    """Slot i decodes requests[i]; `step` tokens were generated before."""
+    """Decodes requests[i] in slot i; `step` tokens were generated before."""
     positions = np.array([request.length + step for request in requests])
     return backend.decode(tokens, positions, np.array([request.decode_range for request in requests], np.int32))

@@ -1,4 +1,4 @@
-"""Engines for TensorRT as far as serving looks at them: manifest and config, without plans."""
+"""Makes engines for TensorRT that serving can read: manifest and config, without plans."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nvlm_trt.engine import Engine, save_manifest
 
 
 def for_tensorrt(engine: Engine, dtype: str, path: Path | None = None, stripped: bool = False) -> Engine:
-    """`engine` as if it had been built for TensorRT in `dtype`; its directory is `path`."""
+    """Copies the manifest of `engine` to `path` as if it had been built for TensorRT in `dtype`."""
     record = TensorRtRecord(
         version="11.1.0.33",
         capability=90,

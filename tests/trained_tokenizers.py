@@ -1,4 +1,4 @@
-"""Small tokenizers of the two kinds that NVLM's LLMs use, trained on a few sentences, for several test files."""
+"""Trains small tokenizers of the two kinds that NVLM's LLMs use, on a few sentences."""
 
 from __future__ import annotations
 

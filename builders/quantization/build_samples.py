@@ -1,4 +1,4 @@
-"""The samples that a build asks: those of the built-in document tasks, or a file's."""
+"""Provides the samples that a build asks: from the built-in document tasks or from a file."""
 
 from __future__ import annotations
 
@@ -28,5 +28,5 @@ def document_samples(split: Split, count: int, progress: Progress) -> list[Sampl
 
 
 def read_first_samples(path: Path, count: int | None) -> list[Sample]:
-    """Read the first `count` samples of a JSONL file, or all. Raises RequestError naming the line that is no sample."""
+    """Read the first `count` samples of a JSONL file (None: all). Raises RequestError that names a faulty line."""
     return list(islice(read_samples(path), count))

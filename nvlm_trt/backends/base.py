@@ -1,4 +1,4 @@
-"""The protocol of a backend that runs an engine step by step. Nothing above it knows which backend runs."""
+"""Defines the protocol of a backend that runs an engine step by step. The layers above know no backend by name."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 RangeArray = npt.NDArray[np.int32]
 
-STAGES = ("vision_encoder", "cross_kv", "decoder")  # the graphs of an engine; cross_kv of NVLM-X and -H only
+STAGES = ("vision_encoder", "cross_kv", "decoder")  # the graphs of an engine; only NVLM-X and -H have cross_kv
 
 
 def stages_of(config: NvlmConfig) -> tuple[str, ...]:
-    """The stages that an engine of this model has."""
+    """Return the stages that an engine of this model has."""
     return tuple(stage for stage in STAGES if stage != "cross_kv" or config.cross_layers)
 
 
@@ -29,7 +29,7 @@ _Self = TypeVar("_Self", bound="StepBackend")
 
 
 class BackendArray(Protocol):
-    """An array in the memory of a backend, host or device. Only that backend looks into it."""
+    """An array in the memory of a backend, on the host or a device. Only that backend reads its elements."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -44,15 +44,16 @@ class BackendArray(Protocol):
 class ImageFeatures:
     """Holds one image as the decoder reads it, in the memory of the backend that made it.
 
-    Requests share the features of one image, so nobody writes to them."""
+    Requests share the features of an image, so the arrays are never written to."""
 
     embeddings: BackendArray  # [m, hidden], replace the image placeholders of the prompt
-    cross_kv: BackendArray | None  # [cross layers, 2 (key, value), kv_heads, C, head_dim]; None: nothing to read
+    # [cross layers, 2 (key, value), kv_heads, C, head_dim]; None: the image has no cross-attended tokens
+    cross_kv: BackendArray | None
     tiles: int  # thumbnail included
 
     @property
     def cross_tokens(self) -> int:
-        """Tokens that the image adds to the cross-attended ones."""
+        """Count the cross-attended tokens of the image."""
         return 0 if self.cross_kv is None else self.cross_kv.shape[3]
 
     @property
@@ -63,9 +64,9 @@ class ImageFeatures:
 class StepBackend(Protocol):
     """Runs one engine and owns its buffers: the KV cache and the cross-attention cache, both split into slots.
 
-    Not thread-safe: one thread drives prefill and decode. `encode`, `import_tokens` and `features` may run on another.
-    T = config.tokens_per_tile, L = limits.max_seq_len, C = cross-attended tokens. Every method raises RequestError for
-    what does not fit the model or the engine, and EngineError when the runtime fails.
+    Not thread-safe: one thread calls `prefill` and `decode`. Another thread may call `encode`, `import_tokens` and
+    `features`. T = config.tokens_per_tile, C = cross-attended tokens. Every method raises RequestError for a request
+    that does not fit the model or the engine, and EngineError when the runtime fails.
     """
 
     config: NvlmConfig
@@ -74,28 +75,28 @@ class StepBackend(Protocol):
     # --- images ------------------------------------------------------------------------------------------------------
 
     def encode(self, pixel_values: FloatArray) -> BackendArray:
-        """[tiles, 3, E, E] -> image tokens [tiles, T, hidden], projector included."""
+        """Encode pixel_values [tiles, 3, E, E] into image tokens [tiles, T, hidden], projector included."""
         ...
 
     def import_tokens(self, tokens: Any) -> BackendArray:
-        """Copy image tokens [tiles, T, hidden] from outside: a NumPy array, or anything that DLPack carries."""
+        """Copy image tokens [tiles, T, hidden] from outside: a NumPy array, or any tensor that supports DLPack."""
         ...
 
     def features(self, image_tokens: BackendArray) -> ImageFeatures:
-        """Image tokens of all tiles of one image [tiles, T, hidden], thumbnail last -> what the decoder needs of it.
+        """Compute the features of one image from its image tokens [tiles, T, hidden], thumbnail last.
 
-        cross_kv's C = n * T for the n cross-attended tiles of X; for H each tile's tokens follow its tag's text
-        embeddings, C = n * (tag_length + T)."""
+        C = n * T for the n cross-attended tiles of NVLM-X. In NVLM-H the text embeddings of each tile's tag stand
+        before the tile's tokens: C = n * (tag_length + T)."""
         ...
 
     # --- slots -------------------------------------------------------------------------------------------------------
 
     def write_cross_kv(self, slot: int, start: int, features: ImageFeatures) -> None:
-        """Copy one image's keys and values into a slot's cross-attention cache from token `start` on."""
+        """Copy the keys and values of one image into the cross-attention cache of a slot, from token `start` on."""
         ...
 
     def embeddings(self, images: Sequence[ImageFeatures], start: int, stop: int) -> BackendArray:
-        """Rows start .. stop - 1 of the image embeddings of all `images`, one image behind the other: [M, hidden]."""
+        """Return rows start .. stop - 1 of the concatenated image embeddings of all `images`: [M, hidden]."""
         ...
 
     def prefill(
@@ -104,26 +105,27 @@ class StepBackend(Protocol):
         """Run input_ids [S] of one slot from `position` on; cross_ranges [S, 2].
 
         embeddings [M, hidden] replace the M image placeholders among input_ids, in order.
-        Returns the last token's logits [vocab]."""
+        Returns the logits [vocab] of the last token."""
         ...
 
     def decode(self, input_ids: IntArray, positions: IntArray, cross_ranges: RangeArray) -> FloatArray:
-        """One step of slots 0 .. n-1: input_ids [n], positions [n] (tokens already cached), cross_ranges [n, 2].
+        """Run one step of slots 0 .. n-1: input_ids [n], positions [n] (tokens already cached), cross_ranges [n, 2].
+
         Returns logits [n, vocab], valid until the next call."""
         ...
 
     def move_slot(self, source: int, target: int, length: int, cross_length: int) -> None:
-        """Copy the first `length` cached and `cross_length` cross-attended tokens of a slot over another slot."""
+        """Copy the first `length` cached and the first `cross_length` cross-attended tokens of `source` to `target`."""
         ...
 
     # --- lifetime ----------------------------------------------------------------------------------------------------
 
     def to_host(self, array: BackendArray) -> FloatArray:
-        """Copy an array of this backend to the host, for comparisons."""
+        """Copy an array of this backend to the host."""
         ...
 
     def close(self) -> None:
-        """Free everything; no method may be called afterwards."""
+        """Free all memory; no method may be called afterwards."""
         ...
 
     def __enter__(self: _Self) -> _Self: ...
@@ -134,7 +136,7 @@ class StepBackend(Protocol):
 
 
 def embedding_rows(images: Iterable[ImageFeatures], start: int, stop: int) -> Iterator[Any]:
-    """Slices of the images' embeddings, in order, that make up rows start .. stop - 1 of all of them together."""
+    """Yield slices of the images' embeddings: together they are rows start .. stop - 1 of the concatenation."""
     for image in images:
         rows = len(image.embeddings)
         first, last = max(start, 0), min(stop, rows)
@@ -145,8 +147,9 @@ def embedding_rows(images: Iterable[ImageFeatures], start: int, stop: int) -> It
 
 
 def host_array(tokens: Any) -> FloatArray:
-    """float32 on the host, of a NumPy array or of anything that DLPack carries; torch helps where NumPy lacks the type
-    (bfloat16) or the memory is a GPU's."""
+    """Bring a NumPy array, or a tensor that supports DLPack, to the host as float32.
+
+    Imports torch for types that NumPy lacks (bfloat16) and for GPU memory."""
     if not isinstance(tokens, np.ndarray):
         try:
             tokens = np.from_dlpack(tokens)

@@ -1,4 +1,4 @@
-"""Opens an engine: every stage with the backend that the manifest names for it."""
+"""Opens an engine, each stage with the backend that the manifest names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nvlm_trt.errors import EngineError
 
 
 def backend_of(engine: Engine, stage: str = "decoder") -> BackendSpec:
-    """The backend that runs a stage of an engine. Raises EngineError for one that this nvlm-trt does not have."""
+    """Return the backend that runs a stage of an engine. Raises EngineError for an unknown backend."""
     name = engine.manifest.runtimes.get(stage, engine.manifest.backend)
     if name not in backend_names():
         raise EngineError(
@@ -29,11 +29,11 @@ def open_backend(
     threads: int | None = None,
     device: str | None = None,
 ) -> StepBackend:
-    """Load the named stages of an engine; the others' methods may not be called. Close it, or use `with`.
+    """Load the named stages of an engine; methods that need other stages may not be called. Close it, or use `with`.
 
-    `threads` per stage on a CPU; None: all cores that this process may use. `device`: "cpu", or "cuda" or "cuda:1" for
-    a GPU; None: the backend's own.
-    Raises EngineError when a stage cannot be loaded, or the backend or the device is not known."""
+    `threads`: CPU threads per stage; None: all cores that this process may use. `device`: "cpu", "cuda" or "cuda:1";
+    None: the device of the backend.
+    Raises EngineError if a stage cannot be loaded, or if the backend or the device is not known."""
     unknown = set(stages) - set(STAGES)
     assert not unknown, f"stages are {STAGES}, not {unknown}"
     stages = [stage for stage in stages_of(engine.config) if stage in stages]

@@ -1,4 +1,4 @@
-"""Everything that differs between backends, in one object per backend: `BackendSpec`."""
+"""Describes each backend by one object, `BackendSpec`, that holds everything in which backends differ."""
 
 from __future__ import annotations
 
@@ -20,58 +20,58 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MemoryModel:
-    """How a backend holds and runs the stages of an engine, for the planner."""
+    """Tells the planner how a backend holds and runs the stages of an engine."""
 
-    device: str  # "host" or "gpu": where weights, caches and activations are
+    device: str  # "host" or "gpu": the memory of weights, caches and activations
     encode_tiles: int | None = None  # tiles that are encoded at once; None: all tiles of an image
-    # precision in the engine's files -> the one that the loaded weights have, where that is another
+    # precision in the engine's files -> precision of the loaded weights, where the two differ
     loaded_as: Mapping[str, str] = field(default_factory=dict)
-    # (bytes of the largest stage's weights, parameters, whether it is calibrated) -> host memory that a build takes
-    # beside the engine that it tries
+    # (bytes of the largest stage's weights, number of parameters, whether the engine is calibrated) -> bytes of host
+    # memory that a build takes, the engine of its smoke test not counted
     host_building: Callable[[int, int, bool], int] = lambda largest, parameters, calibrated: 0
 
 
 @dataclass(frozen=True)
 class TritonPlacement:
-    """How Triton runs an engine: what the model repository says of it."""
+    """Tells the model repository how Triton runs an engine."""
 
     vision_model: str = "vision_encoder"  # the folder of triton_repo that serves the vision encoder
-    image_type: str = "TYPE_FP32"  # of tiles and image tokens
+    image_type: str = "TYPE_FP32"  # data type of tiles and image tokens
     decoder_kind: str = "KIND_CPU"
     graph_specs: str = ""  # CUDA graphs of the vision encoder
-    max_tiles: int | None = None  # that the vision encoder takes at once; None: what batching asks for
+    max_tiles: int | None = None  # most tiles in a batch of the vision encoder; None: the repository chooses
     files: Mapping[str, Path] = field(default_factory=dict)  # linked into the vision model's version folder
-    needs_backend: str | None = None  # of tritonserver
-    remedy: str = ""  # where there is a tritonserver that has it
+    needs_backend: str | None = None  # a backend that tritonserver must have
+    remedy: str = ""  # completes the error about a missing `needs_backend`
 
 
 @dataclass(frozen=True)
 class OpenOptions:
-    """How an engine is opened."""
+    """Options for opening an engine."""
 
-    threads: int | None = None  # of each stage on a CPU; None: all cores that this process may use
-    device: str | None = None  # "cpu", "cuda", "cuda:1"; None: the backend's own
+    threads: int | None = None  # CPU threads per stage; None: all cores that this process may use
+    device: str | None = None  # "cpu", "cuda", "cuda:1"; None: the device of the backend
 
 
 @dataclass(frozen=True)
 class BackendSpec:
-    """One backend. Its functions import the runtime when they are called, not before.
+    """Describes one backend. Its functions import the runtime when they are called, not before.
 
-    A backend runs steps (`open`), which the batcher turns into a text generator, or batches by itself
+    A backend either runs single steps (`open`), from which the batcher makes a text generator, or batches by itself
     (`open_generator`)."""
 
     name: str
     summary: str  # completes "runs the engine: ..." in --help
-    device: str  # the kind of device it runs on: "cpu" or "cuda"
+    device: str  # "cpu" or "cuda"
     precisions: PrecisionTable
-    prefill_chunk: int  # prompt tokens between two decoding steps, and the most that are run at once
+    prefill_chunk: int  # most prompt tokens in one run, and between two decoding steps
     memory: MemoryModel
-    probe: Callable[[], str]  # the runtime's name and version; raises EngineError that says how to get it
-    build: Callable[[BuildJob], BuildSteps]  # raises EngineError where it cannot build
-    open: Callable[[Engine, Collection[str], OpenOptions], StepBackend] | None = None  # some of STAGES
+    probe: Callable[[], str]  # returns the runtime's name and version; raises EngineError that says how to install it
+    build: Callable[[BuildJob], BuildSteps]  # raises EngineError if this machine cannot build
+    open: Callable[[Engine, Collection[str], OpenOptions], StepBackend] | None = None  # loads some of STAGES
     open_generator: Callable[[Engine, OpenOptions, GeneratorOptions], TextGenerator] | None = None
     build_options: Mapping[str, Any] = field(default_factory=dict)  # option of `nvlm-trt build` -> its default
-    # both raise EngineError; of options and limits that are fine one by one
+    # both raise EngineError for a combination of options, or of limits and precisions, that the backend cannot build
     check_options: Callable[[Mapping[str, Any]], None] = lambda options: None
     check_limits: Callable[[NvlmConfig, EngineLimits, Mapping[str, str]], None] = lambda config, limits, chosen: None
     placement: Callable[[Engine], TritonPlacement] = lambda engine: TritonPlacement()

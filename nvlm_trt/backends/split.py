@@ -1,4 +1,4 @@
-"""Two backends as one: a vision encoder that runs elsewhere than the decoder."""
+"""Joins two backends: one runs the vision encoder, the other runs the decoder."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from nvlm_trt.backends.base import BackendArray, FloatArray, ImageFeatures, IntA
 
 
 class SplitBackend:
-    """Implements `StepBackend`: `vision` encodes, `text` does everything else. Image tokens pass through the host."""
+    """Implements `StepBackend`: `vision` encodes, `text` does the rest. Image tokens go through host memory."""
 
     def __init__(self, vision: StepBackend, text: StepBackend) -> None:
-        """Takes over both backends."""
+        """Take over both backends: `close` closes them."""
         self.config, self.limits = text.config, text.limits
         self._vision, self._text = vision, text
 

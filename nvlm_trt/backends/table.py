@@ -1,4 +1,4 @@
-"""The table of backends: each folder beside this file exports one `SPEC`."""
+"""Lists the backends: each folder beside this file exports one `SPEC`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nvlm_trt.errors import EngineError
 
 DEFAULT_BACKEND = "onnxruntime"
 
-# name -> the module whose SPEC describes the backend; imported when the backend is asked for
+# name -> the module whose SPEC describes the backend; `find_backend` imports the module
 _ROOMS = {
     "onnxruntime": "nvlm_trt.backends.onnxruntime",
     "tensorrt": "nvlm_trt.backends.tensorrt",
@@ -24,7 +24,7 @@ def backend_names() -> tuple[str, ...]:
 
 
 def find_backend(name: str) -> BackendSpec:
-    """Raises EngineError for a backend that there is not."""
+    """Return the backend of this name. Raises EngineError for an unknown name."""
     if name in _added:
         return _added[name]
     if name not in _ROOMS:
@@ -34,24 +34,24 @@ def find_backend(name: str) -> BackendSpec:
 
 
 def backend_summaries() -> str:
-    """For --help."""
+    """Write the backends for --help."""
     return " or ".join(find_backend(name).summary for name in _ROOMS)
 
 
 def precision_summaries() -> str:
-    """For --help: the precisions of every backend, and the default of each."""
+    """Write the precisions of each backend, and its default, for --help."""
     tables = [find_backend(name).precisions for name in _ROOMS]
     return " ".join(f"{table.backend}: {', '.join(table.names)} [{table.default}]." for table in tables)
 
 
 def default_precisions() -> str:
-    """For --help."""
+    """Write the default precision of each backend for --help."""
     return ", ".join(f"{find_backend(name).precisions.default} for {name}" for name in _ROOMS)
 
 
 @contextmanager
 def added_backend(spec: BackendSpec) -> Iterator[BackendSpec]:
-    """Have one more backend in the table, whose code is outside this package, while the context lasts."""
+    """Add a backend from outside this package to the table while the context lasts."""
     assert spec.name not in backend_names(), f"there is a backend {spec.name} already"
     _added[spec.name] = spec
     try:

@@ -1,4 +1,4 @@
-"""`nvlm-trt build`: a checkpoint becomes an engine, quantised if asked for, measured before it is published."""
+"""Implements `nvlm-trt build`: builds an engine from a checkpoint, quantises and measures it, and publishes it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def build(
     precision: Annotated[
         str | None,
         typer.Option(
-            help=f"{precision_summaries()} Components apart with component=NAME,...: {', '.join(COMPONENTS)} "
+            help=f"{precision_summaries()} For single components: component=NAME,... ({', '.join(COMPONENTS)}) "
             "(docs/quantization.md)."
         ),
     ] = None,
@@ -35,7 +35,7 @@ def build(
         Path | None,
         typer.Option(
             help="For int8 and fp8: JSONL of {image, prompt, answer}, or the calibration.json of an earlier build "
-            "[the document tasks, drawn here]."
+            "[the document tasks, generated here]."
         ),
     ] = None,
     calibration_samples: Annotated[
@@ -54,7 +54,9 @@ def build(
     max_accuracy_drop: Annotated[
         float | None, typer.Option(help="Points that a quantised engine may score below the unquantised one [1].")
     ] = None,
-    no_gate: Annotated[bool, typer.Option("--no-gate", help="Publish a quantised engine unmeasured.")] = False,
+    no_gate: Annotated[
+        bool, typer.Option("--no-gate", help="Publish a quantised engine without measuring it.")
+    ] = False,
     max_slots: Annotated[int | None, typer.Option(help="Requests decoded at once [8].")] = None,
     max_seq_len: Annotated[int | None, typer.Option(help="Tokens of prompt and answer in the LLM [4096].")] = None,
     max_image_tokens: Annotated[
@@ -70,7 +72,7 @@ def build(
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing directory of that name.")] = False,
 ) -> None:
-    """Build an engine from a checkpoint, try it once, and publish it.
+    """Build an engine from a checkpoint, generate a few tokens with it, and publish it.
 
     A quantised engine (--precision) is published only if it answers as well as the unquantised one.
 
@@ -133,7 +135,7 @@ def _options(calibrating: dict[str, Any], judging: dict[str, Any], no_gate: bool
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
-    """Those that were typed; the others keep the defaults of whoever takes them."""
+    """Return the options that the user gave. For the others, the called function has defaults."""
     return {name: value for name, value in options.items() if value is not None}
 
 
@@ -142,7 +144,7 @@ def _dashed(name: str) -> str:
 
 
 def _option(options: dict[str, Any]) -> str:
-    """The first that was typed, as it was."""
+    """Return the name of the first option that the user gave, without dashes."""
     typed = {"samples": "gate", "count": "gate-samples", "max_drop": "max-accuracy-drop"}
     name = next(iter(_given(options)))
     return typed.get(name, name.replace("_", "-"))

@@ -1,4 +1,4 @@
-"""`nvlm-trt plan`: what an engine will take, before it is built."""
+"""Implements `nvlm-trt plan`: memory and least times of an engine before it is built."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from nvlm_trt.planner.memory import EnginePlan
     from nvlm_trt.planner.roofline import Work
 
-_PRESET_TAG_LENGTH = 1  # of the tokenizer that `nvlm-trt init-checkpoint` writes
+_PRESET_TAG_LENGTH = 1  # a tile tag is one token of the tokenizer that `nvlm-trt init-checkpoint` writes
 
 
 def plan(
@@ -35,17 +35,18 @@ def plan(
     max_image_tokens: Annotated[
         int | None, typer.Option(min=0, help="Cross-attended tokens per request (X, H) [four images' worth].")
     ] = None,
-    text_tokens: Annotated[int, typer.Option(min=1, help="Text tokens of the prompt that is prefilled.")] = 128,
+    text_tokens: Annotated[int, typer.Option(min=1, help="Text tokens of the prompt.")] = 128,
     tiles: Annotated[
-        int | None, typer.Option(min=0, help="Tiles of its image, thumbnail included [the most]; 0: no image.")
+        int | None,
+        typer.Option(min=0, help="Tiles of the prompt's image, thumbnail included [the most]; 0: no image."),
     ] = None,
     bandwidth: Annotated[
-        float | None, typer.Option(help="GB/s that memory is read with; with --tflops: the least times.")
+        float | None, typer.Option(help="Memory bandwidth in GB/s; with --tflops: shows the least times.")
     ] = None,
-    tflops: Annotated[float | None, typer.Option(help="10^12 operations per second, in the precision chosen.")] = None,
+    tflops: Annotated[float | None, typer.Option(help="10^12 operations per second in this precision.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
-    """Say what an engine will take, before it is built: memory, and the least time of a prompt and of a token.
+    """Plan an engine before it is built: its memory, and the least time of a prompt and of a token.
 
     Example: nvlm-trt plan --preset nvlm-d-72b --backend tensorrt --precision fp8 --bandwidth 4800 --tflops 1979
     """
@@ -97,7 +98,7 @@ def plan(
 
 
 def _model(checkpoint: Path | None, preset: str | None) -> tuple[NvlmConfig, int, int | None]:
-    """Config, tokens of a tile's tag, and bytes of the checkpoint's weight files, None for a preset."""
+    """Return the config, the tokens of a tile tag, and the bytes of the checkpoint's weight files (None: a preset)."""
     if preset is not None:
         from nvlm_trt.model.presets import find_preset
 
@@ -164,7 +165,7 @@ def _memory_rows(planned: EnginePlan) -> Iterator[tuple[str, ...]]:
 
 
 def _scaled(number: float, unit: str) -> str:
-    """12300000, "B" -> 12.30 MB."""
+    """Write a number with a prefix: 12300000, "B" -> 12.30 MB."""
     for prefix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
         if number >= size:
             return f"{number / size:.2f} {prefix}{unit}"

@@ -1,4 +1,4 @@
-"""Which component is multiplied in which precision: the names, what they store, and the option `--precision`."""
+"""Defines the precisions of components: their names, their sizes, and the option `--precision`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nvlm_trt.errors import EngineError
 if TYPE_CHECKING:
     from nvlm_trt.model.config import NvlmConfig
 
-# How the tensors of each component begin. Components divide the linear layers by what quantising them puts at risk.
+# Prefixes of the tensor names of each component. Linear layers whose quantisation has the same risk are one component.
 # `lm_head` is the embedding table where the two are tied; `cross_attention` is the gated blocks with their keys and
 # values.
 _PREFIXES = {
@@ -26,10 +26,10 @@ COMPONENTS = tuple(_PREFIXES)
 FLOAT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 FLOATING = tuple(FLOAT_BYTES)
 WEIGHT_ONLY_BITS = {"int8-weight-only": 8, "int4-weight-only": 4}
-# Inputs that share a float32 scale, by bits. Larger blocks are faster, but ONNX Runtime 1.32 adds up one row of them in
-# another order than several, so that a request's bits would depend on its neighbours.
+# bits -> inputs that share a float32 scale. Larger blocks are faster, but with them ONNX Runtime 1.32 adds up a single
+# row in another order than several rows, so the bits of a request would depend on its neighbours.
 BLOCK = {8: 64, 4: 32}
-STATIC = ("int8", "fp8")  # multiply activations by scales that a calibration measures
+STATIC = ("int8", "fp8")  # quantise activations with scales that a calibration measures
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,15 @@ class PrecisionTable:
     """The precisions of one backend."""
 
     backend: str
-    default: str  # built where --precision says nothing
-    names: Mapping[str, tuple[str, ...]]  # name -> what it means for each of COMPONENTS, in their order
+    default: str  # used without --precision
+    names: Mapping[str, tuple[str, ...]]  # name -> the precision of each of COMPONENTS, in their order
 
     def parse(self, text: str | None) -> dict[str, str]:
-        """`NAME`, `component=NAME,...`, or a NAME with components that differ from it -> a precision per component.
+        """Read `NAME`, `component=NAME,...`, or `NAME,component=NAME,...`. Return a precision per component.
 
-        Components that are not mentioned have the precision that the bare name gives them, without one the default's.
-        A model may lack some of them. Raises EngineError for an unknown or repeated component, for a precision that
-        the backend does not compute, and for two floating-point types."""
+        A component that is not mentioned has the precision that the bare NAME, or else the default, gives it. The
+        result has all COMPONENTS, also those that a model lacks. Raises EngineError for an unknown or repeated
+        component, for a precision that the backend does not compute, and for two floating-point types."""
         bare: list[str] = []
         chosen: dict[str, str] = {}
         for part in (self.default if text is None else text).split(","):
@@ -87,17 +87,17 @@ class PrecisionTable:
 
 
 def floating_type(precisions: Mapping[str, str]) -> str:
-    """The floating-point type of an engine, which computes everything that is not quantised in it."""
+    """Return the floating-point type in which an engine computes everything that is not quantised."""
     return next((name for name in precisions.values() if name in FLOATING), "bf16")
 
 
 def components_of(config: NvlmConfig) -> tuple[str, ...]:
-    """The COMPONENTS that a model has: NVLM-D lacks cross_attention."""
+    """Return the COMPONENTS that a model has: NVLM-D lacks cross_attention."""
     return COMPONENTS if config.cross_layers else COMPONENTS[:-1]
 
 
 def component_of(tensor: str) -> str:
-    """The component of a linear layer, by its name or its weight's."""
+    """Return the component of a linear layer, given the name of the layer or of its weight."""
     for component, prefixes in _PREFIXES.items():
         if tensor.startswith(prefixes):
             return component

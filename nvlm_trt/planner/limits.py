@@ -1,4 +1,4 @@
-"""The limits of an engine before it is built: the defaults, and which of a user's a model can have."""
+"""Chooses the limits of an engine before it is built: the defaults, and the user's limits if the model allows them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from nvlm_trt.limits import EngineLimits
 from nvlm_trt.model.config import NvlmConfig
 from nvlm_trt.prompt.image_tokens import count_image_tokens
 
-_DEFAULT_IMAGES = 4  # of the most tiles each, that one request may cross-attend to
+_DEFAULT_IMAGES = 4  # images with the most tiles that one request can cross-attend
 
 
 def default_limits(config: NvlmConfig, tag_length: int) -> EngineLimits:
-    """8 requests at once, up to 4096 tokens each, and room for four images of the most tiles in cross-attention."""
+    """Allow 8 requests at once, 4096 tokens each, and four images with the most tiles in cross-attention."""
     _, cross_tokens = count_image_tokens(config, config.tiles_per_image, tag_length)
     return EngineLimits(
         max_slots=8,
@@ -26,7 +26,7 @@ def default_limits(config: NvlmConfig, tag_length: int) -> EngineLimits:
 
 
 def engine_limits(config: NvlmConfig, tag_length: int, overrides: Mapping[str, int]) -> EngineLimits:
-    """`default_limits` with the fields of `overrides`. Raises EngineError for what the model cannot do."""
+    """Replace fields of `default_limits` by `overrides`. Raises EngineError for limits that the model cannot have."""
     default = default_limits(config, tag_length)
     try:
         limits = EngineLimits(**{**default.model_dump(), **overrides})

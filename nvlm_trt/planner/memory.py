@@ -1,8 +1,8 @@
-"""The memory of an engine before it is built: bytes of weights, caches and activations.
+"""Computes the memory of an engine before it is built: bytes of weights, caches and activations.
 
-Weights and caches are counted from the checkpoint's layout and the engine's limits: they are what the engine holds.
-Activations are an estimate: the widest point of a layer for the most tokens that a stage runs at once, attention scores
-never held. What a process takes before it holds anything (a CUDA context, an interpreter) is not counted.
+Weights and caches are exact: counted from the checkpoint's layout and the engine's limits. Activations are an estimate:
+the widest point of a layer for the most tokens that a stage runs at once, without attention scores. The memory that a
+process takes without an engine (a CUDA context, an interpreter) is not counted.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from nvlm_trt.prompt.image_tokens import count_image_tokens
 
 IMAGE_CACHE = 512 << 20  # bytes
 
-# The components of --precision, and the embedding table, which is stored in floating point.
+# The components of --precision, and the embedding table, which is always stored in floating point.
 _COMPONENTS = {
     "vision_encoder": r"vision_model\.",
     "projector": r"mlp1\.",
@@ -62,16 +62,16 @@ class StageMemory:
 class EnginePlan:
     """Bytes, by component or stage, on the device of the backend's MemoryModel."""
 
-    parameters: dict[str, int]  # a number, by component
+    parameters: dict[str, int]  # numbers of parameters, by component
     weights: dict[str, int]  # in the engine's files, by component, scales and tables included
     stages: dict[str, StageMemory]
     self_cache: int
     cross_cache: int
     image_cache: int  # at most
     checkpoint: int  # read once for each engine that a build writes
-    peak_building: int  # expected: the engine is tried, and a quantised one compared with an unquantised one
-    peak_running: int  # expected of a server
-    host_building: int  # for a GPU, expected in host memory: the builder's, or that of the calibration, on the CPU
+    peak_building: int  # estimate for the smoke test, and for the gate, which also loads an unquantised engine
+    peak_running: int  # estimate for a server
+    host_building: int  # estimate, for a GPU: host memory of the builder, or of the calibration on the CPU
 
 
 def plan_engine(
@@ -82,8 +82,8 @@ def plan_engine(
     tag_length: int,
     checkpoint: int | None = None,
 ) -> EnginePlan:
-    """`precisions`: one per component; `tag_length`: tokens of NVLM-H's tile tags; `checkpoint`: bytes of its files,
-    None: 2 per parameter."""
+    """Compute the memory of an engine. `precisions`: one per component; `tag_length`: tokens of an NVLM-H tile tag;
+    `checkpoint`: bytes of its files, None: 2 per parameter."""
     memory = backend.memory
     size = FLOAT_BYTES[floating_type(precisions)]
     parameters, weights = dict.fromkeys(_COMPONENTS, 0), dict.fromkeys(_COMPONENTS, 0)
@@ -126,12 +126,12 @@ def plan_engine(
 def _tensors(
     config: NvlmConfig, limits: EngineLimits, precisions: Mapping[str, str], tag_length: int
 ) -> Iterator[tuple[str, str, int, int]]:
-    """(component, stage, parameters, bytes) of everything that the engine stores."""
+    """Yield (component, stage, number of parameters, bytes) of each tensor that the engine stores."""
     llm, size = config.llm, FLOAT_BYTES[floating_type(precisions)]
     for name, shape in checkpoint_layout(config).items():
         component, count = component_of_tensor(name), math.prod(shape)
         yield component, stage_of_tensor(name), count, _stored(name, shape, precisions.get(component, ""), size)
-    if llm.tie_word_embeddings and precisions["lm_head"] not in FLOAT_BYTES:  # else it multiplies with the table
+    if llm.tie_word_embeddings and precisions["lm_head"] not in FLOAT_BYTES:  # else lm_head is the embedding table
         shape = (llm.vocab_size, llm.hidden_size)
         yield "lm_head", "decoder", 0, _stored("lm_head.weight", shape, precisions["lm_head"], size)
     yield "decoder", "decoder", 0, limits.max_seq_len * llm.head_dim * size  # cos and sin of every position
@@ -158,13 +158,13 @@ def is_linear(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def _stored(name: str, shape: tuple[int, ...], precision: str, size: int) -> int:
-    """Bytes of one tensor; `size` is that of a floating-point number."""
+    """Compute the bytes of one tensor; `size`: bytes of a floating-point number."""
     outputs, inputs = shape[0], math.prod(shape[1:])
     if precision in WEIGHT_ONLY_BITS and is_linear(name, shape):
         bits = WEIGHT_ONLY_BITS[precision]
         return outputs * -(-inputs // BLOCK[bits]) * (BLOCK[bits] * bits // 8 + 4)
     if precision in ("int8", "fp8") and is_linear(name, shape):
-        return outputs * (inputs + size + 1)  # a scale and a zero point for each output
+        return outputs * (inputs + size + 1)  # each output has a scale and a zero point
     return outputs * inputs * size
 
 
@@ -182,8 +182,8 @@ def _caches(config: NvlmConfig, limits: EngineLimits, size: int) -> tuple[int, i
 def _activations(
     config: NvlmConfig, limits: EngineLimits, size: int, backend: BackendSpec, tag_length: int
 ) -> dict[str, int]:
-    """By stage: what goes around a layer, and the wider of attention (queries, keys and values, projected and split
-    into heads) and FFN."""
+    """Estimate the bytes of each stage: the residual stream around a layer, and attention (queries, keys and values,
+    projected and split into heads) or FFN, whichever is wider."""
     vision, llm = config.vision, config.llm
     tiles = backend.memory.encode_tiles or config.tiles_per_image
     layer = 2 * vision.hidden_size + max(6 * vision.hidden_size, 2 * vision.intermediate_size)

@@ -1,4 +1,4 @@
-"""The least time of a prompt and of a token: FLOPs, and bytes of weights and caches moved."""
+"""Computes the least time of a prompt and of a token from FLOPs and from bytes of weights and caches moved."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from nvlm_trt.prompt.image_tokens import count_image_tokens
 
 @dataclass(frozen=True)
 class Work:
-    """Floating-point (or integer) operations, a multiply-add being two, and bytes of weights and caches moved."""
+    """Floating-point (or integer) operations, two per multiply-add, and bytes of weights and caches moved."""
 
     flops: float
     nbytes: float
 
     def seconds(self, bandwidth: float, flop_rate: float) -> float:
-        """The least time at `bandwidth` bytes and `flop_rate` operations per second."""
+        """Compute the least time at `bandwidth` bytes and `flop_rate` operations per second."""
         return max(self.flops / flop_rate, self.nbytes / bandwidth)
 
 
@@ -38,12 +38,12 @@ class Roofline:
         backend: BackendSpec,
         tag_length: int,
     ) -> None:
-        """Arguments as for `plan_engine`."""
+        """Take the same arguments as `plan_engine`."""
         self._config, self._tag_length, self._chunk = config, tag_length, backend.prefill_chunk
         self._size = FLOAT_BYTES[floating_type(precisions)]
         plan = plan_engine(config, limits, precisions, backend, tag_length)
         self._weights = {stage: memory.weights for stage, memory in plan.stages.items()}
-        # rows of the table are looked up; only a tied lm_head reads it whole
+        # a token looks up one row of the embedding table; only a tied lm_head reads the whole table
         if not config.llm.tie_word_embeddings or precisions["lm_head"] not in FLOAT_BYTES:
             self._weights["decoder"] -= plan.weights["embedding"]
         self._multiplied = dict.fromkeys(("patches", "layers", "projector", "cross_kv", "decoder"), 0)
@@ -52,8 +52,8 @@ class Roofline:
                 self._multiplied[_rows_of(name)] += math.prod(shape)
 
     def prefill(self, text_tokens: int, tiles: int) -> dict[str, Work]:
-        """By stage, one request of one image of `tiles` tiles (0: none), thumbnail included, and `text_tokens` that
-        all read the whole image."""
+        """Return the work of each stage for one request: an image of `tiles` tiles, thumbnail included (0: no image),
+        and `text_tokens` that all read the whole image."""
         image_tokens, cross_tokens = count_image_tokens(self._config, tiles, self._tag_length)
         work = {"vision_encoder": self._encode(tiles)} if tiles else {}
         if cross_tokens:
@@ -69,15 +69,15 @@ class Roofline:
         return work
 
     def decode(self, sequences: int, tokens: int, cross_tokens: int) -> Work:
-        """One token of each of `sequences` that have `tokens` in the cache, the new one included, and read
-        `cross_tokens` of their images."""
+        """Return the work of one token of each of `sequences` sequences. Each has `tokens` tokens in the cache, the new
+        one included, and reads `cross_tokens` tokens of its images."""
         nbytes = tokens * self._self_token + cross_tokens * self._cross_token
         flops = self._decoder_flops(sequences, sequences * tokens, sequences * cross_tokens, sequences)
         return Work(flops, self._weights["decoder"] + sequences * nbytes)
 
     @property
     def _self_token(self) -> int:
-        """Bytes of a token's keys and values, of all layers."""
+        """Compute the bytes of one token's keys and values in all layers."""
         llm = self._config.llm
         return 2 * llm.num_layers * llm.num_kv_heads * llm.head_dim * self._size
 
@@ -95,7 +95,8 @@ class Roofline:
         return Work(2 * tiles * (linear + attention), self._weights["vision_encoder"])
 
     def _decoder_flops(self, tokens: int, pairs: int, cross_pairs: int, rows: int) -> float:
-        """`pairs` of a token and one that it attends to, by self- and by cross-attention; `rows` of logits."""
+        """Count FLOPs. `pairs` and `cross_pairs`: pairs of a token and a token that it attends to, by self-attention
+        and by cross-attention; `rows`: rows of logits."""
         llm = self._config.llm
         attention = pairs * llm.num_layers + cross_pairs * len(self._config.cross_layers)
         linear = tokens * self._multiplied["decoder"] + rows * llm.vocab_size * llm.hidden_size

@@ -1,4 +1,4 @@
-"""Conversations: messages as they are sent, and turns in which every image has its place."""
+"""Reads conversations: messages as they are sent become turns in which every image has its place."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nvlm_trt.errors import RequestError
 
 IMAGE_MARK = "<image>"
 _MARK = re.compile(r"(?<!\\)" + re.escape(IMAGE_MARK))
-_LITERAL_MARK = "\\" + IMAGE_MARK  # text even where marks count
+_LITERAL_MARK = "\\" + IMAGE_MARK  # stands for the text `<image>` where marks count
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,10 @@ class Turn:
 
 
 def lift_images(messages: Sequence[Message], images: Sequence[Any]) -> tuple[list[Message], list[Any]]:
-    """Take the data of images out of the parts: the same messages without, and all images in order.
+    """Take the images out of the image parts. Return the messages without images, and all images in order.
 
-    `images` are sent beside the messages. Raises RequestError where a part has data and some are sent beside, too."""
+    `images` are sent beside the messages. Raises RequestError if image parts and `images` both have images, or if only
+    some image parts have one."""
     lifted = [part.image for message in messages for part in _image_parts(message) if part.image is not None]
     if lifted and images:
         raise RequestError("images are sent both in parts and beside the messages; send them in one of the two ways")
@@ -43,10 +44,10 @@ def lift_images(messages: Sequence[Message], images: Sequence[Any]) -> tuple[lis
 
 
 def place_images(messages: Sequence[Message], images: int) -> list[Turn]:
-    """Turns in which every image has its place.
+    """Make turns in which every image has its place.
 
-    Images stand where parts say so. In conversations without image parts they stand where user messages in plain
-    strings say `<image>`, or all before the first user message, a newline after each.
+    The places are the image parts. In a conversation without image parts they are the `<image>` marks in the user's
+    plain strings; without marks, all images stand before the first user message, a newline after each.
     Raises RequestError for an empty prompt, misplaced roles, and places that do not match the number of images."""
     _check_roles(messages)
     if any(True for message in messages for _ in _image_parts(message)):
@@ -72,7 +73,7 @@ def _check_roles(messages: Sequence[Message]) -> None:
 
 
 def _split_at_marks(messages: Sequence[Message], images: int) -> list[Turn]:
-    """Turns of messages without image parts."""
+    """Make turns of messages without image parts."""
     pieces = [_pieces(message) if images else [_text_of(message)] for message in messages]
     marks = sum(len(of_message) - 1 for of_message in pieces)
     if marks and marks != images:
@@ -91,7 +92,7 @@ def _split_at_marks(messages: Sequence[Message], images: int) -> list[Turn]:
 
 
 def _pieces(message: Message) -> list[str]:
-    """The text of a message between its marks, which only a user's plain string has."""
+    """Split the text of a message at its marks. Only a user's plain string has marks."""
     if message.role != "user" or not isinstance(message.content, str):
         return [_text_of(message)]
     return [piece.replace(_LITERAL_MARK, IMAGE_MARK) for piece in _MARK.split(message.content)]
@@ -145,9 +146,9 @@ _PART_FORM = '{"type": "text", "text": ...} or {"type": "image"}'
 
 
 def parse_messages(messages: Any) -> list[Message]:
-    """Check a decoded JSON list of {"role": ..., "content": ...}. Content is a string, or a list of parts, of which
-    {"type": "image"} stands for the next of the images that are sent beside. Raises RequestError naming the first
-    fault."""
+    """Check a decoded JSON list of {"role": ..., "content": ...}. Content is a string, or a list of parts; the part
+    {"type": "image"} is the place of the next image that is sent beside the messages. Raises RequestError that names
+    the first fault."""
     if not isinstance(messages, list) or not messages:
         raise RequestError('messages must be a non-empty list of {"role": ..., "content": ...}')
     return [_parse_message(message, f"messages[{index}]") for index, message in enumerate(messages)]

@@ -1,4 +1,4 @@
-"""Token ids -> text, one token at a time, in whole UTF-8 characters."""
+"""Turns token ids into text, one token at a time, in whole UTF-8 characters."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _FALLBACK_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 def byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-in for each of the 256 byte values, as Qwen2's vocabulary spells its tokens.
+    """Map GPT-2's printable characters to the 256 byte values. Qwen2's vocabulary spells its tokens with them.
 
-    Printable Latin-1 stands for itself; the other bytes, in order, take the characters from U+0100 on.
+    A printable Latin-1 character is its own byte; the other bytes, in order, have the characters from U+0100 on.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -29,9 +29,9 @@ def byte_level_alphabet() -> dict[str, int]:
 
 
 class TokenBytes:
-    """The bytes that each token stands for; b"" for special tokens and ids outside the vocabulary.
+    """Maps a token id to the bytes of its text: b"" for special tokens and for ids outside the vocabulary.
 
-    Understands the two families of the LLMs: byte-level BPE (Qwen2, Llama 3) and SentencePiece BPE with byte
+    Supports the tokenizers of the two LLM families: byte-level BPE (Qwen2, Llama 3) and SentencePiece BPE with byte
     fallback (Llama 2, Yi). Raises ConfigError for another decoder.
     """
 
@@ -48,7 +48,7 @@ class TokenBytes:
         if not self._byte_level and "ByteFallback" not in kinds:
             named = ", ".join(sorted(map(str, kinds))) or "none"
             raise ConfigError(f"tokenizer.json: decoder {named} is not supported; ByteLevel and ByteFallback are")
-        # SentencePiece puts a space before the first word of a text; its decoder takes it off again
+        # SentencePiece puts a space before the first word of a text, and its decoder removes the space
         self.strips_first_space = "Strip" in kinds
 
     def __getitem__(self, token_id: int) -> bytes:
@@ -67,10 +67,10 @@ class TokenBytes:
 
 
 class IncrementalDecoder:
-    """Text of a growing token sequence. All pushes and the flush joined are `Tokenizer.decode` of all ids.
+    """Decodes a growing token sequence. The results of all pushes and of the flush join to `Tokenizer.decode`.
 
-    A character whose bytes are spread over tokens is held back until it is whole; bytes that can never become one
-    come out as U+FFFD.
+    A character whose bytes are spread over tokens is held back until it is whole. Bytes that cannot become a character
+    are decoded as U+FFFD.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -79,15 +79,15 @@ class IncrementalDecoder:
         self._at_start = True
 
     def push(self, token_id: int) -> str:
-        """The characters that this token completes, often one word, sometimes ""."""
+        """Return the characters that this token completes: often one word, sometimes ""."""
         return self._decode(self._token_bytes[token_id])
 
     def extend(self, token_ids: Iterable[int]) -> str:
-        """`push` of several tokens at once."""
+        """Push several tokens at once."""
         return self._decode(b"".join(self._token_bytes[token_id] for token_id in token_ids))
 
     def flush(self) -> str:
-        """At the end of the sequence: U+FFFD if it stops inside a character, else ""."""
+        """End the sequence: return U+FFFD if it stops inside a character, else ""."""
         return self._utf8.decode(b"", final=True)
 
     def _decode(self, data: bytes) -> str:

@@ -1,4 +1,4 @@
-"""Chat + images -> token ids, where image embeddings go, and what each token may cross-attend.
+"""Encodes conversations: token ids, image placeholders, and the range that each token cross-attends.
 
 The format is ChatML as Qwen2 writes it, with the image text of nvidia/NVLM-D-72B. Sources: vLLM's
 model_executor/models/nvlm_d.py (tags and placeholders of NVLM-D-72B), and NVIDIA/Megatron-LM, where NVLM was trained:
@@ -35,24 +35,24 @@ SYSTEM_MESSAGE = "Answer the questions."
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """A prompt as the decoder takes it: S tokens, and C cross-attended tokens of all its images in order."""
+    """A prompt for the decoder: S tokens, and C cross-attended tokens of all images in order."""
 
     input_ids: npt.NDArray[np.int64]  # [S]
     cross_ranges: npt.NDArray[np.int32]  # [S, 2]: start, end within 0..C; (0, 0) reads nothing
-    placeholders: int  # image placeholders among input_ids, one for each image embedding
+    placeholders: int  # image placeholders among input_ids: one per image embedding
     cross_tokens: int  # C
 
     @property
     def decode_range(self) -> Range:
-        """The range that every generated token reads: all images of the prompt."""
+        """Return the range that every generated token reads: all images of the prompt."""
         return 0, self.cross_tokens
 
 
 class PromptEncoder:
     """Encodes conversations for one model.
 
-    Cross-attention ranges: a tile tag of NVLM-X reads its own tile's tokens; every other token of X and H reads all
-    images whose last tag stands before it, which is (0, 0) before the first. NVLM-D's are all (0, 0).
+    Cross-attention ranges: a tile tag of NVLM-X reads the tokens of its tile. Every other token of NVLM-X and NVLM-H
+    reads all images whose last tag stands before the token: (0, 0) before the first image. In NVLM-D all are (0, 0).
     """
 
     def __init__(self, config: NvlmConfig, tokenizer: Tokenizer) -> None:
@@ -67,9 +67,9 @@ class PromptEncoder:
         self.tag_length = self.tag_ids(config.max_tiles).shape[1]  # tokens of one tile's tag (H), 0 for D and X
 
     def tag_ids(self, max_tiles: int) -> npt.NDArray[np.int64]:
-        """[max_tiles, tag_length]: the tags whose text embeddings stand before each tile in NVLM-H's cross-attention.
+        """Return [max_tiles, tag_length]: NVLM-H cross-attends the text embeddings of these ids before each tile.
 
-        D and X have none there: tag_length 0. Raises ConfigError if the tags differ in length.
+        NVLM-D and NVLM-X have tag_length 0. Raises ConfigError if the tags differ in length.
         """
         if self.config.architecture != "H":
             return np.zeros((max_tiles, 0), np.int64)
@@ -83,7 +83,7 @@ class PromptEncoder:
         return np.array(tags, np.int64)
 
     def draft(self, messages: Sequence[Message], images: int) -> PromptDraft:
-        """A conversation whose images are not tiled yet. Raises RequestError as `place_images` does."""
+        """Draft the prompt of a conversation whose images are not tiled yet. Raises the errors of `place_images`."""
         turns = place_images(messages, images)
         characters = sum(len(turn.text) for turn in turns)
         if turns[0].role != "system":
@@ -91,9 +91,9 @@ class PromptEncoder:
         return PromptDraft(self, turns, characters)
 
     def encode(self, messages: Sequence[Message], tiles_per_image: Sequence[int] = ()) -> EncodedPrompt:
-        """Encode a conversation; `tiles_per_image`: each image's tiles, thumbnail included.
+        """Encode a conversation. `tiles_per_image`: the tiles of each image, thumbnail included.
 
-        Raises RequestError as `place_images` does."""
+        Raises the errors of `place_images` and of `PromptDraft.encode`."""
         return self.draft(messages, len(tiles_per_image)).encode(tiles_per_image)
 
     def _encode_tag(self, number: int) -> list[int]:
@@ -103,18 +103,18 @@ class PromptEncoder:
 
 
 class PromptDraft:
-    """A prompt that is encoded once the tiles of its images are known, and may be before, for any number of tiles.
+    """Encodes one prompt for any numbers of tiles, as often as needed: for a lower bound, then for the tiled images.
 
-    Every stretch of text is tokenised once, however often the prompt is encoded."""
+    Every stretch of text is tokenised only once."""
 
     def __init__(self, encoder: PromptEncoder, turns: Sequence[Turn], characters: int) -> None:
-        self.characters = characters  # of the messages that were sent
+        self.characters = characters  # length of the text that was sent
         self._encoder = encoder
         self._turns = turns
         self._tokenised: dict[str, Tokenised] = {}
 
     def encode(self, tiles_per_image: Sequence[int]) -> EncodedPrompt:
-        """Raises RequestError for text that is not valid Unicode or becomes a control token."""
+        """Encode the prompt. Raises RequestError for text that is not valid Unicode or becomes a control token."""
         images = iter(tiles_per_image)
         sequence = TokenSequence(self._encoder.tokenizer, self._tokenised)
         for turn in self._turns:
@@ -153,6 +153,6 @@ class PromptDraft:
         config, placeholder_id = self._encoder.config, self._encoder.placeholder_id
         expected = sum(count_image_tokens(config, tiles, self._encoder.tag_length)[0] for tiles in tiles_per_image)
         if np.count_nonzero(input_ids == placeholder_id) != expected:
-            # possible only where config.json makes an ordinary token the image placeholder
+            # possible only if config.json makes an ordinary token the image placeholder
             raise RequestError(f"the text encodes to the image token {placeholder_id}; remove it from the text")
         return EncodedPrompt(input_ids, cross_ranges, expected, sequence.seen)

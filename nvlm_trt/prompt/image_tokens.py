@@ -1,4 +1,4 @@
-"""Where the tiles of an image go, by architecture: into the LLM's sequence or into cross-attention."""
+"""Splits the tiles of an image, by architecture, between the LLM's sequence and cross-attention."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from nvlm_trt.model.config import Architecture, NvlmConfig
 
 
 def split_tiles(architecture: Architecture, tiles: int) -> tuple[slice, slice]:
-    """One image's tiles, thumbnail last: those that join the LLM's sequence, those that are cross-attended."""
+    """Return which tiles of an image, thumbnail last, join the LLM's sequence, and which are cross-attended."""
     if architecture == "D":
         return slice(0, tiles), slice(0, 0)
     regular = tiles if architecture == "X" else tiles - 1
@@ -15,8 +15,8 @@ def split_tiles(architecture: Architecture, tiles: int) -> tuple[slice, slice]:
 
 
 def count_image_tokens(config: NvlmConfig, tiles: int, tag_length: int) -> tuple[int, int]:
-    """Tokens that one image of `tiles` tiles adds to the LLM's sequence, and cross-attended ones, NVLM-H's tags
-    included."""
+    """Count the tokens that an image of `tiles` tiles adds to the LLM's sequence, and its cross-attended tokens: in
+    NVLM-H, tile tags included."""
     in_llm, in_cross = (len(range(tiles)[part]) for part in split_tiles(config.architecture, tiles))
     return in_llm * config.tokens_per_tile, in_cross * config.cross_tokens_per_tile(tag_length)
 

@@ -1,4 +1,4 @@
-"""Token ids under construction, each with the range of cross-attended tokens that it may read."""
+"""Builds a sequence of token ids, each with the range of cross-attended tokens that it reads."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ import numpy.typing as npt
 from nvlm_trt.prompt.tokenizer import Tokenizer
 
 Range = tuple[int, int]
-Tokenised = tuple[list[int], list[tuple[int, int]]]  # ids, and for each the (start, end) of its characters
+Tokenised = tuple[list[int], list[tuple[int, int]]]  # ids, and the (start, end) of each id's characters
 
 
 class TokenSequence:
     """Collects text and control tokens. Text between two control tokens is encoded as one string, because merges
     cross the borders of its parts: Qwen2 has a token `><`, which `<Image><tile_1>` uses.
 
-    A part reads `reads`, by default all of `seen`. A token that parts share goes with the part of its last character.
+    The tokens of a part read the range `reads`, by default (0, `seen`). A token that several parts share belongs to the
+    part of its last character.
     """
 
     def __init__(self, tokenizer: Tokenizer, tokenised: dict[str, Tokenised] | None = None) -> None:
-        """`tokenised` keeps what each stretch of text became, for the next sequence that has it."""
-        self.seen = 0  # cross-attended tokens of the images that are complete
+        """Start an empty sequence. `tokenised` caches the tokens of each stretch of text, for other sequences too."""
+        self.seen = 0  # cross-attended tokens of all images that are complete
         self._tokenizer = tokenizer
         self._tokenised = {} if tokenised is None else tokenised
         self._ids: list[int] = []
@@ -31,7 +32,7 @@ class TokenSequence:
         self._parts.append((text, reads or (0, self.seen)))
 
     def add_markup(self, name: str, reads: Range | None = None) -> None:
-        """A control token or tag: by its id where the tokenizer has one, else spelled out as text."""
+        """Add a control token or tag: by its id if the tokenizer has one, else as text."""
         token_id = self._tokenizer.token_id(name)
         if token_id is None:
             self.add_text(name, reads)
@@ -44,7 +45,7 @@ class TokenSequence:
         self._ranges.extend([reads or (0, self.seen)] * count)
 
     def finish(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
-        """Ids [S] and ranges [S, 2]."""
+        """Return ids [S] and ranges [S, 2]."""
         self._encode_parts()
         return np.array(self._ids, np.int64), np.array(self._ranges, np.int32).reshape(-1, 2)
 
@@ -61,6 +62,7 @@ class TokenSequence:
             return
         last_characters = np.array([max(end - 1, 0) for _, end in offsets])
         part_ends = np.cumsum([len(text) for text in texts])
-        owners = np.searchsorted(part_ends, last_characters, side="right")  # the first part that ends after it
+        # the owner of a token is the first part that ends after the token's last character
+        owners = np.searchsorted(part_ends, last_characters, side="right")
         self._ids.extend(ids)
         self._ranges.extend(ranges[owner] for owner in owners)

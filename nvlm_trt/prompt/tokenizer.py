@@ -1,4 +1,4 @@
-"""Text <-> token ids over a checkpoint's tokenizer.json. Text never becomes a control token."""
+"""Encodes and decodes text with a checkpoint's tokenizer.json. Text never becomes a control token."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nvlm_trt.model.config import IMAGE_TOKEN
 from nvlm_trt.prompt.detokenizer import IncrementalDecoder, TokenBytes, byte_level_alphabet
 
 TOKENIZER_JSON = "tokenizer.json"
-TOKENIZER_FILES = (TOKENIZER_JSON, "tokenizer_config.json")  # the second is for transformers, optional here
+TOKENIZER_FILES = (TOKENIZER_JSON, "tokenizer_config.json")  # the second is optional: only transformers reads it
 MESSAGE_START = "<|im_start|>"
 MESSAGE_END = "<|im_end|>"
 END_OF_TEXT = "<|endoftext|>"
@@ -26,7 +26,7 @@ THUMBNAIL_TAG = "<tile_global_thumbnail>"
 
 
 def tile_tag(number: int) -> str:
-    """The text tag of an image's tile, counted from 1."""
+    """Return the text tag of a tile. Tiles of an image are counted from 1."""
     return f"<tile_{number}>"
 
 
@@ -37,10 +37,10 @@ _FORMAT_TOKEN = re.compile(
 
 
 class Tokenizer:
-    """A Hugging Face `tokenizers` tokenizer in which special tokens are reached by name only, never by text.
+    """Wraps a Hugging Face `tokenizers` tokenizer. Special tokens are reached by name only, never by text.
 
-    Special are the tokens that tokenizer.json marks so, and the prompt format's own ones whatever it says of them.
-    Raises ConfigError for a tokenizer that ChatML prompts cannot be made with; `source` names it.
+    Special tokens are those that tokenizer.json marks as special, and all tokens of the prompt format.
+    Raises ConfigError for a tokenizer that cannot encode ChatML prompts; `source` names it in the message.
     """
 
     def __init__(self, raw: tokenizers.Tokenizer, source: Path | str = TOKENIZER_JSON) -> None:
@@ -49,7 +49,7 @@ class Tokenizer:
         raw.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in forgeable])
         raw.no_truncation()
         raw.no_padding()
-        # nothing is added around a text, and ByteLevel's trimmed offsets would lose a token's last character
+        # removed: it would add tokens around a text, and ByteLevel's trimmed offsets lose a token's last character
         raw.post_processor = None
         self._raw = raw
         self._added = {token.content: token_id for token_id, token in raw.get_added_tokens_decoder().items()}
@@ -63,7 +63,7 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, directory: Path | str) -> Tokenizer:
-        """Read DIRECTORY/tokenizer.json. Raises ConfigError if it is missing, malformed or of an unknown kind."""
+        """Read DIRECTORY/tokenizer.json. Raises ConfigError if it is missing, malformed or not supported."""
         path = Path(directory) / TOKENIZER_JSON
         if not path.is_file():
             raise ConfigError(f"no {TOKENIZER_JSON} in {directory}; copy the one the model was trained with")
@@ -75,7 +75,7 @@ class Tokenizer:
         return cls(raw, path)
 
     def _check_text_after_control_token(self, source: Path | str) -> None:
-        """A prompt is encoded stretch by stretch between control tokens: that must equal encoding it whole."""
+        """Check that encoding a prompt in stretches between control tokens equals encoding it whole."""
         for text in ("user", " user", "\nuser "):
             whole = self._raw.encode(MESSAGE_END + text, add_special_tokens=False).ids
             if whole != [self._added[MESSAGE_END], *self._raw.encode(text, add_special_tokens=False).ids]:
@@ -86,42 +86,42 @@ class Tokenizer:
 
     @functools.cached_property
     def vocab_size(self) -> int:
-        """One more than the largest id, added tokens included."""
+        """Return the largest id, added tokens included, plus one."""
         return max(self._raw.get_vocab(with_added_tokens=True).values()) + 1
 
     @functools.cached_property
     def stop_ids(self) -> frozenset[int]:
-        """Ids that end an answer."""
+        """Return the ids that end an answer."""
         return frozenset(self._added[name] for name in (MESSAGE_END, END_OF_TEXT) if name in self._added)
 
     @property
     def image_token_id(self) -> int:
-        """The placeholder in the LLM's sequence that an image token replaces."""
+        """Return the id of the image placeholder, which an image embedding replaces in the LLM's sequence."""
         if IMAGE_TOKEN not in self._added:
             raise ConfigError(f"{TOKENIZER_JSON} has no added token {IMAGE_TOKEN}; set image_token_id in config.json")
         return self._added[IMAGE_TOKEN]
 
     @functools.cached_property
     def longest_token(self) -> int:
-        """The most bytes of text that one token stands for."""
+        """Return the largest number of bytes that one token stands for."""
         return max(len(self.token_bytes[token_id]) for token_id in range(self.vocab_size))
 
     def token_id(self, name: str) -> int | None:
-        """Id of an added token such as <|im_end|>; None if `name` is ordinary text to this tokenizer."""
+        """Return the id of an added token such as <|im_end|>; None if `name` is ordinary text in this tokenizer."""
         return self._added.get(name)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text; control tokens spelled out in it are text like any other."""
+        """Encode a text. The name of a control token in it is ordinary text."""
         return self.encode_with_offsets(text)[0]
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids, and for each the (start, end) of its characters in `text`.
+        """Encode a text. Return its ids, and the (start, end) of each id's characters in `text`.
 
-        The byte tokens of one multi-byte character all have that character's offsets. Raises RequestError for text
-        that is not valid Unicode.
+        All byte tokens of a multi-byte character have the offsets of that character. Raises RequestError for text that
+        is not valid Unicode or becomes a control token.
         """
         try:
-            # a batch, because `encode` keeps all other threads of the process waiting until it is done
+            # a batch, because `encode` blocks all other threads of the process until it is done
             (encoding,) = self._raw.encode_batch([text], add_special_tokens=False)
         except TypeError:
             raise RequestError("text holds half of a UTF-16 surrogate pair; send valid Unicode") from None
@@ -131,7 +131,7 @@ class Tokenizer:
         return encoding.ids, encoding.offsets
 
     def decode(self, token_ids: Iterable[int]) -> str:
-        """Text of ids, special tokens and ids outside the vocabulary left out; invalid UTF-8 becomes U+FFFD."""
+        """Decode ids. Special tokens and ids outside the vocabulary give no text; invalid UTF-8 becomes U+FFFD."""
         decoder = IncrementalDecoder(self)
         return decoder.extend(token_ids) + decoder.flush()
 
@@ -146,7 +146,7 @@ _CHAT_TEMPLATE = (
 
 
 def write_byte_tokenizer(directory: Path | str, max_tiles: int) -> None:
-    """Write tokenizer.json and tokenizer_config.json of a vocabulary that needs no training: ids 0-255 are bytes."""
+    """Write tokenizer.json and tokenizer_config.json for a vocabulary that needs no training: ids 0-255 are bytes."""
     raw = tokenizers.Tokenizer(models.BPE(vocab=byte_level_alphabet(), merges=[]))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     raw.decoder = decoders.ByteLevel()
@@ -154,13 +154,13 @@ def write_byte_tokenizer(directory: Path | str, max_tiles: int) -> None:
 
 
 def format_tokens(max_tiles: int) -> list[str]:
-    """The prompt format's own tokens: ChatML's, the image placeholder, <Image>, </Image>, the tags of tiles."""
+    """Return the tokens of the prompt format: ChatML's, the image placeholder, <Image>, </Image>, the tile tags."""
     tags = [tile_tag(number) for number in range(1, max_tiles + 1)]
     return [END_OF_TEXT, MESSAGE_START, MESSAGE_END, IMAGE_TOKEN, IMAGE_START, IMAGE_END, *tags, THUMBNAIL_TAG]
 
 
 def write_tokenizer_files(raw: tokenizers.Tokenizer, directory: Path | str, max_tiles: int) -> None:
-    """Write tokenizer.json and tokenizer_config.json of `raw`, the prompt format's tokens after its own."""
+    """Add the tokens of the prompt format to `raw`, and write its tokenizer.json and tokenizer_config.json."""
     raw.add_special_tokens([AddedToken(name, special=True) for name in format_tokens(max_tiles)])
     raw.save(str(Path(directory) / TOKENIZER_JSON))
     config = {

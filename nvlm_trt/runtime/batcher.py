@@ -1,4 +1,4 @@
-"""Makes a text generator of a step backend: one thread runs the engine, and sleeps while there is nothing to do."""
+"""Makes a text generator of a step backend: one thread runs the engine, and sleeps while there is no work."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ logger = logging.getLogger(__name__)
 
 
 class Batcher:
-    """Implements `TextGenerator`. Requests are told their deltas on the batcher's thread, between two steps."""
+    """Implements `TextGenerator`. Calls `on_delta` and `on_error` on the batcher's thread, between two steps."""
 
     def __init__(
         self, backend: StepBackend, tokenizer: Tokenizer, max_queue: int = 64, prefill_chunk: int = 256
     ) -> None:
-        """Takes over `backend`. At most `max_queue` requests wait for a slot; decoding waits for at most
-        `prefill_chunk` prompt tokens."""
+        """Take over `backend`. At most `max_queue` requests wait for a slot; at most `prefill_chunk` prompt tokens run
+        between two decoding steps."""
         self._backend = backend
         self._scheduler = Scheduler(backend, tokenizer, max_queue, prefill_chunk)
-        self._changed = threading.Condition()  # guards the three fields below and the queue's being empty at the end
+        # guards the three fields below, and the check at the end that the queue is empty
+        self._changed = threading.Condition()
         self._closing = False
         self._aborting = False
         self._failure: EngineError | None = None
@@ -55,7 +56,7 @@ class Batcher:
 
     @property
     def healthy(self) -> bool:
-        """False once the engine has failed: every request was told, and no new one is accepted."""
+        """Return False once the engine has failed: all requests ended with an error, and new ones are refused."""
         return self._failure is None
 
     def metrics(self) -> GeneratorMetrics:
@@ -85,7 +86,7 @@ class Batcher:
             self._scheduler.fail_all(self._failure)
 
     def _wait_for_work(self) -> bool:
-        """Sleep until there is something to do; False once closed and done."""
+        """Sleep until there is work. Return False once the batcher is closing and all work is done."""
         with self._changed:
             while True:
                 if self._aborting:

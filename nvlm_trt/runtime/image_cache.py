@@ -1,4 +1,4 @@
-"""Features of images seen before, so that an image asked about twice is encoded once."""
+"""Caches the features of images, so that an image asked about twice is encoded once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nvlm_trt.backends.base import ImageFeatures
 
 @dataclass(frozen=True)
 class ImageCacheMetrics:
-    """A snapshot. `hits` and `misses` run from the start; a request that waits for another's encoding is a hit."""
+    """A snapshot. `hits` and `misses` count from the start; waiting for another request's encoding is a hit."""
 
     hits: int
     misses: int
@@ -23,13 +23,13 @@ class ImageCacheMetrics:
 
 
 class ImageCache:
-    """Least recently used first out, by bytes held. Thread-safe.
+    """Keeps features up to a number of bytes, and drops the least recently used first. Thread-safe.
 
-    Requests that need the same new image at once share one encoding.
+    Requests that need the same new image at the same time share one encoding.
     """
 
     def __init__(self, capacity: int) -> None:
-        """`capacity` in bytes; 0 keeps nothing. Features larger than the capacity are not kept."""
+        """Make an empty cache of `capacity` bytes; 0 keeps nothing. Features larger than the capacity are not kept."""
         self._features: LRUCache[str, ImageFeatures] = LRUCache(capacity, getsizeof=lambda features: features.nbytes)
         self._in_progress: dict[str, Future[ImageFeatures]] = {}
         self._hits = 0
@@ -37,7 +37,8 @@ class ImageCache:
         self._lock = threading.Lock()
 
     def get(self, key: str, encode: Callable[[], ImageFeatures]) -> tuple[ImageFeatures, bool]:
-        """(features, whether `encode` was spared). Raises what `encode` raises, in every thread that waits for it."""
+        """Return (features, True if `encode` was not called). An error of `encode` is raised in every thread that waits
+        for the image."""
         with self._lock:
             if key in self._features:
                 self._hits += 1

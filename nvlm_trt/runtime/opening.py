@@ -1,4 +1,4 @@
-"""Opens an engine as a text generator, whichever way its backend batches."""
+"""Opens an engine as a text generator: by the batcher, or by a backend that batches by itself."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def open_generator(
     threads: int | None = None,
     device: str | None = None,
 ) -> TextGenerator:
-    """Load an engine; without `encodes_images`, its image tokens come from elsewhere. Raises EngineError."""
+    """Load an engine, without its vision encoder unless `encodes_images`. Raises EngineError."""
     spec = backend_of(engine)
     if spec.open_generator is not None:
         return spec.open_generator(engine, OpenOptions(threads, device), options)

@@ -1,4 +1,4 @@
-"""Messages and encoded images in, a streamed answer out: everything that happens to a request in this process."""
+"""Turns messages and encoded images into a streamed answer: everything that happens to a request in this process."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ from nvlm_trt.runtime.opening import open_generator
 from nvlm_trt.runtime.request import OnDelta, OnError, Request
 from nvlm_trt.runtime.text_generator import GeneratorMetrics, GeneratorOptions, TextGenerator
 
-# Normalisation to NFC, which Qwen2's tokenizer does, joins at most this many characters into one.
+# Qwen2's tokenizer normalises to NFC, which joins at most this many characters into one.
 _NFC_JOINS = 4
 
-EncodeImage = Callable[[bytes, int], Any]  # encoded bytes, max_tiles -> image tokens [tiles, T, hidden], host or device
+# encoded bytes, max_tiles -> image tokens [tiles, T, hidden] on the host or a device
+EncodeImage = Callable[[bytes, int], Any]
 
 
 @dataclass(frozen=True)
 class RuntimeOptions(GeneratorOptions):
     image_cache_bytes: int = 512 << 20
     image_limits: ImageLimits = field(default_factory=ImageLimits)
-    encode_workers: int = 1  # requests whose images are encoded at once
+    encode_workers: int = 1  # requests whose images are encoded at the same time
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class PipelineMetrics:
 
 
 class Pipeline:
-    """One engine, ready to answer. A context manager; leaving it finishes what was submitted."""
+    """Answers requests with one engine. A context manager: leaving it finishes the submitted requests."""
 
     def __init__(
         self,
@@ -55,12 +56,13 @@ class Pipeline:
         encode_image: EncodeImage | None = None,
         options: RuntimeOptions | None = None,
     ) -> None:
-        """Takes over `generator`. `encode_image` replaces tiling and encoding in this process."""
+        """Take over `generator`. `encode_image` replaces tiling and encoding in this process."""
         self._options = options or RuntimeOptions()
         self._engine = engine
         self._generator = generator
         self._prompt_encoder = PromptEncoder(engine.config, tokenizer)
-        # counted in characters, of which none is less than a byte: text beyond this need not be tokenised to be refused
+        # a longer text is refused without tokenising it: a character has at least one byte, a token at most
+        # `longest_token` bytes
         self._max_characters = _NFC_JOINS * engine.limits.max_seq_len * tokenizer.longest_token
         self._encode_image = encode_image
         self._image_cache = ImageCache(self._options.image_cache_bytes)
@@ -84,7 +86,9 @@ class Pipeline:
         return cls(engine, generator, tokenizer, encode_image, options)
 
     def generate(self, chat: ChatRequest) -> Iterator[Delta]:
-        """Stream one answer, last the delta with a finish_reason. Closing the iterator cancels the request."""
+        """Stream one answer; its last delta has a finish_reason. Closing the iterator cancels the request.
+
+        Raises the errors of `submit` and those that `submit` gives to `on_error`."""
         results: queue.SimpleQueue[Delta | Exception] = queue.SimpleQueue()
         request = self.submit(chat, results.put, results.put)
         try:
@@ -99,10 +103,10 @@ class Pipeline:
             request.cancel()
 
     def submit(self, chat: ChatRequest, on_delta: OnDelta, on_error: OnError, request_id: str | None = None) -> Request:
-        """Start one answer; `on_delta` and `on_error` are called on the generator's thread and must be quick.
+        """Start one answer. Calls `on_delta` and `on_error`, which must be quick, on the generator's thread.
 
-        Raises at once what can be told before an image is decoded: RequestError, QueueFullError, and EngineError for
-        an engine that is closed or has failed. The rest comes to `on_error`, ImageError for example."""
+        Raises the errors that are found before an image is decoded: RequestError, QueueFullError, and EngineError for
+        an engine that is closed or has failed. Passes later errors to `on_error`, ImageError for example."""
         messages, images = lift_images(chat.messages, chat.images)
         self._check_images(images, chat.max_tiles)
         draft = self._prompt_encoder.draft(messages, len(images))
@@ -128,11 +132,11 @@ class Pipeline:
         return PipelineMetrics(self._generator.metrics(), self._image_cache.metrics())
 
     def import_tokens(self, tokens: Any) -> BackendArray:
-        """Copy image tokens [tiles, T, hidden] that were encoded elsewhere, to be images of a ChatRequest."""
+        """Copy image tokens [tiles, T, hidden] that were encoded elsewhere, for `ChatRequest.images`."""
         return self._generator.import_tokens(tokens)
 
     def close(self, drain: bool = True) -> None:
-        """Accept nothing more; finish what was submitted, or cancel it unless `drain`; then free the engine."""
+        """Refuse new requests, finish the submitted ones (cancel them unless `drain`), then free the engine."""
         self._generator.finish(drain)
         self._encoders.shutdown(cancel_futures=True)
         self._generator.close(drain)
@@ -159,7 +163,7 @@ class Pipeline:
     def _prepare(
         self, request: Request, draft: PromptDraft, images: Sequence[Any], max_tiles: int | None, text_tokens: int
     ) -> None:
-        """On an encoder's thread: provide the request with its prompt and features, unless it is cancelled first."""
+        """Provide a request with its prompt and features, unless it is cancelled first. Runs on an encoder's thread."""
         try:
             self._encode_images(request, draft, images, max_tiles, text_tokens)
         except Exception as error:
@@ -179,14 +183,14 @@ class Pipeline:
             features.append(of_image)
             cached += is_cached
             tiles[index] = of_image.tiles
-            # before the next image is encoded: the request may be over a limit already
+            # before the next image is encoded: the request may exceed a limit already
             self._check_tokens(tiles, text_tokens)
         prompt = draft.encode(tiles)
         self._engine.limits.check_prompt(len(prompt.input_ids), prompt.placeholders)
         request.provide(prompt, features, cached, time.monotonic() - started)
 
     def _check_tokens(self, tiles: Sequence[int], text_tokens: int) -> None:
-        """`text_tokens` are the fewest that the prompt has beside the image placeholders."""
+        """Check the limits. The prompt has at least `text_tokens` tokens that are no image placeholders."""
         counts = [count_image_tokens(self._engine.config, n, self._prompt_encoder.tag_length) for n in tiles]
         placeholders, cross_tokens = map(sum, zip(*counts, strict=True))
         self._engine.limits.check_prompt(text_tokens + placeholders, placeholders)
@@ -202,7 +206,7 @@ class Pipeline:
             raise ImageError(f"image {index + 1}: {str(error).removeprefix('image: ')}") from error
 
     def _encode(self, data: bytes, max_tiles: int) -> BackendArray:
-        """Encoded bytes -> image tokens [tiles, T, hidden]."""
+        """Tile and encode an image file into image tokens [tiles, T, hidden]."""
         if self._encode_image is not None:
             return self._generator.import_tokens(self._encode_image(data, max_tiles))
         image = load_image(data, self._options.image_limits)

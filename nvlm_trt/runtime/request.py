@@ -1,4 +1,4 @@
-"""One request on its way through the engine, from submission to its last delta."""
+"""Holds the state of one request, from submission to its last delta."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class State(Enum):
     READY = "it waits for a slot"
     PREFILLING = "its prompt is being cached"
     DECODING = "it generates"
-    ENDED = "its last delta or its error was told"
+    ENDED = "its last delta or its error was delivered"
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive tokens of a prompt, and which of the image embeddings replace placeholders among them."""
+    """Consecutive tokens of a prompt, and the range of image embeddings that replace their placeholders."""
 
     position: int
     input_ids: IntArray  # [S]
@@ -43,26 +43,27 @@ class Chunk:
 
 
 class Request:
-    """The images are encoded on other threads, which call `provide` or `fail`; any thread may `cancel`. Everything else
-    belongs to the thread of the text generator that the request was submitted to."""
+    """One request. An encoder's thread calls `provide` or `fail`, and any thread may call `cancel`. Only the thread of
+    the text generator that the request was submitted to uses everything else."""
 
     def __init__(
         self, sampling: SamplingParams, on_delta: OnDelta, on_error: OnError, request_id: str | None = None
     ) -> None:
-        """`on_delta` is called until a delta has a finish_reason, unless `on_error` is: once, and last. Both must be
-        quick. `request_id` names the request in the log."""
+        """Make a request that is not submitted yet. `on_delta` is called with each delta up to the one with a
+        finish_reason; after an error, `on_error` is the last call instead. Both must be quick. `request_id` names the
+        request in the log."""
         self.request_id = request_id
         self.sampling = sampling
         self.on_delta, self.on_error = on_delta, on_error
         self.state = State.ENCODING
-        self.failure: Exception | None = None  # why its images could not be encoded
+        self.failure: Exception | None = None  # why the images could not be encoded
         self.slot = -1
         self.cached = 0  # tokens in the KV cache
-        self.prompt: EncodedPrompt  # once the state is READY
+        self.prompt: EncodedPrompt  # set when the state becomes READY
         self.images: Sequence[ImageFeatures] = ()
         self._cached_images = 0
         self._encode_s = 0.0
-        self._ending = threading.Lock()  # a request may end while its images are provided
+        self._ending = threading.Lock()  # a request may end while another thread provides its images
         self._cancelled = threading.Event()
         self._wake: Callable[[], None] = lambda: None
         self._submitted = time.monotonic()
@@ -78,7 +79,7 @@ class Request:
         cached_images: int = 0,
         encode_s: float = 0.0,
     ) -> None:
-        """The prompt and the features of its images, in order; `cached_images` of them were known before."""
+        """Set the prompt and the features of its images, in order; `cached_images` of them are from the image cache."""
         with self._ending:
             if self.state is not State.ENCODING:
                 return
@@ -88,12 +89,12 @@ class Request:
         self._wake()
 
     def fail(self, error: Exception) -> None:
-        """The images cannot be encoded."""
+        """Note that the images cannot be encoded."""
         self.failure = error
         self._wake()
 
     def cancel(self) -> None:
-        """End the request within one step; its last delta then says "cancelled", unless it finished before."""
+        """End the request within one step. Its last delta has the finish_reason "cancelled", unless it ended before."""
         self._cancelled.set()
         self._wake()
 
@@ -103,13 +104,13 @@ class Request:
 
     @property
     def is_over(self) -> bool:
-        """Whether nobody waits for its images any more."""
+        """Return whether the request no longer needs its images."""
         return self.cancelled or self.state is State.ENDED
 
     # --- the text generator ------------------------------------------------------------------------------------------
 
     def submitted_to(self, wake: Callable[[], None]) -> None:
-        """`wake` is called whenever the request changes on another thread."""
+        """Note the time of submission, and `wake`: it is called whenever another thread changes the request."""
         self._submitted = time.monotonic()
         self._wake = wake
 
@@ -118,14 +119,14 @@ class Request:
         return self.cached >= len(self.prompt.input_ids)
 
     def admit(self, limits: EngineLimits, placeholder_id: int, tokenizer: Tokenizer) -> None:
-        """Prepare to generate. Raises RequestError for a prompt that the engine does not hold."""
+        """Prepare to generate. Raises RequestError for a prompt that exceeds a limit of the engine."""
         prompt, sampling = self.prompt, self.sampling
         limits.check_prompt(len(prompt.input_ids), prompt.placeholders)
         check_embeddings(prompt.placeholders, sum(len(image.embeddings) for image in self.images))
         self._placeholder_id = placeholder_id
         self._embeddings_used = 0
         self._stop_ids: Collection[int] = () if sampling.ignore_eos else tokenizer.stop_ids
-        # a placeholder in the answer would be replaced by an image's embeddings
+        # banned: the decoder would replace a placeholder in the answer by an image embedding
         self._sampler = Sampler(sampling, prompt.input_ids, banned_ids={placeholder_id})
         self._text = TextStream(IncrementalDecoder(tokenizer), sampling.stop)
         self._last_id = -1
@@ -134,7 +135,7 @@ class Request:
         self.state = State.PREFILLING
 
     def next_chunk(self, size: int) -> Chunk:
-        """The next `size` tokens of the prompt, or what is left of it; counted as cached from now on."""
+        """Return the next `size` tokens of the prompt, or the rest, and count them as cached."""
         start, first = self.cached, self._embeddings_used
         input_ids = self.prompt.input_ids[start : start + size]
         self._embeddings_used += int(np.count_nonzero(input_ids == self._placeholder_id))
@@ -173,12 +174,12 @@ class Request:
         return text, None
 
     def cancelled_delta(self) -> Delta:
-        """The last delta of a cancelled request."""
+        """Return the last delta of a cancelled request."""
         has_slot = self.state in (State.PREFILLING, State.DECODING)
         return Delta("", [], finish_reason="cancelled", usage=self.usage() if has_slot else None)
 
     def end(self) -> None:
-        """Nobody is told anything from now on."""
+        """End the request: no delta and no error follows."""
         with self._ending:
             self.state = State.ENDED
 

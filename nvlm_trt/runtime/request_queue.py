@@ -1,4 +1,4 @@
-"""The bounded queue in front of the slots."""
+"""Queues the requests that wait for a slot, up to a limit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Condition = Callable[[Request], bool]
 
 
 class RequestQueue:
-    """Requests in the order of their arrival; any thread may use it."""
+    """Holds requests in the order of their arrival. Thread-safe."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
@@ -23,7 +23,7 @@ class RequestQueue:
         return len(self._waiting)
 
     def put(self, request: Request) -> None:
-        """Raises QueueFullError, at once."""
+        """Append a request. Raises QueueFullError instead of waiting."""
         with self._lock:
             if len(self._waiting) >= self._capacity:
                 raise QueueFullError(
@@ -50,7 +50,7 @@ class RequestQueue:
     def take_all(self, condition: Condition) -> list[Request]:
         """Remove and return all requests for which the condition holds."""
         with self._lock:
-            # asked once for each, since it may begin to hold at any time
+            # evaluated once per request: a condition may become true at any time
             verdicts = [(request, condition(request)) for request in self._waiting]
             self._waiting = [request for request, holds in verdicts if not holds]
         return [request for request, holds in verdicts if holds]

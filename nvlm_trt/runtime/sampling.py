@@ -1,6 +1,5 @@
-"""From logits to a token.
-
-The order is that of Hugging Face's generate: repetition penalty, temperature, top-k, top-p, min-p.
+"""Draws tokens from logits, in the order of Hugging Face's generate: repetition penalty, temperature, top-k, top-p,
+min-p.
 """
 
 from __future__ import annotations
@@ -18,17 +17,18 @@ _BLOCK = 512
 
 
 class Sampler:
-    """Draws the tokens of one request, with a random generator of its own: its neighbours cannot change them."""
+    """Draws the tokens of one request with its own random generator, so other requests cannot change them."""
 
     def __init__(self, params: SamplingParams, prompt_ids: IntArray, banned_ids: Collection[int] = ()) -> None:
-        """`prompt_ids` [S] count as seen for the repetition penalty; `banned_ids` are never drawn."""
+        """Start a request. The repetition penalty also applies to `prompt_ids` [S]; `banned_ids` are never drawn."""
         self._params = params
         self._banned = np.array(sorted(banned_ids), dtype=np.int64)
         self._seen = set(np.unique(prompt_ids).tolist()) if params.repetition_penalty != 1 else set()
         self._random = np.random.default_rng(params.seed)
 
     def sample(self, logits: FloatArray) -> tuple[int, TokenLogprob | None]:
-        """logits [vocab] (not changed) -> the next token, and its logprobs if the request asked for them."""
+        """Draw the next token from logits [vocab], which are not changed. Return it, and its logprobs if the request
+        asks for them. Raises EngineError for logits that are not finite."""
         if not np.isfinite(logits).all():
             raise EngineError("the model produced logits that are not finite; check the engine with `nvlm-trt verify`")
         token_id = self._draw(logits) if self._params.temperature else self._most_probable(logits)
@@ -50,7 +50,7 @@ class Sampler:
         return int(token_ids[draw(weights, self._random.random())])
 
     def _scores(self, logits: FloatArray) -> FloatArray:
-        """A copy of the logits with the repetition penalty applied and the banned ids at -inf."""
+        """Copy the logits, apply the repetition penalty, and set the banned ids to -inf."""
         scores = logits.astype(np.float32, copy=True)
         if self._seen:
             seen = np.fromiter(self._seen, dtype=np.int64)
@@ -61,15 +61,15 @@ class Sampler:
 
 
 def candidates(scores: FloatArray, params: SamplingParams) -> tuple[IntArray, FloatArray]:
-    """scores [vocab], at least one finite -> the n token ids that pass the filters [n], their relative weights [n].
+    """Filter scores [vocab], at least one finite. Return the ids that pass the filters [n] and relative weights [n].
 
-    Tokens that tie with the last one kept by top-k or top-p are kept as well. A weight may be 0: never drawn.
+    Tokens that tie with the last one kept by top-k or top-p are kept as well. A token of weight 0 is never drawn.
     """
     token_ids, kept = np.arange(len(scores)), scores
     if 0 < params.top_k < len(scores):
         token_ids = np.flatnonzero(scores >= np.partition(scores, -params.top_k)[-params.top_k])
         kept = scores[token_ids]
-    # A temperature below float32's smallest number would divide 0 by 0; further down it is greedy anyway.
+    # A temperature below float32's smallest number would divide 0 by 0. At that number, sampling is greedy already.
     temperature = max(params.temperature, float(np.finfo(np.float32).tiny))
     with np.errstate(over="ignore"):  # to -inf, whose weight is 0
         weights = np.exp((kept - kept.max()) / np.float32(temperature))  # [n], the best has 1
@@ -83,9 +83,11 @@ def candidates(scores: FloatArray, params: SamplingParams) -> tuple[IntArray, Fl
 
 
 def _nucleus_floor(weights: npt.NDArray[np.float32], top_p: float) -> np.float32:
-    """The smallest weight of the shortest list of best tokens whose probabilities add up to top_p; the best has 1."""
+    """Return the smallest weight in the shortest list of likeliest tokens whose probabilities reach top_p.
+
+    The largest of `weights` is 1."""
     wanted = top_p * weights.sum(dtype=np.float64)
-    likely = weights[weights > 1e-4]  # holds the whole list of all but the flattest distributions: little to sort
+    likely = weights[weights > 1e-4]  # few to sort; they reach top_p except in very flat distributions
     if likely.sum(dtype=np.float64) < wanted:
         likely = weights
     descending = np.sort(likely)[::-1]
@@ -94,9 +96,9 @@ def _nucleus_floor(weights: npt.NDArray[np.float32], top_p: float) -> np.float32
 
 
 def draw(weights: FloatArray, uniform: float) -> int:
-    """The index where the running sum of weights [n] passes `uniform` (0 <= uniform < 1) times their sum.
+    """Return the index at which the running sum of weights [n] passes `uniform` (0 <= uniform < 1) times their sum.
 
-    Blocks are summed first: a running sum over a whole vocabulary takes ten times as long.
+    Sums blocks first: a running sum over a whole vocabulary takes ten times as long.
     """
     totals = np.add.reduceat(weights, np.arange(0, len(weights), _BLOCK), dtype=np.float64).cumsum()
     target = uniform * totals[-1]
@@ -104,12 +106,12 @@ def draw(weights: FloatArray, uniform: float) -> int:
     start = block * _BLOCK
     positive = start + np.flatnonzero(weights[start : start + _BLOCK])
     running = (totals[block - 1] if block else 0.0) + weights[positive].cumsum(dtype=np.float64)
-    # the two sums may differ in the last bit, hence min
+    # min, because the sum by blocks and the running sum may differ in the last bit
     return int(positive[min(int(np.searchsorted(running, target, side="right")), len(positive) - 1)])
 
 
 def token_logprob(logits: FloatArray, token_id: int, alternatives: int) -> TokenLogprob:
-    """log softmax of logits [vocab] at token_id and at the `alternatives` most probable tokens."""
+    """Compute the log softmax of logits [vocab] at token_id and at the `alternatives` most probable tokens."""
     best = float(logits.max())
     normaliser = best + float(np.log(np.exp(logits - logits.max()).sum(dtype=np.float64)))
     alternatives = min(alternatives, len(logits))

@@ -1,4 +1,4 @@
-"""In-flight batching: requests join and leave a running batch at any token."""
+"""Schedules in-flight batching: requests join and leave the running batch between any two tokens."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ logger = logging.getLogger(__name__)
 
 
 class Scheduler:
-    """Decides what the backend runs next. Not thread-safe but for `enqueue` and `metrics`."""
+    """Decides what the backend runs next. Only `enqueue` and `metrics` are thread-safe."""
 
     def __init__(self, backend: StepBackend, tokenizer: Tokenizer, max_queue: int, prefill_chunk: int) -> None:
         self._backend = backend
         self._tokenizer = tokenizer
         self._prefill_chunk = prefill_chunk
-        assert backend.config.image_token_id is not None, "read_config finds it in the tokenizer"
+        assert backend.config.image_token_id is not None, "read_config takes image_token_id from the tokenizer"
         self._placeholder_id = backend.config.image_token_id
         self._queue = RequestQueue(max_queue)
         self._slots = Slots(backend)
@@ -34,7 +34,7 @@ class Scheduler:
         self._finished = dict.fromkeys(("stop", "length", "cancelled", "error"), 0)
 
     def enqueue(self, request: Request) -> None:
-        """Raises QueueFullError."""
+        """Queue a request. Raises QueueFullError."""
         self._queue.put(request)
 
     @property
@@ -43,11 +43,11 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether `step` would do anything: there may be only requests whose images are still being encoded."""
+        """Return whether `step` would do anything. It does nothing while all requests wait for their images."""
         return bool(self._slots.occupants) or self._queue.any(_needs_a_step)
 
     def step(self) -> None:
-        """One round: at most one chunk of one prompt, then one token for every active request."""
+        """Run at most one chunk of one prompt, then one token of every active request."""
         self._drop_ended()
         if self._slots.prefilling is None and self._slots.free:
             self._admit()
@@ -57,12 +57,12 @@ class Scheduler:
             self._decode(self._slots.active)
 
     def cancel_all(self) -> None:
-        """Every request ends with the next step."""
+        """Cancel every request: they end with the next step."""
         for request in (*self._slots.occupants, *self._queue.snapshot()):
             request.cancel()
 
     def fail_all(self, error: Exception) -> None:
-        """End every request with an error, without another call of the backend."""
+        """End every request with an error, without calling the backend."""
         requests = [*self._slots.occupants, *self._queue.take_all(lambda _: True)]
         self._slots = Slots(self._backend)
         for request in requests:
@@ -80,7 +80,7 @@ class Scheduler:
     # --- the parts of a step -----------------------------------------------------------------------------------------
 
     def _drop_ended(self) -> None:
-        """Take out the cancelled requests, wherever they are, and those that wait for images that failed."""
+        """Remove cancelled requests from queue and slots, and requests whose images could not be encoded."""
         for request in self._queue.take_all(lambda waiting: waiting.cancelled):
             self._complete(request, request.cancelled_delta())
         for request in self._queue.take_all(lambda waiting: waiting.failure is not None):
@@ -103,7 +103,7 @@ class Scheduler:
             return
         try:
             self._slots.admit(request)
-        except RequestError as error:  # the backend refuses this request; any other error is the backend's own failure
+        except RequestError as error:  # the backend refuses this request; any other error means that it has failed
             self._drop(request, error)
 
     def _prefill(self, request: Request) -> None:
@@ -118,7 +118,7 @@ class Scheduler:
             return
         if request.is_prefilled:
             self._accept([request], [logits])
-        if request.is_prefilled and self._slots.prefilling:  # it may have ended with its first token
+        if request.is_prefilled and self._slots.prefilling:  # the request may have ended with its first token
             self._slots.activate()
 
     def _decode(self, active: Sequence[Request]) -> None:
@@ -130,7 +130,7 @@ class Scheduler:
         self._accept(requests, logits)
 
     def _accept(self, requests: Sequence[Request], logits: Sequence[FloatArray] | FloatArray) -> None:
-        """Draw a token for each request, logits [vocab] each. Slots are freed before anybody is told of an end."""
+        """Draw a token for each request from its logits [vocab]. Frees slots before it reports that requests ended."""
         results = [_next_delta(request, row) for request, row in zip(requests, logits, strict=True)]
         self._slots.retire([request for request, result in zip(requests, results, strict=True) if _is_last(result)])
         for request, result in zip(requests, results, strict=True):

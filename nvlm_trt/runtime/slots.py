@@ -1,4 +1,4 @@
-"""Who owns which row of the KV cache. Decoding runs on rows 0 .. n-1, so the active rows are kept a prefix."""
+"""Assigns rows of the KV cache to requests. Decoding runs on rows 0 .. n-1, so active requests have the first rows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from nvlm_trt.runtime.request import Request, State
 
 
 class Slots:
-    """Active requests in rows 0 .. n-1, and at most one that is being prefilled in a row behind them."""
+    """Holds the active requests in rows 0 .. n-1, and at most one request that is prefilled, in a later row."""
 
     def __init__(self, backend: StepBackend) -> None:
         self._backend = backend
@@ -38,7 +38,7 @@ class Slots:
         assert start == request.prompt.cross_tokens, (start, request.prompt.cross_tokens)
 
     def activate(self) -> None:
-        """The prefilled request joins the active ones; its row is moved up if some of them retired meanwhile."""
+        """Make the prefilled request active. Moves its row if active requests retired during its prefill."""
         request = self.prefilling
         assert request is not None
         self._place(request, len(self.active))
@@ -47,7 +47,7 @@ class Slots:
         self.active.append(request)
 
     def retire(self, requests: Collection[Request]) -> None:
-        """Free the rows of these requests; active ones from the end move into the holes."""
+        """Free the rows of these requests. The last active requests move into free rows before them."""
         if self.prefilling in requests:
             self.prefilling = None
         kept = [request for request in self.active if request not in requests]

@@ -1,4 +1,4 @@
-"""The protocol of what answers requests: the batcher over a step backend, or a runtime that batches by itself."""
+"""Defines the protocol `TextGenerator`: the batcher over a step backend, or a runtime that batches by itself."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from nvlm_trt.runtime.request import Request
 
 @dataclass(frozen=True)
 class GeneratorOptions:
-    max_queue: int = 64  # requests waiting for a slot
-    prefill_chunk: int | None = None  # prompt tokens between two decoding steps; None: the backend's
+    max_queue: int = 64  # most requests that wait for a slot
+    prefill_chunk: int | None = None  # most prompt tokens between two decoding steps; None: the backend's default
 
 
 @dataclass(frozen=True)
 class GeneratorMetrics:
-    """A snapshot, possibly of the middle of a step. Counters run from the start."""
+    """A snapshot, possibly taken in the middle of a step. Counters start with the generator."""
 
-    queued: int  # submitted, without a slot
-    active: int  # being decoded
+    queued: int  # requests without a slot
+    active: int  # requests that are decoded
     free_slots: int
     tokens_generated: int
     requests_finished: Mapping[str, int]  # by "stop", "length", "cancelled" and "error"
 
 
 class TextGenerator(Protocol):
-    """Answers requests, several at once. Any thread may call it."""
+    """Answers several requests at once. Thread-safe."""
 
     def submit(self, request: Request) -> None:
-        """Queue a request, whose images may still be encoded: it gives a slot to requests that are ready, in the order
-        of their submission, and tells each of its deltas. `request.cancel()` ends it.
+        """Queue a request. Requests whose images are encoded get slots in the order of submission.
 
+        The generator calls the request's `on_delta` and `on_error`. `request.cancel()` ends the request.
         Raises QueueFullError, and EngineError after `close` or a failure of the engine."""
         ...
 
     def encode(self, pixel_values: FloatArray) -> BackendArray:
-        """[tiles, 3, E, E] of one image -> its image tokens [tiles, T, hidden]."""
+        """Encode pixel_values [tiles, 3, E, E] of one image into image tokens [tiles, T, hidden]."""
         ...
 
     def import_tokens(self, tokens: Any) -> BackendArray:
@@ -51,13 +51,13 @@ class TextGenerator(Protocol):
 
     @property
     def healthy(self) -> bool:
-        """False once the engine has failed: every request was told, and no new one is accepted."""
+        """Return False once the engine has failed: all requests ended with an error, and new ones are refused."""
         ...
 
     def metrics(self) -> GeneratorMetrics: ...
 
     def finish(self, drain: bool = True) -> None:
-        """Accept nothing more; finish what was submitted, or cancel it unless `drain`; return when that is done."""
+        """Refuse new requests, finish the submitted ones (cancel them unless `drain`), then return."""
         ...
 
     def close(self, drain: bool = True) -> None:

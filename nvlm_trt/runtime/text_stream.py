@@ -1,4 +1,4 @@
-"""From tokens to the text that a client sees: whole characters only, and never any part of a stop string."""
+"""Turns tokens into the text that a client sees: whole characters only, and no part of a stop string."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Detokenizer(Protocol):
 
 
 class TextStream:
-    """The text of one answer. It ends before the stop string that is completed first, whatever the tokens' borders.
+    """Produces the text of one answer, which ends before the stop string that is completed first.
 
-    Text is held back for as long as it could be the beginning of a stop string.
+    A stop string may begin and end inside tokens. Text is held back while it may be the beginning of a stop string.
     """
 
     def __init__(self, detokenizer: Detokenizer, stop: Sequence[str] = ()) -> None:
@@ -27,14 +27,14 @@ class TextStream:
         self.stopped = False  # a stop string was found: nothing follows
 
     def push(self, token_id: int) -> str:
-        """The text that can be shown now, often empty."""
+        """Return the text that can be shown now, often empty."""
         if self.stopped:
             return ""
         self._take(self._detokenizer.push(token_id))
         return self._release(self._possible_stop())
 
     def flush(self) -> str:
-        """The rest, once no token will follow."""
+        """Return the rest of the text. No token may follow."""
         if self.stopped:
             return ""
         self._take(self._detokenizer.flush())
@@ -49,7 +49,7 @@ class TextStream:
             self.stopped = True
 
     def _possible_stop(self) -> int:
-        """How many characters at the end of the held text may be the beginning of a stop string."""
+        """Count the characters at the end of the held text that may be the beginning of a stop string."""
         if self.stopped:
             return 0
         longest = min(max(map(len, self._stop), default=1) - 1, len(self._held))

@@ -1,4 +1,4 @@
-"""How requests and answers travel as tensors of the Triton model `nvlm`; used by the model and by the client."""
+"""Encodes requests and answers as tensors of the Triton model `nvlm`, for the model and for the client."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ MODEL = "nvlm"
 ENSEMBLE = "nvlm_ensemble"
 IMAGE_ENCODER = "image_encoder"
 
-# Triton streams an error as its message alone, so the message begins with what the client can do about it.
+# Triton streams only the message of an error, so the message begins with the kind of error.
 _INVALID_REQUEST = "invalid request: "
 _QUEUE_FULL = "queue full: "
 _OF_AN_ENSEMBLE = re.compile(rf"^in ensemble '(?:{ENSEMBLE}|{IMAGE_ENCODER})', ")
 
 
 def parse_conversation(prompt: bytes | None, messages: bytes | None) -> list[Message]:
-    """The tensors `prompt` (a single user turn) and `messages` (JSON), of which a request has exactly one."""
+    """Read the tensor `prompt` (a single user turn) or `messages` (JSON): a request has exactly one of the two."""
     if (prompt is None) == (messages is None):
         raise RequestError("send exactly one of the inputs `prompt` and `messages`")
     if prompt is not None:
@@ -36,7 +36,7 @@ def parse_conversation(prompt: bytes | None, messages: bytes | None) -> list[Mes
 
 
 def parse_sampling(data: bytes | None) -> SamplingParams:
-    """The tensor `sampling_parameters`: a JSON object; what it leaves out has its default."""
+    """Read the tensor `sampling_parameters`, a JSON object. A missing key has its default."""
     if data is None:
         return SamplingParams()
     values = _json(data, "sampling_parameters")
@@ -46,7 +46,7 @@ def parse_sampling(data: bytes | None) -> SamplingParams:
 
 
 def encode_delta(delta: Delta) -> dict[str, npt.NDArray[Any]]:
-    """Output tensors of one response: token_ids [tokens] int32, the others [1] strings, empty if there is nothing."""
+    """Encode a delta as output tensors: token_ids [tokens] int32, the others [1] strings, possibly empty."""
     logprobs = json.dumps([asdict(item) for item in delta.logprobs]) if delta.logprobs else ""
     return {
         "text": _string(delta.text),
@@ -58,7 +58,7 @@ def encode_delta(delta: Delta) -> dict[str, npt.NDArray[Any]]:
 
 
 def decode_delta(outputs: Mapping[str, npt.NDArray[Any]]) -> Delta:
-    """The inverse of `encode_delta`."""
+    """Decode the output tensors of `encode_delta`."""
     logprobs, usage = outputs["logprobs"][0], outputs["usage"][0]
     return Delta(
         text=outputs["text"][0].decode(),
@@ -70,7 +70,7 @@ def decode_delta(outputs: Mapping[str, npt.NDArray[Any]]) -> Delta:
 
 
 def encode_error(error: NvlmError) -> str:
-    """The message of an error response."""
+    """Write the message of an error response."""
     if isinstance(error, (RequestError, ImageError)):
         return _INVALID_REQUEST + str(error)
     if isinstance(error, QueueFullError):
@@ -79,7 +79,7 @@ def encode_error(error: NvlmError) -> str:
 
 
 def decode_error(message: str) -> NvlmError:
-    """The inverse of `encode_error`; other errors of ours and those of Triton itself become a ServerError."""
+    """Read a message of `encode_error`. An error without prefix, ours or Triton's, becomes a ServerError."""
     message = _OF_AN_ENSEMBLE.sub("", " ".join(message.split()))
     for prefix, kind in ((_INVALID_REQUEST, RequestError), (_QUEUE_FULL, QueueFullError)):
         if message.startswith(prefix):
@@ -105,5 +105,5 @@ def _text(data: bytes, name: str) -> str:
 def _json(data: bytes, name: str) -> Any:
     try:
         return json.loads(_text(data, name))
-    except (ValueError, RecursionError) as error:  # ValueError: an integer of thousands of digits, too
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits also raises ValueError
         raise RequestError(f"{name} is not JSON ({error}); send valid JSON") from None

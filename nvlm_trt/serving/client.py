@@ -1,4 +1,4 @@
-"""Asks a served engine over gRPC: answers as they are generated, images as paths or encoded bytes."""
+"""Asks a served engine over gRPC. Answers are streamed; images are paths or encoded bytes."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _LOOPBACK = ("127.", "localhost:", "[::1]:")
 
 
 class Client:
-    """Talks to one server. Thread-safe; streams of several threads share its connection."""
+    """Asks one server. Thread-safe: the streams of all threads share one connection."""
 
     def __init__(self, url: str) -> None:
-        """`url` is grpc://host:port. Nothing is sent yet."""
+        """Prepare a connection to `url`, grpc://host:port. Sends nothing. Raises ServerError for a malformed `url`."""
         self._url = url
         target = _target(url)
         self._channel = grpc.insecure_channel(target, _options(target))
@@ -47,10 +47,10 @@ class Client:
         sampling: Sampling | None = None,
         max_tiles: int | None = None,
     ) -> Iterator[Delta]:
-        """An answer as it is generated, last the delta with a finish_reason. Closing the iterator cancels it.
+        """Stream one answer; its last delta has a finish_reason. Closing the iterator cancels the answer.
 
-        Either `prompt`, a single user turn, or `messages`. Raises RequestError for what the server does not accept,
-        QueueFullError if it has too much to do, ServerError if it cannot be reached or fails.
+        Takes either `prompt`, a single user turn, or `messages`. Raises RequestError if the server refuses the request,
+        QueueFullError if its queue is full, ServerError if the server cannot be reached or fails.
         """
         request = _request(prompt, messages, images, sampling, max_tiles)
         call = self._stub.ModelStreamInfer(iter([request]))
@@ -73,7 +73,7 @@ class Client:
         sampling: Sampling | None = None,
         max_tiles: int | None = None,
     ) -> Answer:
-        """The whole answer; see `stream`."""
+        """Return the whole answer; see `stream`."""
         stream = self.stream(prompt, messages=messages, images=images, sampling=sampling, max_tiles=max_tiles)
         return _answer(list(stream))
 
@@ -85,9 +85,9 @@ class Client:
             return False
 
     def served_engine(self) -> tuple[str, str]:
-        """Triton's version, and the engine directory by the server's own path.
+        """Return Triton's version, and the path of the engine directory on the server's machine.
 
-        Raises ServerError if the server is not there or serves no engine of ours."""
+        Raises ServerError if the server cannot be reached or does not serve an nvlm-trt engine."""
         try:
             version = self._stub.ServerMetadata(service_pb2.ServerMetadataRequest(), timeout=_READY_SECONDS).version
             request = service_pb2.ModelConfigRequest(name=MODEL)
@@ -113,10 +113,10 @@ class Client:
 
 
 class AsyncClient:
-    """`Client` for asyncio, with the same methods and errors."""
+    """Asks one server from asyncio, with the methods and errors of `Client`."""
 
     def __init__(self, url: str) -> None:
-        """`url` is grpc://host:port. Made in the event loop that uses it."""
+        """Prepare a connection to `url`, grpc://host:port. Must run in the event loop that uses the client."""
         self._url = url
         target = _target(url)
         self._channel = grpc.aio.insecure_channel(target, _options(target))
@@ -131,7 +131,7 @@ class AsyncClient:
         sampling: Sampling | None = None,
         max_tiles: int | None = None,
     ) -> AsyncIterator[Delta]:
-        """See `Client.stream`. Closing the iterator, or cancelling the task that reads it, cancels the answer."""
+        """Stream one answer as `Client.stream` does. Closing the iterator or cancelling its task cancels the answer."""
         request = _request(prompt, messages, images, sampling, max_tiles)
         call = self._stub.ModelStreamInfer(iter([request]))
         try:
@@ -153,7 +153,7 @@ class AsyncClient:
         sampling: Sampling | None = None,
         max_tiles: int | None = None,
     ) -> Answer:
-        """The whole answer; see `Client.stream`."""
+        """Return the whole answer; see `Client.stream`."""
         stream = self.stream(prompt, messages=messages, images=images, sampling=sampling, max_tiles=max_tiles)
         return _answer([delta async for delta in stream])
 
@@ -186,7 +186,7 @@ def _target(url: str) -> str:
 
 
 def _options(target: str) -> list[tuple[str, int]]:
-    """A proxy that the environment names is not for this machine's own servers."""
+    """Return the options of a channel. Servers on this machine are reached without the environment's proxy."""
     return [*_CHANNEL_OPTIONS, ("grpc.enable_http_proxy", 0 if target.startswith(_LOOPBACK) else 1)]
 
 
@@ -197,7 +197,7 @@ def _request(
     sampling: Sampling | None,
     max_tiles: int | None,
 ) -> service_pb2.ModelInferRequest:
-    """The images of message parts travel beside the messages."""
+    """Make a request. Images of message parts are sent beside the messages."""
     beside: Sequence[EncodedImage] = _as_list(images)
     if messages is not None and all(isinstance(message, Message) for message in messages):
         messages, beside = lift_images(cast("Sequence[Message]", messages), beside)

@@ -1,4 +1,4 @@
-"""Triton's gRPC messages for the model `nvlm` (KServe v2): a chat to a request, a response to a delta."""
+"""Writes requests to and reads responses of the model `nvlm` as Triton's gRPC messages (KServe v2)."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def infer_request(
     request_id: str = "",
     model: str = MODEL,
 ) -> service_pb2.ModelInferRequest:
-    """Image parts of `messages` are without data. The server checks the content: one place reports every fault.
+    """Make a request. Image parts of `messages` hold no images. The server checks the content, not this function.
 
-    Raises RequestError for what does not fit the message.
+    Raises RequestError for a max_tiles that does not fit its tensor.
     """
     request = service_pb2.ModelInferRequest(model_name=model, id=request_id)
     if prompt is not None:
@@ -51,9 +51,9 @@ def infer_request(
 
 
 def delta_of(response: service_pb2.ModelStreamInferResponse) -> Delta | None:
-    """None for a response without outputs, with which the server only says that there are no more.
+    """Read the delta of a response; None for a response without outputs, which only ends the stream.
 
-    Raises RequestError, QueueFullError or ServerError if that is the response.
+    Raises RequestError, QueueFullError or ServerError for an error response.
     """
     if response.error_message:
         raise decode_error(response.error_message)
@@ -77,7 +77,8 @@ def _json_part(part: TextPart | ImagePart) -> dict[str, str]:
 
 
 def _add_strings(request: service_pb2.ModelInferRequest, name: str, values: Sequence[bytes]) -> None:
-    raw = serialize_byte_tensor(np.array([*values, None], np.object_)[:-1]).item()  # the None keeps bytes from merging
+    # the None, which is cut off again, keeps NumPy from making a matrix of bytes-like values
+    raw = serialize_byte_tensor(np.array([*values, None], np.object_)[:-1]).item()
     _add_input(request, name, "BYTES", len(values), raw)
 
 

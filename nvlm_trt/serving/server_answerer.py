@@ -1,4 +1,4 @@
-"""The answerer of an evaluation that asks a served engine over gRPC."""
+"""Asks the samples of an evaluation to a served engine over gRPC."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _QUEUE_RETRIES = 240  # two minutes
 
 
 class ServerAnswerer:
-    """An `Answerer` that asks a server; entering it connects."""
+    """Implements `Answerer` by asking a server. Connects when its context is entered."""
 
     def __init__(self, url: str, max_tokens: int, concurrency: int | None = None) -> None:
-        """Raises ServerError if there is no server at `url` or it serves something else."""
+        """Find out which engine is served. Raises ServerError if no server of an nvlm-trt engine is at `url`."""
         self.identity = _served_model(url)
         self._url = url
         self._sampling = SamplingParams(max_tokens=max_tokens)
@@ -46,15 +46,15 @@ class ServerAnswerer:
             try:
                 stream = self._client.stream(sample.prompt, images=tuple(sample.images), sampling=self._sampling)
                 return whole_text(stream, ServerError(f"{self._url} ended an answer early; see what the server says"))
-            except QueueFullError:  # others use the server too
+            except QueueFullError:  # other clients use the server too
                 time.sleep(_QUEUE_RETRY_SECONDS)
         raise QueueFullError(f"the queue of {self._url} stays full; try again later, or with a lower --concurrency")
 
 
 def _served_model(url: str) -> ModelIdentity:
-    """Asks the server for its engine directory; uses the engine's digest if that directory is on this machine.
+    """Identify the served engine by its digest if its directory is on this machine, else by its path.
 
-    Elsewhere the path is the identity, which an engine that is rebuilt there under the same name keeps."""
+    An engine that is rebuilt elsewhere under the same path keeps its identity."""
     served = find_served_engine(url)
     if served.engine is not None:
         return ModelIdentity("server", served.engine.config.name, served.engine.digest)

@@ -1,4 +1,4 @@
-"""Faults of ONNX Runtime's kernels on CPUs without VNNI or AVX-512: that they are foreseen, and what is done."""
+"""Tests how faults of ONNX Runtime's kernels on CPUs without VNNI or AVX-512 are predicted and avoided."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def plain(model: Path | bytes, threads: int = 1, **entries: str) -> onnxruntime.
 
 
 def rewritten_session(path: Path, threads: int = 1) -> onnxruntime.InferenceSession:
-    """As open_session opens the file on a CPU with every fault."""
+    """Opens the file as open_session does on a CPU with every fault."""
     model = rewritten(path, saturates=True, single_rows_differ=True)
     assert model is not None
     folder = {"model_external_initializers_file_folder_path": str(path.parent), "x64quantprecision": "1"}
@@ -85,7 +85,7 @@ def multiply(session: onnxruntime.InferenceSession, x: np.ndarray) -> np.ndarray
 
 
 def test_saturation_is_foreseen(tmp_path: Path) -> None:
-    """On any CPU: plain ONNX Runtime is exact where the product takes it to be."""
+    """On any CPU, plain ONNX Runtime is exact if and only if the product expects it to be."""
     y = multiply(plain(integer_product(tmp_path / "model.onnx")), BYTES)
     assert np.array_equal(y, EXACT) == (not cpu.saturates())
 
@@ -97,7 +97,7 @@ def test_other_bits_of_a_single_row_are_foreseen(tmp_path: Path) -> None:
 
 
 def test_integer_products_are_exact(tmp_path: Path) -> None:
-    """As the product opens them here, and as it would on a CPU that saturates."""
+    """Opened as on this CPU, and as on a CPU that saturates."""
     path = integer_product(tmp_path / "model.onnx")
     for session in (open_session(path, session_options(1)), rewritten_session(path)):
         for rows in (1, 2, 7, 300):
@@ -106,7 +106,7 @@ def test_integer_products_are_exact(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_4_bit_products_keep_a_rows_bits(tmp_path: Path, threads: int) -> None:
-    """Threads take 128 rows each: 129 and 257 leave one alone. Rows are tokens of one sequence, or sequences."""
+    """Threads take 128 rows each: 129 and 257 rows leave a single one. Rows are tokens of a sequence, or sequences."""
     path = four_bit_product(tmp_path / "model.onnx")
     many = multiply(plain(path, threads), ROWS[None])[0]  # the bits of plain ONNX Runtime for several rows
     for session in (open_session(path, session_options(threads)), rewritten_session(path, threads)):

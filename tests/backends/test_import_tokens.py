@@ -1,4 +1,4 @@
-"""Image tokens from outside: NumPy arrays and DLPack tensors, copied, in a type that NumPy may lack."""
+"""Tests image tokens from outside: NumPy arrays and DLPack tensors are copied, also in types that NumPy lacks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ONNX Runtime backend on real tiny engines: parity with the reference, slots, limits, broken files."""
+"""Tests the ONNX Runtime backend on real tiny engines: parity with the reference, slots, limits, broken files."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def greedy(backend: StepBackend, request: StepRequest, logits: np.ndarray, count
 def test_slots_are_independent_of_their_neighbours_bit_for_bit(
     backend: StepBackend, engine: Directory, name: str
 ) -> None:
-    """Prefill through a slot's view and decode in a batch of three: the logits are those of a request alone."""
+    """Prefill in any slot and decode in a batch of three: the logits equal those of the request alone."""
     prompts = [("Hello", []), ("What is <image>?", [3]), ("Compare <image> with <image>.", [1, 5])]
     requests = [StepRequest(backend, engine(name), text, tiles, seed) for seed, (text, tiles) in enumerate(prompts)]
     steps = np.random.default_rng(0).integers(0, 256, (4, 3))
@@ -204,7 +204,7 @@ def test_encodes_more_tiles_than_are_run_at_once(backend: StepBackend, name: str
 @pytest.mark.parametrize("file", ["decoder.onnx", "decoder.onnx.data", "vision_encoder.onnx", "cross_kv.onnx.data"])
 @pytest.mark.parametrize("damage", ["truncated", "missing", "corrupt"])
 def test_broken_files_are_one_line(engine: Directory, tmp_path: Path, file: str, damage: str) -> None:
-    """As met behind Engine.open, which hashes small files only: a file damaged after the check, or a large one."""
+    """A file can be damaged after Engine.open has checked it, or be so large that Engine.open does not hash it."""
     sound = Engine.open(engine("nvlm-x-tiny"))
     shutil.copytree(sound.path, tmp_path / "engine")
     path = tmp_path / "engine" / file

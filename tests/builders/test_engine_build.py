@@ -1,4 +1,4 @@
-"""Building an engine: what is published, what is refused, and that nothing is left when it fails."""
+"""Tests builds of engines: the published files, refused inputs, and that a failed build leaves nothing."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_smoke_test_refuses_weights_that_are_not_finite(
 
 
 def test_smoke_test_never_generates_the_image_token(checkpoint: Directory, tmp_path: Path) -> None:
-    """Which would need an image token to stand in its place."""
+    """The decoder would replace a generated placeholder by an image embedding, and there is none."""
     with Checkpoint.open(checkpoint("nvlm-d-tiny")) as opened:
         image_token = opened.config.image_token_id
 
@@ -166,7 +166,7 @@ def test_smoke_test_never_generates_the_image_token(checkpoint: Directory, tmp_p
 def test_a_tensor_that_no_graph_reads_fails_the_build(
     checkpoint: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As when the layout learns of a tensor and the graphs do not."""
+    """This happens when a tensor is added to the layout and not to the graphs."""
     name = "language_model.model.layers.0.self_attn.sinks"
 
     def extended(config: NvlmConfig) -> Shapes:
@@ -212,7 +212,7 @@ class MadeOnDemand:
 
 
 class WeightsOnDemand:
-    """`WeightSource` of a model that exists nowhere."""
+    """Implements `WeightSource` without any file: makes the weights when they are read."""
 
     def __init__(self, config: NvlmConfig) -> None:
         self.shapes = checkpoint_layout(config)
@@ -222,7 +222,7 @@ class WeightsOnDemand:
 
 
 class OneForAll:
-    """A calibration of that same model."""
+    """Replaces the calibration of that model."""
 
     def of(self, weight: str, inputs: int) -> LinearInput:
         return LinearInput(abs_max=1, clip=1, channels=[1] * inputs)
@@ -276,7 +276,7 @@ def test_memory_does_not_grow_with_a_tensor(
 
 
 def copy_checkpoint(source: Path, target: Path, edit: Callable[[str, np.ndarray], np.ndarray], **changes: Any) -> Path:
-    """A checkpoint with edited tensors and config fields; tensors that the new config has no use for are left out."""
+    """Copies a checkpoint with edited tensors and config fields, without tensors that the new config does not need."""
     with Checkpoint.open(source) as checkpoint:
         config = replace(checkpoint.config, **changes)
         kept = [name for name in checkpoint.names if name in checkpoint_layout(config)]

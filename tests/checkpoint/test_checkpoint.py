@@ -1,4 +1,4 @@
-"""Checkpoints: what is written is read back, every tensor is accounted for, broken files are named."""
+"""Tests checkpoints: written values are read back, every tensor is taken once, messages name broken files."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def take_all(checkpoint: Checkpoint) -> Tensors:
 
 
 def assert_rows_of_the_whole(checkpoint: Checkpoint, name: str) -> None:
-    """Any rows of a tensor, as they are in the whole."""
+    """Asserts that any rows of a tensor equal those rows of the whole tensor."""
     tensor = checkpoint.take(name)
     whole = tensor.load()
     count = len(whole)
@@ -165,7 +165,7 @@ class TestRoundTrip:
             )
 
     def test_reads_that_return_less_than_asked_for(self, written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """As the kernel may, when interrupted or asked for more than 2 GiB."""
+        """The kernel returns less when it is interrupted or asked for more than 2 GiB."""
         read = os.preadv
         monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: read(fd, [buffers[0][:100]], offset))
         with Checkpoint.open(written) as checkpoint:
@@ -173,7 +173,7 @@ class TestRoundTrip:
         for name, tensor in random_tensors().items():
             np.testing.assert_array_equal(loaded[name], tensor.astype(np.float32))
 
-    def test_rows_are_a_look_that_does_not_count(self, written: Path) -> None:
+    def test_reading_rows_does_not_take_a_tensor(self, written: Path) -> None:
         with Checkpoint.open(written) as checkpoint:
             rows = checkpoint.rows(EMBEDDING, [31, 0, 31])
             table = take_all(checkpoint)[EMBEDDING]
@@ -373,7 +373,7 @@ class TestBrokenFiles:
 class TestWriting:
     @pytest.fixture
     def parent(self, tmp_path: Path) -> Path:
-        """A folder that has to be empty after a write that failed."""
+        """Returns a folder, and asserts at the end that it is empty: a failed write leaves nothing."""
         parent = tmp_path / "parent"
         parent.mkdir()
         return parent
@@ -467,7 +467,7 @@ class TestDigest:
         assert len(digests) == 3
 
     def test_a_large_checkpoint_is_sampled(self, written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """With small blocks in place of 4 GiB: first and last bytes of every tensor count, some between do not."""
+        """With small blocks instead of 4 GiB: the first and last bytes of every tensor count, some between do not."""
         monkeypatch.setattr("nvlm_trt.checkpoint.reader._FULL_DIGEST_BYTES", 0)
         monkeypatch.setattr("nvlm_trt.checkpoint.reader._SAMPLE_BYTES", 2)
         monkeypatch.setattr("nvlm_trt.checkpoint.reader._SAMPLES", 5)

@@ -1,4 +1,4 @@
-"""The engine directory: published whole or not at all, and checked before it is loaded."""
+"""Tests the engine directory: it is published whole or not at all, and checked before it is loaded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nvlm_trt.staging import storage_errors
 
 @pytest.fixture
 def copy(tmp_path: Path, engine) -> Path:
-    """A copy of a real engine that a test may damage."""
+    """Copies a real engine, so that a test may damage the copy."""
     return Path(shutil.copytree(engine("nvlm-h-tiny"), tmp_path / "engine"))
 
 
@@ -40,7 +40,7 @@ def test_a_built_engine_opens_and_lists_every_file(copy: Path) -> None:
 
 
 def test_the_digest_follows_weights_and_precision_alone(copy: Path) -> None:
-    """It is part of image cache keys: another number of slots must not change it."""
+    """The digest is part of image cache keys: another number of slots must not change it."""
     digests = [Engine.open(copy).digest]
     limits = EngineLimits(max_slots=1).model_dump()
     for changes in ({"limits": limits}, {"precision": {"decoder": "int8"}}, {"checkpoint_digest": "0"}):

@@ -1,4 +1,4 @@
-"""Decoding of every mode and format that we accept, and the one-line errors for what we do not."""
+"""Tests decoding of all accepted modes and formats, and the one-line errors for other files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tile sheets: what is drawn, against Pillow's own resize and crop; where it is drawn; what is refused."""
+"""Tests tile sheets: drawn pixels against Pillow's own resize and crop, layout, and refused arguments."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def pillows_tiles(image: Image.Image, tile_size: int, grid: tuple[int, int]) -> 
 
 
 def blocks(tile: Image.Image, times: int) -> np.ndarray:
-    """Every pixel as a square of times x times, without Pillow's resize."""
+    """Enlarges every pixel to a square of times x times, without Pillow's resize."""
     return np.asarray(tile).repeat(times, axis=0).repeat(times, axis=1)
 
 
@@ -135,7 +135,7 @@ def test_one_tile_is_its_own_thumbnail(size: tuple[int, int], max_tiles: int) ->
 
 @pytest.fixture
 def drawn_texts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Box]]:
-    """Every text that is drawn from here on, with the box that its glyphs fill."""
+    """Records every text that is drawn from now on, with the box that its glyphs fill."""
     texts: list[tuple[str, Box]] = []
     draw_text: Callable[..., None] = ImageDraw.ImageDraw.text
 
@@ -194,7 +194,7 @@ def _assert_apart(
 
 
 def test_labels_leave_ink() -> None:
-    """The recorded texts above are really drawn: dark pixels where each label stands, none where none does."""
+    """The texts recorded in other tests are really drawn: each label has dark pixels, other places have none."""
     layout = layout_sheet((504, 336), 56, 6)
     sheet = np.asarray(draw_tile_sheet(Image.new("RGB", (504, 336), "white"), 56, 6).convert("L"))
     width = ImageFont.load_default(layout.text_size).getlength("<tile_1>")

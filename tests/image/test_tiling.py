@@ -1,4 +1,4 @@
-"""Grids, tiles and image keys, against transformers' GotOcr2 processor, which follows the same InternVL rule."""
+"""Tests grids, tiles and image keys against transformers' GotOcr2 processor, which follows the same InternVL rule."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_grid_is_that_of_transformers(width: int, height: int, tile_size: int, m
 @pytest.mark.parametrize("grid", [choose_grid, reference_grid])
 @pytest.mark.parametrize("max_tiles", range(1, 13))
 def test_ties_are_those_of_transformers(max_tiles: int, grid: Callable[[int, int, int, int], tuple[int, int]]) -> None:
-    """Images of every grid's own shape and half way between two, which random sizes seldom are."""
+    """Images with the shape of a grid or half way between two grids; random sizes seldom have such a shape."""
     sides = range(1, max_tiles + 1)
     ratios = sorted({Fraction(i, j) for i, j in itertools.product(sides, sides) if i * j <= max_tiles})
     half_way = [(low + high) / 2 for low, high in itertools.pairwise(ratios)]

@@ -1,4 +1,4 @@
-"""One real server per architecture and session."""
+"""Starts one real server per architecture and session."""
 
 from __future__ import annotations
 

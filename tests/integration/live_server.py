@@ -37,7 +37,7 @@ class HasMetrics(Protocol):
 
 
 def metric(server: HasMetrics, name: str) -> float:
-    """The sum of a metric over its labels."""
+    """Reads a metric, summed over its labels."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(server.metrics_address) as response:
         text = response.read().decode()
@@ -47,7 +47,7 @@ def metric(server: HasMetrics, name: str) -> float:
 
 
 def ask_raw(server: TritonServer, request: service_pb2.ModelInferRequest) -> list[Delta]:
-    """Send a message as it is. Raises what the error in the answer stands for."""
+    """Sends a message unchanged. Raises the exception that an error response stands for."""
     with grpc.insecure_channel(server.address.removeprefix("grpc://")) as channel:
         responses = list(service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelStreamInfer(iter([request])))
     return [delta for delta in map(delta_of, responses) if delta is not None]
@@ -61,7 +61,7 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float = 20) ->
 
 
 def wait_until_idle(server: TritonServer) -> None:
-    """Afterwards the metrics count all that has ended; the two requests that every server begins with, too."""
+    """Waits until the metrics count all requests that have ended, the two requests of the server's start included."""
     wait_until(lambda: metric(server, "nvlm_finished_requests_total") >= 2, "the first requests are counted")
     wait_until(lambda: metric(server, "nvlm_open_requests") == 0, "no open requests")
     wait_until(lambda: metric(server, "nvlm_active_slots") == 0, "no active slots")

@@ -114,7 +114,7 @@ def test_the_ensemble_called_directly_streams_the_same_answer(name: str, served:
         expected = client.generate(messages=CONVERSATION, images=images, sampling=GREEDY)
     assert [t for delta in deltas for t in delta.token_ids] == expected.token_ids
     assert len(deltas) > 1
-    # what clients bring along as image tokens must not become others' images
+    # image tokens that a client sends must not become the cached image of another client
     assert expected.usage is not None
     assert expected.usage.cached_images == 0
 
@@ -143,7 +143,7 @@ def test_an_image_seen_before_skips_tiling_and_encoding(served: ServerByName) ->
 
 
 def test_tiles_of_several_requests_are_encoded_as_one_batch(served: ServerByName) -> None:
-    """Triton merges what waits while the encoder is busy, so requests are sent until some have met there."""
+    """Triton batches the tiles that wait while the encoder is busy, so requests are sent until a batch has several."""
     server = served("nvlm-d-tiny")
     statistics = tritonclient.grpc.InferenceServerClient(server.address.removeprefix("grpc://"))
 
@@ -168,7 +168,7 @@ def test_tiles_of_several_requests_are_encoded_as_one_batch(served: ServerByName
 
 
 def test_another_client_library_gets_the_answer(served: ServerByName) -> None:
-    """NVIDIA's own client, with the tensors that the model's configuration names."""
+    """NVIDIA's own client sends the tensors that the model's configuration names."""
     server = served("nvlm-h-tiny")
     client = tritonclient.grpc.InferenceServerClient(server.address.removeprefix("grpc://"))
 

@@ -38,7 +38,7 @@ def png(width: int, height: int) -> bytes:
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and has no pixels."""
+    """Makes a PNG whose header states a size, without pixels."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
     return b"\x89PNG\r\n\x1a\n" + chunk + png(1, 1)[33:]
@@ -133,7 +133,7 @@ def test_an_unknown_input_is_an_error(server: TritonServer) -> None:
 
 
 def test_image_tokens_from_outside_are_checked(server: TritonServer) -> None:
-    """Tensors that only the ensemble is meant to send must not be able to harm either."""
+    """Clients may send tensors that only the ensemble should send: they must not do harm."""
     request = infer_request("Hi")
     request.inputs.add(name="image_tokens", datatype="FP32", shape=[2, 16, 192])
     request.raw_input_contents.append(bytes(2 * 16 * 192 * 4))

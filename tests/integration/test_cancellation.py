@@ -1,4 +1,4 @@
-"""A request that nobody waits for any more gives its slot back, however its client leaves."""
+"""Tests that a request frees its slot when its client leaves, in whatever way."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_cancelled_stream_frees_its_slot_within_one_step(server: TritonServer)
             stream.close()
     wait_until_idle(server)
     assert metric(server, "nvlm_finished_requests_total") - finished_before == SLOTS + 1
-    # between the notice of a cancel and the end of its request lies the step that was running: one token at most
+    # the step that runs when a cancellation is noticed adds one token at most
     assert metric(server, "nvlm_late_tokens_total") - late_before <= SLOTS
 
 

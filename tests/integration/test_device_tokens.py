@@ -1,7 +1,8 @@
-"""The models of an engine for TensorRT in a real tritonserver on a CPU: bfloat16 by DLPack from `tiling` to `nvlm`.
+"""Tests the models of an engine for TensorRT in a real tritonserver on a CPU: bfloat16 by DLPack from `tiling` to
+`nvlm`.
 
-The plan's place is taken by a python model with the tensors of its config.pbtxt, and GPU instances become CPU
-instances, whose tokens lie in host memory. The rest is what is rendered for TensorRT.
+A python model with the tensors of its config.pbtxt replaces the plan, and CPU instances replace GPU instances, so image
+tokens are in host memory. The rest is rendered as for TensorRT.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`nvlm-trt eval --url` against a real tritonserver, also one that dies in the middle."""
+"""Tests `nvlm-trt eval --url` against a real tritonserver, also against one that dies in the middle."""
 
 from __future__ import annotations
 

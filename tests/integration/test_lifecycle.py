@@ -58,7 +58,7 @@ class ServeCommand:
         self.process.send_signal(number)
 
     def end(self) -> tuple[int, str]:
-        """Exit status and stderr."""
+        """Waits for the end of the process. Returns exit status and stderr."""
         _, errors = self.process.communicate(timeout=60)
         return self.process.returncode, errors
 
@@ -193,7 +193,7 @@ def test_a_port_in_use_is_named(serve: Callable[..., ServeCommand]) -> None:
 
 
 def test_an_engine_that_cannot_be_loaded_is_explained(engine: Callable[[str], Path], tmp_path: Path) -> None:
-    """The hashes match a file that is no graph: only the model's own process can tell."""
+    """The file is no graph, but its hash matches the manifest: only the process of the model finds the fault."""
     broken = tmp_path / "engine"
     shutil.copytree(engine(ENGINE), broken)
     (broken / "decoder.onnx").write_bytes(b"not a graph")

@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU: the default backend."""
+"""Describes the default backend: ONNX Runtime on the CPU."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 NAME = "onnxruntime"
 PREFILL_CHUNK = 256
-ENCODE_TILES = 2  # one tile fills the cores already, more only take memory
+ENCODE_TILES = 2  # one tile uses all cores already, more tiles only take memory
 
-# Quantised vision encoders and projectors misread small print, so they stay in fp32 unless asked for. The errors of
-# lm_head reach the answer directly, but a step reads all of it: its weights have 8 bits, and its activations are not
-# quantised by a calibration unless asked for.
+# Quantised vision encoders and projectors misread small print, so both stay in fp32 unless the user quantises them.
+# The errors of lm_head reach the answer directly, but each step reads all its weights: lm_head has 8-bit weights, and
+# its activations stay in floating point unless the user quantises them.
 # fmt: off
 PRECISIONS = PrecisionTable(NAME, default="fp32", names={
     # name               vision_encoder projector decoder           lm_head             cross_attention

@@ -1,7 +1,7 @@
-"""ONNX Runtime on the CPU: one session per component, caches in numpy arrays that the sessions update in place.
+"""Runs an engine with ONNX Runtime on the CPU: one session per stage, caches in NumPy arrays, updated in place.
 
-A slot is a row of every cache. A pointer to cache[lo:hi] is bound as input and output of the decoder, so the new keys
-and values are written where they belong and nothing is copied: [slot:slot + 1] to prefill one slot, [0:n] to decode.
+A slot is a row of every cache. A pointer to cache[lo:hi] is bound as input and as output of the decoder, so the decoder
+writes new keys and values into the cache itself: [slot:slot + 1] to prefill one slot, [0:n] to decode.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ class OnnxRuntimeBackend:
         self._cache = _allocate(self.config, self.limits) if "decoder" in self._sessions else {}
         self._logits = np.empty((self.limits.max_slots, self.config.llm.vocab_size), np.float32)
         self._no_embeddings = np.empty((0, self.config.llm.hidden_size), np.float32)
-        self._bindings: dict[tuple[int, int], IOBinding] = {}  # by first slot and the one after the last
+        self._bindings: dict[tuple[int, int], IOBinding] = {}  # by first slot and last slot + 1
 
     # --- images ------------------------------------------------------------------------------------------------------
 
     def encode(self, pixel_values: FloatArray) -> FloatArray:
-        """[tiles, 3, E, E] -> image tokens [tiles, T, hidden]."""
+        """Encode pixel_values [tiles, 3, E, E] into image tokens [tiles, T, hidden]."""
         pixel_values = np.ascontiguousarray(pixel_values, np.float32)
         image_tokens = np.empty(
             (len(pixel_values), self.config.tokens_per_tile, self.config.llm.hidden_size), np.float32
@@ -81,10 +81,10 @@ class OnnxRuntimeBackend:
         return host_array(tokens).copy()
 
     def features(self, image_tokens: BackendArray) -> ImageFeatures:
-        """[tiles, T, hidden] of one image -> its features."""
+        """Compute the features of one image from its image tokens [tiles, T, hidden]."""
         tokens = host_array(image_tokens)
         in_llm, in_cross = split_tiles(self.config.architecture, len(tokens))
-        # a copy: a view would keep the tokens of all tiles in memory for as long as the features are cached
+        # copied: a view would keep the tokens of all tiles in memory as long as the features are cached
         embeddings = tokens[in_llm].reshape(-1, tokens.shape[2]).copy()  # [m, hidden]
         embeddings.flags.writeable = False
         cross_kv = None
@@ -94,7 +94,8 @@ class OnnxRuntimeBackend:
         return ImageFeatures(embeddings, cross_kv, len(tokens))
 
     def cross_kv(self, image_tokens: FloatArray) -> FloatArray:
-        """One image's cross-attended tiles [n, T, hidden] -> [cross layers, 2, kv_heads, C, head_dim]."""
+        """Compute keys and values [cross layers, 2, kv_heads, C, head_dim] of the cross-attended tiles [n, T, hidden]
+        of one image."""
         image_tokens = np.ascontiguousarray(image_tokens, np.float32)
         check_cross_tiles(self.config, len(image_tokens))
         with self._errors("cross_kv"):
@@ -103,13 +104,13 @@ class OnnxRuntimeBackend:
         return stacked.reshape(-1, 2, *stacked.shape[1:])
 
     def _run_cross_kv(self, image_tokens: FloatArray) -> list[FloatArray]:
-        """Key and value of every layer in turn, [kv_heads, C, head_dim] each."""
+        """Return key and value of each layer in turn, [kv_heads, C, head_dim] each."""
         return self._session("cross_kv").run(None, {"image_tokens": image_tokens})
 
     # --- slots -------------------------------------------------------------------------------------------------------
 
     def write_cross_kv(self, slot: int, start: int, features: ImageFeatures) -> None:
-        """Copy [cross layers, 2, kv_heads, C, head_dim] into a slot from token `start` on."""
+        """Copy keys and values [cross layers, 2, kv_heads, C, head_dim] into a slot from token `start` on."""
         stop = start + features.cross_tokens
         self.limits.check_cross_tokens(stop)
         if features.cross_kv is None:
@@ -119,22 +120,22 @@ class OnnxRuntimeBackend:
             self._cache[f"cross_value.{j}"][slot, :, start:stop] = value
 
     def embeddings(self, images: Sequence[ImageFeatures], start: int, stop: int) -> FloatArray:
-        """Rows start .. stop - 1 of all images' embeddings -> [M, hidden]."""
+        """Return rows start .. stop - 1 of the concatenated embeddings of all images: [M, hidden]."""
         rows = [host_array(part) for part in embedding_rows(images, start, stop)]
         return rows[0] if len(rows) == 1 else np.concatenate([self._no_embeddings, *rows])
 
     def prefill(
         self, slot: int, position: int, input_ids: IntArray, embeddings: BackendArray, cross_ranges: RangeArray
     ) -> FloatArray:
-        """input_ids [S] of one slot from `position` on -> the last token's logits [vocab]."""
+        """Run input_ids [S] of one slot from `position` on. Returns the logits [vocab] of the last token."""
         return self._step(slot, input_ids[None], np.array([position]), embeddings, cross_ranges[None])[0].copy()
 
     def decode(self, input_ids: IntArray, positions: IntArray, cross_ranges: RangeArray) -> FloatArray:
-        """One token of each of the slots 0 .. n-1 -> logits [n, vocab], valid until the next call."""
+        """Run one token of each slot 0 .. n-1. Returns logits [n, vocab], valid until the next call."""
         return self._step(0, input_ids[:, None], positions, self._no_embeddings, cross_ranges[:, None])
 
     def move_slot(self, source: int, target: int, length: int, cross_length: int) -> None:
-        """Copy the tokens in use of one slot over another."""
+        """Copy the used part of one slot to another."""
         for name, cache in self._cache.items():
             used = cross_length if name.startswith("cross_") else length
             cache[target, :, :used] = cache[source, :, :used]
@@ -147,8 +148,8 @@ class OnnxRuntimeBackend:
         embeddings: BackendArray,
         cross_ranges: RangeArray,
     ) -> FloatArray:
-        """input_ids [B, S], positions [B], embeddings [M, hidden], cross_ranges [B, S, 2] of slots first_slot ...
-        Returns logits [B, vocab]."""
+        """Run input_ids [B, S], positions [B], embeddings [M, hidden], cross_ranges [B, S, 2] of the B slots from
+        first_slot on. Returns logits [B, vocab]."""
         batch, tokens = input_ids.shape
         check_embeddings(int(np.count_nonzero(input_ids == self.config.image_token_id)), len(embeddings))
         self.limits.check_sequence(int(positions.max()) + tokens)
@@ -169,7 +170,7 @@ class OnnxRuntimeBackend:
     # --- sessions and buffers ----------------------------------------------------------------------------------------
 
     def _decoder_binding(self, first: int, stop: int) -> IOBinding:
-        """The caches and logits of slots first .. stop-1, bound once per range of slots."""
+        """Bind the caches and logits of slots first .. stop-1, once per range of slots."""
         if (first, stop) not in self._bindings:
             binding = self._session("decoder").io_binding()
             for name, cache in self._cache.items():
@@ -216,7 +217,9 @@ class OnnxRuntimeBackend:
 
 
 def _allocate(config: NvlmConfig, limits: EngineLimits) -> dict[str, FloatArray]:
-    """The decoder's caches by input name, a row per slot. Zeros are mapped lazily: memory is taken as slots fill."""
+    """Allocate the decoder's caches by input name, one row per slot.
+
+    The operating system maps pages of zeros when they are written, so memory is taken as slots fill."""
     llm = config.llm
     shape = (limits.max_slots, llm.num_kv_heads, limits.max_seq_len, llm.head_dim)
     cross_tokens = cache_length(limits.max_image_tokens)

@@ -1,4 +1,4 @@
-"""The steps of a build for ONNX Runtime: graphs in the forms that it runs fastest."""
+"""Implements the steps of a build for ONNX Runtime: graphs in the forms that it runs fastest."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class OnnxRuntimeSteps:
 
 
 def write_graphs(source: EngineSource, progress: Progress, directory: Path, recipe: Recipe) -> None:
-    """Write one ONNX file per stage; every tensor of the checkpoint is in one of them."""
+    """Write one ONNX file per stage. Together they hold every tensor of the checkpoint."""
     config, linear = source.config, recipe.weight_format
     with Checkpoint.open(source.checkpoint_dir) as checkpoint:
         weights = MigratedWeights(checkpoint, recipe.factors)
@@ -70,9 +70,9 @@ def write_graphs(source: EngineSource, progress: Progress, directory: Path, reci
 
 
 def calibrate(job: BuildJob, samples: Sequence[Sample]) -> Calibration:
-    """Measure a calibration with a temporary engine that observes, beside the one that is built.
+    """Measure a calibration with a temporary observing engine, written beside the engine that is built.
 
-    Other backends calibrate here too: the scales belong to the checkpoint, not to the engine."""
+    All backends calibrate here: the scales belong to the checkpoint, not to the engine."""
     with temporary_sibling(job.staging) as directory:
         write_stages = partial(write_graphs, job.source, job.progress)
         write_engine(job.source, directory, OBSERVING, NAME, _TOOLS, write_stages)

@@ -1,7 +1,7 @@
 """Says which faults ONNX Runtime's kernels for x86 have on this CPU.
 
-ONNX Runtime chooses kernels by the same instruction sets (core/mlas/lib/platform.cpp). For other processors it has
-other kernels, of which no such fault is known."""
+ONNX Runtime chooses kernels by the same instruction sets (core/mlas/lib/platform.cpp). Its kernels for other processors
+have no such fault that is known."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ _AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 
 
 def saturates() -> bool:
-    """Return whether integer products are wrong: without VNNI, pairs of products of unsigned and signed bytes are added
+    """Return whether integer products saturate: without VNNI, pairs of products of unsigned and signed bytes are added
     up in 16 bits."""
     return _is_x86() and not any(names <= flags() for names in _DOT_PRODUCTS)
 
 
 def single_rows_differ() -> bool:
-    """Return whether a row times 4-bit weights has other bits alone than among others: without AVX-512, one row has a
-    kernel of its own."""
+    """Return whether a single row times 4-bit weights gives other bits than the same row among others: without AVX-512,
+    single rows have a kernel of their own."""
     return _is_x86() and not flags() >= _AVX512
 
 
 @functools.cache
 def flags() -> frozenset[str]:
-    """Return the first core's instruction sets by Linux' names, or none where there is no such list."""
+    """Return the instruction sets of the first core by their Linux names; none if Linux lists none."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

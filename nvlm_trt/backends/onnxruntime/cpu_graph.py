@@ -1,4 +1,4 @@
-"""Rewrites a stage's graph for CPUs on which ONNX Runtime's kernels have faults; other CPUs run the file as it is."""
+"""Rewrites the graph of a stage for CPUs on which ONNX Runtime's kernels have faults."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from google.protobuf.message import DecodeError
 from onnx import GraphProto, ModelProto, NodeProto
 from onnx.parser import parse_function
 
-# Multiplies the first row of each matrix twice where a row would be alone: two rows or more have a kernel whose bits do
-# not depend on their number. Threads take 128 rows each, so 129 rows leave one alone too.
+# Multiplies the first row of each matrix twice where a single row would be left: the kernel for two rows or more gives
+# the same bits for any number of rows. Each thread takes 128 rows, so 129 rows leave a single row too.
 _PAIRED = """
 <domain: "nvlm", opset_import: ["": {opset}, "com.microsoft": 1]>
 MatMulNBits <K, N, bits, block_size, accuracy_level> (x, values, scales) => (y)
@@ -35,9 +35,9 @@ MatMulNBits <K, N, bits, block_size, accuracy_level> (x, values, scales) => (y)
 
 
 def rewritten(path: Path, saturates: bool, single_rows_differ: bool) -> ModelProto | None:
-    """Return the graph of an ONNX file, its weights left on disk, as a CPU with these faults needs it.
+    """Return the graph of an ONNX file as a CPU with these faults needs it; its weights stay on disk.
 
-    None: the file serves as it is, or cannot be read, and ONNX Runtime will say why."""
+    Returns None if the file needs no change, or cannot be read: ONNX Runtime then says why."""
     try:
         content = path.read_bytes()  # without weights: small
         integer_products = saturates and b"MatMulIntegerToFloat" in content
@@ -55,10 +55,10 @@ def rewritten(path: Path, saturates: bool, single_rows_differ: bool) -> ModelPro
 
 
 def move_weights_into_branches(model: ModelProto) -> None:
-    """Give each branch of an If the weights of its integer products.
+    """Move the weights of integer products from the main graph into the branches of an If that use them.
 
-    The session option against saturation turns weights into unsigned bytes, which have a kernel that does not saturate,
-    but only weights of the graph that the node is in."""
+    The session option against saturation turns weights into unsigned bytes, whose kernel does not saturate, but it only
+    finds weights in the graph that the node is in."""
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     for graph in _branches(model.graph):
         for node in graph.node:
@@ -69,7 +69,7 @@ def move_weights_into_branches(model: ModelProto) -> None:
 
 
 def pair_single_rows(model: ModelProto) -> None:
-    """Multiply no row alone with 4-bit weights."""
+    """Make every product of 4-bit weights multiply at least two rows."""
     nodes = [node for graph in (model.graph, *_branches(model.graph)) for node in graph.node if _is_4_bit(node)]
     if not nodes:
         return

@@ -1,6 +1,6 @@
-"""Calibration: an observing engine answers samples through the real pipeline, tiling, prefill and decoding included.
+"""Measures a calibration: an observing engine answers samples through the whole pipeline (tiling, prefill, decoding).
 
-It answers as ever, and adds up what every run reports of the inputs of its linear layers.
+Its answers are those of an ordinary engine. Every run also reports the inputs of the linear layers, which are added up.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from nvlm_trt.prompt.tokenizer import Tokenizer
 from nvlm_trt.runtime.batcher import Batcher
 from nvlm_trt.runtime.pipeline import Pipeline
 
-_MAX_TOKENS = 16  # an answer's tokens are few beside a prompt's, and each takes a run
+_MAX_TOKENS = 16  # every token of an answer takes a run, and adds little to the many tokens of the prompt
 
 
 def observe(engine_dir: Path, samples: Sequence[Sample], progress: Progress) -> Calibration:
-    """Ask an engine of the recipe OBSERVING; what it answers is not looked at.
+    """Ask an engine of the recipe OBSERVING, and measure the inputs of its linear layers. Ignores the answers.
 
     Raises RequestError for a sample that the engine cannot hold, ImageError for an image that does not decode, and
     EngineError for inputs that are not finite or all zero."""
@@ -60,7 +60,7 @@ def observe(engine_dir: Path, samples: Sequence[Sample], progress: Progress) -> 
 
 
 class ObservingBackend(OnnxRuntimeBackend):
-    """Opened on an engine whose layers have the format Observer."""
+    """Runs an engine whose linear layers have the format Observer, and adds up their reports."""
 
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine, stages_of(engine.config), threads=None)
@@ -75,7 +75,7 @@ class ObservingBackend(OnnxRuntimeBackend):
     def linears(self) -> dict[str, LinearInput]:
         """Return the inputs seen so far, by layer, for the layers that were reached.
 
-        Raises EngineError for a layer whose inputs were not finite, or zero throughout."""
+        Raises EngineError for a layer whose inputs are not finite, or all zero."""
         return {name: _linear_input(name, channels, self._counts[name]) for name, channels in self._channels.items()}
 
     def _run_cross_kv(self, image_tokens: FloatArray) -> list[FloatArray]:
@@ -92,7 +92,7 @@ class ObservingBackend(OnnxRuntimeBackend):
         embeddings: BackendArray,
         cross_ranges: RangeArray,
     ) -> FloatArray:
-        # the blocks of an observing graph run always; what they make of text alone is thrown away, and not looked at
+        # an observing graph runs the gated blocks for text alone too, and discards their results: not measured
         self._cross_attends = bool((cross_ranges[..., 0] < cross_ranges[..., 1]).any())
         return super()._step(first_slot, input_ids, positions, embeddings, cross_ranges)
 
@@ -122,7 +122,7 @@ class ObservingBackend(OnnxRuntimeBackend):
 
 
 def _report_arrays(session: InferenceSession) -> dict[str, npt.NDArray[Any]]:
-    """Where a session's extra outputs are written."""
+    """Allocate the arrays that receive the extra outputs of a session."""
     outputs = session.get_outputs()
     return {
         output.name: np.zeros(output.shape, np.float32)
@@ -139,7 +139,7 @@ def _linear_input(name: str, channels: FloatArray, counts: npt.NDArray[np.int64]
         raise EngineError(
             f"calibration: the inputs of {name} are all zero, so they have no scale; build its component with fp32"
         )
-    # 6 digits are more than any scale is good for, and keep the file small
+    # a scale needs fewer than 6 digits, and 6 keep the file small
     rounded = [float(f"{value:.6g}") for value in channels]
     return LinearInput(
         abs_max=max(rounded), clip=float(f"{min(int8_clip(counts, abs_max), max(rounded)):.6g}"), channels=rounded

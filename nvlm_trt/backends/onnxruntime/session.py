@@ -1,4 +1,4 @@
-"""Sessions of ONNX Runtime on the CPU: their options, bindings by pointer, and errors."""
+"""Opens sessions of ONNX Runtime on the CPU, with their options, bindings by pointer, and errors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy.typing as npt
 from nvlm_trt.backends.onnxruntime import cpu
 from nvlm_trt.errors import EngineError
 
-# ONNX Runtime 1.32 keeps a telemetry session file unless told not to before it is imported.
+# ONNX Runtime 1.32 writes a telemetry session file unless this is set before its import.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import onnxruntime
@@ -31,14 +31,14 @@ RUNTIME_ERRORS = (
     RuntimeError,
 )
 
-# A thread without work waits this long before it sleeps, long enough for the gap between two operators. Unbounded
-# spinning would take the cores from other processes: beside a busy one, a decoding step took 1.7 times as long.
+# A thread without work spins for this time before it sleeps: longer than the gap between two operators. Unbounded
+# spinning takes cores from other processes: beside a busy process, a decoding step took 1.7 times as long.
 _SPIN_US = 100
 _CAN_BOUND_SPINNING = tuple(map(int, onnxruntime.__version__.split(".")[:2])) >= (1, 32)
 
 
 def session_options(threads: int | None) -> SessionOptions:
-    """Return the options of every session. `threads`: None is one per core that this process may use."""
+    """Return the options of every session. `threads` None: one per core that this process may use."""
     options = SessionOptions()
     options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
     options.inter_op_num_threads = 1
@@ -62,9 +62,9 @@ def open_session(path: Path, options: SessionOptions) -> InferenceSession:
 
 
 def _model(path: Path, options: SessionOptions) -> str | bytes:
-    """Return the file's name, or its graph rewritten for this CPU; adds to `options` where the weights are then.
+    """Return the name of the file, or its graph rewritten for this CPU; `options` then get the folder of the weights.
 
-    Raises EngineError where the graph must be rewritten and onnx is not installed."""
+    Raises EngineError if the graph must be rewritten and onnx is not installed."""
     if not _needs_rewriting(path):
         return str(path)
     try:
@@ -82,20 +82,20 @@ def _model(path: Path, options: SessionOptions) -> str | bytes:
 
 
 def _needs_rewriting(path: Path) -> bool:
-    """Whether the file, which holds no weights and is small, names an operator with a fault on this CPU."""
+    """Return whether the file names an operator that has a fault on this CPU."""
     if not (cpu.saturates() or cpu.single_rows_differ()):
         return False
     try:
-        content = path.read_bytes()
+        content = path.read_bytes()  # small: without weights
     except OSError:
-        return False  # ONNX Runtime says why
+        return False  # ONNX Runtime says why the file cannot be read
     return (cpu.saturates() and b"MatMulIntegerToFloat" in content) or (
         cpu.single_rows_differ() and b"MatMulNBits" in content
     )
 
 
 def bind_input(binding: IOBinding, name: str, array: npt.NDArray[Any]) -> None:
-    """By pointer: `array` is contiguous and outlives the run."""
+    """Bind an input by pointer: `array` is contiguous and outlives the run."""
     binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
 

@@ -1,4 +1,4 @@
-"""TensorRT on a GPU: plans built for one version of TensorRT and one compute capability."""
+"""Describes the backend TensorRT on a GPU, whose plans fit one version of TensorRT and one compute capability."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 NAME = "tensorrt"
 DEVICE = "cuda"
-PREFILL_CHUNK = 1024  # longer prompts are run in parts: activations take memory by the largest
+PREFILL_CHUNK = 1024  # longer prompts run in chunks: the largest chunk decides the memory of the activations
 
 # An engine has one floating-point type. fp16 overflows where bf16 does not, so bf16 is the default.
 # fmt: off
@@ -33,8 +33,8 @@ PRECISIONS = PrecisionTable(NAME, default="bf16", names={
 
 
 def _host_building(largest_stage: int, parameters: int, calibrated: bool) -> int:
-    """The builder holds its network's weights and those of the plan (developer guide, "The Build Phase"); a
-    calibration runs on the CPU in fp32."""
+    """Estimate the host memory of a build: the builder holds the weights of its network and those of the plan
+    (developer guide, "The Build Phase"); a calibration runs on the CPU in fp32."""
     return max(2 * largest_stage, 4 * parameters if calibrated else 0)
 
 

@@ -1,7 +1,8 @@
-"""TensorRT on a GPU: a plan per stage, caches on the GPU that the decoder updates in place.
+"""Runs an engine with TensorRT on a GPU: one plan per stage, caches on the GPU that the decoder updates in place.
 
-A slot is a row of every cache: rows [slot : slot + 1] are bound to prefill one, rows [0 : n] to decode. Prefill and
-decoding are two optimisation profiles; a decoding step of n slots is one CUDA graph, recorded when first needed.
+A slot is a row of every cache: rows [slot : slot + 1] are bound to prefill a slot, rows [0 : n] to decode n slots.
+Prefill and decoding are two optimisation profiles; a decoding step of n slots is one CUDA graph, recorded when it first
+runs.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ _PREFILL, _DECODE = 0, 1  # the decoder's optimisation profiles
 
 
 class TensorRtBackend:
-    """Implements `StepBackend`. Image tokens and features are torch's tensors on the GPU."""
+    """Implements `StepBackend`. Image tokens and features are torch tensors on the GPU."""
 
     def __init__(self, engine: Engine, stages: Collection[str], device: str) -> None:
-        """Raises EngineError without TensorRT or a GPU, for an engine of another version or GPU, and for want of
-        memory."""
+        """Load the stages. Raises EngineError without TensorRT or a GPU, for an engine of another TensorRT version or
+        GPU, and if memory does not suffice."""
         check_target(engine, find_target(device))
         self._record = record_of(engine)
         self._torch = import_torch()
@@ -62,7 +63,7 @@ class TensorRtBackend:
     # --- images ------------------------------------------------------------------------------------------------------
 
     def encode(self, pixel_values: FloatArray) -> BackendArray:
-        """[tiles, 3, E, E] -> image tokens [tiles, T, hidden]."""
+        """Encode pixel_values [tiles, 3, E, E] into image tokens [tiles, T, hidden]."""
         plan, torch = self._plan("vision_encoder"), self._torch
         shape = (len(pixel_values), self.config.tokens_per_tile, self.config.llm.hidden_size)
         most = self._record.profiles["vision_encoder"][0]["pixel_values"][-1][0]
@@ -72,36 +73,37 @@ class TensorRtBackend:
             for start in range(0, len(pixel_values), most):
                 pixels = self._upload(pixel_values[start : start + most])
                 plan.run(0, {"pixel_values": pixels, "image_tokens": rows[start : start + most]})
-                plan.stream.synchronize()  # before the pixels' memory is used again, and for whoever reads the tokens
+                plan.stream.synchronize()  # `pixels` may be freed now, and other streams may read the tokens
         return image_tokens
 
     def import_tokens(self, tokens: Any) -> BackendArray:
-        """Copy image tokens [tiles, T, hidden] from outside, in the engine's type."""
+        """Copy image tokens [tiles, T, hidden] from outside and convert them to the engine's type."""
         torch = self._torch
         source = torch.from_numpy(np.ascontiguousarray(tokens)) if isinstance(tokens, np.ndarray) else tokens
         copy: BackendArray = torch.from_dlpack(source).to(self._device, self._dtype, copy=True)
-        torch.cuda.current_stream(self._device).synchronize()  # the memory that was copied may be used again
+        torch.cuda.current_stream(self._device).synchronize()  # the owner of `tokens` may free them now
         return copy
 
     def features(self, image_tokens: BackendArray) -> ImageFeatures:
-        """[tiles, T, hidden] of one image -> its features, which stay on the GPU."""
+        """Compute the features of one image from its image tokens [tiles, T, hidden]. Both stay on the GPU."""
         tokens: Any = image_tokens
         in_llm, in_cross = split_tiles(self.config.architecture, len(tokens))
-        # a copy: a view would keep the tokens of all tiles in memory for as long as the features are cached
+        # copied: a view would keep the tokens of all tiles in memory as long as the features are cached
         embeddings = tokens[in_llm].reshape(-1, tokens.shape[2]).clone()  # [m, hidden]
         self._torch.cuda.current_stream(self._device).synchronize()
         crossed = tokens[in_cross]
         return ImageFeatures(embeddings, self.cross_kv(crossed) if len(crossed) else None, len(tokens))
 
     def cross_kv(self, image_tokens: Any) -> BackendArray:
-        """One image's cross-attended tiles [n, T, hidden] -> [cross layers, 2, kv_heads, C, head_dim]."""
+        """Compute keys and values [cross layers, 2, kv_heads, C, head_dim] of the cross-attended tiles [n, T, hidden]
+        of one image."""
         check_cross_tiles(self.config, len(image_tokens))
         plan, torch = self._plan("cross_kv"), self._torch
         layers = len(self.config.cross_layers)
         with torch.cuda.stream(plan.stream):
             tensors = {"image_tokens": self._upload(image_tokens)}
             shape = plan.output_shape(0, tensors, "cross_key.0")  # [kv_heads, C, head_dim]
-            # one by one: TensorRT wants addresses that are multiples of 256, as those of allocations are
+            # allocated one by one: TensorRT needs addresses that are multiples of 256, and allocations have them
             names = [f"cross_{kind}.{j}" for j in range(layers) for kind in ("key", "value")]
             outputs = {name: torch.empty(shape, dtype=self._dtype, device=self._device) for name in names}
             plan.run(0, tensors | outputs)
@@ -112,7 +114,7 @@ class TensorRtBackend:
     # --- slots -------------------------------------------------------------------------------------------------------
 
     def write_cross_kv(self, slot: int, start: int, features: ImageFeatures) -> None:
-        """Copy [cross layers, 2, kv_heads, C, head_dim] into a slot from token `start` on, from GPU to GPU."""
+        """Copy keys and values [cross layers, 2, kv_heads, C, head_dim] into a slot from `start` on, within the GPU."""
         stop = start + features.cross_tokens
         self.limits.check_cross_tokens(stop)
         if features.cross_kv is None:
@@ -122,10 +124,10 @@ class TensorRtBackend:
             for j, (key, value) in enumerate(self._upload(features.cross_kv)):
                 self._cache[f"cross_key.{j}"][slot, :, start:stop] = key
                 self._cache[f"cross_value.{j}"][slot, :, start:stop] = value
-            stream.synchronize()  # the features may be given up while the copy is queued
+            stream.synchronize()  # the caller may free the features now
 
     def embeddings(self, images: Sequence[ImageFeatures], start: int, stop: int) -> BackendArray:
-        """Rows start .. stop - 1 of all images' embeddings -> [M, hidden]."""
+        """Return rows start .. stop - 1 of the concatenated embeddings of all images: [M, hidden]."""
         torch = self._torch
         none = torch.empty((0, self.config.llm.hidden_size), dtype=self._dtype, device=self._device)
         with torch.cuda.stream(self._plan("decoder").stream):
@@ -135,7 +137,7 @@ class TensorRtBackend:
     def prefill(
         self, slot: int, position: int, input_ids: IntArray, embeddings: BackendArray, cross_ranges: RangeArray
     ) -> FloatArray:
-        """input_ids [S] of one slot from `position` on -> the last token's logits [vocab]."""
+        """Run input_ids [S] of one slot from `position` on. Returns the logits [vocab] of the last token."""
         is_image = input_ids == self.config.image_token_id
         check_embeddings(int(is_image.sum()), len(embeddings))
         self.limits.check_sequence(position + len(input_ids))
@@ -158,12 +160,12 @@ class TensorRtBackend:
                 if len(images):
                     tensors["image_tokens"].copy_(images)
                 plan.run(_PREFILL, tensors | self._rows(slot, slot + 1))
-                plan.stream.synchronize()  # before the step's memory is used again
+                plan.stream.synchronize()  # the next chunk may reuse this chunk's memory now
             logits: FloatArray = _numpy(tensors["logits"])[0]
             return logits
 
     def decode(self, input_ids: IntArray, positions: IntArray, cross_ranges: RangeArray) -> FloatArray:
-        """One token of each of the slots 0 .. n-1 -> logits [n, vocab], valid until the next call."""
+        """Run one token of each slot 0 .. n-1. Returns logits [n, vocab], valid until the next call."""
         slots = len(input_ids)
         check_embeddings(int((input_ids == self.config.image_token_id).sum()), 0)
         self.limits.check_sequence(int(positions.max()) + 1)
@@ -178,14 +180,14 @@ class TensorRtBackend:
             tensors = recorded[1] if recorded else self._step_tensors(slots, 1, 1)
             self._fill(tensors, step)
             if recorded is None:
-                # the run before recording writes the very keys and values that the replay writes again
+                # recording runs the step once: it writes the same keys and values that the replay writes again
                 recorded = plan.record(_DECODE, tensors | self._rows(0, slots)), tensors
                 self._graphs[slots] = recorded
             recorded[0].replay()
             return _numpy(tensors["logits"])
 
     def move_slot(self, source: int, target: int, length: int, cross_length: int) -> None:
-        """Copy the tokens in use of one slot over another."""
+        """Copy the used part of one slot to another."""
         with self._torch.cuda.stream(self._plan("decoder").stream):
             for name, cache in self._cache.items():
                 used = cross_length if name.startswith("cross_") else length
@@ -208,7 +210,7 @@ class TensorRtBackend:
             plan.close()
         self._plans.clear()
         self._cache.clear()
-        self._torch.cuda.empty_cache()  # TensorRT's builder, for one, allocates beside torch
+        self._torch.cuda.empty_cache()  # others allocate without torch, TensorRT's builder for example
 
     def to_host(self, array: BackendArray) -> FloatArray:
         return _numpy(array)
@@ -231,7 +233,9 @@ class TensorRtBackend:
             )
 
     def _allocate(self) -> None:
-        """The decoder's caches by input name, a row per slot; zeros, since attention may multiply what is not used."""
+        """Allocate the decoder's caches by input name, one row per slot.
+
+        The caches start as zeros, because attention may multiply the unused part by 0, and 0 times NaN is NaN."""
         largest = {name: shapes[-1] for name, shapes in self._record.profiles["decoder"][_DECODE].items()}
         with _memory_errors(self._torch, f"the caches of {self.limits.max_slots} slots"):
             self._cache = {
@@ -241,7 +245,7 @@ class TensorRtBackend:
             }
 
     def _rows(self, first: int, stop: int) -> dict[str, Any]:
-        """The caches of slots first .. stop-1, as inputs and as the outputs that alias them."""
+        """Return the caches of slots first .. stop-1, as inputs and as the outputs that share their memory."""
         rows = {name: cache[first:stop] for name, cache in self._cache.items()}
         return rows | {output: rows[source] for output, source in self._record.aliased.items()}
 
@@ -265,7 +269,7 @@ class TensorRtBackend:
                 tensors[name].copy_(self._torch.from_numpy(np.ascontiguousarray(array)))
 
     def _upload(self, array: Any) -> Any:
-        """On the GPU and in the engine's type; the very memory of a tensor that is so already."""
+        """Bring an array to the GPU in the engine's type. A tensor that is there in that type is not copied."""
         tensor = self._torch.from_numpy(np.ascontiguousarray(array)) if isinstance(array, np.ndarray) else array
         return tensor.to(self._device, self._dtype)
 
@@ -285,6 +289,6 @@ def _memory_errors(torch: Any, what: str) -> Iterator[None]:
 
 
 def _numpy(tensor: Any) -> FloatArray:
-    """Copied to the host, which waits for what is queued."""
+    """Copy a tensor to the host, after everything that is queued on the current stream."""
     array: FloatArray = tensor.float().cpu().numpy()
     return array

@@ -1,4 +1,4 @@
-"""The steps of a build for TensorRT: graphs in TensorRT's form, checked and built into plans."""
+"""Implements the steps of a build for TensorRT: graphs in TensorRT's form, checked and built into plans."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ PLUGIN = f"{PLUGIN_ATTRIBUTES['plugin_namespace']}::{NAME}"
 
 
 class TensorRtSteps:
-    """Implements `BuildSteps`, for this machine's TensorRT and GPU.
+    """Implements `BuildSteps` for the TensorRT and the GPU of this machine.
 
-    Raises EngineError without TensorRT or a GPU, for a graph that TensorRT refuses and for want of memory, saying what
-    was expected to be needed."""
+    Raises EngineError without TensorRT or a GPU, for a graph that TensorRT refuses, and if memory does not suffice; the
+    message then names the expected memory."""
 
     tools: Sequence[str] = ("onnx", "onnx-ir", "onnxscript", "polygraphy")
     fold_fp8 = False
@@ -76,7 +76,7 @@ class TensorRtSteps:
         source, progress = self._job.source, self._job.progress
         expected = plan_engine(source.config, source.limits, recipe.precisions, SPEC, source.prompts.tag_length).stages
         with temporary_sibling(directory) as work:
-            # a stripped plan is refitted from its graph, which then stays beside it
+            # loading a stripped plan refits it from its graph, so the graph stays beside the plan
             beside = directory if self._options.strip_weights else work
             graphs = write_graphs(source, recipe, dtype, beside, progress)
             cache = timing_cache_path(self._target)
@@ -105,9 +105,10 @@ class TensorRtSteps:
 def write_graphs(
     source: EngineSource, recipe: Recipe, dtype_name: str, directory: Path, progress: Progress
 ) -> dict[str, Path]:
-    """Stage -> its ONNX file in TensorRT's form, weights beside it; every tensor of the checkpoint is in one of them.
+    """Write one ONNX file per stage in TensorRT's form, weights beside it. Return stage -> file.
 
-    `dtype_name` is one of DTYPES: the type of everything that is not quantised."""
+    Together the files hold every tensor of the checkpoint. `dtype_name`, a key of DTYPES, is the type of everything
+    that is not quantised."""
     config, dtype, linear = source.config, DTYPES[dtype_name], recipe.weight_format
     with Checkpoint.open(source.checkpoint_dir) as checkpoint:
         weights = MigratedWeights(checkpoint, recipe.factors)
@@ -134,7 +135,7 @@ def _register_plugin(config: NvlmConfig, target: Target) -> None:
 
 
 def timing_cache_path(target: Target) -> Path:
-    """Names the file of measured timings by GPU, TensorRT and plugin version: a timing holds for one of each."""
+    """Name the timing cache by GPU, TensorRT version and plugin version: a timing holds for one of each."""
     parts = f"{target.gpu}-sm{target.capability}-tensorrt{target.tensorrt}-{PLUGIN}"
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     return cache / "nvlm-trt" / f"{re.sub('[^A-Za-z0-9._]+', '-', parts)}.timing"

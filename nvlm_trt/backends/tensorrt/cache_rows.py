@@ -1,4 +1,4 @@
-"""Which lengths of a slot's cache TensorRT can be given by address."""
+"""Checks that the cache of every slot begins at an address that TensorRT accepts."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _ALIGNMENT = 256  # bytes
 
 
 def check_rows(llm: LlmConfig, limits: EngineLimits, precisions: Mapping[str, str]) -> None:
-    """A slot's row of a cache is bound by its address, which TensorRT wants to be a multiple of 256
-    (IExecutionContext::setTensorAddress). The cross-attention cache's length is a multiple of 16, which suffices.
+    """Raise EngineError for a max_seq_len that gives a slot's row of the KV cache an address TensorRT does not accept.
 
-    Raises EngineError for another max_seq_len."""
+    TensorRT needs addresses that are multiples of 256 (IExecutionContext::setTensorAddress). The length of the
+    cross-attention cache is a multiple of 16, which suffices."""
     dtype = floating_type(precisions)
     step = _ALIGNMENT // math.gcd(_ALIGNMENT, llm.num_kv_heads * llm.head_dim * FLOAT_BYTES[dtype])
     if limits.max_seq_len % step:

@@ -1,4 +1,4 @@
-"""Refuses ONNX graphs that TensorRT's parser would misread, or whose engines could not run as this backend runs them.
+"""Refuses ONNX graphs that TensorRT's parser would misread, or whose plans this backend could not run.
 
 The parser builds the parts of a graph that it knows and silently drops the rest: it never reads nonpad_kv_seqlen. It
 aligns is_causal to the upper left corner, and inlines a plugin's node wherever it does not look for plugins
@@ -19,7 +19,7 @@ from nvlm_trt.builders.graphs.tensorrt_functions import ATTENTION, CACHE_UPDATE
 from nvlm_trt.errors import EngineError
 from nvlm_trt.plugins.gated_cross_attention.onnx_function import NAME, PLUGIN_ATTRIBUTES
 
-_BUILT_IN = (ATTENTION, CACHE_UPDATE)  # the parser takes these names before it looks at functions, and builds no body
+_BUILT_IN = (ATTENTION, CACHE_UPDATE)  # the parser knows these operators and ignores the bodies of their functions
 _PLUGINS = (NAME,)
 _FORBIDDEN_NAMESPACES = ("", "trt", "tensorrt", "std")  # tensorrt.plugin refuses these
 _DATA_DEPENDENT = ("NonZero", "Unique", "NonMaxSuppression", "Compress")
@@ -217,7 +217,7 @@ class _Scope:
             elif self.type_of(cast.input[0]) in (TensorProto.INT8, TensorProto.FLOAT8E4M3FN):
                 yield "a quantised weight behind Cast is multiplied in floating point", "use DequantizeLinear"
 
-    # --- what a name stands for ---------------------------------------------------------------------------------------
+    # --- types, shapes and constants by name -------------------------------------------------------------------------
 
     def type_of(self, name: str) -> int | None:
         if name in self.initializers:

@@ -1,4 +1,4 @@
-"""The options of `nvlm-trt build` that are TensorRT's own."""
+"""Defines the options of `nvlm-trt build` that only TensorRT has."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class PlanOptions:
     """The options of a build. Raises EngineError for options that exclude each other."""
 
     strip_weights: bool = False  # loading refits the plan from the ONNX file
-    weight_streaming: bool = False  # weights that do not fit stay in host memory
+    weight_streaming: bool = False  # weights that do not fit on the GPU stay in host memory
 
     def __post_init__(self) -> None:
         if self.strip_weights and self.weight_streaming:

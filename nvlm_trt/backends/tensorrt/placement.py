@@ -1,4 +1,4 @@
-"""How Triton runs an engine for TensorRT: vision_encoder is a plan, whose image tokens stay on the GPU."""
+"""Tells Triton how to run an engine for TensorRT: vision_encoder is a plan, and its image tokens stay on the GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ _TYPES = {"fp32": "TYPE_FP32", "fp16": "TYPE_FP16", "bf16": "TYPE_BF16"}
 
 
 def placement(engine: Engine) -> TritonPlacement:
-    """Raises ServerError for plans without weights, and EngineError for an engine without a record."""
+    """Return the placement of an engine. Raises ServerError for plans without weights, and EngineError for an engine
+    without a record."""
     record = record_of(engine)
     if record.stripped:
         raise ServerError(

@@ -1,4 +1,4 @@
-"""The optimisation profiles of an engine's plans: the shapes that TensorRT accepts, and those that it tunes for."""
+"""Computes the optimisation profiles of plans: the shapes that TensorRT accepts, and the shapes that it tunes for."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ Profile = dict[str, list[list[int]]]
 def profiles_of(
     config: NvlmConfig, limits: EngineLimits, prefill_chunk: int = PREFILL_CHUNK
 ) -> dict[str, list[Profile]]:
-    """Stage -> its profiles. The decoder has two: a prompt's chunk of one slot, and one token of every slot.
+    """Return stage -> its profiles. The decoder has two: a chunk of one slot's prompt, and one token of every slot.
 
-    TensorRT tunes the first for `prefill_chunk` tokens: all chunks of a prompt but its last have so many."""
+    TensorRT tunes the first profile for `prefill_chunk` tokens: every chunk of a prompt except the last has so many."""
     vision, tiles = config.vision, config.tiles_per_image
     tokens = (config.tokens_per_tile, config.llm.hidden_size)
     chunk = min(limits.max_seq_len, prefill_chunk)
@@ -32,7 +32,7 @@ def profiles_of(
     }
     if config.cross_layers:
         _, in_cross = split_tiles(config.architecture, tiles)
-        most = max(len(range(tiles)[in_cross]), 1)  # NVLM-H cross-attends to no thumbnail, nor to a single tile
+        most = max(len(range(tiles)[in_cross]), 1)  # NVLM-H cross-attends neither a thumbnail nor a single tile
         profiles["cross_kv"] = [{"image_tokens": _range((1, most), tokens)}]
     return profiles
 

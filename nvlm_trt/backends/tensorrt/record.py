@@ -13,21 +13,21 @@ class TensorRtRecord(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    version: str  # of TensorRT, which reads its own plans only
+    version: str  # version of TensorRT: only this version reads the plans
     capability: int  # compute capability of the GPU: 90 for 9.0
     gpu: str
-    container: str  # that has this version
-    dtype: str  # "fp32", "fp16" or "bf16", of everything that is not quantised
-    plugin: str  # name and version of the plugin that cross-attends
-    aliased: dict[str, str]  # output of the decoder -> the input whose memory it is
+    container: str  # a container with this TensorRT
+    dtype: str  # "fp32", "fp16" or "bf16": the type of everything that is not quantised
+    plugin: str  # name and version of the plugin for cross-attention
+    aliased: dict[str, str]  # output of the decoder -> the input whose memory it shares
     # stage -> for each optimisation profile, input -> smallest, usual and largest shape
     profiles: dict[str, list[dict[str, list[list[int]]]]]
-    stripped: bool = False  # weights are in the ONNX files beside the plans
+    stripped: bool = False  # True: the weights are in the ONNX files beside the plans
     weight_streaming: bool = False
 
 
 def record_of(engine: Engine) -> TensorRtRecord:
-    """Raises EngineError for an engine without a record, or with one that is not whole."""
+    """Return the record of an engine. Raises EngineError if it is missing or incomplete."""
     try:
         return TensorRtRecord.model_validate(engine.manifest.backend_record)
     except ValidationError:

@@ -13,7 +13,7 @@ from nvlm_trt.backends.tensorrt.record import record_of
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import EngineError
 
-OLDEST = (11, 0)  # brought TRT_Attention and TRT_KVCacheUpdate
+OLDEST = (11, 0)  # the first with TRT_Attention and TRT_KVCacheUpdate
 # NVIDIA's tritonserver container by the major and minor version of its TensorRT.
 _CONTAINERS = {"10.16": "26.05", "11.0": "26.06", "11.1": "26.07", "11.2": "26.08"}
 _MEANWHILE = "`--backend onnxruntime` serves on the CPU meanwhile"
@@ -81,7 +81,7 @@ def container_with(version: str) -> str:
 
 
 def check_target(engine: Engine, target: Target) -> None:
-    """Raises EngineError if the engine was built with another TensorRT or for another GPU, naming both."""
+    """Raise EngineError, naming both, if the engine was built with another TensorRT or for another GPU."""
     record = record_of(engine)
     if record.version != target.tensorrt:
         raise EngineError(

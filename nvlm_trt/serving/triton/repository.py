@@ -17,17 +17,17 @@ from nvlm_trt.errors import ServerError
 from nvlm_trt.image.decoding import ImageLimits
 from nvlm_trt.machine import available_cores
 
-# Images of several requests on their way through the ensemble at once. Each holds one of the threads that the python
-# backend also needs to answer, so there must be fewer than of those: with all of them held nothing is ever answered.
+# Images that are sent through the ensemble at once. Each blocks one of the python backend's threads, which also answer
+# requests: there must be fewer images than threads, or no request is ever answered.
 ENCODE_WORKERS = 8
 BACKEND_THREADS = 64
 
-# Full images whose tiles may be merged into one batch: beyond that a request waits longer than batching saves.
+# Images with the most tiles that fit into one batch. With more, a request waits longer than batching saves.
 _BATCHED_IMAGES = 4
 _BATCHING_DELAY_US = 1000
 _MAX_TILING_INSTANCES = 4
 
-_VISION_ENCODER = "vision_encoder"  # the model, whichever folder it comes from
+_VISION_ENCODER = "vision_encoder"  # the name of the model; its folder in triton_repo may have another name
 
 _SHARED_MEMORY = Path("/dev/shm")
 _SHARED_MEMORY_SLACK = 32 << 20
@@ -35,20 +35,20 @@ _SHARED_MEMORY_SLACK = 32 << 20
 
 @dataclass(frozen=True)
 class RepositoryOptions:
-    threads: int | None = None  # of the encoder and of the decoder each; None: the cores at hand
-    max_queue: int = 64  # requests that wait for a slot; more are rejected
+    threads: int | None = None  # CPU threads of the encoder, and of the decoder; None: all usable cores
+    max_queue: int = 64  # most requests that wait for a slot; more are rejected
     image_limits: ImageLimits = field(default_factory=ImageLimits)
 
 
 def placement_of(engine: Engine) -> TritonPlacement:
-    """How Triton runs the stages of an engine. Raises ServerError for one that Triton cannot run."""
+    """Return how Triton runs the stages of an engine. Raises ServerError for an engine that Triton cannot run."""
     return backend_of(engine, "vision_encoder").placement(engine)
 
 
 def render_repository(
     engine: Engine, placement: TritonPlacement, directory: Path, drain_file: Path, options: RepositoryOptions
 ) -> None:
-    """Write the models into `directory`, made for it. While `drain_file` exists, `nvlm` accepts no new request."""
+    """Write the models into the empty `directory`. While `drain_file` exists, `nvlm` accepts no new request."""
     values = _template_values(engine, placement, drain_file, options)
     for name, model in _sources(placement.vision_model).items():
         version = directory / name / "1"
@@ -62,12 +62,12 @@ def render_repository(
 
 
 def max_batch_tiles(engine: Engine, placement: TritonPlacement) -> int:
-    """Tiles that vision_encoder takes at once: some images of the most tiles, unless the backend says how many."""
+    """Return the largest batch of vision_encoder, in tiles: the backend's, or some images with the most tiles."""
     return placement.max_tiles or _BATCHED_IMAGES * engine.limits.tiles_per_image
 
 
 def check_backend(engine: Engine, placement: TritonPlacement, backends: Path) -> None:
-    """Raise ServerError if this tritonserver lacks the backend that runs the vision encoder; `backends`: its folder."""
+    """Raise ServerError if the folder `backends` of this tritonserver lacks the backend of the vision encoder."""
     if placement.needs_backend and not (backends / placement.needs_backend).is_dir():
         raise ServerError(
             f"engine {engine.path} needs Triton's backend {placement.needs_backend}, which this tritonserver lacks "
@@ -94,7 +94,7 @@ def _template_values(
         "max_tiles": str(engine.limits.max_tiles),
         "max_batch_tiles": str(max_batch_tiles(engine, placement)),
         "batching_delay_us": str(_BATCHING_DELAY_US),
-        # an image is decoded and resized on one core; half of them are left to the encoder and the decoder
+        # an image is decoded and resized on one core; half of the cores are left to the encoder and the decoder
         "tiling_instances": str(max(1, min(_MAX_TILING_INSTANCES, cores // 2))),
         "threads": str(options.threads or cores),
         "max_queue": str(options.max_queue),
@@ -106,7 +106,7 @@ def _template_values(
 
 
 def _sources(vision_model: str) -> dict[str, Path]:
-    """Model -> its folder in triton_repo, in a checkout or in an installed wheel."""
+    """Return model -> its folder in triton_repo, in a checkout or in an installed wheel."""
     root = Path(str(importlib.resources.files("nvlm_trt.triton_repo")))
     folders = {folder.name: folder for folder in root.iterdir() if (folder / "config.pbtxt").is_file()}
     models = {name: folder for name, folder in folders.items() if not name.startswith(_VISION_ENCODER)}
@@ -114,7 +114,7 @@ def _sources(vision_model: str) -> dict[str, Path]:
 
 
 def check_shared_memory(engine: Engine, placement: TritonPlacement) -> None:
-    """Raise ServerError if the models could not pass each other full batches of tiles."""
+    """Raise ServerError if shared memory is too small for the models to pass each other full batches of tiles."""
     tile_bytes = 3 * engine.config.vision.image_size**2 * 4
     needed = 3 * max_batch_tiles(engine, placement) * tile_bytes + _SHARED_MEMORY_SLACK
     try:

@@ -1,4 +1,4 @@
-"""Doubles of TensorRT's classes that accept only what the real ones have: names, argument counts, names and types.
+"""Makes doubles of TensorRT's classes that accept only members and arguments (number, names, types) of the real ones.
 
 The Python bindings state their signatures in docstrings ("write(self: ..., data: ..., size: ...) -> int"), one for each
 overload; a double checks every call against them before it answers.
@@ -29,7 +29,7 @@ class Double:
         return checked(getattr(self._kind, name), self._answers.get(name, lambda *_, **__: True))
 
     def __iter__(self) -> Iterator[Any]:
-        """Over nothing: what a network is asked of its layers when iterated is the precision they no longer have."""
+        """Iterates over nothing: a network is iterated only to ask its layers for their precision, which is gone."""
         assert hasattr(self._kind, "__getitem__"), f"{self._kind.__name__} cannot be iterated"
         return iter(())
 
@@ -41,12 +41,12 @@ class Double:
 
 
 def constructor(kind: type, make: Callable[..., Any]) -> Callable[..., Any]:
-    """In place of a class: checks the arguments of its `__init__`."""
+    """Replaces a class: checks the arguments of its `__init__`."""
     return checked(kind.__init__, make)
 
 
 def checked(real: Any, answer: Callable[..., Any]) -> Callable[..., Any]:
-    """`answer`, called only with arguments that one of the overloads of `real` takes."""
+    """Wraps `answer`: it is called only with arguments that one of the overloads of `real` takes."""
     overloads = signatures(real.__doc__ or "")
     assert overloads, f"{real} states no signature"
 
@@ -60,7 +60,7 @@ def checked(real: Any, answer: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def signatures(docstring: str) -> list[ast.arguments]:
-    """The overloads of a pybind11 function, without self."""
+    """Reads the overloads of a pybind11 function, without self."""
     found = []
     for line in docstring.splitlines():
         match = re.match(r"\s*(?:\d+\. )?(\w+)\((.*)\)(?: -> .*)?$", line)
@@ -76,7 +76,7 @@ def signatures(docstring: str) -> list[ast.arguments]:
 
 
 def problem(overload: ast.arguments, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> str | None:
-    """Why an overload does not take the arguments; None if it does."""
+    """Says why an overload does not take the arguments; None if it takes them."""
     parameters = [a for a in overload.args if a.arg != "self"]
     if len(arguments) > len(parameters):
         return f"{len(arguments)} arguments for {len(parameters)}"

@@ -49,7 +49,7 @@ class Machine:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("XDG_CACHE_HOME", str(cache))
             patch.setattr(room, "DEVICE", "cpu")
-            # keep the real classes at hand: doubles are checked against them
+            # keep the real classes: doubles are checked against them
             made = {"Builder": self.builder, "OnnxParser": self.parser, "Runtime": self.runtime}
             made |= {"Refitter": self.refitter, "OnnxParserRefitter": self.parser_refitter}
             for name, make in made.items():
@@ -220,7 +220,7 @@ class Machine:
         )
 
     def torch(self) -> Any:
-        """torch whose CUDA streams and graphs are synchronous and on the host."""
+        """Returns a torch whose CUDA streams and graphs are synchronous and on the host."""
         machine = self
 
         class CudaGraph:

@@ -21,7 +21,7 @@ LIMITS = {"max_slots": 3, "max_seq_len": 256}
 
 
 def build(checkpoint: Path, output: Path, **options: Any) -> list[str]:
-    """Build in fp32; what happened, in order."""
+    """Build in fp32. Returns the events in order."""
     machine = Machine()
     with machine.patched(output.parent / "cache"):
         build_engine(checkpoint, output, LIMITS, precision="fp32", options=options, backend="tensorrt")
@@ -56,7 +56,7 @@ def fail_to_allocate(checkpoint: Path, output: Path) -> None:
 
 
 def cache_bytes(checkpoint: Path, output: Path) -> dict[str, int]:
-    """Build in fp32; the caches that the backend allocates, by name."""
+    """Build in fp32. Returns the bytes of each cache that the backend allocates, by name."""
     with Machine().patched(output.parent / "cache"):
         build_engine(checkpoint, output, LIMITS, precision="fp32", backend="tensorrt")
         with open_backend(Engine.open(output), ["decoder"]) as backend:
@@ -64,7 +64,7 @@ def cache_bytes(checkpoint: Path, output: Path) -> dict[str, int]:
 
 
 def build_quantised(checkpoint: Path, output: Path, precision: str, calibration: Path, gate: GateOptions) -> list[str]:
-    """Build and measure; what happened, in order."""
+    """Build and measure. Returns the events in order."""
     machine = Machine()
     quantization = QuantizationOptions(calibration=calibration, smoothquant_alpha=0, gate=gate)
     with machine.patched(output.parent / "cache"):
@@ -88,9 +88,8 @@ def ask(checkpoint: Path, output: Path, steps: dict[str, Any]) -> dict[str, np.n
 
 
 def ask_with_tokens_on_the_device(checkpoint: Path, output: Path, pixels: np.ndarray) -> list[str]:
-    """Build; image tokens from outside, as an array and by DLPack, give the same features and logits, bit for bit.
-
-    The features stay on the device. Returns what happened."""
+    """Build, then check that image tokens from outside, as an array and by DLPack, give the same features and logits,
+    bit for bit, and that the features stay on the device. Returns the events."""
     machine = Machine()
     with machine.patched(output.parent / "cache"):
         build_engine(checkpoint, output, LIMITS, precision="fp32", backend="tensorrt")
@@ -99,7 +98,7 @@ def ask_with_tokens_on_the_device(checkpoint: Path, output: Path, pixels: np.nda
             lent = torch.from_numpy(array.copy())
             machine.events.append("import")
             imported = [backend.import_tokens(array), backend.import_tokens(lent)]
-            lent.zero_()  # whoever lent it uses its memory again
+            lent.zero_()  # the owner uses the memory again
             prompt = np.full(3, backend.config.image_token_id)
             results = []
             for tokens in imported:

@@ -1,6 +1,6 @@
-"""The model repository of an engine for TensorRT, against Triton's schema, the graphs and the profiles.
+"""Tests the model repository of an engine for TensorRT against Triton's schema, the graphs and the profiles.
 
-It has run on no GPU: what a CPU can tell is that every name, type and shape is the one that the plan is built with.
+Runs without a GPU: checks that every name, type and shape is that with which the plan is built.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def test_refuses_plans_without_weights(opened: Engine, tmp_path: Path) -> None:
 
 
 def test_a_server_without_the_backend_names_the_container(opened: Engine, tmp_path: Path) -> None:
-    """As is that of the wheel."""
+    """The tritonserver of the wheel is without it, too."""
     shutil.copytree(opened.path, tmp_path / "engine")
     for_tensorrt(opened, "bf16", tmp_path / "engine")
     server = TritonServer(tmp_path / "engine")

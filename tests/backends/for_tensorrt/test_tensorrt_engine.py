@@ -1,5 +1,5 @@
-"""The TensorRT engine and its backend: every call checked against TensorRT's real classes, its answers against ONNX
-Runtime's engine, on a machine without a GPU (tensorrt_on_cpu.py says what is real)."""
+"""Tests the TensorRT engine and its backend without a GPU: every call against TensorRT's real classes, the answers
+against ONNX Runtime's engine (tensorrt_on_cpu.py says which parts are real)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The gate of engines for TensorRT, played by ONNX Runtime (tests/builders/tensorrt_on_cpu.py): trained NVLM-D-tiny."""
+"""Tests the gate of TensorRT engines, imitated by ONNX Runtime (tensorrt_on_cpu.py), with the trained NVLM-D-tiny."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GATE = GateOptions(count=14)  # one sample of each task, or two
 
 @pytest.fixture(scope="module")
 def portable(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    """The engine for ONNX Runtime, through the same gate."""
+    """Builds the engine for ONNX Runtime with the same gate."""
     options = QuantizationOptions(calibration_samples=14, smoothquant_alpha=0, gate=GATE)
     output = tmp_path_factory.mktemp("portable") / "engine"
     return build_engine(CHECKPOINT, output, scenarios.LIMITS, precision="decoder=int8", quantization=options)

@@ -1,4 +1,4 @@
-"""Every graph that goes to TensorRT: checked, typed, linted; and run by ONNX Runtime as the reference does."""
+"""Tests the graphs for TensorRT: validity, types, linter, and their results in ONNX Runtime against the reference."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TAGS = np.random.default_rng(3).standard_normal((6, 5, 192), dtype=np.float32)
 
 
 class Everywhere:
-    """Stands for a calibration: every linear layer's input is at most 6."""
+    """Replaces a calibration: the inputs of every linear layer are at most 6."""
 
     def of(self, name: str, inputs: int) -> LinearInput:
         return LinearInput(abs_max=6.0, clip=6.0, channels=[6.0] * inputs)

@@ -81,7 +81,7 @@ def plugin_in_function():
 
 
 def quantised(zero: np.ndarray, between: str | None = None):
-    """x quantised and restored, times w; `between` is put before MatMul."""
+    """Makes x, quantised and restored, times w; `between` is put before MatMul."""
     nodes = [
         node("QuantizeLinear", "x s zero", "q", name=NODE),
         node("DequantizeLinear", "q s zero", "d", name="restore"),

@@ -9,7 +9,7 @@ from nvlm_trt.serving.triton.models.tiling import TilingModel
 
 
 class TritonPythonModel(TilingModel):
-    """Found by this name. Triton's python stub alone can import `pb_utils`, so it is handed over."""
+    """The class that Triton looks for. Only Triton's python stub can import `pb_utils`, so it is an argument."""
 
     def __init__(self) -> None:
         super().__init__(pb_utils)

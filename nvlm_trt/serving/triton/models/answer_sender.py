@@ -1,4 +1,4 @@
-"""The thread that sends all answers: the text generator must not wait for the server."""
+"""Sends all answers on one thread, so that the text generator does not wait for the server."""
 
 from __future__ import annotations
 
@@ -15,34 +15,35 @@ from nvlm_trt.api import Delta, merge_deltas
 from nvlm_trt.runtime.request import Request
 from nvlm_trt.serving.triton.models.responses import Responses
 
-# Asks the server this often whether a client is still there whose request has nothing to send (queued, encoding,
-# prefilling).
+# The server is asked this often whether the client of a request without deltas to send (queued, encoding, prefilling)
+# is still there.
 _POLL_SECONDS = 0.05
 
-Event: TypeAlias = Delta | Exception  # a delta with a finish_reason or an exception is the last
+Event: TypeAlias = Delta | Exception  # the last event is a delta with a finish_reason, or an exception
 Submit = Callable[[Callable[[Event], None]], Request]
 
 
 @dataclass(eq=False)
 class _Answer:
-    """One request that is not answered to the end. The sender's thread alone writes to it, once it is submitted."""
+    """A request whose answer is not complete. After its submission, only the sender's thread writes to it."""
 
     response_sender: Any
-    request: Request | None = None  # set once the request is submitted; until then nobody can cancel it
+    request: Request | None = None  # None until the request is submitted: it cannot be cancelled before
     cancelled: bool = False
-    asked: float = field(default_factory=time.monotonic)  # when the server was last asked whether it is cancelled
+    asked: float = field(default_factory=time.monotonic)  # when the server was last asked for a cancellation
 
 
 class AnswerSender:
-    """Sends what the text generator hands over, and tells it which requests are cancelled.
+    """Sends the deltas and errors of all requests, and cancels the requests whose client has left.
 
-    Both are round trips to the server's process, each with several changes of thread. One thread serves all requests:
-    a thread per request woke up after every step, and took the cores from the next step half as often again. A client
-    that reads slowly holds up nobody: the server keeps its responses.
+    Sending, and asking whether a client has left, are round trips to the server's process, each with several changes of
+    thread. One thread serves all requests: a thread per request woke up after every step, and took the cores from the
+    next step half as often again. A client that reads slowly delays no other: the server keeps its responses.
     """
 
     def __init__(self, pb_utils: Any, responses: Responses, count_late_tokens: Callable[[int], None]) -> None:
-        """`count_late_tokens` is told of tokens made after a cancel was noticed."""
+        """Start the thread. `count_late_tokens` is called with the number of tokens that are generated for a request
+        after its cancellation was noticed."""
         self._pb_utils = pb_utils
         self._responses = responses
         self._count_late_tokens = count_late_tokens
@@ -56,8 +57,8 @@ class AnswerSender:
         return len(self._open)
 
     def answer(self, response_sender: Any, submit: Submit) -> None:
-        """Send through `response_sender` the events of the request that `submit` submits; `submit` is given the
-        function that takes the events."""
+        """Submit a request by calling `submit`, and send its events through `response_sender`. `submit` receives the
+        function to call with each event."""
         answer = _Answer(response_sender)
         self._open.add(answer)
         try:
@@ -67,7 +68,7 @@ class AnswerSender:
             raise
 
     def close(self) -> None:
-        """Return when everything is sent that was handed over before."""
+        """Send all events that were handed over, then end the thread."""
         self._events.put(None)
         self._thread.join()
         self._responses.close()
@@ -86,12 +87,12 @@ class AnswerSender:
         while not closing:
             events, closing = self._collect()
             for answer, of_answer in events.items():
-                if answer in self._open:  # not dropped
+                if answer in self._open:  # else the answer was dropped
                     self._forward(answer, of_answer)
             self._ask_for_idle()
 
     def _collect(self) -> tuple[dict[_Answer, list[Event]], bool]:
-        """Everything handed over since, by request, and whether it is the last; nothing if nothing comes for long."""
+        """Return the new events by request, and whether the sender is closing. Waits _POLL_SECONDS for an event."""
         events: dict[_Answer, list[Event]] = {}
         with contextlib.suppress(queue.Empty):
             item = self._events.get(timeout=_POLL_SECONDS)
@@ -103,9 +104,9 @@ class AnswerSender:
         return events, False
 
     def _forward(self, answer: _Answer, events: list[Event]) -> None:
-        """Send the events, if the client still listens.
+        """Send the events, unless the client has left.
 
-        A cancelled request ends when the text generator says so: then its slot is free."""
+        A cancelled request ends with the last event of the text generator, when its slot is free."""
         last = events[-1]
         ended = isinstance(last, Exception) or last.finish_reason is not None
         with self._dropping(answer):
@@ -117,7 +118,7 @@ class AnswerSender:
                 self._open.discard(answer)
 
     def _send(self, answer: _Answer, events: list[Event]) -> None:
-        """One response for all deltas there are, and the error if there is one."""
+        """Send one response for all deltas, then one for the error if there is one."""
         final = self._pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
         deltas = [event for event in events if isinstance(event, Delta)]
         if deltas:
@@ -128,7 +129,7 @@ class AnswerSender:
             answer.response_sender.send(self._responses.of_error(last), flags=final)
 
     def _is_cancelled(self, answer: _Answer) -> bool:
-        """Whether the client has cancelled or vanished; then the request is cancelled. A round trip to the server."""
+        """Ask the server whether the client has cancelled or left. If so, cancel the request. Takes a round trip."""
         answer.asked = time.monotonic()
         if answer.request is not None and not answer.cancelled and answer.response_sender.is_cancelled():
             answer.cancelled = True
@@ -136,9 +137,9 @@ class AnswerSender:
         return answer.cancelled
 
     def _ask_for_idle(self) -> None:
-        """Ask for requests that were not asked for lately, but send first what there is to send."""
+        """Ask the server which of the requests not asked for lately are cancelled. Stops when there are events."""
         due = time.monotonic() - _POLL_SECONDS
-        answers = list(self._open)  # others add to the set
+        answers = list(self._open)  # a copy: other threads add to the set
         for answer in sorted(answers, key=lambda answer: answer.asked):
             if answer.asked > due:
                 return
@@ -149,7 +150,7 @@ class AnswerSender:
 
     @contextlib.contextmanager
     def _dropping(self, answer: _Answer) -> Iterator[None]:
-        """End a request whose answer cannot be sent; the others go on."""
+        """Drop a request if sending its answer fails. Other requests are not affected."""
         try:
             yield
         except Exception:

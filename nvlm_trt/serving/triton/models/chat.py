@@ -1,4 +1,4 @@
-"""The model `nvlm`, which clients call: owns the engine and every request's response sender."""
+"""Implements the model `nvlm`, which clients call. It owns the engine and the response senders of all requests."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class ChatModel:
         self._reporter.start()
 
     def execute(self, requests: list[Any]) -> None:
-        """Start what is given and return: answers are sent by a thread of their own."""
+        """Start the requests and return. Another thread sends the answers."""
         for request in requests:
             sender = request.get_response_sender()
             try:
@@ -55,7 +55,7 @@ class ChatModel:
                 sender.send(self._responses.of_error(error), flags=final)
 
     def finalize(self) -> None:
-        """Finish what was submitted; the server waits no longer than its exit timeout."""
+        """Finish the submitted requests. The server waits for its exit timeout at most."""
         self._closing.set()
         self._pipeline.close()
         self._answers.close()
@@ -70,9 +70,10 @@ class ChatModel:
 
     def _report(self) -> None:
         while not self._closing.wait(_REPORT_SECONDS):
-            open_requests = self._answers.open_requests  # first: who reads 0 finds all that ended counted
+            # read before the other metrics: when it is 0, they count every request that has ended
+            open_requests = self._answers.open_requests
             self._metrics.report(self._pipeline.metrics(), open_requests)
             if not self._pipeline.healthy:
-                # Triton would go on calling the model ready; whoever watches this process knows better
+                # Triton would still report the model as ready, but process_watch notices that the process has ended
                 self._pb_utils.Logger.log_error("the engine has failed: its process ends so that the server restarts")
                 os._exit(1)

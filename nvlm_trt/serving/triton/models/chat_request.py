@@ -17,7 +17,7 @@ ImportTokens = Callable[[Any], BackendArray]
 
 
 def read_chat(pb_utils: Any, request: Any, import_tokens: ImportTokens) -> ChatRequest:
-    """Raises RequestError for what is wrong with the messages, the sampling parameters or the image tokens."""
+    """Read the tensors of a request. Raises RequestError for faulty messages, sampling parameters or image tokens."""
     images = _array(pb_utils, request, "image")  # [images] bytes
     max_tiles = _array(pb_utils, request, "max_tiles")  # [1]
     encoded = _image_tokens(pb_utils, request, import_tokens)
@@ -32,7 +32,9 @@ def read_chat(pb_utils: Any, request: Any, import_tokens: ImportTokens) -> ChatR
 
 
 def _image_tokens(pb_utils: Any, request: Any, import_tokens: ImportTokens) -> list[Any]:
-    """Tokens [n, T, hidden] of each image, if the request came through nvlm_ensemble; copied: the request may go."""
+    """Copy the image tokens [n, T, hidden] of each image; none unless the request came through nvlm_ensemble.
+
+    Copied, because the request may be freed before its images are used."""
     tensor = pb_utils.get_input_tensor_by_name(request, "image_tokens")  # [tiles of all images, T, hidden]
     tiles = _array(pb_utils, request, "tiles_per_image")  # [images]
     if tensor is None or tiles is None:

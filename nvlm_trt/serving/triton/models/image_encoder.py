@@ -1,4 +1,4 @@
-"""Encodes images through the ensemble `image_encoder`: tiling and vision_encoder run in processes of their own."""
+"""Encodes images by the ensemble `image_encoder`, whose models `tiling` and `vision_encoder` run in other processes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from nvlm_trt.serving.chat_tensors import IMAGE_ENCODER, decode_error
 
 
 class ImageEncoder:
-    """Sends one image through the ensemble; Triton batches the tiles of several. Waits on the caller's thread."""
+    """Sends one image at a time through the ensemble. Triton batches the tiles of images that are sent concurrently."""
 
     def __init__(self, pb_utils: Any) -> None:
         self._pb_utils = pb_utils
 
     def encode(self, data: bytes, max_tiles: int) -> Any:
-        """Encoded bytes -> Triton's tensor of image tokens [tiles, T, hidden], where the vision encoder left it.
+        """Encode an image file into Triton's tensor of image tokens [tiles, T, hidden], on the device of the vision
+        encoder. Blocks until it is encoded.
 
         Raises ImageError and EngineError."""
         pb_utils = self._pb_utils
@@ -36,7 +37,7 @@ class ImageEncoder:
 
 
 def _error(message: str) -> Exception:
-    """An error of the ensemble by its message: between models Triton keeps no more of it than that."""
+    """Make an exception of the ensemble's error message: Triton passes only the message from model to model."""
     error = decode_error(message)
     if isinstance(error, RequestError):
         return ImageError(str(error))

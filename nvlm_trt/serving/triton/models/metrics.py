@@ -1,4 +1,4 @@
-"""The pipeline's numbers on Triton's metrics port."""
+"""Reports the metrics of the pipeline on Triton's metrics port."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _DESCRIPTIONS = {
 
 
 class ModelMetrics:
-    """One metric per name and reason: counters end in _total, the others are gauges."""
+    """Keeps one metric per name and reason. Names that end in _total are counters, the others gauges."""
 
     def __init__(self, pb_utils: Any) -> None:
         family = pb_utils.MetricFamily
@@ -41,7 +41,7 @@ class ModelMetrics:
             self._late_tokens += tokens
 
     def report(self, pipeline: PipelineMetrics, open_requests: int) -> None:
-        """Send what has changed: every value is a round trip to the server."""
+        """Send the values that have changed, and no others: every value is a round trip to the server."""
         generator, cache = pipeline.generator, pipeline.image_cache
         self._set("nvlm_active_slots", generator.active)
         self._set("nvlm_free_slots", generator.free_slots)

@@ -1,4 +1,4 @@
-"""The parameters that a rendered config.pbtxt gives to a python model."""
+"""Reads the parameters that a rendered config.pbtxt gives to a python model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from nvlm_trt.image.decoding import ImageLimits
 
 
 def read_parameters(args: Mapping[str, str]) -> dict[str, str]:
-    """`args` is what Triton hands to `initialize`."""
+    """Read the parameters from `args`, the argument of `initialize`."""
     entries = json.loads(args["model_config"])["parameters"]
     return {name: entry["string_value"] for name, entry in entries.items()}
 

@@ -1,4 +1,4 @@
-"""Triton's responses: of a delta, of an error."""
+"""Makes Triton's responses of deltas and errors."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from nvlm_trt.serving.chat_tensors import encode_delta, encode_error
 
 
 class Responses:
-    """Makes responses. Not thread-safe, but for `of_error`.
+    """Makes responses. Only `of_error` is thread-safe.
 
-    Caches the empty string tensors: making one takes 20 us, and most responses need three, a third of what a token
+    Caches the empty string tensors: making one takes 20 us. Most responses need three of them, a third of what a token
     costs here."""
 
     def __init__(self, pb_utils: Any) -> None:
@@ -28,9 +28,9 @@ class Responses:
         return self._pb_utils.InferenceResponse(tensors)
 
     def of_error(self, error: Exception) -> Any:
-        """A response without outputs, one line that the client reads.
+        """Make a response without outputs, whose message is one line for the client.
 
-        Logs the traceback of an error that is not an NvlmError: it is a defect."""
+        Logs the traceback of an error that is not an NvlmError: such an error is a defect."""
         if isinstance(error, NvlmError):
             message = encode_error(error)
         else:
@@ -39,7 +39,7 @@ class Responses:
         return self._pb_utils.InferenceResponse(error=self._pb_utils.TritonError(message, self._code(error)))
 
     def close(self) -> None:
-        """Give the shared memory back while the server still lives."""
+        """Free the shared memory of the cached tensors while the server still runs."""
         self._empty.clear()
 
     def _tensor(self, name: str, array: Any) -> Any:

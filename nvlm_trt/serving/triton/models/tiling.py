@@ -1,4 +1,4 @@
-"""The model `tiling`: encoded images -> tiles [n, 3, E, E] of all images in order, and how many each image became."""
+"""Implements the model `tiling`: encoded images -> tiles [n, 3, E, E] of all images, and the number of each image's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nvlm_trt.serving.triton.models.responses import Responses
 
 
 class TilingModel:
-    """A python model without state: one image is decoded and resized on one core."""
+    """A python model without state. Decodes and resizes an image on one core."""
 
     def __init__(self, pb_utils: Any) -> None:
         self._pb_utils = pb_utils
@@ -51,7 +51,7 @@ class TilingModel:
         )
 
     def _tile(self, images: list[bytes], max_tiles: int) -> list[npt.NDArray[np.float32]]:
-        """One array [tiles, 3, E, E] per image."""
+        """Tile each image into an array [tiles, 3, E, E]."""
         if not images:
             raise RequestError(f"the request has 0 images, 1 to {self._image_limits.max_images} are allowed")
         self._image_limits.check_count(len(images))
@@ -67,8 +67,8 @@ class TilingModel:
         return tiles
 
     def _pixel_tensor(self, pixels: npt.NDArray[np.float32]) -> Any:
-        """pixels [n, 3, E, E] as the tensor `pixel_values`, in the type that the vision encoder takes."""
-        if self._image_type == "TYPE_BF16":  # which numpy does not have
+        """Make the tensor `pixel_values` of pixels [n, 3, E, E], in the type that the vision encoder takes."""
+        if self._image_type == "TYPE_BF16":  # NumPy has no bfloat16
             import torch
 
             tensor = torch.from_numpy(pixels).to(torch.bfloat16)

@@ -1,4 +1,4 @@
-"""The model `vision_encoder` of backends that Triton does not run itself: tiles of several requests, one batch."""
+"""Implements the model `vision_encoder` for backends that Triton does not run itself."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nvlm_trt.serving.triton.models.parameters import read_parameters
 
 
 class VisionEncoderModel:
-    """A python model. Triton's dynamic batcher hands it the requests of one batch."""
+    """A python model that encodes the tiles of several requests as one batch. Triton's dynamic batcher forms it."""
 
     def __init__(self, pb_utils: Any) -> None:
         self._pb_utils = pb_utils
