@@ -1,4 +1,4 @@
-"""What commands need: asking and serving run without the optional packages, and a command that lacks one names it."""
+"""Tests that asking and serving run without the optional packages, and that a command names a package that it lacks."""
 
 from __future__ import annotations
 
