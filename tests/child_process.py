@@ -1,4 +1,4 @@
-"""A Python process beside the tests', for what must be settled before an import: Triton's mode, TensorRT's library."""
+"""Runs functions in another process, for settings that must precede an import: Triton's mode, TensorRT's library."""
 
 from __future__ import annotations
 

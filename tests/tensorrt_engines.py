@@ -11,7 +11,7 @@ from nvlm_trt.engine import Engine, save_manifest
 
 
 def for_tensorrt(engine: Engine, dtype: str, path: Path | None = None, stripped: bool = False) -> Engine:
-    """Copies the manifest of `engine` to `path` as if it had been built for TensorRT in `dtype`."""
+    """Returns `engine` as if it had been built for TensorRT in `dtype`. Writes its manifest to `path`, if given."""
     record = TensorRtRecord(
         version="11.1.0.33",
         capability=90,

@@ -123,7 +123,7 @@ def test_chunked_prefill_equals_whole_prefill(backend: StepBackend, engine: Dire
 def test_move_slot(backend: StepBackend, engine: Directory, name: str) -> None:
     request = StepRequest(backend, engine(name), "<image><image>", [7, 7], seed=0)
     if backend.config.cross_layers:
-        assert request.prompt.cross_tokens > request.length  # so that neither number passes for the other
+        assert request.prompt.cross_tokens > request.length  # different, so that confusing the two fails
     request.prefill(0)
     expected = decode(backend, [request], np.array([65]), 0).copy()
     request.prefill(3)

@@ -1,6 +1,6 @@
-"""A backend from outside: put into the table, it builds, opens, answers, is planned, and is placed in Triton.
+"""Tests a backend from outside the package, added to the table: build, open, answer, plan, and place in Triton.
 
-Nothing in the package knows its name. Each of its decisions is visible in what the package does with it."""
+Nothing in the package knows the backend's name. Each decision of the backend shows in the package's behaviour."""
 
 from __future__ import annotations
 

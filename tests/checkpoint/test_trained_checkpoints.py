@@ -1,4 +1,4 @@
-"""The shipped checkpoints read: what the demo asks, and document tasks in fonts they were not trained on."""
+"""Tests that the shipped checkpoints read: the demo's question, and document tasks in fonts not used in training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SAMPLES = 8  # of each task; the whole split is scored by lab.score_checkpoints
 
 @pytest.fixture(scope="module", params=NAMES)
 def trained(request, tmp_path_factory):
-    """-> checkpoint and engine"""
+    """Returns checkpoint and engine."""
     checkpoint = ROOT / "checkpoints" / request.param
     engine = tmp_path_factory.mktemp("trained") / request.param
     build_engine(checkpoint, engine)

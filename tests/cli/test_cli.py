@@ -1,4 +1,4 @@
-"""The command line: answers on stdout, errors of one line with exit status 2, statistics on stderr."""
+"""Tests the command line: answers on stdout, errors of one line with exit status 2, statistics on stderr."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`nvlm-trt build` with quantisation: what it says, and one line for every mistake."""
+"""Tests `nvlm-trt build` with quantisation: its messages, and a one-line error for every mistake."""
 
 from __future__ import annotations
 

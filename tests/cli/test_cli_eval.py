@@ -1,4 +1,4 @@
-"""`nvlm-trt eval`: tables, JSON, exit status, and one-line errors for everything that a user can get wrong."""
+"""Tests `nvlm-trt eval`: tables, JSON, exit status, and a one-line error for every mistake."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`nvlm-trt plan`: one table or one JSON object, and one line for every mistake."""
+"""Tests `nvlm-trt plan`: one table or one JSON object, and a one-line error for every mistake."""
 
 from __future__ import annotations
 

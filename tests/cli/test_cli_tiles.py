@@ -1,4 +1,4 @@
-"""`nvlm-trt tiles`: the file it writes, what it prints, what it refuses, and that it leaves nothing half-written."""
+"""Tests `nvlm-trt tiles`: its file, its output, its errors, and that it leaves no half-written file."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_writes_the_sheet_and_one_line(run: Run, tmp_path: Path) -> None:
 
 
 def test_file_is_as_readable_as_any_other(run: Run, tmp_path: Path) -> None:
-    """Its mode follows the umask, which those of `tempfile` do not."""
+    """The mode of the file follows the umask; the mode of a `tempfile` does not."""
     (tmp_path / "any").touch()
     run(IMAGE, "--output", tmp_path / "out.png", "--tile-size", 56)
     assert (tmp_path / "out.png").stat().st_mode == (tmp_path / "any").stat().st_mode

@@ -1,4 +1,4 @@
-"""`nvlm-trt tinydocs`: what it writes is what `nvlm-trt eval --samples` reads."""
+"""Tests that `nvlm-trt eval --samples` reads the files that `nvlm-trt tinydocs` writes."""
 
 from __future__ import annotations
 

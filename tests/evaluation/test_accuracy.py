@@ -1,4 +1,4 @@
-"""Running a set on real tiny models: scores, what an interruption leaves, whose results are refused."""
+"""Tests running a set on real tiny models: scores, interruptions, and results of another run, which are refused."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def run(
 
 
 class Counting(EngineAnswerer):
-    """The real engine; notes what it was asked and, if told, fails as a dying engine does after some answers."""
+    """Asks the real engine and records the samples. May fail after some answers, as a dying engine does."""
 
     def __init__(self, path: Path, fail_after: int | None = None) -> None:
         super().__init__(path, OPTIONS.max_tokens, concurrency=1)
@@ -94,7 +94,7 @@ def test_engine_and_reference_answer_alike(engine: Directory, checkpoint: Direct
 
 
 def test_both_end_at_a_stop_token_and_leave_it_out(engine: Directory, checkpoint: Directory, tmp_path: Path) -> None:
-    """In a checkpoint whose <|im_end|> is a little likelier than the sixth token of an answer, where that is likely."""
+    """Uses a checkpoint in which <|im_end|> is a little likelier than the sixth token of an answer."""
     name, hello = "nvlm-d-tiny", SAMPLES[5]
     request = ChatRequest([Message("user", hello.prompt)], (), SamplingParams(max_tokens=24))
     with Pipeline.open(engine(name)) as pipeline:
@@ -119,7 +119,7 @@ def test_answers_do_not_depend_on_concurrency(engine: Directory) -> None:
 
 
 def test_known_answers_score_and_others_do_not(engine: Directory) -> None:
-    """The model's own answers, taken as the known ones for half of the samples."""
+    """For half of the samples, the known answers are the model's own answers."""
     path = engine("nvlm-h-tiny")
     _, answers = run(EngineAnswerer(path, OPTIONS.max_tokens))
     samples = [
@@ -184,7 +184,7 @@ def test_without_a_file_the_error_says_that_nothing_is_kept(engine: Directory) -
 
 
 def test_a_line_that_was_cut_is_asked_again(engine: Directory, path: Path) -> None:
-    """Cut at every place of the last line, as a full disk or a lost machine may."""
+    """The last line is cut at every place, as by a full disk or a machine that stops."""
     directory = engine("nvlm-d-tiny")
     with pytest.raises(EngineError):
         run(Counting(directory, fail_after=5), path)

@@ -1,4 +1,4 @@
-"""Confidence intervals against their definition and against values printed in the literature."""
+"""Tests confidence intervals against their definition and against values printed in the literature."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`nvlm-trt verify`: passes on a good engine, names the stage that is off on a damaged one."""
+"""Tests `nvlm-trt verify`: it passes a good engine, and names the stage that differs in a damaged one."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ OTHER_VISION = {"norm_type": "layer_norm", "qk_norm": False, "qkv_bias": True}
     ],
 )
 def test_llama_and_every_other_option_end_to_end(tmp_path: Path, name: str, changes: dict[str, Any]) -> None:
-    """Every option that the tiny presets leave at its default, from a checkpoint to 64 greedy tokens."""
+    """Changes every option that the tiny presets leave at its default, from a checkpoint to 64 greedy tokens."""
     config = PRESETS[name]
     for key, change in changes.items():
         config = replace(

@@ -1,4 +1,4 @@
-"""Sample sets in JSONL: what is accepted, and that every fault is named with its line."""
+"""Tests sample sets in JSONL: accepted sets, and errors that name the line of a fault."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def png(colour: str) -> bytes:
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """`write(line, ...)` makes a set of objects (or of lines as they are) with images red.png and blue.png beside."""
+    """`write(line, ...)` writes a set of objects (or of raw lines), with the images red.png and blue.png beside it."""
     (tmp_path / "images").mkdir()
     for colour in ("red", "blue"):
         (tmp_path / "images" / f"{colour}.png").write_bytes(png(colour))

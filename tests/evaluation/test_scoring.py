@@ -1,4 +1,4 @@
-"""Metrics against slow definitions and against values printed in the literature."""
+"""Tests metrics against slow definitions and against values printed in the literature."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ levenshtein = Levenshtein.distance
 
 
 def slow_levenshtein(a: str, b: str) -> int:
-    """The recursive definition."""
+    """Computes the distance by its recursive definition."""
 
     @functools.cache
     def distance(i: int, j: int) -> int:
@@ -57,7 +57,7 @@ def test_anls_is_the_definition_of_biten_et_al(a: str, b: str) -> None:
 
 
 def table_levenshtein(a: str, b: str) -> int:
-    """The definition as a table of prefixes, for strings that the recursive one is too slow for."""
+    """Computes the distance by a table of prefixes, for strings too long for the recursive definition."""
     above = list(range(len(b) + 1))
     for i, left in enumerate(a, start=1):
         row = [i]

@@ -1,4 +1,4 @@
-"""TinyDocs: what a question's answer says must be in the image's pixels."""
+"""Tests TinyDocs: the answer to a question must be visible in the pixels of the image."""
 
 import io
 import itertools
@@ -33,7 +33,7 @@ def nearest_colour(page, x, y):
 
 
 def ink(page, x, y, reach):
-    """How much darker than the paper the darkest pixel within `reach` tile pixels is."""
+    """Returns how much darker than the paper the darkest pixel within `reach` tile pixels is."""
     pixels = np.asarray(page.image.convert("L"), np.float32)
     x_scale, y_scale = page.image.width / page.width, page.image.height / page.height
     box = pixels[

@@ -194,7 +194,7 @@ def _assert_apart(
 
 
 def test_labels_leave_ink() -> None:
-    """The texts recorded in other tests are really drawn: each label has dark pixels, other places have none."""
+    """The texts that other tests record are really drawn: a label has dark pixels, the place beside it has none."""
     layout = layout_sheet((504, 336), 56, 6)
     sheet = np.asarray(draw_tile_sheet(Image.new("RGB", (504, 336), "white"), 56, 6).convert("L"))
     width = ImageFont.load_default(layout.text_size).getlength("<tile_1>")

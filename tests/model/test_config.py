@@ -256,14 +256,14 @@ def test_a_config_that_transformers_5_writes(kind: type[Qwen2Config] | type[Llam
 
 
 def test_attention_bias_is_refused_for_llama_alone() -> None:
-    """transformers' Qwen2 has q, k and v biases whatever the key says; its Llama adds one to o_proj too."""
+    """transformers' Qwen2 ignores the key and has q, k and v biases; its Llama also adds a bias to o_proj."""
     assert config_from_hf(changed("llm_config.attention_bias", True)).llm.qkv_bias
     with pytest.raises(ConfigError, match="attention_bias"):
         config_from_hf(changed("llm_config.architectures", ["LlamaForCausalLM"]))
 
 
 def test_dynamic_rope_scaling_changes_nothing_within_max_position_embeddings() -> None:
-    """So it may be dropped. transformers' own tables, with and without it, at the longest sequence."""
+    """So the key may be dropped. Compares transformers' own tables, with and without it, at the longest sequence."""
     arguments = {"hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 512}
     ropes = [{"rope_type": "default"}, {"rope_type": "dynamic", "factor": 3.0}]
     tables = []
@@ -303,7 +303,7 @@ def test_sizes_that_do_not_fit_together(path: str, value: int) -> None:
 
 
 def test_a_choice_that_there_is_not() -> None:
-    """A config made in Python too: code that branches on "rms_norm" would take "rmsnorm" for "layer_norm"."""
+    """Also for a config made in Python: code that branches on "rms_norm" would treat "rmsnorm" as "layer_norm"."""
     tiny = PRESETS["nvlm-d-tiny"]
     with pytest.raises(ConfigError, match=r"vision_config.norm_type = 'rmsnorm': .*'rms_norm' or 'layer_norm'"):
         replace(tiny.vision, norm_type="rmsnorm")

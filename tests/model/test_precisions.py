@@ -1,4 +1,4 @@
-"""--precision: what names mean, and one line for what means nothing."""
+"""Tests --precision: the meaning of its names, and one-line errors for everything else."""
 
 from __future__ import annotations
 

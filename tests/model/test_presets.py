@@ -1,4 +1,4 @@
-"""Presets: their names, and the error for another one."""
+"""Tests presets: their names, and the error for an unknown name."""
 
 from __future__ import annotations
 
@@ -35,6 +35,6 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
 
 
 def test_the_command_line_names_presets_without_their_sizes() -> None:
-    """pydantic, which the sizes need, takes about 0.1 s to import: no --help waits for it."""
+    """The sizes need pydantic, whose import takes about 0.1 s: --help must not import it."""
     code = "import sys, nvlm_trt.cli; assert not {'pydantic', 'numpy'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

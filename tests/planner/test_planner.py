@@ -1,4 +1,4 @@
-"""The planner against what it foretells: engine files, the backends' caches, PyTorch's count of FLOPs."""
+"""Tests the planner against engine files, the backends' caches, and PyTorch's count of FLOPs."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def stored_bytes(graph: Path) -> int:
 
 
 def assert_just_above(actual: int, planned: int) -> None:
-    """Graphs hold some constants that no plan counts."""
+    """Asserts nearly equal bytes: graphs hold some constants that the planner does not count."""
     assert planned <= actual < 1.002 * planned
 
 
@@ -79,7 +79,7 @@ def test_weights_in_blocks_are_those_of_the_files(checkpoint: Directory, tmp_pat
 
 
 class Everywhere(SimpleNamespace):
-    """Stands for a calibration: every linear layer's input is at most 6."""
+    """Replaces a calibration: the inputs of every linear layer are at most 6."""
 
     def of(self, name: str, inputs: int) -> LinearInput:
         return LinearInput(abs_max=6.0, clip=6.0, channels=[6.0] * inputs)
@@ -111,7 +111,7 @@ def test_parameters_are_those_of_the_checkpoint(checkpoint: Directory, name: str
 
 
 def test_parameters_are_those_of_published_models() -> None:
-    """As their cards say: NVLM-D-72B 79.4 billion, of which 7 of InternViT's 32 heads are dummies; Qwen2-0.5B 0.49."""
+    """By their model cards: NVLM-D-72B 79.4 billion, 7 of InternViT's 32 heads being dummies; Qwen2-0.5B 0.49."""
     vision = PRESETS["nvlm-d-72b"].vision
     dummies = vision.num_layers * 7 * vision.head_dim * (4 * vision.hidden_size)
     assert sum(plan_of("nvlm-d-72b", "bf16", "tensorrt").parameters.values()) + dummies == pytest.approx(79.4e9, 1e-3)
@@ -146,7 +146,7 @@ def test_caches_are_what_the_profiles_for_tensorrt_take(name: str, precision: st
 
 @pytest.mark.parametrize("name", NAMES)
 def test_activations_are_near_what_the_graph_holds_at_once(checkpoint: Directory, tmp_path: Path, name: str) -> None:
-    """A graph's tensors, each held from its node to its last reader, are what a runtime without fusion needs."""
+    """A runtime without fusion holds each tensor of a graph from the node that makes it to its last reader."""
     source = EngineSource(checkpoint(name), {"max_slots": 3, "max_seq_len": 512})
     with Checkpoint.open(checkpoint(name)) as opened:
         recipe = quantised(opened, TENSORRT.precisions.parse("fp32"), None, 0, fold_fp8=False)
@@ -158,7 +158,7 @@ def test_activations_are_near_what_the_graph_holds_at_once(checkpoint: Directory
 
 
 def held_at_once(path: Path, shapes: dict[str, list[int]]) -> int:
-    """Bytes of the tensors between nodes at their most, in a run by ONNX Runtime; the caches are not counted."""
+    """Runs a graph with ONNX Runtime. Returns the peak bytes of the tensors between nodes, caches not counted."""
     model = onnx.load(path)
     nodes = model.graph.node
     types = {value.name: value.type.tensor_type.elem_type for value in model.graph.input}
@@ -191,7 +191,7 @@ def counted(run: Callable[[], object]) -> int:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_flops_are_those_that_pytorch_counts(name: str) -> None:
-    """Apart from what PyTorch multiplies by a mask's zeros, and logits that it makes of every token."""
+    """PyTorch also multiplies by the zeros of a mask, and makes logits of every token: both are subtracted."""
     config = dataclasses.replace(PRESETS[name], image_token_id=259)
     llm = config.llm
     model = ReferenceModel(config).eval()

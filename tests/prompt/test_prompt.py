@@ -1,4 +1,4 @@
-"""Prompts of the three architectures: layouts written out by hand, whole-string tokenisation, ranges, injection."""
+"""Tests prompts of the three architectures: layouts written by hand, whole-string tokenisation, ranges, injection."""
 
 from __future__ import annotations
 
@@ -235,7 +235,7 @@ part_lists = st.lists(st.one_of(st.builds(TextPart, st.text(max_size=9)), st.jus
 def test_images_stand_where_the_parts_say(
     config: NvlmConfig, byte_tokenizer: Tokenizer, contents: list[list[TextPart | ImagePart]], data: st.DataObject
 ) -> None:
-    """Every image between the texts of its neighbours, whatever these spell; nothing else becomes an image."""
+    """Every image stands between the texts of its neighbours, whatever the texts say; no text becomes an image."""
     contents[-1].append(TextPart("?"))
     images = sum(isinstance(part, ImagePart) for content in contents for part in content)
     tiles = data.draw(st.lists(st.integers(1, 3), min_size=images, max_size=images))
@@ -260,7 +260,7 @@ def test_images_stand_where_the_parts_say(
 
 @given(st.lists(st.tuples(st.sampled_from(["a b", "<image>", "é", ""]), st.integers(1, 7)), max_size=4))
 def test_a_draft_tokenises_each_text_once(images: list[tuple[str, int]]) -> None:
-    """However often it is encoded, it becomes what is encoded at once."""
+    """A draft that is encoded several times gives the same prompt as encoding once, without a draft."""
     parts = [part for text, _ in images for part in (TextPart(text), ImagePart())]
     messages = [Message("user", [*parts, TextPart("what?")])]
     encoder = PromptEncoder(X, counting := CountingTokenizer(train_qwen2_like()))
@@ -275,7 +275,7 @@ def test_a_draft_tokenises_each_text_once(images: list[tuple[str, int]]) -> None
 
 
 class CountingTokenizer(Tokenizer):
-    """Notes every text that it tokenises once it is made."""
+    """Records every text that it tokenises after its construction."""
 
     texts: list[str] = []  # noqa: RUF012
 
@@ -316,7 +316,7 @@ conversations = st.tuples(
 
 
 def written_out(config: NvlmConfig, images: list[tuple[str, int]], question: str) -> tuple[str, list[tuple[int, int]]]:
-    """The whole ChatML string as NVLM writes it, and for each of its characters what a token ending there reads."""
+    """Writes the whole ChatML string in NVLM's format, and for each character the range of a token that ends there."""
     string, reads, seen = "", [], 0
 
     def write(text: str, read: tuple[int, int] | None = None) -> None:
@@ -391,7 +391,7 @@ def test_ranges_grow_from_nothing_to_everything(
     assert (starts <= ends).all()
     assert ((starts >= 0) & (ends <= prompt.cross_tokens)).all()
     before_image = starts == 0
-    assert (np.diff(ends[before_image]) >= 0).all()  # what others than X's tags read only grows
+    assert (np.diff(ends[before_image]) >= 0).all()  # except for NVLM-X's tags, ranges only grow
     assert tuple(prompt.cross_ranges[0]) == (0, 0)
     assert tuple(prompt.cross_ranges[-1]) == prompt.decode_range == (0, prompt.cross_tokens)
     assert np.count_nonzero(prompt.input_ids == QWEN2.image_token_id) == prompt.placeholders
@@ -511,7 +511,7 @@ def test_bad_conversation_is_a_request_error(
         ([{"role": "x" * 10_000, "content": "a"}], r"^messages\[0\]\.role .{,100}$"),
         ([{"role": "user", "content": ["a"]}], r"messages\[0\]\.content must be a string"),
         ([{"role": "user", "content": None}], r"messages\[0\]\.content must be a string"),
-        ([{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "picture"}]}], r"part 1 must be \{"),
+        ([{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "photo"}]}], r"part 1 must be \{"),
         ([{"role": "user", "content": [{"type": "text", "text": 1}]}], r"part 0 must be \{"),
         ([{"role": "user", "content": [{"type": "image", "image": "/etc/passwd"}]}], r"part 0 must be \{"),
     ],

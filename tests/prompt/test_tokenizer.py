@@ -1,4 +1,4 @@
-"""Tokenizer and incremental decoding, against transformers' fast tokenizer over the same tokenizer.json."""
+"""Tests tokenizer and incremental decoding against transformers' fast tokenizer with the same tokenizer.json."""
 
 from __future__ import annotations
 

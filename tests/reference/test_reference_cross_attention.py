@@ -1,4 +1,4 @@
-"""The gated cross-attention block against transformers' Mllama and Idefics, and ranges against a boolean mask."""
+"""Tests the gated cross-attention block against transformers' Mllama and Idefics, and ranges against a boolean mask."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ RANGES = torch.tensor([[[0, 20], [0, 1], [5, 9], [19, 20], [3, 17], [0, 8], [10,
 
 
 def boolean_mask(ranges: Tensor, length: int) -> Tensor:
-    """[B, S, 2] -> [B, S, C], pair by pair."""
+    """Makes a mask [B, S, C] of ranges [B, S, 2], pair by pair."""
     rows = [[[start <= c < end for c in range(length)] for start, end in row] for row in ranges.tolist()]
     return torch.tensor(rows)
 
 
 def additive_mask(ranges: Tensor) -> Tensor:
-    """[B, 1, S, C]: 0 where a token may read, the most negative float elsewhere, as transformers has it."""
+    """Makes transformers' mask [B, 1, S, C]: 0 where a token may read, the most negative float elsewhere."""
     return torch.where(boolean_mask(ranges, IMAGE), 0.0, torch.finfo(torch.float32).min)[:, None]
 
 
@@ -102,7 +102,7 @@ def test_block_without_ffn_equals_idefics_with_tokens_before_the_image() -> None
 
 
 def softmax_by_hand(block: GatedCrossAttentionBlock, x: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """The attention of a block, one row and head at a time, over the tokens that its boolean mask keeps."""
+    """Computes the attention of a block, one row and head at a time, over the tokens that the boolean mask keeps."""
     attn = block.attn
     queries = attn.q_proj(block.input_layernorm(x)[0]).unflatten(-1, (-1, attn.head_dim))  # [S, heads, head_dim]
     group = queries.shape[1] // len(key)

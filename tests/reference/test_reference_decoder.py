@@ -1,4 +1,4 @@
-"""The decoder against transformers' Qwen2 and Llama, weights copied across: prefill and cached decoding."""
+"""Tests the decoder against transformers' Qwen2 and Llama with the same weights: prefill and cached decoding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""NVLM-D as a whole against transformers' InternVL; what X and H promise about text, tags, ranges and the cache."""
+"""Tests NVLM-D as a whole against transformers' InternVL, and text, tags, ranges and the cache of NVLM-X and -H."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def reference(checkpoint: Checkpoints) -> Callable[[str], ReferenceModel]:
 
 
 def random_ids(length: int, seed: int = 0) -> Tensor:
-    """[1, S] text tokens."""
+    """Makes text tokens [1, S]."""
     return torch.randint(0, 256, (1, length), generator=torch.Generator().manual_seed(seed))
 
 
@@ -109,7 +109,7 @@ def internvl_pair() -> Pair:
 
 @pytest.fixture(scope="module")
 def internvl_ids() -> Tensor:
-    """Two tiles, each after a few tokens of text."""
+    """Makes a sequence of two tiles, each after a few tokens of text."""
     text = torch.randint(0, IMAGE_TOKEN, (12,), generator=torch.Generator().manual_seed(3))
     tile = torch.full((INTERNVL.tokens_per_tile,), IMAGE_TOKEN)
     return torch.cat([text[:4], tile, text[4:7], tile, text[7:]])[None]

@@ -1,4 +1,4 @@
-"""The vision encoder and pixel shuffle against transformers' InternVL, weights copied across."""
+"""Tests the vision encoder and pixel shuffle against transformers' InternVL with the same weights."""
 
 from __future__ import annotations
 

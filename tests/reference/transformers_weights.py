@@ -1,4 +1,4 @@
-"""transformers' models with random weights, and those weights under the names of a checkpoint."""
+"""Makes transformers' models with random weights, and names those weights as a checkpoint does."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def randomize(module: nn.Module, seed: int = 0) -> None:
 
 
 def assert_same(actual: Tensor, expected: Tensor) -> None:
-    """Finite, not degenerate, and equal within TOLERANCE."""
+    """Asserts that both are finite, not degenerate, and equal within TOLERANCE."""
     assert torch.isfinite(actual).all()
     assert expected.std() > 0.1
     torch.testing.assert_close(actual, expected, rtol=0, atol=TOLERANCE)
@@ -61,7 +61,7 @@ def internvl_vision_config(config: VisionConfig) -> InternVLVisionConfig:
 
 
 def internvl_vision_weights(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """State of InternVLVisionModel -> vision_model.* without that prefix."""
+    """Renames the state of InternVLVisionModel to vision_model.*, without that prefix."""
     ours: dict[str, Tensor] = {}
     for name, tensor in theirs.items():
         if name.startswith("embeddings."):
@@ -80,7 +80,7 @@ def internvl_vision_weights(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def llm_arguments(config: LlmConfig) -> dict[str, object]:
-    """Keyword arguments of Qwen2Config, LlamaConfig and MllamaTextConfig."""
+    """Makes keyword arguments for Qwen2Config, LlamaConfig and MllamaTextConfig."""
     return {
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_layers,

@@ -1,4 +1,4 @@
-"""The batcher's thread: sleeping, waking, failing, closing. What it schedules is tested in test_scheduler."""
+"""Tests the batcher's thread: sleeping, waking, failing, closing. test_scheduler.py tests the scheduling."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WAIT = 30.0  # seconds until a test gives up
 
 
 class Listener(Receiver):
-    """A receiver that can be waited for."""
+    """A receiver with a method that waits for its end."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def submit(batcher: Batcher, asked: Asked, ready: bool = True) -> tuple[Listener, Request]:
-    """Unless `ready`, the images of the request are still being encoded."""
+    """Submits a request. Unless `ready`, its images are still being encoded."""
     listener = Listener()
     request = asked.request(listener, ready)
     batcher.submit(request)

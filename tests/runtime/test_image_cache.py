@@ -20,7 +20,7 @@ def features(numbers: int, in_cross: int = 0) -> ImageFeatures:
 
 
 def holds(cache: ImageCache, key: str) -> bool:
-    """Asks without making room for anything."""
+    """Returns whether the cache holds the key, without inserting anything."""
     try:
         cache.get(key, lambda: (_ for _ in ()).throw(LookupError()))
     except LookupError:

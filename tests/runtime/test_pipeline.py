@@ -1,4 +1,4 @@
-"""The pipeline over real tiny engines: what a request is promised, from encoded images to the last delta."""
+"""Tests the pipeline with real tiny engines, from encoded images to the last delta."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def chat(
 
 
 class CountingEncoder:
-    """Tiles and encodes as the pipeline would by itself, and counts."""
+    """Tiles and encodes as the pipeline does by itself, and counts the images."""
 
     def __init__(self, directory: Path) -> None:
         engine = Engine.open(directory)
@@ -108,7 +108,7 @@ class Listener:
 
 @pytest.mark.parametrize("name", ALL)
 def test_neighbours_do_not_change_an_answer(engine: DirectoryByName, name: str) -> None:
-    """8 requests of different images, lengths and seeds, greedy and sampled, cancelled neighbours among them."""
+    """8 requests with different images, lengths and seeds, greedy and sampled, beside neighbours that are cancelled."""
     requests = [
         chat(
             "What is written here? " * (1 + 5 * (seed % 3)),
@@ -149,7 +149,7 @@ def test_chunks_of_the_prompt_do_not_change_an_answer(engine: DirectoryByName, n
 
 @pytest.mark.parametrize("name", ALL)
 def test_logprobs_are_the_references(engine: DirectoryByName, checkpoint: DirectoryByName, name: str) -> None:
-    """Every token of an answer about two images, sampled, against the oracle fed with the whole sequence at once."""
+    """Compares every sampled token of an answer about two images with the reference's forward of the whole sequence."""
     model = ReferenceModel.from_checkpoint(checkpoint(name))
     config = model.config
     images = [make_image(1), make_image(2, 90, 200)]

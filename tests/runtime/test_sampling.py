@@ -59,7 +59,7 @@ def test_candidates_are_those_of_transformers(
     probabilities = np.sort(np.exp((logits - logits.max()).astype(np.float64) / temperature))[::-1]
     if top_k:
         probabilities = probabilities[:top_k]
-    # a border closer than float32's rounding may fall either way
+    # tokens closer to a limit than float32's rounding may be kept or not
     assume(np.abs(probabilities.cumsum() / probabilities.sum() - top_p).min() > 1e-5 or top_p == 1)
     assume(np.abs(probabilities - min_p).min() > 1e-5)
 
@@ -111,7 +111,7 @@ def test_tokens_are_drawn_as_often_as_their_probability_says(settings: dict[str,
 
 
 def flat_draws(seed: int | None) -> list[int]:
-    """50 tokens drawn from 1000 that are equally probable."""
+    """Draws 50 tokens from 1000 that are equally probable."""
     sampler = Sampler(SamplingParams(temperature=1, seed=seed), NOTHING)
     return [sampler.sample(np.zeros(1000, dtype=np.float32))[0] for _ in range(50)]
 

@@ -24,7 +24,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @dataclass
 class Client:
-    """One request of a schedule: what it asks, when it comes, is prepared and is cancelled (in steps)."""
+    """One request of a schedule, and the steps at which it arrives, becomes ready and is cancelled."""
 
     asked: Asked
     arrives: int = 0

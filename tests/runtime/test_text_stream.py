@@ -9,7 +9,7 @@ from nvlm_trt.runtime.text_stream import TextStream
 
 
 class Words:
-    """A vocabulary given as strings; what an incomplete character leaves behind comes with flush."""
+    """A vocabulary of strings. `flush` returns the rest of an incomplete character."""
 
     def __init__(self, words: Sequence[str], rest: str = "") -> None:
         self._words, self._rest = words, rest
@@ -22,7 +22,8 @@ class Words:
 
 
 def answer(text: str, stop: Sequence[str]) -> str:
-    """The rule, letter by letter: the answer ends before the first stop string to be complete (the longest of them)."""
+    """Applies the rule letter by letter: the answer ends before the stop string that is complete first, or before the
+    longest of them."""
     for end in range(len(text) + 1):
         starts = [end - len(s) for s in stop if text[:end].endswith(s)]
         if starts:

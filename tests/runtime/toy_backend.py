@@ -1,7 +1,7 @@
-"""A deterministic stand-in for an engine whose every logit depends on everything that a real one's may depend on.
+"""Replaces an engine by a deterministic toy, in which every logit depends on all that a real engine's may depend on.
 
-Each cached token is a number made of its id (or image token) and of the cross-attended memory in its range; logits
-are made of all numbers cached in the slot. So a token read from, or written to, a wrong place changes the answer.
+Each cached token is a number made of its id (or image token) and of the cross-attended tokens in its range; logits are
+made of all numbers cached in the slot. So a token that is read from or written to a wrong place changes the answer.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def value(content: int | bytes, memory: np.ndarray) -> int:
 
 
 def logits_of(values: np.ndarray) -> np.ndarray:
-    """[cached tokens] -> [vocab]; ids 256 and 258 (the byte tokenizer's ends of text) come up now and then."""
+    """Makes logits [vocab] of [cached tokens]; ids 256 and 258, the byte tokenizer's ends of text, win now and then."""
     logits = np.random.default_rng(zlib.crc32(values.tobytes())).normal(size=CONFIG.llm.vocab_size).astype(np.float32)
     logits[[256, 258]] += 1.2
     return logits
@@ -121,14 +121,14 @@ def logits_of(values: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Asked:
-    """One request as its caller means it."""
+    """One request: its prompt, its images, its sampling."""
 
     prompt: EncodedPrompt
     sampling: SamplingParams
     images: list[ImageFeatures]
 
     def request(self, receiver: Receiver, ready: bool = True) -> Request:
-        """As it is submitted; unless `ready`, its images are still being encoded."""
+        """Makes the request to submit. Unless `ready`, its images are still being encoded."""
         request = Request(self.sampling, receiver.on_delta, receiver.on_error)
         if ready:
             self.provide(request)
@@ -164,7 +164,7 @@ def ask(
 
 
 def tokens_alone(backend: ToyBackend, tokenizer: Tokenizer, asked: Asked) -> list[int]:
-    """The request's tokens by the toy's definition: no slots, no chunks, no neighbours, no stop strings."""
+    """Computes the request's tokens by the toy's definition, without slots, chunks, neighbours and stop strings."""
     prompt, image_token_id = asked.prompt, backend.config.image_token_id
     memory = np.concatenate([np.empty(0, np.float32), *(kv.cross_kv[0, 0, 0, :, 0] for kv in asked.images)])  # type: ignore[index]
     images = (row for image in asked.images for row in image.embeddings)  # type: ignore[attr-defined]
@@ -183,7 +183,7 @@ def tokens_alone(backend: ToyBackend, tokenizer: Tokenizer, asked: Asked) -> lis
 
 
 class Receiver:
-    """Collects what one request is told, and checks that nothing follows its end."""
+    """Collects the deltas and the error of one request, and checks that nothing follows its end."""
 
     def __init__(self) -> None:
         self.token_ids: list[int] = []

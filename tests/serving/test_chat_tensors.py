@@ -1,4 +1,4 @@
-"""Requests, answers and errors survive their journey as tensors and messages."""
+"""Tests that requests, answers and errors are unchanged after encoding and decoding as tensors and messages."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_an_error_of_the_server_itself_is_one_line() -> None:
 
 
 def tensor(request: object, name: str) -> bytes:
-    """The first string of an input."""
+    """Reads the first string of an input."""
     index = [item.name for item in request.inputs].index(name)  # type: ignore[attr-defined]
     raw = request.raw_input_contents[index]  # type: ignore[attr-defined]
     return raw[4 : 4 + int.from_bytes(raw[:4], "little")]

@@ -1,4 +1,4 @@
-"""The part of triton_python_backend_utils that the models use, in this process: no server, no shared memory."""
+"""Replaces the part of triton_python_backend_utils that the models use, without server and shared memory."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Request:
 
 
 class ResponseSender:
-    """Collects what is sent. `cancelled` is what the client has done; `send_raises` what its connection does."""
+    """Collects the responses sent. `cancelled`: the client has cancelled; `send_raises`: its connection fails."""
 
     def __init__(self) -> None:
         self.sent: list[tuple[InferenceResponse | None, int]] = []
@@ -96,7 +96,7 @@ class ResponseSender:
 
 
 def fake_pb_utils(run: Callable[[SimpleNamespace], InferenceResponse] | None = None) -> SimpleNamespace:
-    """`run` answers the requests that a model sends to other models."""
+    """Makes the module. `run` answers the requests that a model sends to other models."""
 
     def inference_request(**fields: Any) -> SimpleNamespace:
         request = SimpleNamespace(**fields)

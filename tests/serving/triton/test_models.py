@@ -1,4 +1,4 @@
-"""The logic of Triton's python models, without a server: tests/integration runs the same in a real one."""
+"""Tests the logic of Triton's python models without a server; tests/integration runs the models in a real one."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def png(width: int, height: int) -> bytes:
 
 
 def arguments(**parameters: object) -> dict[str, str]:
-    """The argument of `initialize`."""
+    """Makes the argument of `initialize`."""
     entries = {name: {"string_value": str(value)} for name, value in parameters.items()}
     return {"model_config": json.dumps({"parameters": entries})}
 
@@ -90,7 +90,7 @@ def test_image_tokens_of_several_images_are_split() -> None:
 
 
 class Asked:
-    """One request in the hands of an AnswerSender."""
+    """One request that an AnswerSender answers."""
 
     def __init__(self, answers: AnswerSender) -> None:
         self.sender = ResponseSender()
@@ -288,7 +288,7 @@ def test_image_encoder_asks_the_ensemble_and_keeps_the_kind_of_its_errors() -> N
 
 
 def test_chat_model(engine: Callable[[str], Path], tmp_path: Path) -> None:
-    """An answer about an image whose tokens another model makes, a refused request, and a server that drains."""
+    """Answers about an image that another model encodes, refuses a request, and drains."""
     path, drain_file = engine("nvlm-h-tiny"), tmp_path / "draining"
     with open_backend(Engine.open(path), ["vision_encoder"], threads=1) as backend:
 

@@ -1,4 +1,4 @@
-"""The rendered model repository, read with Triton's own schema of config.pbtxt."""
+"""Tests the rendered model repository, read with Triton's own schema of config.pbtxt."""
 
 from __future__ import annotations
 
