@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from nvlm_trt.api import ChatRequest, Delta, Message, SamplingParams, Usage
-from nvlm_trt.backends.base import FloatArray
+from nvlm_trt.backends.base import BackendArray, FloatArray
 from nvlm_trt.backends.opening import open_backend
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import EngineError, ImageError, NvlmError, QueueFullError, RequestError
@@ -56,7 +56,7 @@ class CountingEncoder:
         self.calls = 0
         self.before: Callable[[], None] = lambda: None
 
-    def __call__(self, data: bytes, max_tiles: int) -> np.ndarray:
+    def __call__(self, data: bytes, max_tiles: int) -> BackendArray:
         self.calls += 1
         self.before()
         return self._backend.encode(tile_image(load_image(data), self._tile_size, max_tiles))
