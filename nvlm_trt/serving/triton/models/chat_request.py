@@ -6,20 +6,20 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from nvlm_trt.api import ChatRequest
 from nvlm_trt.backends.base import BackendArray
 from nvlm_trt.errors import RequestError
 from nvlm_trt.serving.chat_tensors import parse_conversation, parse_sampling
+from nvlm_trt.serving.triton.models.inputs import input_array
 
 ImportTokens = Callable[[Any], BackendArray]
 
 
 def read_chat(pb_utils: Any, request: Any, import_tokens: ImportTokens) -> ChatRequest:
     """Read the tensors of a request. Raises RequestError for faulty messages, sampling parameters or image tokens."""
-    images = _array(pb_utils, request, "image")  # [images] bytes
-    max_tiles = _array(pb_utils, request, "max_tiles")  # [1]
+    images = input_array(pb_utils, request, "image")  # [images] bytes
+    max_tiles = input_array(pb_utils, request, "max_tiles")  # [1]
     encoded = _image_tokens(pb_utils, request, import_tokens)
     if images is not None and encoded:
         raise RequestError("`image_tokens` are sent by the ensemble's earlier steps only; send images as `image`")
@@ -36,7 +36,7 @@ def _image_tokens(pb_utils: Any, request: Any, import_tokens: ImportTokens) -> l
 
     Copied, because the request may be freed before its images are used."""
     tensor = pb_utils.get_input_tensor_by_name(request, "image_tokens")  # [tiles of all images, T, hidden]
-    tiles = _array(pb_utils, request, "tiles_per_image")  # [images]
+    tiles = input_array(pb_utils, request, "tiles_per_image")  # [images]
     if tensor is None or tiles is None:
         return []
     tokens: Any = import_tokens(tensor)
@@ -47,10 +47,5 @@ def _image_tokens(pb_utils: Any, request: Any, import_tokens: ImportTokens) -> l
 
 
 def _string(pb_utils: Any, request: Any, name: str) -> bytes | None:
-    array = _array(pb_utils, request, name)
+    array = input_array(pb_utils, request, name)
     return None if array is None else array[0]
-
-
-def _array(pb_utils: Any, request: Any, name: str) -> npt.NDArray[Any] | None:
-    tensor = pb_utils.get_input_tensor_by_name(request, name)
-    return None if tensor is None else tensor.as_numpy()

@@ -11,6 +11,7 @@ from nvlm_trt.errors import ImageError, NvlmError, RequestError
 from nvlm_trt.image.decoding import load_image
 from nvlm_trt.image.tiling import tile_image
 from nvlm_trt.limits import EngineLimits
+from nvlm_trt.serving.triton.models.inputs import input_array
 from nvlm_trt.serving.triton.models.parameters import image_limits, read_parameters
 from nvlm_trt.serving.triton.models.responses import Responses
 
@@ -34,10 +35,10 @@ class TilingModel:
 
     def _respond(self, request: Any) -> Any:
         pb_utils = self._pb_utils
-        image = pb_utils.get_input_tensor_by_name(request, "image")
-        images = [] if image is None else image.as_numpy().tolist()  # [images] bytes
-        max_tiles = pb_utils.get_input_tensor_by_name(request, "max_tiles")
-        most = self._engine_limits.max_tiles if max_tiles is None else int(max_tiles.as_numpy()[0])
+        image = input_array(pb_utils, request, "image")  # [images] bytes
+        images = [] if image is None else image.tolist()
+        max_tiles = input_array(pb_utils, request, "max_tiles")  # [1]
+        most = self._engine_limits.max_tiles if max_tiles is None else int(max_tiles[0])
         try:
             tiles = self._tile(images, most)
         except NvlmError as error:
