@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any
 
 from nvlm_trt.backends.base import BackendArray, FloatArray, ImageFeatures, IntArray, RangeArray, StepBackend
+from nvlm_trt.closing import ClosedOnExit
 
 
-class SplitBackend:
+class SplitBackend(ClosedOnExit):
     """Implements `StepBackend`: `vision` encodes, `text` does the rest. Image tokens go through host memory."""
 
     def __init__(self, vision: StepBackend, text: StepBackend) -> None:
@@ -49,11 +49,3 @@ class SplitBackend:
     def close(self) -> None:
         self._vision.close()
         self._text.close()
-
-    def __enter__(self) -> SplitBackend:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -13,7 +13,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +20,7 @@ import numpy.typing as npt
 from nvlm_trt.checkpoint.dummy_heads import PROJECTION, padded_shape, real_heads
 from nvlm_trt.checkpoint.safetensors_file import FloatArray, SafetensorsFile, TensorRecord
 from nvlm_trt.checkpoint.writer import INDEX_FILE, WEIGHTS_FILE
+from nvlm_trt.closing import ClosedOnExit
 from nvlm_trt.errors import CheckpointError
 from nvlm_trt.model.config import NvlmConfig
 from nvlm_trt.model.hf_config import config_to_hf, read_config
@@ -64,7 +64,7 @@ class LazyWeight:
         return np.ascontiguousarray(rows[:, : self.shape[1]])
 
 
-class Checkpoint:
+class Checkpoint(ClosedOnExit):
     """An open checkpoint whose names and shapes match its config. A context manager."""
 
     def __init__(self, directory: Path, config: NvlmConfig, files: Sequence[SafetensorsFile]) -> None:
@@ -141,14 +141,6 @@ class Checkpoint:
     def close(self) -> None:
         for file in self._files:
             file.close()
-
-    def __enter__(self) -> Checkpoint:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _dummy_channels(self) -> int:
         """Counts the channels of the vision encoder's dummy heads, by the first layer's `proj`; 0 if it has none."""

@@ -14,6 +14,7 @@ import grpc.aio
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from nvlm_trt.api import Answer, Delta, EncodedImage, Message, SamplingParams, merge_deltas
+from nvlm_trt.closing import ClosedOnExit
 from nvlm_trt.errors import RequestError, ServerError
 from nvlm_trt.prompt.conversation import lift_images
 from nvlm_trt.serving.chat_tensors import MODEL
@@ -28,7 +29,7 @@ _CHANNEL_OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_mes
 _LOOPBACK = ("127.", "localhost:", "[::1]:")
 
 
-class Client:
+class Client(ClosedOnExit):
     """Asks one server. Thread-safe: the streams of all threads share one connection."""
 
     def __init__(self, url: str) -> None:
@@ -102,14 +103,6 @@ class Client:
 
     def close(self) -> None:
         self._channel.close()
-
-    def __enter__(self) -> Client:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class AsyncClient:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterator, Sequence
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -35,6 +34,7 @@ from nvlm_trt.backends.onnxruntime.session import (
     open_session,
     session_options,
 )
+from nvlm_trt.closing import ClosedOnExit
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import EngineError
 from nvlm_trt.limits import EngineLimits, check_embeddings
@@ -43,7 +43,7 @@ from nvlm_trt.plugins.gated_cross_attention import cache_length
 from nvlm_trt.prompt.image_tokens import check_cross_tiles, split_tiles
 
 
-class OnnxRuntimeBackend:
+class OnnxRuntimeBackend(ClosedOnExit):
     """Implements `StepBackend`. Image tokens and features are NumPy arrays."""
 
     def __init__(self, engine: Engine, stages: Collection[str], threads: int | None) -> None:
@@ -182,14 +182,6 @@ class OnnxRuntimeBackend:
         return self._bindings[first, stop]
 
     # --- lifetime ----------------------------------------------------------------------------------------------------
-
-    def __enter__(self) -> OnnxRuntimeBackend:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Free sessions and caches; no method may be called afterwards."""

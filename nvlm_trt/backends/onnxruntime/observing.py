@@ -69,9 +69,6 @@ class ObservingBackend(OnnxRuntimeBackend):
         self._counts: dict[str, npt.NDArray[np.int64]] = {}
         self._cross_attends = False
 
-    def __enter__(self) -> ObservingBackend:
-        return self
-
     def linears(self) -> dict[str, LinearInput]:
         """Return the inputs seen so far, by layer, for the layers that were reached.
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from nvlm_trt.backends.base import (
 from nvlm_trt.backends.tensorrt.loaded_plan import LoadedPlan
 from nvlm_trt.backends.tensorrt.record import record_of
 from nvlm_trt.backends.tensorrt.target import check_target, find_target, import_torch
+from nvlm_trt.closing import ClosedOnExit
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import DeviceMemoryError, EngineError
 from nvlm_trt.limits import EngineLimits, check_embeddings
@@ -37,7 +37,7 @@ from nvlm_trt.prompt.image_tokens import check_cross_tiles, split_tiles
 _PREFILL, _DECODE = 0, 1  # the decoder's optimisation profiles
 
 
-class TensorRtBackend:
+class TensorRtBackend(ClosedOnExit):
     """Implements `StepBackend`. Image tokens and features are torch tensors on the GPU."""
 
     def __init__(self, engine: Engine, stages: Collection[str], device: str) -> None:
@@ -194,14 +194,6 @@ class TensorRtBackend:
                 cache[target, :, :used] = cache[source, :, :used]
 
     # --- lifetime ----------------------------------------------------------------------------------------------------
-
-    def __enter__(self) -> TensorRtBackend:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Free plans and caches; no method may be called afterwards."""
