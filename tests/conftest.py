@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -33,7 +34,10 @@ ONE_WORKER = ("integration",)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Gives each worker its share of the cores: the threads of two workers would wait for each other."""
+    """Lets tests interrupt commands, and gives each worker its share of the cores: the threads of two workers would
+    wait for each other."""
+    # a shell starts background jobs with SIGINT ignored, and the commands that tests start would inherit that
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     worker, workers = os.environ.get("PYTEST_XDIST_WORKER"), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     cores = sorted(os.sched_getaffinity(0))
     if worker and len(cores) >= workers:
