@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection
 
 from nvlm_trt.backends.base import STAGES, StepBackend, stages_of
@@ -40,8 +41,11 @@ def open_backend(
     images, text = set(stages) & {"vision_encoder"}, set(stages) - {"vision_encoder"}
     options = OpenOptions(threads, device)
     if images and text and backend_of(engine, "vision_encoder") != backend_of(engine):
-        vision = _open(engine, images, OpenOptions(threads))
-        return SplitBackend(vision, _open(engine, text, options))
+        with contextlib.ExitStack() as stack:
+            vision = stack.enter_context(_open(engine, images, OpenOptions(threads)))
+            split = SplitBackend(vision, _open(engine, text, options))
+            stack.pop_all()  # `split` closes both
+            return split
     return _open(engine, stages, options)
 
 

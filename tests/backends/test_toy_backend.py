@@ -260,3 +260,19 @@ def test_a_stage_may_have_a_runtime_of_its_own(
         assert np.array_equal(both.to_host(both.encode(pixels)), expected)
         assert both.features(both.encode(pixels)).tiles == 2
     assert placement_of(Engine.open(built.path)) == TritonPlacement()  # where the vision encoder runs
+
+
+def test_a_stage_that_cannot_be_opened_closes_the_one_before(built: Engine) -> None:
+    closed: list[str] = []
+
+    class Watched(AbacusBackend):
+        def __exit__(self, *_: Any) -> None:
+            closed.append(",".join(self.stages))
+
+    broken = dataclasses.replace(SPEC, name="broken", open=lambda *_: AbacusBackend(built, 1 / 0))  # type: ignore[arg-type]
+    watched = dataclasses.replace(SPEC, name="watched", open=lambda engine, stages, _: Watched(engine, stages))
+    built.manifest.backend, built.manifest.runtimes = "broken", {"vision_encoder": "watched"}
+    save_manifest(built.path, built.manifest)
+    with added_backend(broken), added_backend(watched), pytest.raises(ZeroDivisionError):
+        open_backend(Engine.open(built.path))
+    assert closed == ["vision_encoder"]
