@@ -1,6 +1,6 @@
-"""nvlm::GatedCrossAttention on torch tensors.
+"""Runs nvlm::GatedCrossAttention on torch tensors.
 
-Only lab/gpu_check and the tests call this launcher; a backend that runs the decoder in torch would.
+Only lab/gpu_check and the tests call this launcher; a backend that runs the decoder in torch would call it, too.
 """
 
 from __future__ import annotations
