@@ -61,7 +61,7 @@ class BuildJob:
 
 
 class BuildSteps(Protocol):
-    """The steps of a build that each backend implements."""
+    """Lists the steps of a build that each backend implements."""
 
     tools: Sequence[str]  # packages whose versions the manifest lists
     fold_fp8: bool  # True: write fp8 weights in the form that ONNX Runtime folds into constants

@@ -38,14 +38,14 @@ INT64 = ir.DataType.INT64
 
 
 class WeightSource(Protocol):
-    """A source of named tensors, such as `nvlm_trt.checkpoint.reader.Checkpoint`, which hands out every tensor once."""
+    """Hands out named tensors, each once, as `nvlm_trt.checkpoint.reader.Checkpoint` does."""
 
     def take(self, name: str) -> StoredTensor: ...
 
 
 @dataclass(frozen=True)
 class LinearWeight:
-    """The weight of one linear layer, [outputs, inputs] as in torch.nn.Linear: tensors stacked by rows."""
+    """Holds the weight of one linear layer, [outputs, inputs] as in torch.nn.Linear: tensors stacked by rows."""
 
     name: str
     parts: tuple[StoredTensor, ...]
@@ -61,7 +61,7 @@ class LinearWeight:
 
 @dataclass(frozen=True)
 class Embedding:
-    """The embedding table [vocab, hidden], which is also the weight of a tied lm_head."""
+    """Holds the embedding table [vocab, hidden], which is also the weight of a tied lm_head."""
 
     table: ir.Value
     weight: LinearWeight
@@ -92,7 +92,7 @@ class Unquantised:
 
 
 class StageGraph:
-    """The graph of one stage, or a branch of it. `op` builds standard nodes, `microsoft` nodes of ONNX Runtime."""
+    """Builds the graph of one stage, or a branch of the graph. `op` adds standard nodes, `microsoft` ONNX Runtime's."""
 
     def __init__(
         self,

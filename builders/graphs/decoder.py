@@ -1,4 +1,4 @@
-"""decoder: the LLM over a KV cache, with the gated cross-attention blocks of NVLM-X and NVLM-H.
+"""Builds the graph decoder: the LLM over a KV cache, with the gated cross-attention blocks of NVLM-X and NVLM-H.
 
 B sequences, S new tokens, L = max_seq_len, N cross-attended tokens, hd = head_dim:
 

@@ -1,4 +1,4 @@
-"""The accuracy gate: publishes a quantised engine only if it answers as well as the unquantised engine."""
+"""Publishes a quantised engine only if it answers as well as the unquantised engine: the accuracy gate."""
 
 from __future__ import annotations
 
