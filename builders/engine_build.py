@@ -35,7 +35,7 @@ Precisions = Mapping[str, str]  # component -> precision
 
 @dataclass(frozen=True)
 class QuantizationOptions:
-    """Chooses what a quantised build measures before it publishes; an unquantised build ignores it."""
+    """Chooses what a quantised build measures before it publishes. An unquantised build ignores these options."""
 
     calibration: Path | None = None  # JSONL of samples or a saved calibration.json; None: the document tasks
     calibration_samples: int | None = None  # None: all of a file, CALIBRATION_SAMPLES of the document tasks
@@ -61,7 +61,7 @@ class BuildJob:
 
 
 class BuildSteps(Protocol):
-    """The steps of a build that each backend implements."""
+    """Lists the steps of a build that each backend implements."""
 
     tools: Sequence[str]  # packages whose versions the manifest lists
     fold_fp8: bool  # True: write fp8 weights in the form that ONNX Runtime folds into constants
@@ -93,9 +93,9 @@ def build_engine(
 ) -> Engine:
     """Publish the engine of a checkpoint as the directory `output`. A failed build leaves nothing there.
 
-    `overrides` replaces fields of `default_limits`; `precision` is read by the backend's PrecisionTable, None: its
-    default; `options` are those that only this backend has. Memory does not grow with the model, except for the smoke
-    test, the calibration and the gate, each of which loads an engine.
+    `overrides` replaces fields of `default_limits`; `precision` is text for the backend's PrecisionTable, None for the
+    table's default; `options` are the options that only this backend has. Memory does not grow with the model, except
+    in the smoke test, the calibration and the gate, each of which loads an engine.
     Raises CheckpointError and ConfigError for the checkpoint; EngineError for backend, precision, limits, an existing
     `output`, a full disk, a calibration that does not fit or an engine whose results are not finite; AccuracyError if
     the gate refuses the engine; RequestError and ImageError for samples."""

@@ -17,7 +17,7 @@ _TOKENS = 4
 
 
 class SmokeTest:
-    """Holds a prompt without and a prompt with an image, both within the limits of the engine to test."""
+    """Holds two prompts, one with an image and one without, both within the limits of the engine to test."""
 
     def __init__(self, prompts: PromptEncoder, limits: EngineLimits, config: NvlmConfig) -> None:
         """Encode the prompts. Raises EngineError if `limits` leave no room for an image of one tile."""

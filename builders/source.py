@@ -1,4 +1,4 @@
-"""The input of an engine build: a checkpoint, its prompts, and the limits that were asked for."""
+"""Opens the input of an engine build: a checkpoint, its prompts, and the limits that the user asked for."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nvlm_trt.prompt.tokenizer import TOKENIZER_FILES, Tokenizer
 
 
 class EngineSource:
-    """One checkpoint, from which a build writes its engine and the engines that the gate compares it with."""
+    """Holds one checkpoint, from which a build writes its engine and the engines that the gate compares it with."""
 
     def __init__(self, checkpoint_dir: Path | str, overrides: Mapping[str, int]) -> None:
         """Open and hash the checkpoint, once for all engines. `overrides` replaces fields of `default_limits`.

@@ -32,7 +32,7 @@ class TextPart:
 
 @dataclass(frozen=True)
 class ImagePart:
-    """An image in a user's message, at its place among the other parts.
+    """Holds an image in a user's message, at its place among the other parts.
 
     Without `image`, the part stands for the next of the images that are sent beside the messages."""
 
@@ -44,7 +44,7 @@ Part = TextPart | ImagePart
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation. `content` is a list of parts in order, or a plain string.
+    """Holds one turn of a conversation. `content` is a list of parts in order, or a plain string.
 
     In a user's plain string, `<image>` marks the place of an image that is sent beside the messages, and `\\<image>`
     is the text `<image>`. Marks count only if images are sent beside the messages and no message has an ImagePart."""
@@ -54,7 +54,7 @@ class Message:
 
 
 def _as_tuple(value: Any) -> Any:
-    """Makes a tuple of a single stop string, or of the list that JSON has."""
+    """Makes a tuple from a single stop string, or from the list that JSON has."""
     return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
 
@@ -76,7 +76,7 @@ class SamplingParams(BaseModel):
     top_k: int = Field(0, ge=0, description="an integer of at least 0 (0: off)")
     top_p: float = Field(1.0, gt=0, le=1, description="a number above 0, at most 1")
     min_p: float = Field(0.0, ge=0, le=1, description="a number from 0 to 1")
-    # for the ids of prompt and answer
+    # for all ids in prompt and answer
     repetition_penalty: float = Field(1.0, ge=0.01, le=100, description="a number from 0.01 to 100")
     # None: sampling gives another answer every time
     seed: int | None = Field(None, ge=0, lt=1 << 64, description="none or an integer from 0 to 2**64 - 1")
@@ -111,7 +111,7 @@ def _sampling_error(values: Mapping[str, Any], name: str) -> RequestError:
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """A conversation that ends with the user's turn.
+    """Holds a conversation that ends with the user's turn.
 
     `images` are sent beside the messages. Each is an encoded file (bytes of a PNG, JPEG, ...), or the image tokens
     [tiles, T, hidden] of an image that the caller has encoded, in the memory of the backend. The features of such image
@@ -137,7 +137,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Usage:
-    """Counts the tokens and times of one request. Times are seconds; those from submission on include waiting."""
+    """Counts the tokens and times of one request. Times are seconds; times from submission on include waiting."""
 
     prompt_tokens: int  # in the LLM's sequence, image placeholders included
     completion_tokens: int
@@ -152,7 +152,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Delta:
-    """One step of an answer: a token, and the text that the token completes (often none).
+    """Holds one step of an answer: a token, and the text that the token completes (often none).
 
     The last delta has a finish_reason: "stop" (end-of-text token or stop string), "length" (max_tokens or the
     engine's max_seq_len) or "cancelled" (without a token). The end-of-text token has an id and an empty text.
@@ -162,12 +162,12 @@ class Delta:
     token_ids: list[int]
     logprobs: list[TokenLogprob] = field(default_factory=list)  # one per token id, if the request asks for logprobs
     finish_reason: FinishReason | None = None
-    usage: Usage | None = None  # of the last delta; None too if the request was cancelled before it had a slot
+    usage: Usage | None = None  # in the last delta; None too if the request was cancelled before it had a slot
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A whole answer."""
+    """Holds a whole answer."""
 
     text: str
     token_ids: list[int]

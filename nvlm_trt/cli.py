@@ -1,4 +1,4 @@
-"""nvlm-trt: build, verify, serve and ask. Errors are one line and exit with 2; --debug shows the traceback."""
+"""Implements the command `nvlm-trt`. Prints an error in one line and exits with 2; --debug shows the traceback."""
 
 from __future__ import annotations
 

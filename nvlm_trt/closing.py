@@ -9,7 +9,7 @@ _Self = TypeVar("_Self", bound="ClosedOnExit")
 
 
 class ClosedOnExit:
-    """Leaving the `with` block calls `close`, also after an error."""
+    """Calls `close` at the end of a `with` block, also after an error."""
 
     def close(self) -> None:
         raise NotImplementedError

@@ -59,7 +59,7 @@ class Manifest(_Record):
 
 @dataclass(frozen=True)
 class Engine:
-    """A published engine that was checked. Its files are `path / name`."""
+    """Holds a published engine that was checked. Its files are `path / name`."""
 
     path: Path
     manifest: Manifest

@@ -1,4 +1,4 @@
-"""Errors that a user can act on: one line that says what, where and what to do. The CLI prints it and exits with 2."""
+"""Defines errors that a user can act on: one line says what is wrong, where, and what to do. The CLI exits with 2."""
 
 
 class NvlmError(Exception):

@@ -8,7 +8,7 @@ from nvlm_trt.errors import RequestError
 
 
 class EngineLimits(BaseModel):
-    """Holds the sizes an engine was built for. The checks raise RequestError with the number that was exceeded."""
+    """Holds the sizes that an engine was built for. The checks raise RequestError with the number that was exceeded."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -30,7 +30,9 @@ class EngineLimits(BaseModel):
     def check_encoded_tiles(self, tiles: int) -> None:
         """Check the tiles of an image that the caller has encoded."""
         if not 1 <= tiles <= self.tiles_per_image:
-            raise RequestError(f"image_tokens of {tiles} tiles in one image, 1 to {self.tiles_per_image} are allowed")
+            raise RequestError(
+                f"image_tokens of {tiles} tiles are not allowed; an image has 1 to {self.tiles_per_image}"
+            )
 
     def check_characters(self, characters: int, most: int) -> None:
         """Check the length of a text before it is tokenised: more than `most` characters give more than max_seq_len

@@ -1,4 +1,4 @@
-"""Finds out what the machine offers to this process."""
+"""Counts the cores that the machine offers to this process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Output for people: progress bars, the streamed answer with its statistics, tables, error lines."""
+"""Prints for people: progress bars, the streamed answer with its statistics, tables, error lines."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def note(message: str) -> None:
 
 @contextlib.contextmanager
 def progress() -> Iterator[Progress]:
-    """Yields a callback `(description, done, total)` that draws a bar per description; silent off a terminal."""
+    """Yields a callback `(description, done, total)` that draws a bar per description, if stderr is a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with ProgressBars(*columns, console=_stderr, disable=not _stderr.is_terminal) as bars:
         tasks: dict[str, TaskID] = {}
@@ -54,7 +54,7 @@ def progress() -> Iterator[Progress]:
 def print_answer(stream: Iterable[Delta], stats: bool, as_json: bool) -> None:
     """Streams an answer to stdout as it arrives; `stats` go to stderr, so that stdout holds the answer alone."""
     started = time.perf_counter()
-    ttft_s = None  # measured here, the way to a server and back included
+    ttft_s = None  # measured here, so the way to a server and back is included
     deltas = []
     for delta in stream:
         deltas.append(delta)

@@ -32,7 +32,7 @@ def first_error(error: ValidationError, keys: Mapping[str, str] | None = None) -
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class CheckedFields:
-    """Base of frozen dataclasses whose fields are validated at every construction, also by `dataclasses.replace`.
+    """Validates the fields of a frozen dataclass at every construction, also by `dataclasses.replace`.
 
     Subclasses need the same decorator. Raises ConfigError for a value of the wrong type or outside its bounds, an
     unknown field and a missing field."""

@@ -23,8 +23,8 @@ from nvlm_trt.builders.graphs.streamed import StoredTensor, StreamedTensor, bloc
 
 Shape = Sequence[int | str]
 
-# Opset 24 brought TensorScatter and Attention's nonpad_kv_seqlen. A graph that needs neither is stamped 23, because the
-# last ONNX Runtime for Python 3.10 (1.23) refuses 24.
+# Opset 24 brought TensorScatter and Attention's nonpad_kv_seqlen. A graph that needs neither declares opset 23, because
+# the last ONNX Runtime for Python 3.10 (1.23) refuses 24.
 OPSET = 23
 CACHE_OPSET = 24
 _IR_VERSION = 11
@@ -38,14 +38,14 @@ INT64 = ir.DataType.INT64
 
 
 class WeightSource(Protocol):
-    """A source of named tensors, such as `nvlm_trt.checkpoint.reader.Checkpoint`, which hands out every tensor once."""
+    """Hands out named tensors, each once, as `nvlm_trt.checkpoint.reader.Checkpoint` does."""
 
     def take(self, name: str) -> StoredTensor: ...
 
 
 @dataclass(frozen=True)
 class LinearWeight:
-    """The weight of one linear layer, [outputs, inputs] as in torch.nn.Linear: tensors stacked by rows."""
+    """Holds the weight of one linear layer, [outputs, inputs] as in torch.nn.Linear: tensors stacked by rows."""
 
     name: str
     parts: tuple[StoredTensor, ...]
@@ -61,7 +61,7 @@ class LinearWeight:
 
 @dataclass(frozen=True)
 class Embedding:
-    """The embedding table [vocab, hidden], which is also the weight of a tied lm_head."""
+    """Holds the embedding table [vocab, hidden], which is also the weight of a tied lm_head."""
 
     table: ir.Value
     weight: LinearWeight
@@ -92,7 +92,7 @@ class Unquantised:
 
 
 class StageGraph:
-    """The graph of one stage, or a branch of it. `op` builds standard nodes, `microsoft` nodes of ONNX Runtime."""
+    """Builds the graph of one stage, or a branch of the graph. `op` adds standard nodes, `microsoft` ONNX Runtime's."""
 
     def __init__(
         self,
@@ -102,10 +102,10 @@ class StageGraph:
         opset: int = OPSET,
         dtype: ir.DataType = FLOAT,
     ) -> None:
-        """`weight_format` of the linear layers, Unquantised by default. `dtype` of weights, inputs and computation."""
+        """`weight_format`: for linear layers, None: Unquantised. `dtype`: for weights, inputs and computation."""
         self.opset = opset
         self.dtype = dtype
-        self.in_branch = False  # of an If: ONNX Runtime does not fuse nodes whose weights are in a branch
+        self.in_branch = False  # True in an If: ONNX Runtime does not fuse nodes whose weights are in a branch
         graph = ir.Graph([], [], nodes=[], opset_imports={"": opset, "com.microsoft": 1, "nvlm": 1}, name=name)
         self._builder = GraphBuilder(graph)
         self._weights = weights
@@ -150,7 +150,7 @@ class StageGraph:
         return self._builder.call(function, *inputs, **attributes)
 
     def when(self, condition: ir.Value, then: Callable[[StageGraph], ir.Value], otherwise: ir.Value) -> ir.Value:
-        """Add an If that runs the nodes `then` builds where `condition` holds, and returns `otherwise` elsewhere."""
+        """Add an If that runs the nodes that `then` builds if `condition` holds, and returns `otherwise` if not."""
 
         def trace(op: Any) -> ir.Value:
             branch = copy.copy(self)
@@ -174,7 +174,7 @@ class StageGraph:
     ) -> ir.Value:
         """Add an initializer that is made of `blocks` when the model is saved: a StreamedTensor.
 
-        `dtype`: None stands for the graph's."""
+        `dtype`: None for the graph's dtype."""
         tensor = StreamedTensor(name, dtype or self.dtype, shape, blocks, transposed)
         return self._builder.initializer(tensor, name, qualify=False)
 
@@ -191,7 +191,7 @@ class StageGraph:
         return self.stored(name, tensor.shape, lambda: blocks_of(tensor))
 
     def linear(self, x: ir.Value, name: str, parts: Sequence[str] = (), bias: bool = False) -> ir.Value:
-        """Apply torch.nn.Linear: [..., inputs] -> [..., outputs]. `parts`: layers of one input, as one product."""
+        """Apply torch.nn.Linear: [..., inputs] -> [..., outputs]. `parts`: layers that share x, as one product."""
         names = parts or [name]
         weight = LinearWeight(f"{name}.weight", tuple(self._weights.take(f"{part}.weight") for part in names))
         y = self._format.matmul(self, x, weight)

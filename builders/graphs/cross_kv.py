@@ -1,7 +1,7 @@
 """cross_kv (NVLM-X, NVLM-H): image_tokens [n, T, hidden] -> cross_key.{j}, cross_value.{j} [kv_heads, C, head_dim].
 
 The n tiles are those of one image, in order. NVLM-X: C = n * T. NVLM-H: C = n * (tag_length + T), because the tokens of
-every tile follow the text embeddings of its tag. The graph holds these: the tiles of an image always have tags 1 .. n.
+every tile follow the text embeddings of its tag. The graph holds these embeddings: an image always has tags 1 .. n.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""decoder: the LLM over a KV cache, with the gated cross-attention blocks of NVLM-X and NVLM-H.
+"""Builds the graph decoder: the LLM over a KV cache, with the gated cross-attention blocks of NVLM-X and NVLM-H.
 
 B sequences, S new tokens, L = max_seq_len, N cross-attended tokens, hd = head_dim:
 
@@ -34,7 +34,7 @@ def decoder_graph(
     """Build the graph with self-attention in the form `attention`, which also decides the operators around it.
 
     `skip_unused_blocks`: skip cross-attention blocks that no token of a batch needs, in the forms that allow it.
-    `dtype` of weights, image_tokens and caches; logits are float32. In a form without value-dependent shapes,
+    `dtype`: for weights, image_tokens and caches; logits are float32. In a form without value-dependent shapes,
     image_tokens has at least one row, which nothing reads if input_ids has no image placeholder."""
     graph = StageGraph("decoder", weights, weight_format, attention.opset, dtype)
     llm = config.llm
@@ -68,7 +68,7 @@ def decoder_graph(
 def _embed(
     graph: StageGraph, config: NvlmConfig, table: ir.Value, input_ids: ir.Value, image_tokens: ir.Value
 ) -> ir.Value:
-    """Text embeddings [B, S, hidden] with image_tokens [M, hidden] in place of the image placeholders, in order."""
+    """Return text embeddings [B, S, hidden], image_tokens [M, hidden] in place of the image placeholders, in order."""
     op = graph.op
     assert config.image_token_id is not None, "read_config finds the id of the image placeholder"
     places = op.Transpose(op.NonZero(op.Equal(input_ids, config.image_token_id)), perm=[1, 0])  # [M, 2]
@@ -110,7 +110,7 @@ def _layer(
 
 
 class _CrossAttention:
-    """Flamingo's gated blocks. A block leaves a token whose range is empty unchanged, bit for bit."""
+    """Builds Flamingo's gated blocks. A block leaves a token whose range is empty unchanged, bit for bit."""
 
     def __init__(self, graph: StageGraph, config: NvlmConfig, skip_when_unused: bool) -> None:
         assert config.cross_attention is not None

@@ -1,4 +1,4 @@
-"""The decoder's self-attention over a KV cache, in three forms. Each backend passes the form that it runs.
+"""Builds the decoder's self-attention over a KV cache, in three forms. Each backend passes the form that it runs.
 
 The attributes of a form say which operators the rest of the decoder may use.
 """
@@ -17,7 +17,7 @@ from nvlm_trt.model.config import LlmConfig
 
 
 class SelfAttention(ABC):
-    """One form, for all layers of one graph."""
+    """Builds the self-attention of all layers of one graph in one form."""
 
     opset: ClassVar[int] = CACHE_OPSET
     # Whether shapes in the decoder may depend on values. A CUDA graph needs shapes that follow from the inputs' shapes.
@@ -42,7 +42,7 @@ class SelfAttention(ABC):
 
 
 class StandardAttention(SelfAttention):
-    """RotaryEmbedding, TensorScatter and Attention of opset 24: portable."""
+    """Uses RotaryEmbedding, TensorScatter and Attention of opset 24: portable."""
 
     def __init__(
         self, graph: StageGraph, llm: LlmConfig, input_ids: ir.Value, write_indices: ir.Value, max_seq_len: int
@@ -64,7 +64,9 @@ class StandardAttention(SelfAttention):
         return self.graph.merge_heads(y, self.llm.num_heads * self.llm.head_dim), key, value
 
     def _project(self, qkv: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """[B, S, (heads + 2 * kv_heads) * head_dim] -> rotated query and key, value: [B, heads, S, head_dim] each."""
+        """Split [B, S, (heads + 2 * kv_heads) * head_dim] into query, key and value, [B, heads, S, head_dim] each.
+
+        Query and key are rotated."""
         graph, llm = self.graph, self.llm
         width, kv_width = llm.num_heads * llm.head_dim, llm.num_kv_heads * llm.head_dim
         query, key, value = graph.op.Split(qkv, [width, kv_width, kv_width], axis=-1, _outputs=3)
@@ -77,7 +79,7 @@ class StandardAttention(SelfAttention):
 
 
 class TensorRtAttention(StandardAttention):
-    """RotaryEmbedding, TRT_KVCacheUpdate and TRT_Attention.
+    """Uses RotaryEmbedding, TRT_KVCacheUpdate and TRT_Attention.
 
     TensorRT aligns the standard Attention's causal mask to the upper left corner, and ignores how much of the cache is
     in use."""
@@ -104,7 +106,7 @@ class TensorRtAttention(StandardAttention):
 
 
 class GroupQueryAttention(SelfAttention):
-    """com.microsoft.GroupQueryAttention of ONNX Runtime, which rotates, writes the cache and attends in one node.
+    """Uses com.microsoft.GroupQueryAttention of ONNX Runtime, which rotates, writes the cache and attends in one node.
 
     The cost follows the tokens in use, not L. A batch of several new tokens per sequence needs sequences of equal
     length with nothing cached, or a single sequence."""
@@ -132,7 +134,7 @@ class GroupQueryAttention(SelfAttention):
 
 
 def _rope_tables(graph: StageGraph, llm: LlmConfig, max_seq_len: int) -> tuple[ir.Value, ir.Value]:
-    """cos and sin [L, head_dim / 2] of position * theta ** (-2 i / head_dim), in float64 until rounded once."""
+    """Return cos and sin [L, head_dim / 2] of position * theta ** (-2 i / head_dim), from float64, rounded once."""
     frequencies = llm.rope_theta ** (-np.arange(0, llm.head_dim, 2) / llm.head_dim)
     angles = np.arange(max_seq_len)[:, None] * frequencies
     return graph.float_constant("rope_cos", np.cos(angles)), graph.float_constant("rope_sin", np.sin(angles))

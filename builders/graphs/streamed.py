@@ -21,7 +21,7 @@ _STRIP_BYTES = 256 << 20
 
 
 class StoredTensor(Protocol):
-    """A tensor of a checkpoint. Each call of `rows` reads it."""
+    """Gives the rows of a checkpoint's tensor. Each call of `rows` reads the file."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -41,7 +41,7 @@ def blocks_of(*tensors: StoredTensor) -> Iterator[FloatArray]:
 
 
 class StreamedTensor(ir.LazyTensor):
-    """A tensor that is made of blocks each time it is read; `tofile` writes one block after the other."""
+    """Makes a tensor from blocks whenever the tensor is read. `tofile` writes one block after the other."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""TRT_Attention and TRT_KVCacheUpdate as model-local ONNX functions, so that TensorRT's graphs also run on a CPU.
+"""Makes TRT_Attention and TRT_KVCacheUpdate model-local ONNX functions, so that TensorRT's graphs also run on a CPU.
 
 TensorRT's ONNX parser takes these names as its own operators, in any domain, before it looks at functions. ONNX Runtime
 inlines the functions, which compute what onnx-tensorrt documents for the operators (docs/custom_operators.md).

@@ -21,7 +21,7 @@ def vision_encoder_graph(
     attention: VisionAttention = standard_vision_attention,
     dtype: ir.DataType = FLOAT,
 ) -> ir.Model:
-    """Build the graph with self-attention in the form `attention`. `dtype` of weights, pixels and image tokens."""
+    """Build the graph with self-attention in the form `attention`. `dtype`: for weights, pixels, image tokens."""
     graph = StageGraph("vision_encoder", weights, weight_format, dtype=dtype)
     vision = config.vision
     edge = vision.image_size
@@ -36,7 +36,7 @@ def vision_encoder_graph(
 
 
 def _embed(graph: StageGraph, vision: VisionConfig, pixels: ir.Value) -> ir.Value:
-    """Embed patches by a linear layer, which equals a convolution of equal kernel and stride; the class token first."""
+    """Embed patches by a linear layer (a convolution of equal kernel and stride), and put the class token first."""
     op = graph.op
     grid, patch, width = vision.grid, vision.patch_size, vision.hidden_size
     name = "vision_model.embeddings"

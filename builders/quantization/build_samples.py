@@ -28,5 +28,5 @@ def document_samples(split: Split, count: int, progress: Progress) -> list[Sampl
 
 
 def read_first_samples(path: Path, count: int | None) -> list[Sample]:
-    """Read the first `count` samples of a JSONL file (None: all). Raises RequestError that names a faulty line."""
+    """Read the first `count` samples of a JSONL file (None: all). Raises RequestError for a faulty line."""
     return list(islice(read_samples(path), count))

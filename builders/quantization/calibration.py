@@ -1,4 +1,4 @@
-"""calibration.json: the observed magnitudes of the inputs of a checkpoint's linear layers, for static scales.
+"""Reads and writes calibration.json: the magnitudes observed at the inputs of linear layers, for static scales.
 
 A calibration belongs to a checkpoint, not to a precision: one file serves every `--precision` and every alpha of
 SmoothQuant.
@@ -30,30 +30,30 @@ class _Record(BaseModel):
 
 
 class LinearInput(_Record):
-    """The magnitudes of one linear layer's input."""
+    """Holds the magnitudes of one linear layer's input."""
 
-    abs_max: _Magnitude  # the largest
-    clip: _Magnitude  # where 8-bit integers saturate for the least squared error, at most abs_max
-    channels: list[Annotated[float, Field(ge=0, allow_inf_nan=False)]]  # the largest of each input channel
+    abs_max: _Magnitude  # the largest magnitude
+    clip: _Magnitude  # where 8-bit integers saturate with the least squared error; at most abs_max
+    channels: list[Annotated[float, Field(ge=0, allow_inf_nan=False)]]  # the largest in each input channel
 
 
 class LinearInputs(Protocol):
-    """The magnitudes of linear layers' inputs: a `Calibration`."""
+    """Finds the magnitudes of a linear layer's input. `Calibration` implements this protocol."""
 
     def of(self, weight: str, inputs: int) -> LinearInput: ...
 
 
 class Calibration(_Record):
-    """`linears` by the name of the layer: the name of the layer's weight without ".weight"."""
+    """Holds the magnitudes of all layers. A key of `linears` is the name of a layer's weight without ".weight"."""
 
     kind: Literal["nvlm-trt calibration"] = KIND
     schema_version: Literal[1] = SCHEMA_VERSION
     checkpoint_digest: str
-    samples: dict[str, Any]  # count and digest of the set
+    samples: dict[str, Any]  # count and digest of the sample set
     linears: dict[str, LinearInput]
 
     def of(self, weight: str, inputs: int) -> LinearInput:
-        """Return the record of a weight with `inputs` columns. Raises EngineError for a layer never observed."""
+        """Return the record of a weight with `inputs` columns. Raises EngineError if no sample reached the layer."""
         name = weight.removesuffix(".weight")
         if name not in self.linears:
             raise EngineError(
@@ -76,7 +76,7 @@ class Calibration(_Record):
             )
 
     def save(self, path: Path) -> None:
-        """Write one line per layer, so that a reader can compare two files."""
+        """Write one line per layer, so that a person can compare two files."""
         head = self.model_dump(exclude={"linears"})
         lines = [f"{json.dumps(name)}: {linear.model_dump_json()}" for name, linear in self.linears.items()]
         text = json.dumps(head)[:-1] + ', "linears": {\n' + ",\n".join(lines) + "\n}}\n"
@@ -98,7 +98,7 @@ def is_calibration(path: Path) -> bool:
 
 
 def read_calibration(path: Path) -> Calibration:
-    """Read a saved calibration. Raises EngineError for a cut file, another version or impossible scales."""
+    """Read a saved calibration. Raises EngineError for an incomplete file, another version or impossible scales."""
     try:
         return Calibration.model_validate_json(path.read_bytes())
     except OSError as error:

@@ -50,7 +50,7 @@ class ByComponent:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The way in which the linear layers of an engine are written."""
+    """Says how the linear layers of an engine are written."""
 
     precisions: Mapping[str, str]  # by component
     weight_format: WeightFormat
@@ -59,7 +59,7 @@ class Recipe:
     skip_unused_blocks: bool = True
 
 
-# The blocks stand in the main graph, because the nodes of a branch cannot be outputs of the graph.
+# Keeps the cross-attention blocks in the main graph: the nodes of a branch cannot be outputs of the graph.
 OBSERVING = Recipe(dict.fromkeys(COMPONENTS, "fp32"), Observer(), skip_unused_blocks=False)
 
 
@@ -70,10 +70,11 @@ def quantised(
     alpha: float,
     fold_fp8: bool = True,
 ) -> Recipe:
-    """Make the recipe for `precisions`, by component.
+    """Make the recipe for `precisions` (component -> precision).
 
-    `calibration` is for the precisions that need one. `fold_fp8` takes the form of fp8 weights that ONNX Runtime folds.
-    `checkpoint` is a handle of its own, because graphs take each weight once: SmoothQuant reads some weights here.
+    `calibration` may be None if no precision needs one. `fold_fp8`: write fp8 weights in the form that ONNX Runtime
+    folds into constants. `checkpoint` must be a separate handle: a handle gives each weight once, SmoothQuant reads
+    some weights here, and the graphs read them later.
     Raises EngineError for a calibration that lacks a layer."""
     formats = {name: _WITHOUT_CALIBRATION[name]() for name in precisions.values() if name in _WITHOUT_CALIBRATION}
     factors: dict[str, Factors] = {}

@@ -1,4 +1,4 @@
-"""fp8: W8A8 in E4M3 numbers, with one scale per tensor of activations and one per output channel of weights.
+"""Writes fp8: W8A8 in E4M3 numbers, with one scale per tensor of activations and one per output channel of weights.
 
     x ~ scale_x * e4m3(x / scale_x),  scale_x = largest |x| / 448        w ~ scale_w * e4m3(w / scale_w), by row
 
@@ -28,7 +28,7 @@ class Fp8:
     `fold_weights` writes the weight's DequantizeLinear as Cast and Mul, which give the same numbers. TensorRT fuses
     DequantizeLinear. ONNX Runtime folds Cast and Mul into a constant when it loads the model. With
     DequantizeLinear, ONNX Runtime would compute the weight anew in every run, at 20 times the cost, and would multiply
-    one row in another order than several rows, so that the last bits of a request would depend on its neighbours."""
+    one row in another order than several rows, so the last bits of a request would depend on the rest of its batch."""
 
     def __init__(self, calibration: LinearInputs, fold_weights: bool) -> None:
         self._calibration = calibration

@@ -1,4 +1,4 @@
-"""The accuracy gate: publishes a quantised engine only if it answers as well as the unquantised engine."""
+"""Publishes a quantised engine only if it answers as well as the unquantised engine: the accuracy gate."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nvlm_trt.model.precision import COMPONENTS, quantised_components
 from nvlm_trt.progress import Progress
 from nvlm_trt.staging import temporary_sibling
 
-# Does not judge engines whose unquantised score is below this: random weights score 0.
+# The gate does not judge an engine if the unquantised engine scores less: random weights score 0.
 MEANINGFUL_SCORE = 0.1
 DOCUMENT_SAMPLES = 500  # about 40 of each task
 NOT_MEASURED = {"result": "not measured"}
@@ -28,7 +28,7 @@ WriteEngine = Callable[[Mapping[str, str], Path], object]
 
 @dataclass(frozen=True)
 class GateOptions:
-    """The questions of the gate, and the loss that it allows."""
+    """Chooses the samples of the gate and the loss that the gate allows."""
 
     samples: Path | None = None  # JSONL; None: the built-in document tasks, split validation
     count: int | None = None  # samples in all; None: all of a file, DOCUMENT_SAMPLES of the document tasks
@@ -41,7 +41,7 @@ class GateOptions:
 
 @dataclass(frozen=True)
 class ComponentCost:
-    """The accuracy lost by quantising one component alone."""
+    """Holds the accuracy that quantising one component alone costs."""
 
     component: str
     precision: str
@@ -54,7 +54,7 @@ class ComponentCost:
 
 
 class AccuracyError(EngineError):
-    """A quantised engine answers too badly to be published. `costs` has the loss by each component alone."""
+    """A quantised engine answers too badly to be published. `costs` lists the loss from each component alone."""
 
     def __init__(self, message: str, costs: Sequence[ComponentCost]) -> None:
         super().__init__(message)
@@ -72,13 +72,13 @@ class _Answers:
 
 
 class AccuracyGate:
-    """The gate of one build. `write` makes the temporary engines that the quantised engine is compared with."""
+    """Compares the quantised engine of a build with temporary engines, which `write` makes."""
 
     def __init__(
         self, options: GateOptions, write: WriteEngine, beside: Path, progress: Progress, unquantised: str = "fp32"
     ) -> None:
         """Read or draw the samples. `unquantised` is the floating-point type of the engine's unquantised components,
-        and of every component of the engine compared with. Raises RequestError, ImageError for the samples."""
+        and of all components of the unquantised engine. Raises RequestError and ImageError for faulty samples."""
         if options.samples:
             self._samples = read_first_samples(options.samples, options.count)
         else:
@@ -99,7 +99,7 @@ class AccuracyGate:
         record = {
             "samples": {"count": len(self._samples), "digest": self._digest},
             "unquantised": self._unquantised,
-            "fp32_score": reference.score,  # the unquantised engine's score, also if it is not fp32
+            "fp32_score": reference.score,  # the unquantised engine's score, also in another type than fp32
             "score": quantised.score,
             "tasks": {
                 task.task: {"fp32_score": task.score, "score": after.score}
@@ -128,7 +128,7 @@ class AccuracyGate:
         costs = []
         for component in components:
             alone = dict.fromkeys(COMPONENTS, self._unquantised) | {component: precisions[component]}
-            # an engine with a single quantised component has been measured already
+            # `check` has already measured an engine whose only quantised component is this one
             answers = quantised if len(components) == 1 else self._answers_of(component, alone)
             costs.append(ComponentCost(component, precisions[component], answers.score, _points(reference, answers)))
         return costs

@@ -1,8 +1,8 @@
-"""int8: W8A8 with integer products: one scale per tensor of activations, one per output channel of weights, no offsets.
+"""Writes int8: W8A8 with integer products, one scale per tensor of activations, one per output channel of weights.
 
 x ~ scale_x * q_x,  q_x = clip(rint(x / scale_x), -128, 127),  scale_x = clip / 127
 w ~ scale_w * q_w,  q_w = clip(rint(w / scale_w), -127, 127),  scale_w minimises the row's squared error
-y = scale_x * scale_w * sum(q_x * q_w): the sum is exact, in int32
+y = scale_x * scale_w * sum(q_x * q_w): no offsets; the sum is exact, in int32
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from nvlm_trt.builders.quantization.rows import QuantisedWeight, nonzero, rounde
 
 LARGEST = 127
 # Fractions of a row's largest magnitude that are tried as the row's clipping point. A row without outliers keeps 1.
-# Below 0.5, the clipped values would cost more than all others gain.
+# Below 0.5, the clipped values would lose more than all other values gain.
 _CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)
 
 

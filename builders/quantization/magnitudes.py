@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from nvlm_trt.backends.base import FloatArray
 
-BINS_PER_OCTAVE = 16  # 4 % apart
+BINS_PER_OCTAVE = 16  # edges 4 % apart
 LOWEST_OCTAVE, HIGHEST_OCTAVE = -30, 30
 BINS = (HIGHEST_OCTAVE - LOWEST_OCTAVE) * BINS_PER_OCTAVE
 BIN_SCALE = BINS_PER_OCTAVE / math.log(2)  # bin = ln|x| * BIN_SCALE - FIRST_BIN, rounded down
@@ -22,16 +22,16 @@ _INT8_LARGEST = 127
 
 
 def bin_edges() -> npt.NDArray[np.float64]:
-    """Return edges [BINS + 1]: bin i counts edges[i] <= |x| < edges[i + 1], the outer bins also all beyond."""
+    """Return edges [BINS + 1]: bin i counts edges[i] <= |x| < edges[i + 1], the outer bins also all |x| beyond."""
     return 2.0 ** (LOWEST_OCTAVE + np.arange(BINS + 1) / BINS_PER_OCTAVE)
 
 
 def int8_clip(counts: npt.NDArray[np.int64], abs_max: float) -> float:
     """Find the magnitude at which 8-bit integers should saturate for the least squared error, at most `abs_max`.
 
-    With a step d = clip / 127, an element below d / 2 becomes 0 at an error of x ** 2, an element below clip has the
-    error of rounding, d ** 2 / 12 on average, and a larger element loses x - clip. An outlier counts here by its
-    square; a percentile would count it like any other element."""
+    With a step d = clip / 127, an element below d / 2 becomes 0 (squared error x ** 2), an element below clip is
+    rounded (d ** 2 / 12 on average), and a larger element becomes clip ((x - clip) ** 2). An outlier thus counts by
+    the square of its error; a percentile would count it like any other element."""
     edges = bin_edges()
     used = np.flatnonzero(counts)
     centers = np.sqrt(edges[used] * edges[used + 1])

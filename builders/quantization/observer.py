@@ -1,4 +1,4 @@
-"""A weight format that multiplies in fp32 and reports the magnitudes of each layer's input as small extra outputs."""
+"""Multiplies weights in fp32 and reports the magnitudes of each layer's input as small extra outputs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _observe(graph: StageGraph, x: ir.Value, weight: LinearWeight) -> None:
     inputs = weight.shape[1]
     magnitudes = op.Abs(op.Reshape(x, [-1, inputs]))
     largest = op.ReduceMax(magnitudes, [0], keepdims=0)
-    # A maximum ignores NaN, a sum does not. Multiplied by 0, infinity becomes NaN too.
+    # ReduceMax ignores NaN, ReduceSum does not. Infinity times 0 is NaN, too.
     poison = op.Mul(op.ReduceSum(magnitudes, [0], keepdims=0), op.Constant(value_float=0.0))
     graph.output(op.Add(largest, poison), CHANNELS + name, [inputs])
     floor = op.Constant(value_float=2.0**LOWEST_OCTAVE)

@@ -19,7 +19,7 @@ class QuantisedWeight:
     """Makes the blocks of two stored tensors, a weight's values and its scales, and reads the weight once for both.
 
     A graph saves its tensors in the order in which they were stored. `values` keeps the scales for the next call of
-    `scales`; a call of `scales` without `values` before it reads the weight again."""
+    `scales`. Without a call of `values` before, `scales` reads the weight again."""
 
     def __init__(self, weight: LinearWeight, quantise: Quantise) -> None:
         """`quantise` turns rows [n, inputs] into values [n, ...] and scales [n, ...]."""

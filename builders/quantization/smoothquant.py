@@ -1,12 +1,13 @@
-"""SmoothQuant (Xiao et al. 2022, arXiv 2211.10438): moves outliers from activations, which share one scale, to weights.
+"""Moves outliers from activations, which share one scale, to weights: SmoothQuant (Xiao et al. 2022, arXiv 2211.10438).
 
 SmoothQuant divides input channel c of a linear layer by s_c and multiplies column c of the layer's weight by s_c:
 
     s_c = max|x_c| ** alpha / max|w_c| ** (1 - alpha)
 
-The tensor that produces the input takes the division in: no operation is added, and the model computes the same. A
-norm's weight takes the division in exactly. So do the rows of v_proj (attention is linear in its values, and query
-heads that share a key/value head share its factors) and the rows of up_proj, which silu(gate) multiplies.
+Instead of the input, SmoothQuant divides the tensor that produces the input: the graph gets no new operation, and the
+model computes the same. Such a division is exact for a norm's weight, for the rows of v_proj (attention is linear in
+its values, and query heads that share a key/value head share its factors) and for the rows of up_proj, which silu(gate)
+multiplies.
 """
 
 from __future__ import annotations
@@ -27,19 +28,19 @@ from nvlm_trt.model.precision import component_of
 
 @dataclass(frozen=True)
 class Migration:
-    """One place where a division can be taken in: `producers` make the input of `linears` channel by channel."""
+    """Names the tensors of one division: `producers` make the input of `linears` channel by channel."""
 
     producers: tuple[str, ...]  # tensors [channels] or [channels, inputs]
     consumers: tuple[str, ...]  # weights [outputs, channels]
-    linears: tuple[str, ...]  # the consumers by the graphs' names: several may be one product
-    # consumers' channels are [heads, shared, width] where producers' are [heads, width]
+    linears: tuple[str, ...]  # the graphs' layers of these weights: several weights may be one product
+    # the consumers' channels are [heads, shared, width], the producers' channels [heads, width]
     heads: int = 1
     shared: int = 1
 
 
 @dataclass(frozen=True)
 class Factors:
-    """The divisors of a tensor's rows and the factors of its columns; None leaves them unchanged."""
+    """Holds the divisors of a tensor's rows and the factors of its columns. None leaves rows or columns unchanged."""
 
     rows: FloatArray | None = None
     columns: FloatArray | None = None
@@ -56,7 +57,7 @@ class Factors:
 
 @dataclass(frozen=True)
 class MigratedTensor:
-    """A tensor to which every read applies its factors."""
+    """Applies factors to a tensor at every read."""
 
     tensor: StoredTensor
     factors: Factors
@@ -71,7 +72,7 @@ class MigratedTensor:
 
 @dataclass(frozen=True)
 class MigratedWeights:
-    """A checkpoint after SmoothQuant: a model that computes the same."""
+    """Gives the tensors of a checkpoint after SmoothQuant: the model computes the same."""
 
     weights: WeightSource
     factors: Mapping[str, Factors]
@@ -90,8 +91,8 @@ def migrate(
 ) -> tuple[dict[str, Factors], Calibration]:
     """Compute the factors of every tensor that a migration changes, and the calibration of the migrated model.
 
-    Only components in int8 are migrated: fp8's precision does not depend on a channel's size. `weights` is a
-    handle of its own, because graphs take each weight once: this function reads weights too, some rows at a time."""
+    Changes only components in int8: fp8's precision does not depend on a channel's magnitude. `weights` must be a
+    separate handle: a handle gives each weight once, and this function reads weights too, some rows at a time."""
     rows: dict[str, FloatArray] = {}
     columns: dict[str, FloatArray] = {}
     linears = dict(calibration.linears)
@@ -108,7 +109,7 @@ def migrate(
         columns |= dict.fromkeys(migration.consumers, of_channels)
         for linear, before in zip(migration.linears, observed, strict=True):
             channels = before / of_channels
-            # the observed clip belongs to outliers that the division has removed
+            # the observed clip is for outliers, which the division has removed
             largest = float(channels.max())
             linears[linear] = LinearInput(abs_max=largest, clip=largest, channels=channels.tolist())
     factors_of = {name: Factors(rows.get(name), columns.get(name)) for name in rows | columns}
@@ -116,7 +117,7 @@ def migrate(
 
 
 def migrations(config: NvlmConfig) -> Iterator[Migration]:
-    """Yield every place of a model where a division can be taken in exactly."""
+    """Yield all divisions that are exact in a model."""
     llm, vision = config.llm, config.vision
     for i in range(vision.num_layers):
         layer = f"vision_model.encoder.layers.{i}"
@@ -164,7 +165,7 @@ def _factors(inputs: FloatArray, columns: FloatArray, alpha: float) -> FloatArra
 
 
 def _of_producers(channels: FloatArray, migration: Migration) -> FloatArray:
-    """Reduce the consumers' channels to the producers': the largest of those that share a producer's channel."""
+    """Reduce consumers' channels to producers' channels: the largest of those that share a producer's channel."""
     return channels.reshape(migration.heads, migration.shared, -1).max(1).reshape(-1)
 
 

@@ -1,7 +1,7 @@
-"""int8-weight-only and int4-weight-only: small weights for decoding, whose speed is bound by reading weights.
+"""Writes int8-weight-only and int4-weight-only: small weights, because reading weights limits the speed of decoding.
 
 A block is BLOCK[bits] inputs of one output, and has one symmetric scale: weight ~ (stored - offset) * scale, where
-`stored` is unsigned and offset = 2 ** (bits - 1). Zeros fill up a last block with fewer inputs.
+`stored` is unsigned and offset = 2 ** (bits - 1). Zeros fill up a last block that has fewer inputs.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from nvlm_trt.model.precision import BLOCK
 
 _INT8_ACTIVATIONS = 4  # accuracy_level: multiply in int8; the float kernels are far slower
 # Scales that are tried for a 4-bit block, as fractions of the scale at which the block's largest magnitude fills the
-# range; 8/7 uses -7..7. For normal weights, the search leaves 0.91 of the squared error of the fraction 1 alone, and
-# 0.71 of the squared error of 8/7 alone.
+# range; 8/7 uses -7..7. For normally distributed weights, the search has 0.91 times the squared error of the fraction 1
+# alone, and 0.71 times the squared error of 8/7 alone.
 _FRACTIONS = (0.75, 0.8, 0.85, 0.9, 0.95, 1, 1.05, 1.1, 8 / 7)
 
 
 class WeightOnly:
     """Writes ONNX Runtime's MatMulNBits.
 
-    MatMulNBits also quantises activations, each row by itself, so a request's result does not depend on its neighbours.
-    (On CPUs without AVX-512 that takes help: backends/onnxruntime/cpu_graph.py multiplies no row alone.) ONNX Runtime
-    could fuse MatMulNBits from the standard blocked DequantizeLinear, but not for weights of an If branch, so this
-    class writes the node."""
+    MatMulNBits also quantises activations, each row by itself, so a request's result does not depend on its batch.
+    (On CPUs without AVX-512, this holds because backends/onnxruntime/cpu_graph.py multiplies no row alone.) ONNX
+    Runtime could fuse MatMulNBits from the standard blocked DequantizeLinear, but not for weights of an If branch, so
+    this class writes the fused node."""
 
     def __init__(self, bits: int) -> None:
         assert bits in (4, 8), "MatMulNBits has fast kernels for 4 and 8 bits"
@@ -74,7 +74,7 @@ def _packed(rows: FloatArray, bits: int) -> tuple[npt.NDArray[np.uint8], FloatAr
 def _search_int4(blocks: FloatArray) -> FloatArray:
     """Find the scale of least squared error for each block of [outputs, blocks, 32].
 
-    -8..7 has one number more below zero, so a scale's sign puts the block's largest magnitude there."""
+    -8..7 has one more number below zero than above: a scale's sign makes the block's largest magnitude negative."""
     largest = np.take_along_axis(blocks, np.abs(blocks).argmax(-1)[..., None], -1)[..., 0]
     scales = nonzero(-largest / np.float32(8))
     best = np.full(scales.shape, np.inf, np.float32)

@@ -20,7 +20,7 @@ def caveats(point: Point, metrics: Metrics, workload: Workload) -> Iterator[str]
         yield f"a client process used {point.client.busiest:.0%} of a core and may have been too slow; add --processes"
     if metrics.send_lag_s and metrics.ttft_s and metrics.send_lag_s.p99 > _LATE_CLIENT * metrics.ttft_s.p50:
         lag = metrics.send_lag_s.p99 * 1e3
-        yield f"the client was late: it sent 1 % of its requests {lag:.0f} ms behind time or later"
+        yield f"the client was late: it sent 1 % of its requests at least {lag:.0f} ms behind time"
     if metrics.cached_images and not workload.repeat_images:
         yield f"{metrics.cached_images} of {metrics.images} images were cached although each was new"
     if workload.images and workload.repeat_images and metrics.cached_images < metrics.images:

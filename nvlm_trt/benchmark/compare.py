@@ -22,7 +22,7 @@ COMPARED: dict[str, Better] = {
 
 @dataclass(frozen=True)
 class Row:
-    """One number of one load in both runs."""
+    """Holds one number of one load in both runs."""
 
     load: str
     metric: str
@@ -32,12 +32,12 @@ class Row:
 
     @property
     def ratio(self) -> float | None:
-        """b / a. None if a is 0."""
+        """Returns b / a, None if a is 0."""
         return self.b / self.a if self.a else None
 
     @property
     def verdict(self) -> Literal["better", "worse", "equal"]:
-        """Says how b is against a. Only their order counts: how far runs scatter is not known here."""
+        """Says whether b is better than a. Only their order counts: this class does not know how much runs vary."""
         if self.a == self.b:
             return "equal"
         return "better" if (self.b < self.a) == (self.better == "lower") else "worse"
@@ -45,12 +45,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two result files and the rows that both have."""
+    """Holds the names of two result files and the rows that both have."""
 
     a: str
     b: str
     rows: list[Row]
-    notes: list[str]  # what else differs
+    notes: list[str]  # other differences between the runs
 
     def to_dict(self) -> dict[str, Any]:
         rows = [asdict(row) | {"ratio": row.ratio, "verdict": row.verdict} for row in self.rows]
@@ -66,7 +66,7 @@ def compare(path_a: Path, path_b: Path) -> Comparison:
     if different := [name for name in {**a["workload"], **b["workload"]} if _differs(a, b, "workload", name)]:
         values = ", ".join(f"{n} {a['workload'].get(n)!r} and {b['workload'].get(n)!r}" for n in different)
         raise RequestError(
-            f"{path_a} and {path_b} are of different workloads ({values}); measure both with the same options"
+            f"{path_a} and {path_b} have different workloads ({values}); measure both with the same options"
         )
     points_a, points_b = _complete_points(a), _complete_points(b)
     common = [load for load in points_a if load in points_b]
@@ -94,7 +94,7 @@ def _rows(load: str, a: Mapping[str, Any], b: Mapping[str, Any], same_slo: bool)
         if metric == "goodput_per_s" and not same_slo:
             continue
         values = [_value(point["metrics"], metric) for point in (a, b)]
-        # 0 in both: without images, rates of images say nothing
+        # skips 0 in both runs: without images, rates of images say nothing
         if values[0] is not None and values[1] is not None and any(values):
             yield Row(load, metric, better, values[0], values[1])
 

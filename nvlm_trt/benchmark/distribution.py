@@ -11,7 +11,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Distribution:
-    """Mean, percentiles and maximum of `count` values, in the unit of the values.
+    """Holds mean, percentiles and maximum of `count` values, in the unit of the values.
 
     A percentile p is the sorted value at position (count - 1) * p / 100, counted from 0, interpolated linearly between
     two values (numpy's default). The p99 of fewer than 100 values therefore lies between the two largest.

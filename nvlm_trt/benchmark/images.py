@@ -16,8 +16,8 @@ _START, _COMMENT = b"\xff\xd8", b"\xff\xfe"
 def encode(image: StampedImage) -> bytes:
     """Returns a JPEG that holds the stamp as a comment.
 
-    The server's image cache compares the bytes of images: it decodes, tiles and encodes an image with another stamp
-    anew. A comment costs the server no time.
+    The server's image cache compares the bytes of images, so the server decodes, tiles and encodes every image with a
+    new stamp. A comment costs the server no time.
     """
     drawn, stamp = draw(image.size), image.stamp.encode()
     return _START + _COMMENT + (len(stamp) + 2).to_bytes(2, "big") + stamp + drawn[len(_START) :]

@@ -22,7 +22,7 @@ TITLES = {
 
 @dataclass(frozen=True)
 class LatencyParts:
-    """Means over the measured requests that are ok, seconds.
+    """Holds means in seconds over the measured requests that are ok.
 
     The server reports the times of each request (`usage`), counted from its submission to the batcher. From these:
 
@@ -39,7 +39,7 @@ class LatencyParts:
         encoding_other  the rest: cross-attention keys and values, passing tensors, waiting for another request's
                         encoding of the same image; all of the encoding if Triton's metrics are not known
 
-    Triton's means cover the whole load, warm-up included. If both exceed the encoding, they are scaled down to it.
+    Triton's means cover the whole load, warm-up included. If their sum exceeds the encoding, both are scaled down.
     """
 
     waiting_s: float

@@ -21,7 +21,7 @@ _OPEN_WARMUP = 8
 
 @dataclass(frozen=True)
 class ClosedLoop:
-    """`concurrency` users, each of whom asks again once answered: the server never has more requests at a time.
+    """Runs `concurrency` users. Each asks again after an answer, so the server never has more requests at a time.
 
     The users take the next request from one list, so that all are busy until the list is empty.
     """
@@ -34,11 +34,11 @@ class ClosedLoop:
 
     @property
     def default_warmup(self) -> int:
-        """As many requests as there are users: the first requests of all users come at once."""
+        """Returns as many requests as there are users: the first requests of all users come at once."""
         return self.concurrency
 
     async def drive(self, ask: Ask, count: int) -> None:
-        """Asks 0 .. count-1 and waits for all answers. Cancels the others and raises if `ask` raises."""
+        """Asks requests 0 .. count-1 and waits for all answers. If `ask` raises, cancels the others and raises."""
         indices = iter(range(count))
 
         async def user() -> None:
@@ -56,7 +56,7 @@ class ClosedLoop:
 
 @dataclass(frozen=True)
 class OpenLoop:
-    """A Poisson process: on average `rate` requests per second, whether or not earlier requests are answered."""
+    """Sends on average `rate` requests per second, a Poisson process, whether or not earlier requests are answered."""
 
     rate: float
     seed: int = 0
@@ -74,12 +74,12 @@ class OpenLoop:
 
         The gaps between arrivals are independent and exponential with mean 1 / rate.
         """
-        # scales the same gaps for every rate: loads then differ in nothing else
+        # scales the same gaps for every rate, so that loads differ in nothing else
         gaps = np.random.default_rng([self.seed, 1]).exponential(1.0, count)
         return [float(at) for at in np.cumsum(gaps) / self.rate]
 
     async def drive(self, ask: Ask, count: int) -> None:
-        """See `ClosedLoop.drive`."""
+        """Does the same as `ClosedLoop.drive`."""
         start = clock()
 
         async def arrive(index: int, due: float) -> None:
@@ -99,7 +99,7 @@ Load = ClosedLoop | OpenLoop
 
 
 def describe(load: dict[str, Any]) -> str:
-    """Names a load, given as results hold it."""
+    """Names a load that is given as in the results."""
     if load["mode"] == "closed":
         return str(ClosedLoop(load["concurrency"]))
     return str(OpenLoop(load["rate"]))

@@ -1,8 +1,8 @@
 """Starts the load processes and tells each what to ask; `nvlm_trt.benchmark.worker` is the code of such a process.
 
-Processes and asyncio are both needed: every token costs the client some Python, so a single process cannot keep up with
-a fast server, and a process or thread per request would not scale to hundreds at once. The parent does nothing per
-token: it exchanges one line per request with a load process, so its own pauses do not enter the measurement.
+Processes and asyncio are both needed: every token costs the client some time in Python, so a single process cannot keep
+up with a fast server, and a process or thread per request would not scale to hundreds at once. The parent does nothing
+per token: it exchanges one line per request with a load process, so its own pauses do not enter the measurement.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _EXIT_SECONDS = 5
 
 
 class LoadProcesses:
-    """An async context manager: the processes run while it is entered.
+    """Runs the processes while this async context manager is entered.
 
-    `on_record` gets every record, also of a question whose `ask` was cancelled. `timeout`: seconds that a request may
-    take.
+    `on_record` gets every record, also the record of a question whose `ask` was cancelled. `timeout`: seconds that a
+    request may take.
     """
 
     def __init__(self, url: str, count: int, timeout: float, on_record: OnRecord) -> None:
@@ -79,7 +79,7 @@ class LoadProcesses:
 
 
 class _LoadProcess:
-    """One load process, and the questions and replies that it still owes."""
+    """Holds one load process, and the questions and replies that the process still owes."""
 
     def __init__(self, process: asyncio.subprocess.Process, on_record: OnRecord) -> None:
         assert process.stdin is not None

@@ -14,12 +14,12 @@ _PACKAGES = ("nvlm-trt", "tritonclient", "grpcio", "numpy")
 
 
 def versions() -> dict[str, str]:
-    """Package -> version, "unknown" if it is not installed."""
+    """Returns package -> version, "unknown" for a package that is not installed."""
     return {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
 
 
 def machine() -> dict[str, Any]:
-    """Operating system, CPU, cores that this process may use, and memory in kB (1024 bytes)."""
+    """Returns operating system, CPU, cores that this process may use, and memory in kB (1024 bytes)."""
     return {
         "system": platform.platform(),
         "cpu": _cpu_name() or platform.processor(),

@@ -14,7 +14,7 @@ from nvlm_trt.benchmark.slo import Slo
 
 @dataclass(frozen=True)
 class Metrics:
-    """The numbers of one load; warm-up requests do not count. Latencies and rates are of the requests that are ok.
+    """Holds the numbers of one load, without warm-up requests. Latencies and rates cover only the requests that are ok.
 
     duration: from the first ok request sent to the last ok request ended. Every rate is a sum / duration.
     """
@@ -28,26 +28,26 @@ class Metrics:
     duration_s: float | None
     ttft_s: Distribution | None
     itl_s: Distribution | None  # over all token intervals of all requests
-    tpot_s: Distribution | None  # over the requests' mean intervals: tokens that arrive in bursts do not show in it
+    tpot_s: Distribution | None  # over the requests' mean intervals: does not show whether tokens arrive in bursts
     e2e_s: Distribution | None
     requests_per_s: float | None  # ok / duration
     output_tokens: int
     output_tokens_per_s: float | None
     images: int
     images_per_s: float | None  # cached images included
-    cached_images: int  # images whose features the server had
+    cached_images: int  # images whose features the server had cached
     tiles: int
     tiles_per_s: float | None  # thumbnails and the tiles of cached images included
     prompt_tokens_mean: float | None  # in the LLM's sequence, as the server counts: format and images included
     in_flight_mean: float | None  # sum of end to end / duration (Little)
     tokens_per_delta: float | None  # tokens / deltas: above 1, some tokens arrive together
     goodput_per_s: float | None  # requests that meet the SLO / duration; None: no SLO was stated
-    slo_met: float | None  # requests that meet the SLO / measured ones that the client did not cancel
-    send_lag_s: Distribution | None  # of all requests that were due at a set time
+    slo_met: float | None  # requests that meet the SLO / measured requests that the client did not cancel
+    send_lag_s: Distribution | None  # over all requests that were due at a set time
 
 
 def summarize(records: Sequence[Record], slo: Slo | None = None) -> Metrics:
-    """Computes the metrics of a load from all its requests; leaves out those of the warm-up."""
+    """Computes the metrics of a load from all its requests, except the warm-up."""
     measured = [record for record in records if not record.warmup]
     done = [record for record in measured if record.status == "ok"]
     usages = [record.usage for record in done if record.usage is not None]

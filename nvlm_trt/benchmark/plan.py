@@ -18,5 +18,5 @@ class Plan:
     workload: Workload
     loads: Sequence[Load]
     processes: int = 1
-    timeout: float = 1800  # seconds of a request, from when it is sent to its end
+    timeout: float = 1800  # seconds from the sending of a request to its end
     server_metrics: TritonMetrics | None = None

@@ -14,27 +14,27 @@ Ending = Literal["complete", "interrupted", "failed"]
 
 @dataclass(frozen=True)
 class ClientUse:
-    """CPU time that the client used while it measured."""
+    """Holds the CPU time that the client used while it measured."""
 
     wall_s: float
-    load_cpu_s: list[float]  # of each load process
+    load_cpu_s: list[float]  # per load process
     parent_cpu_s: float
     cores: int
 
     @property
     def busiest(self) -> float:
-        """Share of one core that the busiest process used: at 1 it cannot keep up."""
+        """Computes the share of one core that the busiest process used: at 1, the process cannot keep up."""
         return max([*self.load_cpu_s, self.parent_cpu_s]) / self.wall_s if self.wall_s else 0.0
 
     @property
     def share(self) -> float:
-        """Share of this machine's cores that all processes used."""
+        """Computes the share of this machine's cores that all processes used."""
         return (sum(self.load_cpu_s) + self.parent_cpu_s) / (self.wall_s * self.cores) if self.wall_s else 0.0
 
 
 @dataclass
 class Point:
-    """One load, measured. Its records include the warm-up and the requests that were open when it ended early."""
+    """Holds one measured load. The records include the warm-up and the requests that were open at an early end."""
 
     load: Load
     status: Ending = "complete"

@@ -15,14 +15,15 @@ _WORDS: list[str] = str.split(
     "about many then them would write like so these her long make thing see him two has look more day could go come "
     "did my sound no most number who over know water than call first people may down side been now find"
 )
-# Fill the rest once no further word fits: with any tokenizer of bytes or subwords one of them is one token more.
+# Fill the rest once no further word fits: for any byte or subword tokenizer, one of the fillers adds a single token.
 _FILLERS = (" a", "a", "1", ".", " 1", "e", "x", "-", "q")
 
 
 class PromptWriter:
-    """Writes English-looking noise, whose tokens it counts after a line break.
+    """Writes random English words, and counts the tokens of a text as if it came after a line break.
 
-    In a prompt, "user" or the last image and a line break stand before the question, a control token behind it.
+    In a prompt, a line break precedes the question ("user" or the last image precedes the line break), and a control
+    token follows the question.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -35,7 +36,7 @@ class PromptWriter:
 
     def write(self, tokens: int, rng: np.random.Generator) -> str:
         """Writes a text of `tokens` tokens. Raises RequestError if none of the tried texts has that many."""
-        words = [_WORDS[i] for i in rng.integers(len(_WORDS), size=tokens)]  # none is less than a token
+        words = [_WORDS[i] for i in rng.integers(len(_WORDS), size=tokens)]  # no word is less than a token
         fitting = bisect.bisect_right(range(tokens + 1), tokens, key=lambda n: self.count(" ".join(words[:n]))) - 1
         text = " ".join(words[:fitting])
         while (count := self.count(text)) < tokens:

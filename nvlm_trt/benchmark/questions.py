@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StampedImage:
-    """An image to draw. Two images of one size have the same pixels; the stamp makes their bytes differ."""
+    """Describes an image to draw. Two images of one size have the same pixels; the stamp makes their bytes differ."""
 
     size: ImageSize
     stamp: str
@@ -24,7 +24,7 @@ class StampedImage:
 
 @dataclass(frozen=True)
 class Question:
-    """One request."""
+    """Holds one request."""
 
     index: int
     text: str
@@ -45,7 +45,7 @@ def questions(workload: Workload, prompts: PromptWriter, count: int, salt: str) 
     """Makes the first `count` requests of a workload.
 
     Question i is the same in every run, at every load and for every count, except for the stamps of new images: they
-    hold `salt`. Without it, a server that has seen an earlier run would answer from its cache.
+    hold `salt`. Without the salt, a server that has seen an earlier run would answer from its cache.
     """
     return [_question(workload, prompts, index, salt) for index in range(count)]
 

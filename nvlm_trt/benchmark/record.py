@@ -21,7 +21,7 @@ clock = time.monotonic
 
 @dataclass
 class Record:
-    """One request. Times are `clock` seconds, taken in the process that sends the request and receives its answer."""
+    """Records one request. Times are `clock` seconds in the process that sends the request and receives its answer."""
 
     index: int
     asked_tokens: int

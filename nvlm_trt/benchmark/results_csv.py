@@ -13,7 +13,7 @@ _DISTRIBUTIONS = ("ttft_s", "itl_s", "tpot_s", "e2e_s", "send_lag_s")
 
 
 def to_csv(document: Document) -> str:
-    """Returns a row per load. Column names end in their unit; numbers that were not measured are empty."""
+    """Returns a row per load. Column names end in a unit; numbers that were not measured are empty."""
     rows = [_flat(point) for point in document["points"]]
     text = io.StringIO()
     names = list(dict.fromkeys(name for row in rows for name in row)) or ["mode"]
@@ -24,7 +24,7 @@ def to_csv(document: Document) -> str:
 
 
 def _flat(point: Mapping[str, Any]) -> dict[str, Any]:
-    """{"ttft_s": {"p50": 1}} -> {"ttft_p50_s": 1}"""
+    """Flattens the row of a load: {"ttft_s": {"p50": 1}} becomes {"ttft_p50_s": 1}."""
     load = point["load"]
     row = {"mode": load["mode"], "concurrency": load.get("concurrency"), "rate_per_s": load.get("rate")}
     row["status"] = point["status"]

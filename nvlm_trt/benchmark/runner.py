@@ -1,4 +1,4 @@
-"""Runs a benchmark: one load after the other, until all are measured, Ctrl-C, or the end of the server."""
+"""Runs a benchmark: one load after the other, until all loads are measured, Ctrl-C, or the end of the server."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from nvlm_trt.serving.served_engine import no_server
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended."""
+    """Says how a run ended."""
 
     status: Ending
-    failure: NvlmError | None = None  # why it failed
+    failure: NvlmError | None = None  # why the run failed
 
 
 def run(
@@ -43,7 +43,7 @@ def run(
 
 
 class _Run:
-    """The state of a run."""
+    """Holds the state of a run."""
 
     def __init__(
         self, plan: Plan, prompts: PromptWriter, on_point: Callable[[Point], None], progress: Progress
@@ -70,7 +70,7 @@ class _Run:
                     break
                 try:
                     await self._measure(load, number, processes)
-                except NvlmError as error:  # around the load, not in it: its records are kept all the same
+                except NvlmError as error:  # before or after the load's requests: keeps their records
                     self._failure = self._failure or error
                     self._point.status = "failed"
                 if self._point.records:
@@ -100,7 +100,7 @@ class _Run:
         self._point = Point(load)
         self._warmup = load.default_warmup if workload.warmup is None else workload.warmup
         count = self._warmup + workload.requests
-        # in threads, so that the event loop handles Ctrl-C meanwhile
+        # works in threads, so that the event loop handles Ctrl-C meanwhile
         asked = await asyncio.to_thread(questions, workload, self._prompts, count, f"{self._salt} {number}")
         before = await asyncio.to_thread(metrics.read_settled) if metrics else None
         if self._interrupted:
@@ -127,7 +127,7 @@ class _Run:
         async def ask(index: int, due: float | None) -> None:
             record = await processes.ask(asked[index], due)
             if record.status == "refused":
-                # the server would refuse all others too: there is nothing to measure
+                # the server would refuse all other requests, too: there is nothing to measure
                 raise RequestError(str(record.error))
             if record.status == "failed" and not await self._server_ready():
                 raise ServerError(f"{self._plan.url} does not answer any more ({record.error}); start it again")
@@ -141,7 +141,7 @@ class _Run:
             return await client.ready()
 
     async def _counted_since(self, before: CounterSnapshot, metrics: TritonMetrics) -> CounterSnapshot | None:
-        """Returns the counts since `before`, None if they cannot be had. Raises ServerError if the server is gone."""
+        """Returns the counts since `before`, None if they cannot be read. Raises ServerError if the server is gone."""
         try:
             after = await asyncio.to_thread(metrics.read_settled)
         except ServerError:

@@ -10,17 +10,17 @@ from nvlm_trt.benchmark.request_metrics import mean_interval, ttft
 
 @dataclass(frozen=True)
 class Slo:
-    """The service level objective of a request: upper bounds in seconds, None for no bound."""
+    """States the service level objective of a request: upper bounds in seconds, None for no bound."""
 
     ttft: float | None = None
-    itl: float | None = None  # of the request's mean interval
+    itl: float | None = None  # for the request's mean interval
 
     @property
     def is_stated(self) -> bool:
         return self.ttft is not None or self.itl is not None
 
     def is_met(self, record: Record) -> bool:
-        """True if the answer is complete and keeps each bound. A request with a single delta has no interval."""
+        """Tells whether the answer is complete and within each bound. A request with a single delta has no interval."""
         if record.status != "ok":
             return False
         first, interval = ttft(record), mean_interval(record)

@@ -14,12 +14,12 @@ _DEFAULT_GRPC_PORT, _DEFAULT_METRICS_PORT = 8001, 8002
 
 @dataclass(frozen=True)
 class Target:
-    """The server to measure and the engine that it serves."""
+    """Describes the server to measure and the engine that the server has loaded."""
 
     url: str
     triton: str  # version
     engine: str  # directory, on the server's machine
-    # known only of an engine on this machine
+    # known only for an engine on this machine
     model: str | None = None
     digest: str | None = None
     precision: dict[str, str] | None = None
@@ -53,7 +53,7 @@ class Target:
 
     @property
     def default_metrics_url(self) -> str | None:
-        """The metrics address of `nvlm-trt serve` with its default ports. None with other ports: it is not known."""
+        """Returns the metrics address for the default ports of `nvlm-trt serve`. None: other ports, unknown address."""
         host, _, port = self.url.removeprefix("grpc://").rstrip("/").rpartition(":")
         return f"http://{host}:{_DEFAULT_METRICS_PORT}/metrics" if port == str(_DEFAULT_GRPC_PORT) else None
 

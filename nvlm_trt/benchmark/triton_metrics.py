@@ -19,7 +19,7 @@ _SETTLE_SECONDS = 0.25
 _SETTLE_AT_MOST_SECONDS = 5.0
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
-# Triton's names do not end in _total; the parser appends it
+# Triton's names do not end in _total: the parser appends _total
 _REQUESTS, _ROWS, _RUNS, _TOTAL, _QUEUE, *_COMPUTE = (
     f"nv_inference_{name}_total"
     for name in (
@@ -46,7 +46,7 @@ _OPEN = "nvlm_open_requests"
 
 @dataclass(frozen=True)
 class ModelTimes:
-    """Sums over the requests of one Triton model, times in seconds. Triton does not time the answers of `nvlm`."""
+    """Holds sums over the requests of one Triton model, in seconds. Triton does not time the answers of `nvlm`."""
 
     requests: int
     rows: int  # elements of all batches: for vision_encoder, tiles
@@ -57,7 +57,7 @@ class ModelTimes:
 
     @property
     def mean_s(self) -> float:
-        """Mean time of a request, from its arrival at the model to its end."""
+        """Computes the mean time of a request, from its arrival at the model to its end."""
         return self.total_s / self.requests if self.requests else 0.0
 
     def to_dict(self) -> dict[str, float]:
@@ -66,7 +66,7 @@ class ModelTimes:
 
 @dataclass(frozen=True)
 class CounterSnapshot:
-    """The counts of a server: since its start, or between two times."""
+    """Holds the counts of a server: since its start, or between two times."""
 
     models: Mapping[str, ModelTimes]
     counters: Mapping[str, float]
@@ -104,12 +104,12 @@ class TritonMetrics:
             raise ServerError(
                 f"metrics address {url!r} is not http://host:port/metrics; use what `nvlm-trt serve` prints"
             )
-        # the proxy that the environment names must not serve requests to this machine
+        # requests to this machine must not go through the proxy that the environment names
         direct = [urllib.request.ProxyHandler({})] if parts.hostname in _LOOPBACK else []
         self._opener = urllib.request.build_opener(*direct)
 
     def read(self) -> CounterSnapshot:
-        """Reads the page. Raises ServerError if there is none or it is not of an nvlm-trt server."""
+        """Reads the page. Raises ServerError if there is no page, or no page of an nvlm-trt server."""
         try:
             with self._opener.open(self.url, timeout=_HTTP_SECONDS) as response:
                 page = response.read().decode(errors="replace")
@@ -142,7 +142,7 @@ class TritonMetrics:
 
 
 def parse(page: str) -> CounterSnapshot:
-    """Parses a page in Prometheus' text format. Raises ValueError if it is not of an nvlm-trt server."""
+    """Parses a page in Prometheus' text format. Raises ValueError for a page of another server."""
     from prometheus_client.parser import text_string_to_metric_families
 
     values: dict[tuple[str, str], float] = {}  # (metric, model or reason) -> sum over the versions of a model

@@ -130,7 +130,7 @@ class Worker:
 
 
 def _reply(message: dict[str, Any]) -> None:
-    # may block while the pipe is full, which ends soon: the parent reads all the time
+    # may block while the pipe is full, but not for long: the parent reads all the time
     sys.stdout.buffer.write(json.dumps(message).encode() + b"\n")
     sys.stdout.buffer.flush()
 

@@ -20,7 +20,7 @@ _LENGTHS_HINT = "write 64, or 16:128 for any from 16 to 128"
 
 @dataclass(frozen=True)
 class Lengths:
-    """A number of tokens: fixed, or drawn uniformly from `low` to `high`, both included."""
+    """Describes a number of tokens: fixed, or drawn uniformly from `low` to `high`, both included."""
 
     low: int
     high: int
@@ -47,7 +47,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class ImageSize:
-    """Width and height of an image, pixels."""
+    """Holds width and height of an image in pixels."""
 
     width: int
     height: int
@@ -74,16 +74,16 @@ class ImageSize:
 
 @dataclass(frozen=True)
 class Workload:
-    """The requests of every load. Two runs of equal workloads differ only in the stamps of their images."""
+    """Describes the requests of every load. Two runs of equal workloads differ only in the stamps of their images."""
 
-    prompt_tokens: Lengths  # of the question's text; the chat's format and the images come on top
+    prompt_tokens: Lengths  # in the question's text, without the chat's format and the images
     output_tokens: Lengths
     images: int  # per request
-    image_sizes: tuple[ImageSize, ...]  # each image has one of them, drawn at random
+    image_sizes: tuple[ImageSize, ...]  # each image has one of these sizes, drawn at random
     repeat_images: bool  # the same images in every request, so that the server's image cache holds them
     max_tiles: int | None
     requests: int  # measured, per load
-    warmup: int | None  # requests before them, not measured; None: the load's own number
+    warmup: int | None  # requests before the measured ones; None: the load's own number
     seed: int
 
     def __post_init__(self) -> None:
@@ -101,7 +101,7 @@ class Workload:
         return asdict(self) | {
             "prompt_tokens": str(self.prompt_tokens),
             "output_tokens": str(self.output_tokens),
-            # without images, none of these matters
+            # without images, these values do not matter
             "image_sizes": [str(size) for size in self.image_sizes] if self.images else [],
             "repeat_images": self.repeat_images and self.images > 0,
             "max_tiles": self.max_tiles if self.images else None,

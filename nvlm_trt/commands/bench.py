@@ -1,4 +1,4 @@
-"""`nvlm-trt bench`: measures latency and throughput of a running server under load, and compares two runs."""
+"""Implements `nvlm-trt bench`: measures latency and throughput of a server under load, and compares two runs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def measure(
     context: typer.Context,
     url: Annotated[str | None, typer.Option(help="The running server, grpc://host:port.")] = None,
     metrics_url: Annotated[
-        str | None, typer.Option(help="Its metrics, http://host:port/metrics [port 8002 of a server at port 8001].")
+        str | None,
+        typer.Option(help="The server's metrics, http://host:port/metrics [port 8002 for a server at port 8001]."),
     ] = None,
     concurrency: Annotated[
         str | None, typer.Option(help=f"Closed loop: requests at once, one load per number [{_CONCURRENCY}].")
@@ -43,14 +44,14 @@ def measure(
     ] = None,
     requests: Annotated[int, typer.Option(min=1, help="Measured requests per load.")] = 64,
     warmup: Annotated[
-        int | None, typer.Option(min=0, help="Unmeasured requests before them [the load's concurrency; with --rate 8].")
+        int | None, typer.Option(min=0, help="Unmeasured requests first [the load's concurrency; with --rate 8].")
     ] = None,
     prompt_tokens: Annotated[
         str, typer.Option(help="Tokens of the question's text: 64, or 16:128 for any from 16 to 128.")
     ] = "64",
     output_tokens: Annotated[str, typer.Option(help="Tokens of every answer: 64, or 16:128.")] = "64",
     images: Annotated[int, typer.Option(min=0, help="Images per request.")] = 1,
-    image_size: Annotated[str, typer.Option(help="Pixels; from several, 448x448,1344x896, each image draws one.")] = (
+    image_size: Annotated[str, typer.Option(help="Pixels; of several, 448x448,1344x896, each image draws one.")] = (
         "1344x896"
     ),
     repeat_images: Annotated[
@@ -60,7 +61,7 @@ def measure(
     max_tiles: Annotated[int | None, typer.Option(min=1, help="Most tiles per image, thumbnail not counted.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of texts, lengths, sizes and arrivals.")] = 0,
     slo_ttft: Annotated[float | None, typer.Option(help="Goodput: most milliseconds to the first token.")] = None,
-    slo_itl: Annotated[float | None, typer.Option(help="Goodput: most milliseconds per token after it.")] = None,
+    slo_itl: Annotated[float | None, typer.Option(help="Goodput: most milliseconds per later token.")] = None,
     processes: Annotated[int, typer.Option(min=1, max=64, help="Client processes that share the load.")] = 1,
     timeout: Annotated[float, typer.Option(min=0.001, help="Seconds after which a request has failed.")] = 1800,
     tokenizer: Annotated[
@@ -154,7 +155,7 @@ def _no_options_before(context: typer.Context) -> None:
     if given:
         option = "json" if given[0] == "as_json" else given[0].replace("_", "-")
         raise RequestError(
-            f"--{option} is for measuring, not for `bench {context.invoked_subcommand}`; leave it out, or put it behind"
+            f"--{option} is for measuring, not for `bench {context.invoked_subcommand}`; leave it out, or put it last"
         )
 
 
@@ -176,8 +177,8 @@ def _loads(concurrency: str | None, rate: str | None, requests: int, seed: int) 
             raise RequestError(f"--concurrency {number:g} is not a whole number; write 1,2,4")
         if number > requests:
             raise RequestError(
-                f"--concurrency {number:g} is more than the {requests} requests of a load, so that never as many would "
-                "run at once; raise --requests, to eight times the concurrency or more"
+                f"--concurrency {number:g} is more than the {requests} requests of a load, so fewer would run "
+                "at once; raise --requests, to eight times the concurrency or more"
             )
         loads.append(ClosedLoop(int(number)))
     loads += [OpenLoop(number, seed) for number in _numbers(rate, "--rate", "0.5,1,2")]
@@ -201,7 +202,7 @@ def _numbers(text: str | None, option: str, example: str) -> list[float]:
 
 
 def _check_outputs(files: dict[str, Path | None], plots: Path | None, overwrite: bool) -> None:
-    """Refuses outputs that could not be written once everything is measured."""
+    """Refuses outputs that could not be written after the measurement."""
     named = {option: path for option, path in files.items() if path is not None}
     if plots is not None:
         if plots.exists() and not plots.is_dir():
@@ -226,7 +227,7 @@ def _check_outputs(files: dict[str, Path | None], plots: Path | None, overwrite:
 def _server_metrics(target: Target, url: str | None) -> TritonMetrics | None:
     """Opens the metrics page of the server. A page that the user names must answer.
 
-    Without a name tries the default port, and returns None if nothing answers: the server may have another port.
+    If the user names no page, tries the default port. Returns None if nothing answers: the port may be another.
     """
     from nvlm_trt.benchmark.triton_metrics import TritonMetrics
 

@@ -84,7 +84,7 @@ def build(
     for name, given in options.items():
         if given and name not in spec.build_options:
             owners = " and ".join(other for other in backend_names() if name in find_backend(other).build_options)
-            raise NvlmError(f"{_dashed(name)} is of the backend {owners}, not of {spec.name}; leave it out")
+            raise NvlmError(f"{_dashed(name)} belongs to the backend {owners}, not to {spec.name}; leave it out")
     require("build", "building an engine")
     from nvlm_trt.builders.engine_build import build_engine
     from nvlm_trt.builders.quantization.gate import AccuracyError

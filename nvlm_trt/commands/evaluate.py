@@ -1,4 +1,4 @@
-"""`nvlm-trt eval`: accuracy of an engine, a server or the PyTorch reference on questions with known answers."""
+"""Implements `nvlm-trt eval`: asks an engine, a server or the PyTorch reference questions with known answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`nvlm-trt tiles`: draw the tiles that the model sees of an image."""
+"""Implements `nvlm-trt tiles`: draws the tiles that the model sees of an image."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _save_options(output: Path) -> dict[str, Any]:
 
 
 def _check_output(output: Path, image: Path, overwrite: bool) -> None:
-    """Refuses early; `_save` finds the rest."""
+    """Refuses a wrong output before any work; `_save` finds all other errors."""
     if not os.path.isdir(output.parent):
         raise RequestError(f"{output.parent} is not a directory; create it or choose another --output")
     if os.path.isdir(output):

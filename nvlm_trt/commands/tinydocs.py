@@ -1,4 +1,4 @@
-"""`nvlm-trt tinydocs`: write samples of the built-in document tasks, to look at or to evaluate elsewhere."""
+"""Implements `nvlm-trt tinydocs`: writes samples of the built-in document tasks, to look at or evaluate elsewhere."""
 
 from __future__ import annotations
 

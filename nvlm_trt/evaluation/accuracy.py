@@ -21,15 +21,15 @@ Kind = Literal["image", "text"]
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """Options that an answer or its score depends on, besides model and sample."""
+    """Holds the options that decide an answer or its score, besides model and sample."""
 
     max_tokens: int = 32
-    tolerance: float = 0.0  # of the metric numeric
+    tolerance: float = 0.0  # for the metric numeric
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """The mean score of one task's samples with its 95 % interval."""
+    """Holds the mean score of one task's samples with its 95 % interval."""
 
     kind: Kind
     task: str
@@ -42,7 +42,7 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class GroupScore:
-    """The mean of the scores of several tasks, each counting the same, with its 95 % interval."""
+    """Holds the mean score of several tasks with its 95 % interval. Each task counts the same."""
 
     tasks: int
     count: int
@@ -53,9 +53,9 @@ class GroupScore:
 
 @dataclass(frozen=True)
 class Summary:
-    """Keeps text-only tasks apart: they measure how much of its LLM a model has kept, the others how well it sees."""
+    """Separates text-only tasks (how much of its LLM a model has kept) from image tasks (how well the model sees)."""
 
-    tasks: tuple[TaskScore, ...]  # those with images first
+    tasks: tuple[TaskScore, ...]  # tasks with images first
 
     def group(self, kind: Kind | None = None) -> GroupScore | None:
         """Averages the tasks of one kind, or all tasks; None if there are none."""
@@ -110,7 +110,7 @@ def evaluate(
 ) -> Summary:
     """Asks the samples that `results` has no answer to, then summarises. Adds each answer to `results` at once.
 
-    Does not load the model if every sample has an answer. Raises what the answerer raises, and says what is kept.
+    Does not load the model if every sample has an answer. Raises the answerer's errors, and says what is kept.
     """
     remaining = [sample for sample in samples if sample.name not in results.answers]
     if remaining:

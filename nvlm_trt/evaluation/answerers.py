@@ -1,6 +1,6 @@
-"""Answerers of an evaluation: an engine in this process, or the PyTorch reference. Both decode greedily.
+"""Answers the samples of an evaluation by an engine in this process or by the PyTorch reference, both greedily.
 
-`nvlm_trt.serving.server_answerer` has a third one, for a served engine.
+`nvlm_trt.serving.server_answerer` has a third answerer, for a served engine.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Answers = Iterator[tuple[Sample, str]]
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """The model that gave the answers of a results file: another source or digest is another model."""
+    """Identifies the model that gave the answers of a results file: another source or digest is another model."""
 
     source: Literal["engine", "server", "reference"]
     name: str
@@ -41,7 +41,7 @@ class ModelIdentity:
 
 
 class Answerer(Protocol):
-    """A context manager: making it checks its model, entering it loads the model."""
+    """Answers samples. The constructor checks the model; the context manager loads the model when it is entered."""
 
     identity: ModelIdentity
 
@@ -60,7 +60,7 @@ class Answerer(Protocol):
 
 
 class EngineAnswerer:
-    """An engine in this process."""
+    """Answers by an engine in this process."""
 
     def __init__(self, path: Path, max_tokens: int, concurrency: int | None = None) -> None:
         """Runs `concurrency` requests at once, by default as many as the engine has slots."""
@@ -93,10 +93,10 @@ class EngineAnswerer:
 
 
 class ReferenceAnswerer:
-    """The PyTorch oracle, with the prompts and stop tokens of the engines."""
+    """Answers by the PyTorch reference, with the prompts and stop tokens of the engines."""
 
     def __init__(self, checkpoint: Path, max_tokens: int, concurrency: int | None = None) -> None:
-        """By default as many samples run at once as there are cores, each on one thread."""
+        """Runs `concurrency` samples at once, each on one thread, by default as many as there are cores."""
         require("reference", "the PyTorch reference")
         import torch
 
@@ -112,7 +112,7 @@ class ReferenceAnswerer:
 
         from nvlm_trt.evaluation.reference_answer import ReferenceAnswer
 
-        # a token of one sample is too little work to share: on two busy cores 1.5 s with two threads, 0.2 s with one
+        # a token of one sample is too little work for two threads: on two busy cores 1.5 s, with one thread 0.2 s
         torch.set_num_threads(1)
         self._ask = ReferenceAnswer(self._checkpoint, self._max_tokens)
         return self
@@ -130,7 +130,7 @@ class ReferenceAnswerer:
 
 
 def whole_text(stream: Iterable[Delta], cut_short: NvlmError) -> str:
-    """Joins the text of an answer. Raises `cut_short` unless the answer is complete: part of one must not be scored."""
+    """Joins the text of an answer. Raises `cut_short` if the answer is incomplete, because it must not be scored."""
     text, finish_reason = "", None
     for delta in stream:
         text += delta.text
@@ -141,7 +141,7 @@ def whole_text(stream: Iterable[Delta], cut_short: NvlmError) -> str:
 
 
 def answer_concurrently(ask: Callable[[Sample], str], samples: Iterable[Sample], concurrency: int) -> Answers:
-    """See `Answerer.answers`; the images of at most `concurrency` samples are in memory."""
+    """Implements `Answerer.answers`. Holds the images of at most `concurrency` samples in memory."""
     waiting = iter(samples)
     running: dict[Future[str], Sample] = {}
     failure: BaseException | None = None
@@ -162,7 +162,7 @@ def answer_concurrently(ask: Callable[[Sample], str], samples: Iterable[Sample],
         if failure:
             raise failure
     finally:
-        # the caller closes the model next, which ends the calls under way
+        # the caller closes the model next, which ends the calls that still run
         pool.shutdown(wait=False, cancel_futures=True)
 
 

@@ -12,8 +12,8 @@ _Z = NormalDist().inv_cdf(0.975)  # 1.96: 95 %, two-sided
 def wilson_interval(mean: float, count: int) -> tuple[float, float]:
     """Returns the 95 % interval of a proportion (Wilson 1927; Newcombe 1998's method 3, without continuity correction).
 
-    For scores between 0 and 1 (anls) it is wider than need be, never narrower: their variance is at most
-    mean * (1 - mean), which is that of scores 0 and 1 with the same mean.
+    For scores between 0 and 1 (anls), the interval is wider than necessary, never narrower: their variance is at most
+    mean * (1 - mean), the variance of scores that are 0 or 1 and have the same mean.
     """
     assert count > 0, "no samples, no interval"
     square = _Z * _Z
@@ -24,10 +24,10 @@ def wilson_interval(mean: float, count: int) -> tuple[float, float]:
 
 
 def mean_interval(parts: Sequence[tuple[float, tuple[float, float]]]) -> tuple[float, float]:
-    """Returns the 95 % interval of the mean of independent (mean, interval).
+    """Returns the 95 % interval of the mean of independent means, each given as (mean, interval).
 
-    Adds the squares of each side's distances, as errors add, so that the interval stays within 0..1: Newcombe 1998 (and
-    MOVER, Zou and Donner 2008) combine Wilson intervals so.
+    Adds the squares of the distances on each side, as independent errors add. The interval stays within 0..1. Newcombe
+    1998 and MOVER (Zou and Donner 2008) combine Wilson intervals in this way.
     """
     assert parts, "no parts, no interval"
     mean = math.fsum(part for part, _ in parts) / len(parts)

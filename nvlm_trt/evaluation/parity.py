@@ -38,7 +38,7 @@ QUESTION = "What is written in the second line?"
 
 @dataclass(frozen=True)
 class StageComparison:
-    """One row of a report. A value on either side that is not finite makes `max_abs_diff` infinite."""
+    """Holds one row of a report. A value on either side that is not finite makes `max_abs_diff` infinite."""
 
     name: str
     shape: str
@@ -93,7 +93,7 @@ def verify_engine(
 ) -> ParityReport:
     """Compares an engine with the reference of `checkpoint` and records the result in the engine's manifest.
 
-    Raises EngineError when the engine was built from another checkpoint, NvlmError when torch is not installed.
+    Raises EngineError if the engine was built from another checkpoint, NvlmError if torch is not installed.
     """
     engine = Engine.open(engine_path, full_check=True)
     with Checkpoint.open(checkpoint) as source:
@@ -142,7 +142,7 @@ def _compare_stages(
         llm_tiles, cross_tiles = split_tiles(config.architecture, len(tiles))
         llm_tokens = image_tokens[llm_tiles].reshape(-1, config.llm.hidden_size)  # [M, hidden]
         cross_kv = None
-        # the reference's own tokens, through this backend: its embeddings, and its keys and values
+        # gives this backend the reference's image tokens: compares the embeddings, keys and values made from them
         features = backend.features(backend.import_tokens(image_tokens.contiguous().numpy()))
         if config.cross_attention is not None:
             crossed = image_tokens[cross_tiles]

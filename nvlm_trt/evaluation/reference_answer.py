@@ -1,4 +1,4 @@
-"""Answers of the PyTorch reference, from the encoded images and the prompt of a sample to text."""
+"""Answers a sample by the PyTorch reference: from encoded images and a prompt to text."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class ReferenceAnswer:
         return self._tokenizer.decode(self._model.generate(prompt, llm_tokens, cross_kv, self._max_tokens, stop_ids))
 
     def _features(self, images: list[Tensor]) -> tuple[Tensor | None, list[KeyValue] | None]:
-        """Tiles [n, 3, E, E] of each image -> image embeddings [M, hidden] and cross keys and values of all images."""
+        """Turns tiles [n, 3, E, E] per image into all images' embeddings [M, hidden], and cross keys and values."""
         if not images:
             return None, None
         in_llm, in_cross = [], []

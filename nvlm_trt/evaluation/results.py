@@ -1,4 +1,4 @@
-"""The results file of an evaluation: appends answers to FILE.partial as they come, writes FILE at the end.
+"""Keeps the results file of an evaluation: appends answers to FILE.partial as they come, writes FILE at the end.
 
 FILE.partial is JSONL: a header that says which samples, model and options the answers belong to, then one line per
 answer. FILE is one JSON object that holds the same header, the summary and every answer.
@@ -23,7 +23,7 @@ Header = dict[str, Any]  # "schema_version", "samples", "model", "options"
 
 @dataclass(frozen=True)
 class SavedResults:
-    """The content of a results file, finished or not."""
+    """Holds the content of a results file, finished or not."""
 
     path: Path
     header: Header
@@ -35,7 +35,7 @@ class SavedResults:
             there, here = self.header.get(part), header[part]
             if there != here:
                 raise RequestError(
-                    f"{self.path} is of {_NAMES[part]} ({_brief(there)} there, {_brief(here)} here); {remedy}"
+                    f"{self.path} comes from {_NAMES[part]} ({_brief(there)} there, {_brief(here)} here); {remedy}"
                 )
 
 
@@ -48,15 +48,15 @@ _NAMES = {
 
 
 class ResultsFile:
-    """The answers of one run. A context manager; keeps answers in memory only if it has no path."""
+    """Keeps the answers of one run, as a context manager. Writes no file if `path` is None."""
 
     def __init__(self, path: Path | None, header: Header, names: Sequence[str]) -> None:
-        """Takes over what an earlier run with this header answered. Raises RequestError for a file of another run."""
+        """Takes over the answers of an earlier run with this header. Raises RequestError for a file of another run."""
         self.header = header
         self._path = path
         self.answers: dict[str, str] = {}
         self._file: BinaryIO | None = None
-        self._whole_bytes = 0  # of FILE.partial; at most the beginning of a line follows them
+        self._whole_bytes = 0  # in whole lines of FILE.partial; at most the beginning of a line follows
         if path is not None:
             self._take_up(path, names)
 
@@ -72,7 +72,7 @@ class ResultsFile:
                 self._file.truncate(self._whole_bytes)
             if not self._whole_bytes:
                 self._append(self.header)
-                for name, answer in self.answers.items():  # from a FILE that is whole
+                for name, answer in self.answers.items():  # from a finished FILE
                     self._append({"name": name, "answer": answer})
         return self
 
@@ -140,7 +140,7 @@ def read_results(path: Path) -> SavedResults:
 
 
 def _read_partial(path: Path) -> tuple[SavedResults, int]:
-    """Reads FILE.partial -> its content and the bytes of its whole lines; leaves out a line that was cut."""
+    """Returns the content of FILE.partial and the bytes of its whole lines. Leaves out an incomplete last line."""
     try:
         data = path.read_bytes()
     except OSError as error:

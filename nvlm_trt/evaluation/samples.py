@@ -1,4 +1,4 @@
-"""Samples, the questions of every evaluation, each with its images and its known answer; sets of them in JSONL."""
+"""Reads sets of samples from JSONL. A sample is a question of an evaluation, with its images and its known answer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _KEYS = (*_REQUIRED, "image", "images", "task", "name", "metric")
 
 @dataclass(frozen=True)
 class Sample:
-    """One question. `images` are encoded files, in the order in which the prompt shows them."""
+    """Holds one question. `images` are encoded files, in the order in which the prompt shows them."""
 
     name: str  # unique within its set
     task: str
@@ -59,7 +59,7 @@ class ImageFiles(Sequence[bytes]):
 def read_samples(path: Path, metric: Metric = "exact") -> list[Sample]:
     """Reads a set from JSONL, with the keys of docs/evaluation.md; `metric` is for lines that name none.
 
-    Raises RequestError naming the line that is not a sample, names an image that is not there, or repeats a name.
+    Raises RequestError, with the line's number, for a line that is no sample, names a missing image or repeats a name.
     """
     samples: list[Sample] = []
     line_of: dict[str, int] = {}
@@ -80,8 +80,8 @@ def read_samples(path: Path, metric: Metric = "exact") -> list[Sample]:
 def digest_of(samples: Sequence[Sample], progress: Progress = no_progress) -> str:
     """Identifies a set: sha256 of everything in it, the bytes of the images included.
 
-    Raises ImageError or RequestError for an image that does not decode. Decodes every image here, so that a broken one
-    ends an evaluation before its first question, not hours into it.
+    Raises ImageError or RequestError for an image that does not decode. Decodes every image, so that a broken image
+    stops an evaluation before its first question, not hours later.
     """
     digest = hashlib.sha256()
     whole: set[str] = set()  # many questions may be about one image

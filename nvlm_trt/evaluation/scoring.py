@@ -1,8 +1,8 @@
 """Scores an answer against the known one by one of four metrics. Every score is in 0..1.
 
-exact     1 if both are the same text, white space around them left out; case counts.
+exact     1 if both are the same text, without the white space around them; case counts.
 contains  1 if the known answer occurs in the given one; both in lower case, runs of white space as one space.
-          OCRBench's rule (Liu et al. 2023, arXiv 2305.07895). It finds "2" in "12" too.
+          OCRBench's rule (Liu et al. 2023, arXiv 2305.07895). The rule finds "2" in "12", too.
 anls      Average normalized Levenshtein similarity (Biten et al. 2019, arXiv 1905.13648), as DocVQA uses
           it: s = 1 - NL if NL < 0.5, else 0, where NL = Levenshtein(a, b) / max(|a|, |b|); lower case and runs of
           white space as for `contains`. With the single known answer of a sample there is no maximum to take.
@@ -36,12 +36,12 @@ def score(metric: Metric, given: str, known: str, tolerance: float = 0.0) -> flo
     given_number, known_number = number_in(given), number_in(known)
     if given_number is None or known_number is None:
         return 0.0
-    # through str: the tolerance is the decimal fraction that was typed, not its nearest binary one
+    # through str: the tolerance is the decimal fraction that the user typed, not the nearest binary fraction
     return float(abs(given_number - known_number) <= Fraction(str(tolerance)) * abs(known_number))
 
 
 def anls(given: str, known: str) -> float:
-    """Normalized Levenshtein similarity in 0..1; 0 below ANLS_THRESHOLD."""
+    """Computes the normalized Levenshtein similarity, 0..1; 0 below ANLS_THRESHOLD."""
     from rapidfuzz.distance import Levenshtein
 
     a, b = _plain(given), _plain(known)
@@ -53,7 +53,7 @@ def anls(given: str, known: str) -> float:
 
 
 def number_in(text: str) -> Fraction | None:
-    """Reads the whole text as one number; None if it is none."""
+    """Reads the whole text as one number. Returns None if the text is not a number."""
     text = text.strip()
     match = _NUMBER.fullmatch(text) if len(text) <= _LONGEST_NUMBER else None
     return Fraction(match[1] + match[2].replace(",", "")) if match else None

@@ -43,7 +43,7 @@ _CROSS_KV = re.compile(r"language_model\.cross_layers\.\d+\.attn\.(k_proj|v_proj
 
 @dataclass(frozen=True)
 class StageMemory:
-    """Bytes that a stage (a graph of the engine) holds while it runs."""
+    """Counts the bytes that a stage (a graph of the engine) holds while it runs."""
 
     weights: int
     caches: int
@@ -60,7 +60,7 @@ class StageMemory:
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """Bytes, by component or stage, on the device of the backend's MemoryModel."""
+    """Counts bytes by component or stage, on the device of the backend's MemoryModel."""
 
     parameters: dict[str, int]  # numbers of parameters, by component
     weights: dict[str, int]  # in the engine's files, by component, scales and tables included

@@ -17,7 +17,7 @@ from nvlm_trt.prompt.image_tokens import count_image_tokens
 
 @dataclass(frozen=True)
 class Work:
-    """Floating-point (or integer) operations, two per multiply-add, and bytes of weights and caches moved."""
+    """Counts floating-point (or integer) operations, two per multiply-add, and bytes of weights and caches moved."""
 
     flops: float
     nbytes: float

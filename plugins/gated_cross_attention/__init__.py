@@ -7,9 +7,9 @@ product imports the launcher on torch tensors (launcher.py) or the kernels that 
 launcher.
 """
 
-# Keys are read in blocks of this many. In a cache whose length is a multiple, the bits of a sequence do not depend on
-# what its neighbours read: ONNX Runtime's matrix-vector kernel sums 4 keys at a time, and the last keys in another
-# order.
+# The keys in a block. If the length of a cache is a multiple of KEY_BLOCK, the bits of a sequence do not depend on the
+# keys that other sequences read: ONNX Runtime's matrix-vector kernel sums 4 keys at a time, and the last keys in
+# another order.
 KEY_BLOCK = 16
 
 

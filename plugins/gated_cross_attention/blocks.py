@@ -1,4 +1,4 @@
-"""The kernel's block sizes in one table: there is no autotuner, so the same inputs take the same path in every run.
+"""Lists the kernel's block sizes: there is no autotuner, so the same inputs take the same path in every run.
 
 The table gives blocks of keys in bytes, so that shared memory (the query block, and `stages` blocks of keys and of
 values) is about the same for every dtype and head size. docs/plugins.md has the kernels' times.
@@ -13,7 +13,7 @@ _MOST_KEYS = 128  # per block: with small heads, a longer row of scores would no
 
 
 class Blocks(NamedTuple):
-    """The sizes of one program: `rows` of queries at a time against `keys(...)` keys at a time."""
+    """Holds the sizes of one program: `rows` of queries at a time against `keys(...)` keys at a time."""
 
     rows: int
     key_bytes: int

@@ -1,6 +1,6 @@
-"""nvlm::GatedCrossAttention on torch tensors.
+"""Runs nvlm::GatedCrossAttention on torch tensors.
 
-Only lab/gpu_check and the tests call this launcher; a backend that runs the decoder in torch would.
+Only lab/gpu_check and the tests call this launcher; a backend that runs the decoder in torch would call it, too.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def gated_cross_attention(
     batch, heads, tokens, head_dim = query.shape
     kv_heads, cross_tokens = key.shape[1:3]
     output = torch.empty_like(query)
-    rows = tokens * (heads // kv_heads)  # of one key head
+    rows = tokens * (heads // kv_heads)  # rows per key head
     if not output.numel():  # CUDA refuses an empty grid
         return output
     capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else (0, 0)

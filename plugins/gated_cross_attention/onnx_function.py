@@ -1,6 +1,6 @@
-"""nvlm::GatedCrossAttention as a model-local ONNX function, which ONNX Runtime inlines.
+"""Makes nvlm::GatedCrossAttention a model-local ONNX function, which ONNX Runtime inlines.
 
-By its attributes, TensorRT's ONNX parser takes the node as a plugin of the same name instead.
+TensorRT's ONNX parser takes a node with PLUGIN_ATTRIBUTES as the plugin of the same name instead.
 """
 
 from __future__ import annotations

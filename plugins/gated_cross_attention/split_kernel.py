@@ -1,7 +1,7 @@
-"""nvlm::GatedCrossAttention in two kernels, for few rows: one attends to chunks of the keys, one adds the chunks.
+"""Computes nvlm::GatedCrossAttention for few rows in two kernels: one attends to chunks of keys, one adds the chunks.
 
-launcher.py starts these kernels for decoding steps. Nothing in the product calls it, only lab/gpu_check and the tests;
-a backend that runs the decoder in torch would.
+launcher.py starts these kernels for decoding steps. Only lab/gpu_check and the tests call launcher.py; a backend that
+runs the decoder in torch would call it, too.
 
 If each program read all keys of its key head, a decoding step of one request would be 8 programs for 132
 multiprocessors. Chunks count from key 0 and have one size, so the sums of a row do not depend on other rows. After

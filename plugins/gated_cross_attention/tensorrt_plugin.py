@@ -1,4 +1,4 @@
-"""nvlm::GatedCrossAttention as a TensorRT plugin whose kernel is compiled ahead of time into the engine.
+"""Makes nvlm::GatedCrossAttention a TensorRT plugin whose kernel is compiled ahead of time into the engine.
 
 At run time, an engine with this plugin needs neither Python nor a plugin library. The plugin is written against
 TensorRT 11.4 (`tensorrt.plugin`, "quickly deployable plugins"): a plugin is one kernel without workspace, launched with
@@ -13,7 +13,7 @@ from nvlm_trt.plugins.gated_cross_attention.blocks import BLOCKS, HEAD_DIMS, can
 from nvlm_trt.plugins.gated_cross_attention.onnx_function import NAME, PLUGIN_ATTRIBUTES
 
 PLUGIN_ID = f"{PLUGIN_ATTRIBUTES['plugin_namespace']}::{NAME}"
-# More shared memory takes a driver call, which TensorRT is not documented to make for such a plugin.
+# More shared memory needs a driver call, which TensorRT is not documented to make for such a plugin.
 SHARED_LIMIT = 48 << 10
 
 _registered_for: int | None = None

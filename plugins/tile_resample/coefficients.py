@@ -1,4 +1,4 @@
-"""Pillow's bicubic filter as fixed-point tables: the source pixels of each resized pixel, and their weights.
+"""Computes Pillow's bicubic filter as fixed-point tables: the source pixels of each resized pixel, and their weights.
 
 Source: `precompute_coeffs` and `normalize_coeffs_8bpc` in Pillow's src/libImaging/Resample.c (a = -0.5, the support
 stretched by the ratio when shrinking, weights rounded to 22 fractional bits).
@@ -17,7 +17,7 @@ _SUPPORT = 2.0
 
 
 class PassTables(typing.NamedTuple):
-    """The tables of one of two passes: an entry per resized pixel along the axis, for tiles, then for the thumbnail.
+    """Holds the tables of one pass: an entry per resized pixel along the axis, for tiles, then for the thumbnail.
 
     The tables are read-only, because calls share them."""
 
@@ -28,7 +28,7 @@ class PassTables(typing.NamedTuple):
 
 
 class BlockTables(typing.NamedTuple):
-    """A pass as matrix products: resized pixels in blocks along the axis. No block spans two tiles."""
+    """Holds a pass as matrix products: resized pixels in blocks along the axis. No block spans two tiles."""
 
     spans: npt.NDArray[np.int32]  # [blocks, 2]: a block's first source pixel, and the pixel after the last
     # [blocks, sources, 2, block]: (high, low) of `PassTables.weights` for each source pixel from the span's first on
@@ -36,7 +36,7 @@ class BlockTables(typing.NamedTuple):
 
 
 class ResizePlan(typing.NamedTuple):
-    """The tables that resize an image to the tiles' canvas and to the thumbnail. "Vertical first" is 0 or 1."""
+    """Holds the tables that resize an image to the tiles' canvas and to the thumbnail. "Vertical first" is 0 or 1."""
 
     first_pass: PassTables
     second_pass: PassTables

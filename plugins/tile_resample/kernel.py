@@ -6,7 +6,7 @@ pixels are whole numbers that fp16 holds, and the sums stay below 2**24, which f
 wide and high as the result; beyond, the last of 22 fractional bits may be lost). Between the passes, the kernel rounds
 values to 8 bits and clips them, as Pillow does, so the pixels are Pillow's own.
 
-A first kernel puts the image's channels apart: bytes three apart are loaded one by one, bytes side by side 16 at a
+A first kernel separates the image's channels: bytes three apart are loaded one by one, bytes side by side 16 at a
 time. docs/plugins.md has the times.
 """
 
@@ -112,7 +112,7 @@ def tile_resample_kernel(
         first_coarse = tl.zeros([SOURCE, BLOCK], tl.float32)  # [v_source, u]
         first_fine = tl.zeros([SOURCE, BLOCK], tl.float32)
         for u_step in range(u_low, u_high, SOURCE):
-            # Columns past the image's edge are arbitrary and have a weight of 0; rows past it are not in memory.
+            # Columns past the image's edge are arbitrary and have a weight of 0; rows past the edge are not in memory.
             if vertical_first:
                 levels = tl.trans(_load_square(pixels, u_step, u_high, v_step, pitch, SOURCE))
             else:

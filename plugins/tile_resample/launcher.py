@@ -1,6 +1,6 @@
-"""tile_resample on torch tensors.
+"""Runs tile_resample on torch tensors.
 
-Only lab/gpu_check and the tests call this launcher; a backend that decodes images on the GPU would.
+Only lab/gpu_check and the tests call this launcher; a backend that decodes images on the GPU would call it, too.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _planes(image: Tensor) -> tuple[Tensor, int]:
 
 
 class _DevicePlan(typing.NamedTuple):
-    """A ResizePlan as tables for blocks, (spans, weights), on the device."""
+    """Holds a ResizePlan as tables for blocks, (spans, weights), on the device."""
 
     first_pass: tuple[Tensor, Tensor]
     second_pass: tuple[Tensor, Tensor]

@@ -207,7 +207,7 @@ def test_a_request_for_another_device_or_an_unknown_option_is_refused(built: Eng
     arguments = ("--checkpoint", "nowhere", "--output", built.path.with_name("other"), "--backend", ABACUS)
     status, _, err = run_cli("build", *arguments, "--strip-weights")
     assert status == 2
-    assert "--strip-weights is of the backend tensorrt, not of abacus; leave it out" in err
+    assert "--strip-weights belongs to the backend tensorrt, not to abacus; leave it out" in err
     status, _, err = run_cli("build", *arguments, "--precision", "int8")
     assert status == 2
     assert "precision 'int8' is not one of fp16" in err

@@ -31,7 +31,7 @@ _PAGES: dict[str, Callable[[np.random.Generator, str], Drawing]] = {
     "pair": kinds.draw_pair,
     "tile": kinds.draw_places,
 }
-# never scored: only tile tags tell which tile is "tile 3", and NVLM-H cannot tell it for small print
+# never scored: only tile tags tell which tile is "tile 3", and NVLM-H cannot tell the tile of small print
 _PROBES = ("tile",)
 _TEXTS: dict[str, Callable[[np.random.Generator], Question]] = {
     "copy": texts.ask_copy,
@@ -57,7 +57,7 @@ def generate(split: Split, tasks: Sequence[str] = (*TASKS, *TEXT_TASKS), count: 
 
 
 def draw(split: Split, task: str, random: np.random.Generator) -> Drawing:
-    """Draws a page for `task`, noise included -> the page (two for `pair`) and every question it can answer."""
+    """Draws a page for `task`, with noise. Returns the page (two for `pair`) and all questions that it can answer."""
     pages, questions = _PAGES[task](random, str(random.choice(FONTS[split])))
     for page in pages:
         page.add_noise()

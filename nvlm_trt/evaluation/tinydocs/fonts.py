@@ -1,4 +1,4 @@
-"""Fonts from Python packages, other ones for each split: a test shows letters of fonts that training never used."""
+"""Loads fonts from Python packages, other fonts for each split: a test uses fonts that training has never shown."""
 
 from __future__ import annotations
 

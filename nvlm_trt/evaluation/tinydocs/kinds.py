@@ -26,7 +26,7 @@ WORDS = (
     "fish", "meat", "plum", "pear", "lime", "kale", "bean", "jam",
 )  # fmt: skip
 PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
-MAX_HEIGHT = 8  # of a chart's bars
+MAX_HEIGHT = 8  # for the bars of a chart
 
 # every grid of at most 6 tiles that the tiling rule can choose, long ones rarer
 _TEXT_GRIDS: dict[Grid, float] = {
@@ -39,7 +39,7 @@ _FIGURE_GRIDS: dict[Grid, float] = {(1, 1): 3, (2, 2): 2, (3, 2): 1, (2, 3): 1}
 
 @dataclass(frozen=True)
 class Question:
-    """One question about the pages that it is returned with."""
+    """Holds one question about the pages that are returned with it."""
 
     task: str
     prompt: str
@@ -70,7 +70,7 @@ def _write_codes(
 
 
 def draw_places(random: np.random.Generator, font: str) -> Drawing:
-    """Draws codes as `draw_codes` does; asks for the number of the tile that holds one, which only its tag tells."""
+    """Draws codes as `draw_codes` does; asks for the number of a code's tile, which only the tile's tag tells."""
     (page,), _ = draw_codes(random, font)
     tiles = {mark.colour: page.tile_of(mark) + 1 for mark in page.marks}
     return [page], [Question("tile", f"Which tile has the {colour} text?", str(tile)) for colour, tile in tiles.items()]
@@ -109,7 +109,7 @@ def draw_list(random: np.random.Generator, font: str) -> Drawing:
     columns, _ = choose(random, _LIST_GRIDS)
     page = Page(columns, 1, font, random)
     lines = int(random.integers(2, 5))
-    pitch, top = 14.0, random.uniform(0, 2)  # lines begin at the top, so that each tile alone tells the lines apart
+    pitch, top = 14.0, random.uniform(0, 2)  # lines begin at the top, so that a tile alone shows which line is which
     places = [(column, line) for line in range(lines) for column in range(columns)]
     first = [(int(random.integers(columns)), line) for line in range(lines)]  # no line is empty
     rest = [place for place in pick(random, places, len(places)) if place not in first]
@@ -139,7 +139,7 @@ def draw_shapes(random: np.random.Generator, font: str, grids: dict[Grid, float]
 
 
 def _shape_kinds(random: np.random.Generator) -> list[str]:
-    """Repeats one kind on half of the pages, for counting; mixes kinds on the others."""
+    """Repeats one kind on half of the pages, for counting; mixes kinds on the other pages."""
     total = int(random.integers(1, 6))
     if random.random() < 0.5:
         kind, *others = pick(random, SHAPES, len(SHAPES))

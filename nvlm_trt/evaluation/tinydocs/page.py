@@ -1,7 +1,7 @@
-"""A page: a Pillow canvas over a grid of tiles, and a record of everything drawn on it.
+"""Draws pages: a page is a Pillow canvas over a grid of tiles, with a record of everything drawn on the canvas.
 
 Positions are in tile pixels: a page of `columns` x `rows` tiles is columns * TILE wide, whatever its image's size.
-Questions are made from the record (`Mark`s), and a vision encoder can be trained on it.
+The record (`Mark`s) gives the questions, and can train a vision encoder.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ MIN_ADVANCE = 7.3  # tile pixels from one glyph to the next: a patch of 7 never 
 
 @dataclass(frozen=True)
 class Mark:
-    """One thing drawn. Fields that do not apply are None."""
+    """Records one thing drawn. Fields that do not apply are None."""
 
     kind: str  # glyph, word, a shape, bar
     x: float  # centre, tile pixels
     y: float
     colour: str | None = None
     character: str | None = None  # glyph of a code, value or sum
-    index: int | None = None  # its place there, from 0
+    index: int | None = None  # the glyph's place there, from 0
     previous: str | None = None  # the character before it, "" before the first
     word: str | None = None  # a form's key (also on its value), a list's word
     line: int | None = None  # a list's line, from 1
@@ -49,7 +49,7 @@ class Mark:
 
 @dataclass
 class Page:
-    """One image, `columns` x `rows` tiles. `generator` decides size, tint and noise."""
+    """Draws one image, `columns` x `rows` tiles. `generator` decides size, tint and noise."""
 
     columns: int
     rows: int

@@ -1,4 +1,4 @@
-"""Tasks without an image: a language model must still do them after it has learned to see."""
+"""Makes the tasks without an image: a language model must still do them after it has learned to see."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from nvlm_trt.evaluation.tinydocs.page import TILE, Page
 T = TypeVar("T")
 Grid = tuple[int, int]  # columns, rows
 
-# without I O Q D (1 and 0), B (8), S (5), Z (2), J: fonts draw them alike, and licence keys leave them out too
+# without I O Q D (like 1 and 0), B (8), S (5), Z (2), J: fonts draw these alike, and licence keys omit them, too
 CODE_CHARACTERS = "0123456789ACEFGHKLMNPRTUVWXY"
 
 
@@ -43,7 +43,7 @@ def pick(random: np.random.Generator, items: Iterable[T], count: int) -> list[T]
 
 
 def text_lines(random: np.random.Generator, page: Page, count: int) -> list[tuple[float, float]]:
-    """Picks `count` different lines, three of which fit in a tile -> for each the tile's left edge and the centre y."""
+    """Picks `count` different lines, three of which fit in a tile. Returns (tile's left edge, centre y) of each."""
     tiles = page.columns * page.rows
     places = []
     for line in pick(random, range(3 * tiles), count):

@@ -1,4 +1,4 @@
-"""nvlm::GatedCrossAttention for prompts on Hopper (compute capability 9.0), in Gluon.
+"""Computes nvlm::GatedCrossAttention for prompts on Hopper (compute capability 9.0), in Gluon.
 
 Nothing in the product runs this kernel: only lab/gpu_check and the tests call it, mostly through ../launcher.py. A
 backend that runs the decoder in torch would do so. TensorRT has another kernel, because this one takes 224 KB of shared

@@ -1,4 +1,4 @@
-"""The partition that attends: multiplies the scores of a block and the values of the block before at the same time.
+"""Attends, as one partition: multiplies the keys of a block and the values of the block before at the same time.
 
 The sums of a row do not depend on other rows. The partition skips blocks outside the tile's lowest start and highest
 end, and a block that a row does not see leaves the row's sums unchanged, bit for bit."""

@@ -1,4 +1,4 @@
-"""The kernel for prompts on Hopper: shared memory, barriers and three partitions."""
+"""Sets up the kernel for prompts on Hopper: shared memory, barriers and three partitions."""
 
 # ruff: noqa: N803, compile-time arguments are in capitals, as in all Triton code
 from __future__ import annotations

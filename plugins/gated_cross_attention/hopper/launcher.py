@@ -1,4 +1,4 @@
-"""Starts the kernel for prompts on Hopper on torch tensors, for ../launcher.py."""
+"""Starts Hopper's kernel for prompts on torch tensors, for ../launcher.py."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 def prefill(query: Tensor, key: Tensor, value: Tensor, cross_ranges: Tensor, gate: Tensor, output: Tensor) -> None:
     """Compute gated_cross_attention into `output`, which is not empty, for tensors that ../launcher.py has checked and
-    that fit."""
+    that pass `fits`."""
     batch, heads, tokens, head_dim = query.shape
     kv_heads, cross_tokens = key.shape[1:3]
     key_heads = batch * kv_heads

@@ -1,4 +1,4 @@
-"""The partition that fetches blocks of keys and values into shared memory."""
+"""Fetches blocks of keys and values into shared memory, as one partition."""
 
 # ruff: noqa: N803, N806, compile-time arguments are in capitals, as in all Triton code
 from __future__ import annotations

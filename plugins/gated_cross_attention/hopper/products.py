@@ -1,4 +1,4 @@
-"""The work of a warpgroup on one block of keys: products on the tensor cores, and softmax weights."""
+"""Does a warpgroup's work on one block of keys: products on the tensor cores, and softmax weights."""
 
 # ruff: noqa: N803, N806, compile-time arguments are in capitals, as in all Triton code
 from __future__ import annotations

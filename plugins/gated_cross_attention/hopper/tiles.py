@@ -1,4 +1,4 @@
-"""A tile is ROWS rows of one key head: finds the keys that a tile's rows see, and the rows' places in the tensors.
+"""Finds the keys that the rows of a tile see, and the rows' places in the tensors: a tile is ROWS rows of one key head.
 
 Rows are (token, query head of the group) pairs, heads fastest, as in kernel.py. Tiles count with key heads fastest, so
 that the tiles at a prompt's begin, which need masks, start first. `sizes` is (tokens, cross_tokens, key heads of the

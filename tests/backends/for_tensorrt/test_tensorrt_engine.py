@@ -225,7 +225,7 @@ def test_without_what_it_needs(
         (("--backend", "tensorrt", "--precision", "int4-weight-only"), ("int4-weight-only", "fp16, bf16")),
         (("--backend", "tensorrt", "--precision", "int8,lm_head=fp16"), ("bf16 and fp16", "one floating-point type")),
         (("--backend", "tensorrt", "--gate-samples", "3"), ("passes no gate", "--gate-samples")),
-        (("--strip-weights",), ("of the backend tensorrt",)),
+        (("--strip-weights",), ("belongs to the backend tensorrt",)),
         (("--backend", "tensorrt", "--strip-weights", "--weight-streaming"), ("exclude each other",)),
         (("--backend", "abacus"), ("onnxruntime, tensorrt",)),
     ],
