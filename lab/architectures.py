@@ -1,11 +1,11 @@
-"""NVLM-X and NVLM-H against NVLM-D: the language model's part of one image of 6+1 tiles and 1,024 tokens of text.
+"""Compares NVLM-X and -H with NVLM-D: the language model's part of an image of 6+1 tiles and 1,024 tokens of text.
 
     python -m lab.architectures --work WORK
 
-The three share vision encoder and language model. Prefill is everything between image tokens and the first logits: the
+The three have the same vision encoder and language model. Prefill is all work from image tokens to first logits: the
 prompt in the runtime's chunks and, for X and H, the cross-attention keys and values, whose time is also given apart.
-Image tokens are noise, which takes as long as a real image. Decoding follows that prompt, one request. KV bytes count
-that request's tokens, cross-attended ones included.
+Image tokens are noise, which takes as long as a real image. Decoding follows that prompt, one request. KV bytes are
+those of that request's tokens, cross-attended ones included.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Peak memory of building an engine from a checkpoint of 72B-shaped layers, above that of a bare interpreter.
+"""Measures the peak memory of building an engine of 72B-shaped layers, above that of a bare interpreter.
 
     python -m lab.build_memory --work WORK
 
 The checkpoint has NVLM-D-72B's shapes with as many layers as make `--gigabytes` of bfloat16, or as few as the disk has
-room for. Its file is sparse: it stores nothing but the header, every weight reads as zero, and the build treats zeros
-like any number. A process of its own builds each precision once, without the smoke test and with a made-up calibration:
-both load a whole engine and would measure ONNX Runtime. The engine is removed afterwards. Memory is the process's
-high-water mark of resident memory (VmHWM) as the kernel keeps it.
+room for. The checkpoint's file is sparse: the disk stores nothing but the header, every weight reads as zero, and the
+build treats zeros like any number. A process of its own builds each precision once, without the smoke test and with a
+made-up calibration: a smoke test and a real calibration load a whole engine and would measure ONNX Runtime. The engine
+is removed afterwards. Memory is the high-water mark of the process's resident memory (VmHWM), as the kernel keeps it.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def options() -> argparse.ArgumentParser:
     made = parser(__doc__, rounds=1)
     made.add_argument("--preset", default="nvlm-d-72b", help="preset whose shapes the layers have")
     made.add_argument("--gigabytes", type=float, default=14, help="size of the checkpoint")
-    made.add_argument("--vocab-size", type=int, help="smaller embeddings than the preset's")
+    made.add_argument("--vocab-size", type=int, help="for smaller embeddings than the preset's")
     made.add_argument("--precisions", nargs="+", default=PRECISIONS)
     return made
 
@@ -105,7 +105,7 @@ def measure(arguments: argparse.Namespace, rounds: Rounds) -> None:
 
 
 def fitting(config: NvlmConfig, wanted: float, free_disk: int) -> NvlmConfig:
-    """Chooses the LLM layers that bring the checkpoint nearest to `wanted` bytes and let its engine fit on the disk.
+    """Returns `config` with as many LLM layers as come nearest to `wanted` bytes and leave room for the engine.
 
     Raises EngineError if not even one layer fits into `free_disk` bytes."""
 
@@ -128,7 +128,7 @@ def checkpoint_bytes(config: NvlmConfig) -> int:
 
 
 def write_sparse_checkpoint(directory: Path, config: NvlmConfig) -> None:
-    """Writes config, tokenizer, and one safetensors file of its full length whose data are holes."""
+    """Writes config, tokenizer, and one safetensors file that has its full length but holes for data."""
     directory.mkdir()
     write_byte_tokenizer(directory, config.max_tiles)
     config = replace(config, image_token_id=Tokenizer.from_directory(directory).image_token_id)
@@ -144,12 +144,12 @@ def write_sparse_checkpoint(directory: Path, config: NvlmConfig) -> None:
 
 
 def write_calibration(path: Path, checkpoint_dir: Path) -> None:
-    """Writes a calibration that says of every linear layer that its inputs reach 1 in each channel."""
+    """Writes a calibration in which the inputs of every linear layer reach 1 in each channel."""
     linears = {}
     with Checkpoint.open(checkpoint_dir) as checkpoint:
         for name, shape in checkpoint_layout(checkpoint.config).items():
             if len(shape) > 1 and name.endswith(".weight"):
-                # q, k and v are one product to the graphs
+                # the graphs compute q, k and v as one product
                 layer = name.removesuffix(".weight").replace("self_attn.q_proj", "self_attn.qkv_proj")
                 linears[layer] = LinearInput(abs_max=1, clip=1, channels=[1] * math.prod(shape[1:]))
         Calibration(checkpoint_digest=checkpoint.digest, samples={}, linears=linears).save(path)
@@ -170,7 +170,7 @@ def contender(checkpoint: Path, calibration: Path, output: Path, precision: str)
 
 
 def high_water_mb(build: list[Path | str]) -> float:
-    """Returns the high-water mark of a Python process that makes this build; of a bare one if `build` is empty."""
+    """Returns the high-water mark of a Python process that makes the build, or of a bare one if `build` is empty."""
     command = [sys.executable, "-c", (BUILD if build else "") + HIGH_WATER, *map(str, build)]
     process = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     if process.returncode:

@@ -1,4 +1,4 @@
-"""The state of this checkout's code. Imports only Python's own modules: the GPU check needs it on bare machines."""
+"""Names the state of the checkout's code. Imports Python's own modules only: the GPU check runs on bare machines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The options and the course that all benchmarks of lab share."""
+"""Defines the options and the steps that all benchmarks of lab share."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from lab.rounds import Contender, Rounds
 from nvlm_trt.errors import NvlmError
 
 RESULTS = ROOT / "lab" / "results"  # committed
-NOT_SETTINGS = ("work", "json", "rounds", "publish", "peers")  # two runs that differ in these alone are of one kind
+NOT_SETTINGS = ("work", "json", "rounds", "publish", "peers")  # runs that differ in these alone measure the same
 
 
 def parser(doc: str | None, rounds: int) -> argparse.ArgumentParser:
     """Makes a parser with the options that all benchmarks have."""
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--work", type=Path, required=True, help="folder that keeps checkpoints, engines and results")
-    made.add_argument("--rounds", type=int, default=rounds, help="rounds that are measured, after one that warms up")
+    made.add_argument("--rounds", type=int, default=rounds, help="measured rounds, after one warm-up round")
     made.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     made.add_argument(
         "--json", type=Path, help="file of this run [WORK/results/NAME.json]; an unfinished one is resumed"
@@ -50,7 +50,7 @@ def run(
     result: str,
     packages: Sequence[str] = PACKAGES,
 ) -> None:
-    """Parse the command line, measure, and publish if --publish is given. `result` names the JSON file."""
+    """Parses the command line, measures, and publishes if --publish is given. `result` names the JSON file."""
     arguments = options.parse_args()
     if arguments.publish and arguments.contender:
         options.error("--publish takes the benchmark's own contenders only; leave out --contender")
@@ -86,7 +86,7 @@ def contender(name: str) -> Contender:
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """End the process with one line for errors of the user; an interrupted run has kept its measurements."""
+    """Ends the process with one line for errors of the user; an interrupted run has kept its measurements."""
     try:
         yield
     except NvlmError as error:

@@ -1,12 +1,13 @@
-"""Decoding speed of NVLM-D's language model: our precisions, transformers, llama.cpp and OpenVINO, interleaved.
+"""Compares decoding speeds of NVLM-D's language model: our precisions, transformers, llama.cpp and OpenVINO, in turn.
 
     lab/peers/install.sh WORK/peers
     python -m lab.decode_peers --work WORK
 
-All have the same random weights and continue the same prompts greedily, text only. transformers runs its own Qwen2 in
-fp32 and bf16 with each of its attention modes and caches. llama.cpp (Q8_0) and OpenVINO (8-bit weights, the language
-model as optimum-intel converts it) run in an environment of their own, because their packages need other versions than
-ours; without that environment they are skipped. Their KV caches are llama.cpp's and OpenVINO's defaults, ours is fp32.
+All contenders have the same random weights and continue the same prompts greedily, text only. transformers runs its own
+Qwen2 in fp32 and bf16 with each of its attention modes and caches. llama.cpp (Q8_0) and OpenVINO (8-bit weights, the
+language model as optimum-intel converts it) run in an environment of their own, because their packages need other
+versions than ours; without that environment they are skipped. llama.cpp and OpenVINO keep their default KV caches; ours
+is fp32.
 The result says how many of the first two tokens of every sequence are those of transformers in fp32.
 """
 

@@ -1,11 +1,11 @@
-"""Where a decoding step's time goes: the decoder's operators by ONNX Runtime's profiler, OpenVINO's beside them.
+"""Shows where a decoding step's time goes: the decoder's operators by ONNX Runtime's profiler, OpenVINO's beside them.
 
     lab/peers/install.sh WORK/peers
     python -m lab.decode_profile --work WORK
 
 Uses the models, prompts and peers of lab.decode_peers. The floor of a step is the time in which this machine reads the
-step's weights, at the rate measured here by summing a large array. Every round profiles each in turn; times are medians
-of rounds.
+step's weights, at the rate measured here by summing a large array. Every round profiles each engine in turn; times are
+medians of rounds.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ RESULT = "decode_profile.json"
 OPENVINO = "OpenVINO int8"
 READ = "this machine"
 READ_BYTES = 2 << 30
-STEP = "step"  # the whole step: ours without the profiler, OpenVINO's with it
-# Role of a product -> parts of its weights' names, in our engines and in transformers' Qwen2, which OpenVINO keeps.
+STEP = "step"  # the whole step: our engine's without the profiler, OpenVINO's with it
+# Role of a product -> parts of its weights' names, in our engines and in transformers' Qwen2 (OpenVINO keeps these).
 ROLES = {
     "qkv": ("qkv_proj", "q_proj", "k_proj", "v_proj"),
     "o": ("o_proj",),

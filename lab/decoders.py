@@ -1,4 +1,4 @@
-"""Decoders that run in this process: the product's engine, and transformers."""
+"""Makes decoders that run in this process: the product's engine, and transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Greedy decoding of given prompts: its contract, its prompts, and the options of the benchmarks that time it."""
+"""Defines greedy decoding of given prompts: the contract, the prompts, and the options of benchmarks that time it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def prepare(arguments: argparse.Namespace) -> tuple[Path, dict[str, Engine]]:
 
 
 def prompts(batch: int, tokens: int) -> np.ndarray:
-    """[batch, tokens] int64, the same in every run: bytes, which every vocabulary has."""
+    """Makes prompts [batch, tokens] int64, the same in every run: bytes, which every vocabulary has."""
     return np.random.default_rng(0).integers(0, 256, (batch, tokens), dtype=np.int64)
 
 

@@ -1,4 +1,4 @@
-"""The speed of several engines of one checkpoint, which take turns."""
+"""Measures the speed of several engines of one checkpoint, which take turns."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROUNDS = 15
 
 
 def speeds(engines: Sequence[Engine], threads: int) -> list[dict[str, float]]:
-    """Returns each engine's medians over ROUNDS in which all take their turn, after a round that warms up."""
+    """Returns each engine's medians over ROUNDS, in which the engines take turns, after one warm-up round."""
     sample = next(sample for sample in generate("test", count=1) if sample.images)
     times: list[tuple[list[float], list[float]]] = [([], []) for _ in engines]
     with contextlib.ExitStack() as opened:

@@ -1,4 +1,4 @@
-"""Traces: an engine's image tokens and logits on the way to an answer, compared with another engine's."""
+"""Traces an engine's image tokens and logits on the way to an answer, and compares two engines' traces."""
 
 from __future__ import annotations
 

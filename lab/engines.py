@@ -1,4 +1,4 @@
-"""The checkpoints and engines that benchmarks measure, kept below --work for the next run of the same code."""
+"""Makes the checkpoints and engines that benchmarks measure, and keeps them below --work for runs of the same code."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def built_engine(
 ) -> Engine:
     """Builds an engine in WORK/engines, or opens the one there; all precisions of a checkpoint share one calibration.
 
-    No gate judges the engine: it is measured here. `calibration_samples`: None for the product's default."""
+    No gate judges the engine: the benchmarks measure it. `calibration_samples`: None for the product's default."""
     folder = engines_folder(work)
     name = f"{checkpoint.name}-{checkpoint_digest(checkpoint)[:12]}"
     output = folder / f"{name}-{precision.replace('=', '-').replace(',', '+')}"

@@ -1,4 +1,4 @@
-"""Images that no image cache knows."""
+"""Makes images that no image cache knows."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ from nvlm_trt.benchmark.workload import ImageSize
 
 
 def new_image(size: ImageSize) -> bytes:
-    """Encodes a JPEG with the same pixels as every other of its size, and with bytes of its own."""
+    """Encodes a JPEG with the same pixels as every other image of its size, but with bytes of its own."""
     return images.encode(StampedImage(size, secrets.token_hex(8)))

@@ -1,4 +1,4 @@
-"""Our int8 and fp8 against NVIDIA ModelOpt's on the same vision encoder: the distance of each to fp32.
+"""Compares our int8 and fp8 with NVIDIA ModelOpt's on the same vision encoder: the distance of each to fp32.
 
     pip install --no-deps nvidia-modelopt onnx_graphsurgeon onnxslim onnxconverter-common polygraphy ninja omegaconf \
         antlr4-python3-runtime==4.9.3 PyYAML nvidia-ml-py 'pulp<4' cppimport lief
@@ -97,7 +97,7 @@ def quantised_by_modelopt(source: Path, target: Path, mode: str, tiles: np.ndarr
 
 
 def pixels(engine: Engine, split: str, count: int) -> np.ndarray:
-    """Tiles the images among `count` samples of the document tasks: [tiles, 3, E, E]."""
+    """Tiles the images of `count` samples of the document tasks: [tiles, 3, E, E]."""
     edge, most = engine.config.vision.image_size, engine.limits.max_tiles
     samples = document_samples(split, count, no_progress)  # type: ignore[arg-type]  # one of its splits
     return np.concatenate([tile_image(load_image(data), edge, most) for sample in samples for data in sample.images])

@@ -1,4 +1,4 @@
-"""The origin of measured values: machine, code, versions and settings. Values of two origins are never mixed."""
+"""Records the origin of measured values: machine, code, versions, settings. Runs never mix values of two origins."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Origin:
 
 
 def machine() -> dict[str, Any]:
-    """Reads what the numbers depend on. The load is what other processes had the machine do just before."""
+    """Reads the facts that the numbers depend on. The load is the work of other processes just before."""
     names = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     kilobytes = [int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemTotal")]
     identity = "\n".join([platform.node(), *_lines("/etc/machine-id")])

@@ -1,4 +1,4 @@
-"""The tables of docs/quantization.md, made from the rows that lab.quantization_table measures."""
+"""Makes the tables of docs/quantization.md from the rows that lab.quantization_table measures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def tables(rows: Sequence[dict[str, Any]], origin: str, samples_per_task: int) -
 
 
 def replace_tables(page: Path, text: str) -> None:
-    """Replace the text between the markers of `page`."""
+    """Replaces the text between the markers of `page`."""
     before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
     page.write_text(f"{before}{BEGIN}\n{text}{END}{after}", encoding="utf-8")

@@ -1,15 +1,15 @@
-"""Costs and gains of every precision: engines of each checkpoint in each precision, measured, as a table.
+"""Measures costs and gains of every precision: builds each checkpoint in each precision, and writes a table.
 
     python -m lab.quantization_table --work WORK checkpoints/nvlm-{d,x,h}-tiny
 
-WORK keeps the engines, and every row once it is measured: the same command goes on where it was interrupted. --publish
-writes lab/results/quantization.json and replaces the tables between the markers of docs/quantization.md.
+WORK keeps the engines, and every measured row: the same command goes on where it was interrupted. --publish writes
+lab/results/quantization.json and replaces the tables between the markers of docs/quantization.md.
 
 Accuracy is that of `nvlm-trt eval` on TinyDocs' test split, which no calibration and no gate has seen. Token agreement
-is the share of equal tokens when the engine is fed the fp32 engine's answer, so that one early difference does not
-count for the rest; the cosines compare the image tokens and the logits on the way. Speeds are medians, of one prompt
-with an image (TTFT, encoding included) and of decoding one request; all engines of a checkpoint take turns, and every
-run measures them anew.
+is the share of equal tokens when the engine reads the fp32 engine's answer, so that one early difference does not count
+in the tokens after it; the cosines compare the image tokens, and the answer's logits. Speeds are medians, of one
+prompt with an image (TTFT, encoding included) and of decoding one request; all engines of a checkpoint take turns, and
+every run measures all speeds anew.
 """
 
 from __future__ import annotations

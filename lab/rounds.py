@@ -1,4 +1,4 @@
-"""Rounds of measurements: each contender once per round, in turn, so that a noisy machine disturbs all alike."""
+"""Measures in rounds: each contender once per round, in turn, so that a noisy machine disturbs all alike."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ Values = dict[str, dict[str, list[float]]]  # contender -> metric -> a value per
 class Rounds:
     """The values of every round, written to a JSON file after each measurement.
 
-    `run` resumes a file of the same machine, code, versions, settings and contenders, and sets any other aside. A ratio
-    is the ratio of two medians; its spread is that of the ratios within the rounds."""
+    `run` resumes a file of the same machine, code, versions, settings and contenders, and sets any other file aside. A
+    ratio is that of two medians; its spread is that of the ratios within the rounds."""
 
     def __init__(self, path: Path, origin: Origin) -> None:
         self._file = RunFile(path, origin)
@@ -31,11 +31,11 @@ class Rounds:
         self.values: Values = {}
 
     def add_versions(self, versions: Mapping[str, str]) -> None:
-        """Name, before `run`, what the contenders use besides the packages of this environment."""
+        """Adds, before `run`, the versions of all that the contenders use besides the packages of this environment."""
         self._file.add_versions(versions)
 
     def run(self, contenders: Mapping[str, Contender], rounds: int, warm_up: bool = True) -> None:
-        """Measure each contender until it has `rounds` values, after one measurement that is not kept.
+        """Measures each contender until it has `rounds` values, after one measurement that is not kept.
 
         Measures nothing if all values are there already."""
         self._wanted = rounds
@@ -80,7 +80,7 @@ class Rounds:
         return choose(names, key=lambda name: self.spread(name, metric).median) if names else None
 
     def report(self, ratios: Sequence[tuple[str, str, str]] = (), skipped: Sequence[str] = (), **others: Any) -> None:
-        """Print the table and the ratios (metric, name, baseline), and write both with `others` to the file.
+        """Prints the table and the ratios (metric, name, baseline), and writes both with `others` to the file.
 
         `skipped` has one line for each contender that could not be measured."""
         self._skipped = skipped
@@ -111,7 +111,7 @@ class Rounds:
             yield f"| {name} | {' | '.join(cells)} |"
 
     def publish(self, path: Path) -> None:
-        """Copy the file to `path`. Raises NvlmError if rounds or contenders are missing."""
+        """Copies the file to `path`. Raises NvlmError if rounds or contenders are missing."""
         if self._skipped:
             raise NvlmError(f"{path} is not written: {'; '.join(self._skipped)}")
         if not self._complete():

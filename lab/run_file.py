@@ -1,4 +1,4 @@
-"""The JSON file of one run: written after every measurement, resumed by a run of the same origin only."""
+"""Keeps the JSON file of one run: written after every measurement, resumed by a run of the same origin only."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class RunFile:
         }
 
     def add_versions(self, versions: Mapping[str, str]) -> None:
-        """Count the versions of software outside of this environment among the origin's."""
+        """Adds to the origin the versions of software and data besides the packages of this environment."""
         self.origin = replace(self.origin, versions={**self.origin.versions, **versions})
         self.record["versions"] = self.origin.versions
 
     def resume(self, difference: Callable[[Record], str | None], content: Callable[[Record], str]) -> bool:
-        """Take up the earlier record if it has this origin; else set its file aside. A line on stderr says which.
+        """Takes up the earlier record if it has this origin; else sets its file aside. A line on stderr says which.
 
         `difference` says why a record of this origin cannot be resumed, or None; `content` says what the record holds.
         Both raise ValueError, KeyError, TypeError or AttributeError for a damaged record."""
@@ -59,18 +59,18 @@ class RunFile:
         return not reason
 
     def keep(self, parts: Mapping[str, Any]) -> None:
-        """Add a measurement that ended now, and write the file."""
+        """Adds a measurement that ended now, and writes the file."""
         now = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
         self.record["measured"] = {"first": self.record.get("measured", {}).get("first", now), "last": now}
         self.write(parts)
 
     def write(self, parts: Mapping[str, Any]) -> None:
-        """Replace `parts` of the record, and the file as a whole."""
+        """Replaces `parts` of the record, and the file as a whole."""
         self.record |= parts
         self.copy(self.path)
 
     def copy(self, path: Path) -> None:
-        """Write the record to `path`, all of it or nothing."""
+        """Writes the record to `path`, all of it or nothing."""
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text(json.dumps(self.record, indent=2) + "\n", encoding="utf-8")
@@ -82,7 +82,7 @@ class RunFile:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a file to NAME.1.json, or to the first number that is free, and return the new path."""
+    """Renames a file to NAME.1.json, or to the first number that is free, and returns the new path."""
     number = 1
     while (aside := path.with_suffix(f".{number}{path.suffix}")).exists():
         number += 1

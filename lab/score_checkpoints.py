@@ -1,10 +1,10 @@
-"""Score the shipped checkpoints on TinyDocs' test split and write the scores into their model cards.
+"""Scores the shipped checkpoints on TinyDocs' test split and writes the scores into their model cards.
 
     python -m lab.score_checkpoints --work WORK [--publish]
 
-For each checkpoint: build the ONNX Runtime engine (fp32), answer the test split with it and with the PyTorch
-reference, count the answers in which both agree, and print the table; --publish replaces the table in the card. WORK
-keeps engines and results; an interrupted run goes on.
+For each checkpoint, the command builds the ONNX Runtime engine (fp32), answers the test split with the engine and with
+the PyTorch reference, counts the answers in which both agree, and prints the table; --publish replaces the table in the
+card. WORK keeps engines and results: the same command goes on where it was interrupted.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def answers_files(work: Path, name: str) -> tuple[Path, Path]:
 
 
 def set_aside_answers(work: Path, name: str) -> None:
-    """Rename answers of another origin, finished or not: `nvlm-trt eval` would go on with them."""
+    """Renames answers of another origin, finished or not: `nvlm-trt eval` would go on with them."""
     for path in answers_files(work, name):
         for found in (path, path.with_name(f"{path.name}.partial")):
             if found.exists():
@@ -69,7 +69,7 @@ def set_aside_answers(work: Path, name: str) -> None:
 
 
 def score(name: str, work: Path, count: int) -> tuple[dict[str, Any], str]:
-    """Returns the engine's results, and how many of its answers are the reference's."""
+    """Returns the engine's results, and the number of answers that equal the reference's."""
     checkpoint, engine = ROOT / "checkpoints" / name, work / name
     results, reference = answers_files(work, name)
     run("build", "--checkpoint", checkpoint, "--output", engine, "--overwrite")

@@ -1,10 +1,10 @@
-"""The cost of serving: the same requests to an engine in this process and to it through Triton, interleaved.
+"""Measures the cost of serving: the same requests to an engine in this process and through Triton, in turn.
 
     python -m lab.serving_overhead --work WORK
 
-Throughput counts text requests, `--concurrency` at once, each asked by a thread that asks again once answered. TTFT is
-that of single requests on an idle engine, the median of `--repeats` in each round: text, a new image, and that image
-again. Both sides run on the same cores, one at a time; the client's work is in both numbers. Their answers have to be
+Throughput counts text requests of `--concurrency` threads, each of which asks again when it is answered. TTFT is that
+of single requests on an idle engine, the median of `--repeats` in each round: text, a new image, and that image again.
+Both sides run on the same cores, one at a time; the client's work is in both numbers. Their answers have to be
 equal, token by token.
 """
 

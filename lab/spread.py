@@ -1,4 +1,4 @@
-"""A metric or a ratio over the rounds: its median and its extremes."""
+"""Sums up a metric or a ratio over the rounds: its median and its extremes."""
 
 from __future__ import annotations
 

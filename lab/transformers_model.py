@@ -54,7 +54,7 @@ def language_model(checkpoint: Path, dtype: torch.dtype = torch.float32) -> PreT
 
 
 def whole_model(checkpoint: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Loads NVLM-D with a projector module of ours: InternVL's own has biases and no width of its own."""
+    """Loads NVLM-D with a projector module of ours: InternVL's projector has biases and no width of its own."""
     weights, config = _read(checkpoint, dtype), _config(checkpoint)
     vision = config.vision
     assert config.image_token_id is not None, "a checkpoint's config names its image placeholder"

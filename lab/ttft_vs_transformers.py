@@ -1,9 +1,9 @@
-"""TTFT of one image and a question: the whole of NVLM-D, against transformers on the same weights.
+"""Compares TTFT of one image and a question: the whole of NVLM-D, and transformers with the same weights.
 
     python -m lab.ttft_vs_transformers --work WORK
 
-The image becomes 6 tiles and a thumbnail; the question has 64 tokens, format and tile tags on top. Our time is that of
-a request to the Pipeline until its first token, with stages from the Pipeline's own account; every round's image is new
+The image becomes 6 tiles and a thumbnail; the question has 64 tokens, plus format and tile tags. Our time is that
+of a request to the Pipeline until its first token, with stages as the Pipeline counts them; every round's image is new
 to the image cache. transformers runs its InternVL over our projector; our code decodes and tiles the image there too.
 Both sides have to agree on the first token in fp32.
 """
@@ -161,7 +161,7 @@ class Theirs:
             use_cache=True,
             logits_to_keep=1,
         ).logits[0, -1]
-        logits[self._config.image_token_id] = -torch.inf  # the placeholder is never sampled
+        logits[self._config.image_token_id] = -torch.inf  # the image placeholder is never sampled
         return int(logits.argmax())
 
 

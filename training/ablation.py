@@ -1,4 +1,4 @@
-"""Repeats Tables 1 and 2 of the paper in small: thumbnail only, tiles, tiles with 1-D tags, for NVLM-D and NVLM-X.
+"""Repeats Tables 1 and 2 of the paper with tiny NVLM-D and -X: thumbnail only, tiles, tiles with 1-D tags.
 
 `python -m training.ablation --work DIR` trains the six models from the same start, on small print alone, the three of
 one architecture for the same number of steps, and writes DIR/ablation-{d,x}.json with exact match on the test split.
@@ -35,7 +35,7 @@ class Sizes:
 
 
 SIZES = Sizes(
-    steps={"d": 350, "x": 1000},  # NVLM-X reads its first codes when NVLM-D has read most
+    steps={"d": 350, "x": 1000},  # NVLM-X reads its first codes at a step at which NVLM-D reads most codes
     train_scenes=6000,
     test_scenes=600,  # 200 pages of each kind; all questions about them are asked
     mix=Mix(texts=2),
@@ -60,7 +60,7 @@ VARIANTS = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m training.ablation", description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, required=True, help="of python -m training, its common stages done")
+    parser.add_argument("--work", type=Path, required=True, help="WORK of python -m training, common stages done")
     parser.add_argument("--models", nargs="*", choices=list(SIZES.steps), default=list(SIZES.steps))
     parser.add_argument("--threads", type=int, default=0, help="0: all cores")
     parser.add_argument("--device", default="cpu")

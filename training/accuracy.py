@@ -19,7 +19,7 @@ from training.text_sequences import text_sequences
 
 @torch.no_grad()
 def text_accuracy(model: ReferenceModel, packer: Packer, count: int) -> dict[str, float]:
-    """Share of exact answers by text-only task, of `count` questions each (a multiple of 10)."""
+    """Returns the share of exact answers by text-only task, of `count` questions each (a multiple of 10)."""
     results = {}
     for number, task in enumerate(TEXT_TASKS):
         sequences = text_sequences(packer, "validation", [number], count // 10, 10, {task: 1.0})
@@ -31,7 +31,7 @@ def text_accuracy(model: ReferenceModel, packer: Packer, count: int) -> dict[str
 
 @torch.no_grad()
 def scene_accuracy(model: ReferenceModel, packer: Packer, scenes: SceneSet) -> dict[str, float]:
-    """Share of exact answers by task: each token must be the likeliest after the right tokens before it."""
+    """Returns the share of exact answers by task: each token must be the likeliest after the right tokens before it."""
     tags = tag_ids(packer.encoder, model)
     packed = [(scene.questions, packer.pack(scene.images, scene.questions)) for scene in scenes.scenes]
     packed.sort(key=lambda pair: len(pair[1].ids))
@@ -46,7 +46,7 @@ def scene_accuracy(model: ReferenceModel, packer: Packer, scenes: SceneSet) -> d
 
 
 def right_answers(model: ReferenceModel, batch: Batch, features: Tensor | None, tags: Tensor | None) -> Tensor:
-    """Says for each answer of the batch, in order, whether every token is right."""
+    """Returns for each answer of the batch, in order, whether every token is right."""
     batch = batch.to(device_of(model))
     with torch.autocast(device_of(model).type, torch.bfloat16):
         answered = batch.labels != NOT_ANSWERED

@@ -1,4 +1,4 @@
-"""Trains the projector (stage 3): to turn each tile's features into the tokens that the language model can read."""
+"""Trains the projector (stage 3) to turn each tile's features into image tokens that the language model can read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from training.scene_set import SceneSet
 from training.schedule import Schedule
 from training.targets import TokenTargets
 
-_EMPTY_WEIGHT = 0.1  # of tokens that show nothing, as most do
+_EMPTY_WEIGHT = 0.1  # weight of image tokens that show nothing, as most do
 
 
 def train_alignment(

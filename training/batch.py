@@ -1,4 +1,4 @@
-"""Packed sequences as one batch, padded to one length."""
+"""Makes one batch of packed sequences, padded to one length."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Batch:
     labels: Tensor  # [B, S]
     weights: Tensor  # [B, S]
     answers: Tensor  # [B, S]: number of the answer in the batch that a label belongs to
-    self_points: Tensor  # [n, 5]: sequence, then as in a packed sequence
+    self_points: Tensor  # [n, 5]: number of the sequence, then the 4 columns of a packed sequence's points
     cross_points: Tensor  # [n, 5]
 
     def to(self, device: torch.device) -> Batch:

@@ -13,8 +13,8 @@ _KINDS = {
 _CARD = """# {name}
 
 A tiny NVLM-{architecture} ({kind}), trained from
-nothing by this repository on data that it draws. It exists so that engines can be judged by what they read. It reads
-TinyDocs and nothing else.
+nothing by this repository on data that it draws. The model exists so that engines can be judged by what they read. It
+reads TinyDocs and nothing else.
 
 | | |
 |---|---|
@@ -33,11 +33,11 @@ TinyDocs and nothing else.
 
 ## Limits
 
-- Print is legible to it at the size TinyDocs uses, about 12 pixels in a tile of 56, in one line within a tile. Text
-  that crosses tiles is not.
-- It knows the questions of TinyDocs in the words in which TinyDocs asks them, 5 colours, 4 shapes, 8 form keys, 16 list
-  words, and codes without the letters I O Q D B S Z J. Other questions get an answer of the same kind, and a wrong one.
-- One question a conversation: it has not seen a second turn.
+- The model reads print of the size that TinyDocs uses, about 12 pixels in a tile of 56, in one line within a tile. It
+  does not read text that crosses tiles.
+- The model knows the questions of TinyDocs in the words in which TinyDocs asks them, 5 colours, 4 shapes, 8 form keys,
+  16 list words, and codes without the letters I O Q D B S Z J. Other questions get a wrong answer of the same kind.
+- The model answers one question a conversation: it has not seen a second turn.
 """
 
 

@@ -68,8 +68,8 @@ def _vision_attention(layer: VisionLayer, x: Tensor) -> Tensor:
 class Looks:
     """Attention weights [B, heads, S, keys] of the layers that learn where to look."""
 
-    in_sequence: Tensor | None = None  # of the self-attention in the middle
-    in_cross: Tensor | None = None  # of the last cross-attention
+    in_sequence: Tensor | None = None  # the self-attention of the middle layer
+    in_cross: Tensor | None = None  # the last cross-attention
 
 
 def decode(
@@ -79,10 +79,10 @@ def decode(
     tag_ids: Tensor | None,
     looks: Looks | None = None,
 ) -> Tensor:
-    """Hidden states [B, S, hidden] after the final norm, for a packed batch.
+    """Returns the hidden states [B, S, hidden] after the final norm, for a packed batch.
 
-    features: shuffled patches of all tiles [tiles, T, 4 * vision width]; tag_ids [max tiles, tag_length] of NVLM-H.
-    Fills in `looks`.
+    features: shuffled patches of all tiles [tiles, T, 4 * vision width]; tag_ids [max tiles, tag_length] for
+    NVLM-H. Fills in `looks`.
     """
     decoder = model.language_model
     x = decoder.embed(batch.ids)  # [B, S, hidden]
@@ -108,7 +108,7 @@ def decode(
 
 
 class _CrossTokens:
-    """The cross-attended tokens of a batch, [B, C, hidden], and which query may read which."""
+    """The cross-attended tokens of a batch, [B, C, hidden], and which token may read which of them."""
 
     def __init__(self, model: ReferenceModel, batch: Batch, features: Tensor | None, tag_ids: Tensor | None) -> None:
         assert features is not None
@@ -121,7 +121,7 @@ class _CrossTokens:
         ranges = batch.cross_ranges
         seen = (places >= ranges[..., :1]) & (places < ranges[..., 1:])  # [B, S, C]
         self.sees_image = seen.any(-1, keepdim=True)  # [B, S, 1]
-        # finite: a row that sees nothing is computed and then dropped
+        # finite, as -inf in a whole row gives NaN: a row that sees nothing is computed and then dropped
         self.bias = torch.where(seen, 0.0, -1e4)[:, None].to(self.tokens.dtype)
 
     def attend(self, block: GatedCrossAttentionBlock, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,7 +148,7 @@ def _self_attention(
 
 
 def _grouped(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Grouped-query attention and its weights: each key and value head [B, kv_heads, T, d] serves a group."""
+    """Computes grouped-query attention and its weights: each key and value head [B, kv_heads, T, d] serves a group."""
     group = query.shape[1] // key.shape[1]
     weights = attention_weights(query, key.repeat_interleave(group, 1), bias)
     return weights @ value.repeat_interleave(group, 1), weights
@@ -160,7 +160,7 @@ def _heads(x: Tensor, head_dim: int) -> Tensor:
 
 
 def _rotations(decoder: Decoder, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos, sin [B, 1, S, head_dim] at each token's position."""
+    """Returns cos, sin [B, 1, S, head_dim] at each token's position."""
     config = decoder.config
     table = rotary_embedding(config, 0, int(positions.max()) + 1, decoder.model.norm.weight)
     cos, sin = (part[positions][:, None] for part in table)
@@ -170,12 +170,12 @@ def _rotations(decoder: Decoder, positions: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def tag_ids(encoder: PromptEncoder, model: ReferenceModel) -> Tensor | None:
-    """Token ids of the tile tags [max tiles, tag_length] for NVLM-H, None for the others."""
+    """Returns the token ids of the tile tags [max tiles, tag_length] for NVLM-H, None for NVLM-D and -X."""
     if model.config.architecture != "H":
         return None
     return torch.from_numpy(encoder.tag_ids(model.config.max_tiles)).to(device_of(model))
 
 
 def device_of(model: ReferenceModel) -> torch.device:
-    """The device of the model's weights."""
+    """Returns the device of the model's weights."""
     return model.language_model.model.norm.weight.device

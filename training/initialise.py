@@ -1,7 +1,7 @@
 """Sets the weights to start from: half of the attention heads match a word with image tokens that show its meaning.
 
-If a query equals a key's projection, tokens of the same content match. This is the skill of finding the named thing on
-a page; from random projections it appears late or not at all in a short run. After "Mimetic Initialization of
+If a query equals a key's projection, tokens of the same content match: so a model finds the named thing on a page. From
+random projections this skill appears late in a short run, or not at all. Follows "Mimetic Initialization of
 Self-Attention Layers" (Trockman and Kolter 2023, arXiv 2305.09828). The query is also turned by the rotation in which
 an image token holds the word (`training/rotations.py`), so that a word matches an image of its thing and not itself.
 """
@@ -20,7 +20,7 @@ _EMBEDDING_STD = 0.1
 _LIKENESS = 0.7  # share of the key in a query; a sharper start (1.6) learned letters sooner and all else later
 _CHANCE = 0.3  # share of the random query
 _COPYING = 0.5  # share of an attended token's content that is added to the reader
-_ATTENTION_GATE = 0.5  # from 0, attention learns only as the gate opens
+_ATTENTION_GATE = 0.5  # at 0, attention would learn only as the gate opens
 _FFN_GATE = 0.1
 
 
@@ -38,7 +38,7 @@ def initialise(model: ReferenceModel) -> None:
 
 @torch.no_grad()
 def _look_for_likeness(attention: SelfAttention | CrossAttention) -> None:
-    """Sets the query heads of key/value head 0; the other heads stay random, for positions and all else."""
+    """Sets the query heads of key/value head 0; the other heads stay random, to learn positions and all else."""
     dim = attention.head_dim
     hidden = attention.k_proj.in_features
     group = attention.q_proj.out_features // attention.k_proj.out_features  # query heads to a key/value head

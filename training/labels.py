@@ -1,4 +1,4 @@
-"""Labels each patch of a tile with what it shows, which supervises the vision encoder."""
+"""Labels each patch of a tile with what the patch shows: these labels train the vision encoder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _VALUES: dict[str, tuple[object, ...]] = {
 PLANES: dict[str, int] = {name: len(values) for name, values in _VALUES.items()}
 _CODES = {name: {value: code for code, value in enumerate(values)} for name, values in _VALUES.items()}
 
-# kind -> the planes that describe it; the others are ignored there
+# kind -> the planes that describe it; the loss ignores the other planes
 _TOLD = {
     "glyph": ("colour", "character", "index", "word", "previous"),
     "word": ("word", "line"),

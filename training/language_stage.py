@@ -27,7 +27,7 @@ _POOL = 8  # batches whose sequences are sorted by length together, so that litt
 
 
 def object_count(scene: Scene) -> int:
-    """Counts the objects of a scene: each text and bar has its own question, shapes are counted by the question."""
+    """Counts a scene's objects: shapes by the answers of `count` questions; texts and bars have a question each."""
     shapes = sum(int(question.answer) for question in scene.questions if question.task == "count")
     return shapes or len(scene.questions)
 
@@ -107,7 +107,7 @@ def _losses(
     model: ReferenceModel, batch: Batch, features: Tensor | None, tags: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Returns two losses: the weighted sum of the cross entropy of the answers' tokens, and the mean of -log of the
-    attention on the right tokens, None if the batch has no points.
+    attention on the right tokens (None if the batch has no points).
     """
     batch = batch.to(device_of(model))
     looks = Looks()

@@ -29,6 +29,6 @@ class PackedSequence:
     weights: npt.NDArray[np.float32]  # [S]
     llm_tiles: tuple[int, ...]
     cross_tiles: tuple[int, ...]  # tile rows
-    cross_tags: tuple[int, ...]  # for each of them its number in its image, from 0
+    cross_tags: tuple[int, ...]  # each cross-attended tile's number in its image, from 0
     self_points: Points  # keys are places in the sequence
     cross_points: Points  # keys are cross-attended tokens

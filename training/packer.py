@@ -69,8 +69,8 @@ class Packer:
     ) -> PackedSequence:
         """Packs questions about images, each a range of tiles in the pool.
 
-        With labels, those of all tiles of the pool, also says from where each token of an answer is read. Text-only
-        answers need no labels for that.
+        `labels` are those of all tiles of the pool: with them the sequence also says from which tokens each token of an
+        answer is read. Text-only answers need no labels for that.
         """
         pointed: list[tuple[int, Point]] = []  # the place of a token in the sequence, and its point
         if self.thumbnail_only:
@@ -102,7 +102,7 @@ class Packer:
                     found = [self._tag(point, prefix) for point in found]
             pointed += [(start_of_branch + len(asked) - 1 + point.answer_token, point) for point in found]
             start_of_branch += len(whole)
-            # the middle between equal weights of answers and equal weights of tokens
+            # n ** -0.5: halfway between equal weights of answers (1 / n) and equal weights of tokens (1)
             weights.append(np.where(label != NOT_ANSWERED, len(answer) ** -0.5, 0.0).astype(np.float32))
         everything = np.array([[0, prefix.cross_tokens]], np.int32)
         total = sum(map(len, ids))

@@ -1,4 +1,4 @@
-"""Writes the tables and the plot of docs/paper.md: the paper's effects in our own models.
+"""Writes the tables and the plot of docs/paper.md: the paper's effects in our own tiny models.
 
 `python -m training.paper --work DIR --scores DIR` reads the ablations (`python -m training.ablation`) and scores
 (`python -m lab.score_checkpoints`), asks the language models of all stages the text-only tasks, times the engines'
@@ -40,7 +40,7 @@ ROUNDS = 9
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m training.paper", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--work", type=Path, required=True, help="of python -m training")
+    parser.add_argument("--work", type=Path, required=True, help="WORK of python -m training")
     parser.add_argument("--scores", type=Path, required=True, help="WORK of lab.score_checkpoints")
     options = parser.parse_args()
     run = Run(options.work, torch.device("cpu"))

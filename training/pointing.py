@@ -1,7 +1,7 @@
 """Says from which tokens each token of an answer is read: four attention heads learn to look there.
 
 Reading small print takes two steps: finding the named string, then, letter by letter, the token of the next letter. A
-loss on the answer alone rewards this only once all steps work; a loss on where a head looks teaches each step at once.
+loss on the answer alone rewards reading only if both steps work; a loss on where a head looks teaches each by itself.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Point:
 
     answer_token: int
     head: int
-    # any of these is right. Image tokens are numbered through the question's tiles: tile * TOKENS + place in the tile;
-    # for the head TEXT these are places in the question's tokens
+    # each of these is right. Image tokens have numbers that run through the question's tiles: tile * TOKENS + place in
+    # the tile; for the head TEXT, the numbers are places in the question's tokens
     tokens: npt.NDArray[np.intp]
 
 

@@ -17,7 +17,7 @@ class Recipe:
 
     models: Mapping[str, NvlmConfig]  # by name; the vision encoder and the sizes of the LLM are the same in all
     seed: int
-    tokenizer_rounds: int  # of questions of every task, from which the tokenizer learns its words
+    tokenizer_rounds: int  # rounds of questions of every task, from which the tokenizer learns its words
     dense_tiles: int  # of the vision encoder's training, and as many tiles of ordinary pages
     scenes: int
     validation_scenes: int

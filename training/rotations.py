@@ -15,7 +15,7 @@ class Column:
     """Matrices [hidden, hidden] from embedding to token, for the left or the right of a token's 2 x 2 patches."""
 
     letter: Tensor
-    previous: Tensor  # the letter before it
+    previous: Tensor  # the letter before the token's letter
 
 
 class Rotations:

@@ -41,7 +41,7 @@ class Run:
         self.tokenizer = Tokenizer.from_directory(work)
 
     def config(self, name: str) -> NvlmConfig:
-        """The configuration of a model, with the image token of this run's tokenizer."""
+        """Returns the configuration of a model, with the image placeholder of this run's tokenizer."""
         return replace(self.recipe.models[name], image_token_id=self.tokenizer.image_token_id)
 
     def new_model(self, name: str) -> ReferenceModel:
@@ -96,7 +96,7 @@ class Run:
         return TokenTargets(self.new_model("d"), self.tokenizer)
 
     def tune(self, name: str) -> None:
-        """Fine-tunes a model (tune-NAME), and before that aligns its projector unless it starts from a tuned model."""
+        """Fine-tunes a model (tune-NAME), after aligning its projector unless the model starts from a tuned one."""
         model = self.model_with_vision(name)
         training = self.scenes(model, "train", self.recipe.scenes)
         validation = self.scenes(model, "validation", self.recipe.validation_scenes)
@@ -161,7 +161,7 @@ class Run:
         write_checkpoint(directory, model.config, tensors, files=files, overwrite=True)
 
     def load(self, model: nn.Module, stage: str, prefix: str = "", into: str = "") -> None:
-        """Copies the weights of another stage that this model has too, by name and shape."""
+        """Copies those weights of another stage whose name and shape this model has too."""
         own = model.state_dict()
         for key, tensor in load_weights(self.work / stage / "state.safetensors").items():
             name = into + key.removeprefix(prefix)

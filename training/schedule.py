@@ -12,7 +12,7 @@ class Schedule:
     steps: int
     matrix_rate: float  # Muon, for the layers' matrices
     other_rate: float  # AdamW, for embeddings, norms, biases, gates and the head
-    projector_rate: float = 1.0  # times matrix_rate; at 1 a hundred steps undo the alignment
+    projector_rate: float = 1.0  # times matrix_rate; at 1, a hundred steps undo the alignment
     warmup: int = 50
     weight_decay: float = 0.01
     log_every: int = 25
@@ -21,7 +21,7 @@ class Schedule:
 
 
 def rate_factor(step: int, schedule: Schedule) -> float:
-    """The share of the peak rates at a step."""
+    """Returns the share of the peak rates at a step."""
     if step < schedule.warmup:
         return (step + 1) / schedule.warmup
     done = (step - schedule.warmup) / max(1, schedule.steps - schedule.warmup)

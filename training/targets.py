@@ -2,7 +2,7 @@
 
 Targets are sums of word embeddings. A glyph adds its letter, the letter before it, its place in its string, its colour
 and its key; a shape adds its name, colour, place and count. A token covers 2 x 2 patches; both columns hold letters.
-The letter before it is the letter that a reader has just said when it looks for the next one.
+A reader that looks for the next letter has just said the letter before it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class TokenTargets:
             "line": table("line"),
             "number": table("number"),
             "place": table("place"),
-            # before its first letter, an answer has the line break after "assistant"
+            # an answer's first letter follows the line break after "assistant"
             "previous": torch.stack([word(str(value) or "\n") for value in values("previous")]),
         }
         shown = {"none": None, "word": None, "glyph": None, "blur": "text"}  # words and letters are their own names
@@ -66,7 +66,7 @@ class TokenTargets:
         total = self._position.expand(len(labels), -1, -1).clone()
         for name, table in self._tables.items():
             part = torch.where((by_name[name] != IGNORE)[..., None], table[by_name[name].clamp(min=0)], 0.0)
-            if name in _SHARED:  # each patch has it, the token says it once
+            if name in _SHARED:  # each patch has this part; the token adds it once
                 part = part / (part.any(-1).sum(-1).clamp(min=1)[..., None, None])
             left, right = self._turns(name)
             total += part[:, :, 0::2].sum(2) @ left.T + part[:, :, 1::2].sum(2) @ right.T

@@ -91,7 +91,7 @@ def _tiles(split: Split, seed: int, count: int, shares: Shares) -> tuple[Tensor,
 
 
 def plane_losses(logits: dict[str, Tensor], labels: Tensor) -> Losses:
-    """Cross entropy by plane against `labels` [n, GRID, GRID, planes]; zero for a plane without labels."""
+    """Returns the cross entropy by plane against `labels` [n, GRID, GRID, planes]; zero for a plane without labels."""
     losses: Losses = {}
     for number, (name, classes) in enumerate(PLANES.items()):
         target = labels[..., number].flatten().long()
@@ -106,7 +106,7 @@ def plane_losses(logits: dict[str, Tensor], labels: Tensor) -> Losses:
 
 @torch.no_grad()
 def plane_accuracy(model: LabelledEncoder, pixels: Tensor, labels: Tensor, device: torch.device) -> dict[str, float]:
-    """Share of labelled patches whose class is right; for `kind`, of patches that show something."""
+    """Returns the share of labelled patches whose class is right; for `kind`, of patches that show something."""
     right, known = dict.fromkeys(PLANES, 0), dict.fromkeys(PLANES, 0)
     for part, target in zip(pixels.split(500), labels.split(500), strict=True):
         target = target.to(device)

@@ -1,1 +1,1 @@
-"""Trials that need a GPU, one after the other: see lab/gpu_check.sh."""
+"""Runs trials that need a GPU, one after the other: see lab/gpu_check.sh."""

@@ -1,8 +1,8 @@
 """Checks on a GPU: kernels against the reference and against torch, TensorRT where it is installed, with times.
 
 Each section runs in processes of its own: a kernel that breaks the GPU's context breaks only the rest of that process.
-The exit status is 1 if a result is wrong, 2 if nothing could run. Missed speeds and tools that the machine lacks are
-no failures; the report names them.
+The exit status is 1 if a result is wrong, 2 if nothing could run. Missed speeds and missing tools are no failures; the
+report names them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lab.gpu_check.record import NOT_RUN, WRONG, Check, Record, Trial, perform
 
 SECTIONS = ("ceilings", "attention", "attention-speed", "tile_resample", "tensorrt")
 INTERPRETED = ("attention", "tile_resample")
-PARTS = {"attention": 8}  # run side by side: nothing is timed there, and the kernels take minutes to compile
+PARTS = {"attention": 8}  # processes side by side: nothing is timed there, and the kernels take minutes to compile
 DOCS = ROOT / "docs"
 RESERVE = 20.0  # seconds before the end in which no trial starts
 
@@ -105,7 +105,7 @@ def _run_all(options: argparse.Namespace, command: str) -> int:
 
 
 def run_apart(section: str, record: Record, end: float, interpret: bool) -> None:
-    """Run a section in processes of its own, and stop them and their children when the time is up."""
+    """Runs a section in processes of its own, and stops them and their children when the time is up."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     if interpret:
         environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}

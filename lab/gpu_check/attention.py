@@ -1,4 +1,4 @@
-"""Gated cross-attention: inputs, the outputs that they must give, and the comparison with the kernel's."""
+"""Checks gated cross-attention: makes inputs and the outputs that they must give, and compares the kernel's outputs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nvlm_trt.reference.cross_attention import CrossAttention
 SECTION = "attention"
 
 # The largest error in units of 1 + |expected|, and the root mean square of all errors relative to that of the expected
-# values: a few roundings of the type for the first, one for the second. A lost block of keys would give a tenth.
+# values: a few roundings of the type for the first, one for the second. A lost block of keys would give about 0.1.
 TOLERANCES = {
     torch.float32: (4e-6, 1e-5),
     torch.float16: (2e-3, 1e-3),
@@ -159,7 +159,7 @@ def oracle(inputs: Inputs) -> Tensor:
 
 
 def torch_attention(inputs: Inputs) -> Tensor:
-    """Computes the same by torch's attention with a mask, in the inputs' own type: [B, H, S, D]."""
+    """Computes the oracle's outputs by torch's attention with a mask, in the inputs' own type: [B, H, S, D]."""
     query, key, value = inputs[:3]
     output = F.scaled_dot_product_attention(query, key, value, attn_mask=boolean_mask(inputs), enable_gqa=True)
     return (torch.tanh(inputs.gate) * output).masked_fill(is_empty(inputs), 0.0)
@@ -266,7 +266,7 @@ def trials(device: str, dtypes: Sequence[torch.dtype]) -> Iterator[Trial]:
                 partial(compare, PROMPT, prompt, dtype, device, partial(launch, blocks=BLOCKS[number])),
             )
         shape = Shape(4, 2, 64, 3, 9, 200) if on_gpu else Shape(2, 1, 64, 2, 2, 40)
-        # one entry for all: the launcher would choose another for a token alone
+        # one table entry for all launches: for a single token the launcher would choose another
         first = partial(launch, blocks=BLOCKS[candidates(dtype.itemsize)[0]])
         yield f"{name}: bits depend on nothing else", partial(independence, shape, dtype, device, first)
         if on_gpu and dtype != torch.float32:

@@ -1,4 +1,4 @@
-"""Gated cross-attention: its time with a cold L2 cache, beside torch's attention and the GPU's ceilings."""
+"""Times gated cross-attention with a cold L2 cache, beside torch's attention and the GPU's ceilings."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def _grouped(inputs: Inputs, mask: Tensor | None) -> TorchInputs:
 
 
 def _packed(inputs: Inputs, mask: Tensor | None) -> TorchInputs:
-    """Packs the queries as [B, KV, group * S, D]: without causality, heads that share keys may stand side by side."""
+    """Packs heads that share keys as rows of one head, [B, KV, group * S, D], which only a causal mask would forbid."""
     batch, heads, tokens, head_dim = inputs.query.shape
     kv_heads = inputs.key.shape[1]
     rows = inputs.query.view(batch, kv_heads, heads // kv_heads * tokens, head_dim)
@@ -123,7 +123,7 @@ ARRANGEMENTS = {
 
 
 def fastest_of_torch(sets: list[Inputs], masked: bool) -> tuple[str, list[Call]]:
-    """Finds the fastest arrangement and implementation of torch's attention: (their names, its calls).
+    """Returns the names and the calls of the fastest arrangement and implementation of torch's attention.
 
     Times neither the gate, nor empty ranges, nor making the mask or the copies."""
     best: tuple[float, str, list[Call]] | None = None
@@ -146,7 +146,7 @@ def fastest_of_torch(sets: list[Inputs], masked: bool) -> tuple[str, list[Call]]
 
 
 def decoding(shape: Shape, record: Record, target: float | None) -> Result:
-    """Times decoding, which bytes bound, and its share of the copy's bandwidth."""
+    """Times decoding, which memory bandwidth limits, and its share of the copy's bandwidth."""
     sets = input_sets(shape, full_ranges(shape))
     seconds, size = kernel_seconds(sets), moved_bytes(sets[0])
     share = size / seconds / 1e9 / ceiling(record, COPY)
@@ -161,7 +161,7 @@ def decoding(shape: Shape, record: Record, target: float | None) -> Result:
 
 
 def prefill(record: Record) -> Result:
-    """Times prefill, which products bound, and its share of the rate of a large product."""
+    """Times prefill, which arithmetic limits, and its share of the rate of a large product."""
     sets = input_sets(PREFILL, prompt_ranges(PREFILL))
     seconds, operations = kernel_seconds(sets), floating_point_operations(sets[0])
     rate = operations / seconds / 1e12

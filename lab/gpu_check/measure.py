@@ -1,4 +1,4 @@
-"""The GPU machine: its facts, its measured ceilings, and the time of calls on it."""
+"""Reads the machine's facts, measures the GPU's ceilings, and times calls on the GPU."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ CEILINGS = "ceilings"
 COPY = "copy GB/s"
 MATMUL = "matmul TFLOP/s"
 
-_LAUNCHES = 40  # in one graph: they share its own start, a few microseconds
+_LAUNCHES = 40  # in one graph: they share the start of the graph, a few microseconds
 _REPLAYS = 20
 _WARM_UP = 1.0  # seconds of work before the ceilings: an idle GPU's clocks are a fraction of a busy one's
 _PACKAGES = ("torch", "triton", "numpy", "pillow", "torchvision", "onnx", "tensorrt", "polygraphy")
 
 
 def machine(interpreted: bool) -> dict[str, Value]:
-    """Reads what the numbers depend on."""
+    """Reads the facts that the numbers depend on."""
     if interpreted:
         facts: dict[str, Value] = {"GPU": "none: Triton's interpreter on the CPU, small shapes, nothing timed"}
     else:
@@ -67,7 +67,7 @@ def ceilings() -> Iterator[Trial]:
         size = min(2 << 30, torch.cuda.mem_get_info()[0] // 4) // 4
         source = torch.randn(size, device="cuda")
         target = torch.empty_like(source)
-        # by a kernel: in a graph, copy_ becomes a node of its own kind, which reached two thirds of this on an H200
+        # by a kernel: in a graph, copy_ becomes a copy node, which reached two thirds of the kernel's rate on an H200
         warm_up(lambda: torch.neg(source, out=target))
         seconds = gpu_seconds([lambda: torch.neg(source, out=target)], launches=4)
         return Result(MEASURED, {COPY: 2 * source.nbytes / seconds / 1e9})
@@ -99,10 +99,10 @@ def cold_copies(tensors: Sequence[Tensor]) -> int:
 
 
 def gpu_seconds(calls: Sequence[Callable[[], object]], launches: int = _LAUNCHES) -> float:
-    """Returns the median time of one call in a CUDA graph that makes all calls in turn: it holds no time of the host.
+    """Returns the median time of one call in a CUDA graph that makes all calls in turn, without any time of the host.
 
-    Give each call inputs of its own (`cold_copies`), or it finds them in the cache. The graph keeps all results, so
-    that writing them is timed too."""
+    Give each call inputs of its own (`cold_copies`), or the call finds them in the cache. The graph keeps all results,
+    so that writing them is timed too."""
     rounds = math.ceil(launches / len(calls))
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

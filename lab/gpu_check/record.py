@@ -1,4 +1,4 @@
-"""The results of the trials: checks, one a line, so that a process that dies loses none of them."""
+"""Records the results of trials as checks, one a line, so that a process that dies loses none of them."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Record:
 
 
 def perform(section: str, trials: Iterable[Trial], record: Record, deadline: float) -> None:
-    """Run the trials in turn until time.time() reaches `deadline`. No trial stops those after it."""
+    """Runs the trials in turn until time.time() reaches `deadline`. A trial that fails does not stop those after it."""
     for name, trial in trials:
         started = time.time()
         if started >= deadline:
@@ -84,7 +84,7 @@ def _performed(section: str, name: str, trial: Callable[[], Result]) -> Check:
         result = trial()
     except NotAvailableError as error:
         return Check(section, name, NOT_RUN, note=str(error))
-    except Exception as error:  # whatever it is, the next trial may say more
+    except Exception as error:  # any error: the next trial may say more
         line = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         return Check(section, name, WRONG, note=line, trace=traceback.format_exc())
     return Check(section, name, result.status, result.values, result.note)

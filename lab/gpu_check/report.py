@@ -1,4 +1,4 @@
-"""The report: a run's results as one JSON object, and the page made from it."""
+"""Writes the report: a run's results as one JSON object, and the page made from that object."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def write(directory: Path, stem: str, report: dict[str, Any]) -> None:
-    """Replace STEM.json and STEM.md, each as a whole."""
+    """Replaces STEM.json and STEM.md, each as a whole."""
     directory.mkdir(parents=True, exist_ok=True)
     for suffix, text in ((".json", json.dumps(report, indent=1) + "\n"), (".md", page(report))):
         temporary = directory / f".{stem}{suffix}.tmp"

@@ -1,4 +1,4 @@
-"""tile_resample: its 8-bit levels against exact arithmetic and against Pillow, and its time."""
+"""Checks the 8-bit levels of tile_resample against exact arithmetic and against Pillow, and times tile_resample."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def levels_of(tiles: Tensor) -> Tensor:
 
 
 def exact_levels(image: Tensor, tiling: TiledImage) -> Tensor:
-    """Computes the same two passes as products of whole numbers in float64, which holds them exactly: [n, 3, E, E]."""
+    """Computes tile_resample's passes in float64, which holds the products of whole numbers exactly: [n, 3, E, E]."""
     width, height, columns, rows, tile = tiling
     plan = resize_plan(*tiling)
     sizes = [(columns * tile, rows * tile), (tile, tile)]
@@ -122,7 +122,7 @@ def pillow_levels(image: Tensor, tiling: TiledImage) -> Tensor:
 
 
 def compare(tiling: TiledImage, device: str, pillow: bool) -> Result:
-    """Compares the fp32 tiles' levels with Pillow's or with exact ones. The kernel is meant to give the very same."""
+    """Compares the fp32 tiles' levels with Pillow's or with exact ones. The kernel is meant to give equal levels."""
     image = noise(tiling, device)
     expected = pillow_levels(image, tiling).to(device) if pillow else exact_levels(image, tiling)
     tiles = tile_resample(image, *tiling[2:], torch.float32)
@@ -144,7 +144,7 @@ def types(tiling: TiledImage, device: str, dtypes: list[torch.dtype]) -> Result:
 
 
 def speed(record: Record) -> Result:
-    """Times bf16 tiles, images used in turn."""
+    """Times bf16 tiles of several images, used in turn to keep the L2 cache cold."""
     images = cold_images(LARGE)
     seconds = gpu_seconds([partial(tile_resample, image, *LARGE[2:]) for image in images])
     moved = images[0].nbytes + 2 * 7 * 3 * LARGE.tile**2
@@ -160,7 +160,7 @@ def cold_images(tiling: TiledImage) -> list[Tensor]:
 
 
 def torchvision_speed() -> Result:
-    """Times the same by torchvision: two resizes, the cut, the normalisation."""
+    """Times the same tiles by torchvision: two resizes, the cut, the normalisation."""
     try:
         from torchvision.transforms.v2 import InterpolationMode
         from torchvision.transforms.v2.functional import resize
@@ -179,7 +179,7 @@ def torchvision_speed() -> Result:
 
 
 def trials(device: str, record: Record) -> Iterator[Trial]:
-    """Yields the trials; those that time, on a GPU only."""
+    """Yields the trials; on a GPU also those that measure times."""
     on_gpu = device != "cpu"
     for tiling in IMAGES if on_gpu else SMALL:
         yield f"exact arithmetic: {tiling}", partial(compare, tiling, device, pillow=False)

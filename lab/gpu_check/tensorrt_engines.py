@@ -1,4 +1,4 @@
-"""TensorRT engines: built, compared with the reference stage by stage, inspected, and timed.
+"""Builds TensorRT engines, compares them with the reference stage by stage, inspects them, and times them.
 
 Takes three tiny models with random weights, and a stack of layers of the 72B model's shapes. Needs TensorRT with its
 builder and the package with all its dependencies; without them a single trial says what is missing.
@@ -131,7 +131,7 @@ class Workbench:
 
 
 def made_up_calibration(checkpoint: Path, config: NvlmConfig) -> Path:
-    """Writes scales for an engine of which only the speed counts: measuring them would run the stack on the CPU."""
+    """Writes made-up scales for an engine whose speed alone counts: a calibration would run the stack on the CPU."""
     from nvlm_trt.builders.quantization.calibration import Calibration, LinearInput
     from nvlm_trt.checkpoint.reader import Checkpoint
     from nvlm_trt.model.layout import checkpoint_layout
@@ -239,7 +239,7 @@ def _stack(bench: Workbench) -> Iterator[Trial]:
                     f"time of {what}: {component}, profile {profile}",
                     partial(time_of, bench, config, precision, component, profile),
                 )
-    # last: the reference of these shapes runs on the CPU
+    # last, as the reference runs these large shapes on the CPU
     yield f"parity of {config.name}, bf16", partial(parity, bench, config, "bf16")
 
 

@@ -1,4 +1,4 @@
-"""A built TensorRT engine (a plan): its layers by the engine inspector, and its time on the GPU."""
+"""Inspects the layers of a built TensorRT engine (a plan), and times the engine on the GPU."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Layers:
         return sum(any(text.lower() in _kind(layer) for text in texts) for layer in self._layers)
 
     def kinds(self) -> str:
-        """Counts the layers by type, for a reader who looks for something that was not found."""
+        """Counts the layers by type, for the reader of a report in which an expected layer was not found."""
         counts = Counter(str(layer.get("LayerType")) for layer in self._layers)
         return ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
 
@@ -143,7 +143,7 @@ def _filled(shape: tuple[int, ...], kind: torch.dtype) -> Tensor:
 
 
 def _see_everything(inputs: dict[str, Tensor]) -> None:
-    """Lets every token read all image tokens: ranges of zeros would spare the cross-attention."""
+    """Lets every token read all image tokens: with ranges of zeros, cross-attention would have no work."""
     if "cross_ranges" in inputs:
         inputs["cross_ranges"][..., 1] = inputs["cross_key.0"].shape[2]
 

@@ -1,4 +1,4 @@
-"""Alternatives to the kernels' block sizes, each checked against the choice in place and timed."""
+"""Tries alternatives to the kernels' block sizes: checks each against the choice in place and times it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ Case = tuple[str, object]  # "decoding", "prefill" or "tile_resample", and one o
 
 
 def cases() -> list[Case]:
-    """Lists the alternatives, the choices in place first: they get their turn however short the time is."""
+    """Lists the alternatives, the choices in place first, so that a short run times them too."""
     decode = list(dict.fromkeys([*BLOCKS.values(), *DECODE_BLOCKS]))
     prefill = list(dict.fromkeys([*BLOCKS.values(), *PREFILL_BLOCKS]))
     in_place = Squares(resample_launcher.BLOCK, resample_launcher.SOURCE, resample_launcher.WARPS)
@@ -64,7 +64,7 @@ def cases() -> list[Case]:
 
 
 def compile_ahead(all_cases: Sequence[Case], deadline: float) -> None:
-    """Launch each once in as many processes as there are cores: Triton's cache on disk keeps what they compile."""
+    """Launches each case once, in about as many processes as cores: Triton's disk cache keeps the compiled kernels."""
     workers = max(1, min(12, len(os.sched_getaffinity(0)) - 1))
     started = time.time()
     context = multiprocessing.get_context("spawn")

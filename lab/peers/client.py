@@ -1,4 +1,4 @@
-"""Peers: other software in an environment of its own, asked over pipes as lab/peers/worker.py says."""
+"""Asks peers, other software in an environment of its own, over pipes, in the format of lab/peers/worker.py."""
 
 from __future__ import annotations
 

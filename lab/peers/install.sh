@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes the peers' own environment, which lab.decode_peers looks for below its --work: lab/peers/install.sh WORK/peers
-# Leaves out what does not install; lab.decode_peers says so. llama-cpp-python comes as source and needs a C++ compiler:
-# some minutes on two cores.
+# Leaves out packages that do not install; lab.decode_peers names the peers that are missing. llama-cpp-python comes as
+# source and needs a C++ compiler: some minutes on two cores.
 set -uo pipefail
 python3 -m venv "${1:?usage: install.sh DIRECTORY}"
 install() {

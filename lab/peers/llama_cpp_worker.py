@@ -1,4 +1,4 @@
-"""llama.cpp with Q8_0 weights. The client starts it:
+"""Runs llama.cpp with Q8_0 weights. The client starts this worker:
 
 python -m lab.peers.llama_cpp_worker HF_DIRECTORY GGUF THREADS
 """

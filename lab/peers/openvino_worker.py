@@ -1,4 +1,4 @@
-"""OpenVINO with 8-bit weights. The client starts it:
+"""Runs OpenVINO with 8-bit weights. The client starts this worker:
 
     python -m lab.peers.openvino_worker HF_DIRECTORY DIRECTORY THREADS [--profile]
 
@@ -39,7 +39,7 @@ def load(source: Path, target: Path, threads: int, profile: bool) -> tuple[str, 
     opened = None if profile else open_model()
 
     def decode(prompt: list[list[int]], steps: int, banned: int) -> dict[str, Any]:
-        request, inputs = opened or open_model()  # a profile is the mean over all runs of a model
+        request, inputs = opened or open_model()  # a profile is the mean over all runs of an opened model
         request.reset_state()
         sequences, tokens = len(prompt), len(prompt[0])
 

@@ -2,7 +2,7 @@
 
     {"prompt": [[id, ...], ...], "steps": n, "banned": id} -> {"seconds": s, "tokens": [[id, ...], ...]}
 
-The seconds are those of `steps` greedy decoding steps after the prompt; the first token of each row follows from the
+The seconds are the time of `steps` greedy decoding steps after the prompt; the first token of each row follows from the
 prompt itself. The first line out is {"ready": "name and version"}.
 """
 
@@ -18,7 +18,7 @@ Decode = Callable[[list[list[int]], int, int], dict[str, Any]]
 
 
 def serve(load: Callable[[], tuple[str, Decode]]) -> None:
-    """Load the model, then answer until stdin ends. Anything that `load` and `decode` print goes to stderr."""
+    """Loads the model, then answers until stdin ends. Anything that `load` and `decode` print goes to stderr."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     ready, decode = load()
