@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from nvlm_trt.backends.tensorrt.profiles import profiles_of
+from nvlm_trt.backends.plans.profiles import profiles_of
 from nvlm_trt.backends.tensorrt.record import TensorRtRecord
 from nvlm_trt.engine import Engine, save_manifest
 

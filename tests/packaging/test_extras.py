@@ -76,7 +76,7 @@ def test_what_serves_imports_no_optional_package() -> None:
     imported = {name for path in models for name in re.findall(r"^from (nvlm_trt\S*) import", path.read_text(), re.M)}
     assert {f"nvlm_trt.serving.triton.models.{name}" for name in ("chat", "tiling", "vision_encoder")} == imported
     serving = {"nvlm_trt.serving.foreground", "nvlm_trt.serving.triton.guard", "nvlm_trt.serving.client"}
-    backends = {"nvlm_trt.backends.onnxruntime.backend", "nvlm_trt.backends.tensorrt.backend"}
+    backends = {"nvlm_trt.backends.onnxruntime.backend", "nvlm_trt.backends.plans.backend"}
     run_without_optional_packages("".join(f"import {name}\n" for name in sorted(imported | serving | backends)))
 
 

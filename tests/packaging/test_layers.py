@@ -20,7 +20,7 @@ LINT = Path(sys.executable).parent / "lint-imports"
         ("model/config.py", "nvlm_trt.engine"),
         ("planner/memory.py", "nvlm_trt.builders.engine_build"),
         ("backends/base.py", "nvlm_trt.backends.onnxruntime.backend"),
-        ("backends/onnxruntime/backend.py", "nvlm_trt.backends.tensorrt.backend"),
+        ("backends/onnxruntime/backend.py", "nvlm_trt.backends.plans.backend"),
     ],
 )
 def test_an_import_that_points_up_is_found(tmp_path: Path, importer: str, imported: str) -> None:

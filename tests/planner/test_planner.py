@@ -18,9 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from nvlm_trt.backends.opening import open_backend
+from nvlm_trt.backends.plans.graphs import write_graphs
+from nvlm_trt.backends.plans.profiles import profiles_of
 from nvlm_trt.backends.table import find_backend
-from nvlm_trt.backends.tensorrt.build import write_graphs
-from nvlm_trt.backends.tensorrt.profiles import profiles_of
 from nvlm_trt.builders.engine_build import build_engine
 from nvlm_trt.builders.quantization.calibration import LinearInput
 from nvlm_trt.builders.quantization.formats import quantised

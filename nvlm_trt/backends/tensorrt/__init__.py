@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
+from nvlm_trt.backends.plans import PREFILL_CHUNK
 from nvlm_trt.backends.spec import BackendSpec, MemoryModel, OpenOptions, TritonPlacement
 from nvlm_trt.model.precision import PrecisionTable
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
 NAME = "tensorrt"
 DEVICE = "cuda"
-PREFILL_CHUNK = 1024  # longer prompts run in chunks: the largest chunk decides the memory of the activations
 
 # An engine has one floating-point type. fp16 overflows where bf16 does not, so bf16 is the default.
 # fmt: off
@@ -52,15 +52,18 @@ def _check_options(options: Mapping[str, Any]) -> None:
 
 
 def _check_limits(config: NvlmConfig, limits: EngineLimits, precisions: Mapping[str, str]) -> None:
-    from nvlm_trt.backends.tensorrt.cache_rows import check_rows
+    from nvlm_trt.backends.plans.cache_rows import check_rows
 
     check_rows(config.llm, limits, precisions)
 
 
 def _open(engine: Engine, stages: Collection[str], options: OpenOptions) -> StepBackend:
-    from nvlm_trt.backends.tensorrt.backend import TensorRtBackend
+    from nvlm_trt.backends.plans.backend import PlanBackend
+    from nvlm_trt.backends.tensorrt.record import record_of
+    from nvlm_trt.backends.tensorrt.runtime import TensorRtRuntime
 
-    return TensorRtBackend(engine, stages, options.device or DEVICE)
+    device = options.device or DEVICE
+    return PlanBackend(engine, stages, device, record_of(engine), TensorRtRuntime(engine, device))
 
 
 def _build(job: BuildJob) -> BuildSteps:

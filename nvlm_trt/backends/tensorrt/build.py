@@ -8,27 +8,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
-
 from nvlm_trt.backends.onnxruntime.build import calibrate
-from nvlm_trt.backends.tensorrt import PREFILL_CHUNK, SPEC
+from nvlm_trt.backends.plans import PREFILL_CHUNK
+from nvlm_trt.backends.plans.graphs import write_graphs
+from nvlm_trt.backends.plans.profiles import profiles_of
+from nvlm_trt.backends.plans.record import aliases
+from nvlm_trt.backends.tensorrt import SPEC
 from nvlm_trt.backends.tensorrt.options import PlanOptions
 from nvlm_trt.backends.tensorrt.plan import build_plan
-from nvlm_trt.backends.tensorrt.profiles import profiles_of
 from nvlm_trt.backends.tensorrt.record import TensorRtRecord
 from nvlm_trt.backends.tensorrt.target import Target, find_target
 from nvlm_trt.builders.engine_build import BuildJob
-from nvlm_trt.builders.graphs.cross_kv import cross_kv_graph
-from nvlm_trt.builders.graphs.decoder import decoder_graph
-from nvlm_trt.builders.graphs.self_attention import TensorRtAttention
-from nvlm_trt.builders.graphs.vision_attention import tensorrt_vision_attention
-from nvlm_trt.builders.graphs.vision_encoder import vision_encoder_graph
-from nvlm_trt.builders.model_file import save_model
 from nvlm_trt.builders.quantization.calibration import Calibration
 from nvlm_trt.builders.quantization.formats import Recipe
-from nvlm_trt.builders.quantization.smoothquant import MigratedWeights
-from nvlm_trt.builders.source import EngineSource
-from nvlm_trt.checkpoint.reader import Checkpoint
 from nvlm_trt.errors import EngineError
 from nvlm_trt.evaluation.samples import Sample
 from nvlm_trt.model.config import NvlmConfig
@@ -37,10 +29,8 @@ from nvlm_trt.planner.memory import plan_engine
 from nvlm_trt.plugins.gated_cross_attention.blocks import HEAD_DIMS
 from nvlm_trt.plugins.gated_cross_attention.onnx_function import NAME, PLUGIN_ATTRIBUTES
 from nvlm_trt.plugins.gated_cross_attention.tensorrt_plugin import register_plugin
-from nvlm_trt.progress import Progress
 from nvlm_trt.staging import temporary_sibling
 
-DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 PLUGIN = f"{PLUGIN_ATTRIBUTES['plugin_namespace']}::{NAME}"
 
 
@@ -87,7 +77,6 @@ class TensorRtSteps:
             progress("building", len(graphs), len(graphs))
 
     def _record(self, dtype: str) -> TensorRtRecord:
-        layers = range(self._job.source.config.llm.num_layers)
         return TensorRtRecord(
             version=self._target.tensorrt,
             capability=self._target.capability,
@@ -95,31 +84,11 @@ class TensorRtSteps:
             container=self._target.container,
             dtype=dtype,
             plugin=PLUGIN,
-            aliased={f"present_{kind}.{i}": f"past_{kind}.{i}" for i in layers for kind in ("key", "value")},
+            aliased=aliases(self._job.source.config),
             profiles=self._profiles,
             stripped=self._options.strip_weights,
             weight_streaming=self._options.weight_streaming,
         )
-
-
-def write_graphs(
-    source: EngineSource, recipe: Recipe, dtype_name: str, directory: Path, progress: Progress
-) -> dict[str, Path]:
-    """Write one ONNX file per stage in TensorRT's form, weights beside it. Return stage -> file.
-
-    Together the files hold every tensor of the checkpoint. `dtype_name`, a key of DTYPES, is the type of everything
-    that is not quantised."""
-    config, dtype, linear = source.config, DTYPES[dtype_name], recipe.weight_format
-    with Checkpoint.open(source.checkpoint_dir) as checkpoint:
-        weights = MigratedWeights(checkpoint, recipe.factors)
-        graphs = {"vision_encoder": vision_encoder_graph(config, weights, linear, tensorrt_vision_attention, dtype)}
-        if config.cross_layers:
-            graphs["cross_kv"] = cross_kv_graph(config, weights, source.tag_embeddings(checkpoint), linear, dtype)
-        graphs["decoder"] = decoder_graph(config, weights, source.limits, linear, TensorRtAttention, dtype=dtype)
-        checkpoint.finish()
-        for stage, model in graphs.items():
-            save_model(model, directory / f"{stage}.onnx", progress)
-    return {stage: directory / f"{stage}.onnx" for stage in graphs}
 
 
 def _register_plugin(config: NvlmConfig, target: Target) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 
 import onnx
 
-from nvlm_trt.backends.tensorrt.linter import check_graph
+from nvlm_trt.backends.plans.linter import check_graph
+from nvlm_trt.backends.plans.network import error_recorder, one_line, parse, stream_writer
+from nvlm_trt.backends.plans.profiles import Profile
 from nvlm_trt.backends.tensorrt.options import PlanOptions
-from nvlm_trt.backends.tensorrt.profiles import Profile
 from nvlm_trt.backends.tensorrt.target import import_tensorrt
 from nvlm_trt.errors import EngineError
 from nvlm_trt.planner.memory import StageMemory
@@ -44,9 +45,9 @@ def build_plan(
         try:
             trt.init_libnvinfer_plugins(get_trt_logger(), "")
             builder, network = CreateNetwork(strongly_typed=True)()
-            errors = _error_recorder(trt)
+            errors = error_recorder(trt)
             builder.error_recorder = errors
-            _parse(trt.OnnxParser(network, get_trt_logger()), graph)
+            parse(trt.OnnxParser(network, get_trt_logger()), graph, "check that TensorRT is 11.0 or later")
             _check_plugins(network, graph, trt)
             configure = CreateConfig(
                 profiles=[_fill(PolygraphyProfile(), profile) for profile in profiles],
@@ -57,23 +58,15 @@ def build_plan(
             )
             config = configure(builder, network)
         except PolygraphyException as error:
-            raise EngineError(f"{graph.name}: TensorRT refuses its configuration: {_one_line(error)}") from error
+            raise EngineError(f"{graph.name}: TensorRT refuses its configuration: {one_line(error)}") from error
         if options.strip_weights:
             config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL)
         with plan.open("wb") as file:
-            built = builder.build_serialized_network_to_stream(network, config, _stream_writer(trt, file))
+            built = builder.build_serialized_network_to_stream(network, config, stream_writer(trt, file))
         if not built:
             raise EngineError(f"{graph.name} could not be built{_explain(expected, errors, trt)}")
         if timing_cache:
             _save_timing_cache(config, timing_cache)
-
-
-def _parse(parser: Any, graph: Path) -> None:
-    if parser.parse_from_file(str(graph)):
-        return
-    errors = [parser.get_error(i) for i in range(parser.num_errors)]
-    first = f"{errors[0].node_name()} ({errors[0].node_operator()}): {_one_line(errors[0].desc())}" if errors else "?"
-    raise EngineError(f"{graph.name}: TensorRT's parser refuses {first}; check that TensorRT is 11.0 or later")
 
 
 def _check_plugins(network: Any, graph: Path, trt: Any) -> None:
@@ -97,46 +90,6 @@ def _fill(target: Any, profile: Profile) -> Any:
     return target
 
 
-def _stream_writer(trt: Any, file: Any) -> Any:
-    class StreamWriter(trt.IStreamWriter):
-        """Writes a plan while TensorRT makes it, so that memory does not hold the plan twice."""
-
-        def write(self, data: bytes) -> int:
-            return int(file.write(data))
-
-    return StreamWriter()
-
-
-def _error_recorder(trt: Any) -> Any:
-    class ErrorRecorder(trt.IErrorRecorder):
-        """Keeps the errors that TensorRT would only log."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.errors: list[tuple[Any, str]] = []
-
-        def report_error(self, code: Any, description: str) -> bool:
-            self.errors.append((code, description))
-            return False
-
-        def num_errors(self) -> int:
-            return len(self.errors)
-
-        def get_error_code(self, index: int) -> Any:
-            return self.errors[index][0]
-
-        def get_error_desc(self, index: int) -> str:
-            return self.errors[index][1]
-
-        def has_overflowed(self) -> bool:
-            return False
-
-        def clear(self) -> None:
-            self.errors.clear()
-
-    return ErrorRecorder()
-
-
 def _explain(expected: StageMemory, recorder: Any, trt: Any) -> str:
     """Return the end of the message `could not be built`: the expected memory, or TensorRT's first error."""
     out_of_memory = (trt.ErrorCodeTRT.FAILED_ALLOCATION,)
@@ -145,7 +98,7 @@ def _explain(expected: StageMemory, recorder: Any, trt: Any) -> str:
             f": out of memory. The plan was expected to take {expected} on the GPU, and trying kernels takes more; "
             "free the GPU, choose smaller --max-slots or --max-seq-len, or try --weight-streaming"
         )
-    return f": {_one_line(recorder.errors[0][1])}" if recorder.errors else "; run it with --debug for TensorRT's log"
+    return f": {one_line(recorder.errors[0][1])}" if recorder.errors else "; run it with --debug for TensorRT's log"
 
 
 def _save_timing_cache(config: Any, path: Path) -> None:
@@ -153,7 +106,3 @@ def _save_timing_cache(config: Any, path: Path) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     temporary.write_bytes(config.get_timing_cache().serialize())
     os.replace(temporary, path)
-
-
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split())[:300]

@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from nvlm_trt.backends.plans.gpu import MEANWHILE, import_torch
 from nvlm_trt.backends.tensorrt.record import record_of
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import EngineError
@@ -16,7 +17,6 @@ from nvlm_trt.errors import EngineError
 OLDEST = (11, 0)  # the first with TRT_Attention and TRT_KVCacheUpdate
 # NVIDIA's tritonserver container by the major and minor version of its TensorRT.
 _CONTAINERS = {"10.16": "26.05", "11.0": "26.06", "11.1": "26.07", "11.2": "26.08"}
-_MEANWHILE = "`--backend onnxruntime` serves on the CPU meanwhile"
 
 
 @dataclass(frozen=True)
@@ -42,24 +42,11 @@ def import_tensorrt() -> Any:
     try:
         import tensorrt
     except ImportError as error:
-        raise EngineError(f"TensorRT cannot be imported ({error}); {install}; {_MEANWHILE}") from None
+        raise EngineError(f"TensorRT cannot be imported ({error}); {install}; {MEANWHILE}") from None
     if tuple(map(int, tensorrt.__version__.split(".")[:2])) < OLDEST:
         oldest = ".".join(map(str, OLDEST))
-        raise EngineError(f"TensorRT {tensorrt.__version__} is older than {oldest}; {install}; {_MEANWHILE}")
+        raise EngineError(f"TensorRT {tensorrt.__version__} is older than {oldest}; {install}; {MEANWHILE}")
     return tensorrt
-
-
-def import_torch() -> Any:
-    """Import torch. Raises EngineError without torch or without a GPU."""
-    try:
-        import torch
-    except ImportError:
-        raise EngineError(
-            f"buffers on the GPU are torch's, which is not installed; `pip install torch`; {_MEANWHILE}"
-        ) from None
-    if not torch.cuda.is_available():
-        raise EngineError(f"TensorRT needs an NVIDIA GPU, and none can be used here (see nvidia-smi); {_MEANWHILE}")
-    return torch
 
 
 def find_target(device: str = "cuda") -> Target:

@@ -40,9 +40,8 @@ class Machine:
         import tensorrt as trt
 
         from nvlm_trt.backends import tensorrt as room
-        from nvlm_trt.backends.tensorrt import backend as tensorrt
         from nvlm_trt.backends.tensorrt import build as tensorrt_engine
-        from nvlm_trt.backends.tensorrt import loaded_plan as tensorrt_stage
+        from nvlm_trt.backends.tensorrt import runtime as tensorrt_runtime
         from nvlm_trt.backends.tensorrt import target as tensorrt_target
 
         target = tensorrt_target.Target(trt.__version__, CAPABILITY, GPU)
@@ -54,10 +53,9 @@ class Machine:
             made |= {"Refitter": self.refitter, "OnnxParserRefitter": self.parser_refitter}
             for name, make in made.items():
                 patch.setattr(trt, name, constructor(getattr(trt, name), make))
-            for module in (tensorrt_engine, tensorrt, tensorrt_target):
+            for module in (tensorrt_engine, tensorrt_runtime, tensorrt_target):
                 patch.setattr(module, "find_target", lambda *_: target)
-            for module in (tensorrt, tensorrt_stage):
-                patch.setattr(module, "import_torch", lambda: self.torch())
+            patch.setattr(tensorrt_runtime, "import_torch", lambda: self.torch())
             yield self
 
     # --- building ----------------------------------------------------------------------------------------------------

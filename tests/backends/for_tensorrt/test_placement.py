@@ -15,9 +15,9 @@ from google.protobuf import text_format
 from tensorrt_engines import for_tensorrt
 from tritonclient.grpc import model_config_pb2
 
+from nvlm_trt.backends.plans.graphs import write_graphs
+from nvlm_trt.backends.plans.profiles import profiles_of
 from nvlm_trt.backends.table import find_backend
-from nvlm_trt.backends.tensorrt.build import write_graphs
-from nvlm_trt.backends.tensorrt.profiles import profiles_of
 from nvlm_trt.builders.quantization.formats import quantised
 from nvlm_trt.builders.source import EngineSource
 from nvlm_trt.checkpoint.reader import Checkpoint

@@ -11,9 +11,9 @@ import torch
 from decoder_runner import CROSS_TOKENS, LIMITS, DecoderRunner, random_prompt
 from stages import IMAGE_TOKEN, ReferenceWeights, assert_close, random_reference, session, tiny_config
 
-from nvlm_trt.backends.tensorrt.build import DTYPES
-from nvlm_trt.backends.tensorrt.linter import lint
-from nvlm_trt.backends.tensorrt.profiles import profiles_of
+from nvlm_trt.backends.plans.graphs import DTYPES
+from nvlm_trt.backends.plans.linter import lint
+from nvlm_trt.backends.plans.profiles import profiles_of
 from nvlm_trt.builders.graphs.common import WeightFormat
 from nvlm_trt.builders.graphs.cross_kv import cross_kv_graph
 from nvlm_trt.builders.graphs.decoder import decoder_graph

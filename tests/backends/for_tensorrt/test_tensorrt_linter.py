@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from nvlm_trt.backends.tensorrt.linter import check_graph, lint
+from nvlm_trt.backends.plans.linter import check_graph, lint
 from nvlm_trt.errors import EngineError
 
 NODE = "the node"

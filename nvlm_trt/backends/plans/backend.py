@@ -1,4 +1,4 @@
-"""Runs an engine with TensorRT on a GPU: one plan per stage, caches on the GPU that the decoder updates in place.
+"""Runs an engine of plans on a GPU: one plan per stage, caches on the GPU that the decoder updates in place.
 
 A slot is a row of every cache: rows [slot : slot + 1] are bound to prefill a slot, rows [0 : n] to decode n slots.
 Prefill and decoding are two optimisation profiles; a decoding step of n slots is one CUDA graph, recorded when it first
@@ -24,9 +24,9 @@ from nvlm_trt.backends.base import (
     RangeArray,
     embedding_rows,
 )
-from nvlm_trt.backends.tensorrt.loaded_plan import LoadedPlan
-from nvlm_trt.backends.tensorrt.record import record_of
-from nvlm_trt.backends.tensorrt.target import check_target, find_target, import_torch
+from nvlm_trt.backends.plans.loaded_plan import LoadedPlan
+from nvlm_trt.backends.plans.record import PlanRecord
+from nvlm_trt.backends.plans.runtime import PlanRuntime
 from nvlm_trt.closing import ClosedOnExit
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import DeviceMemoryError, EngineError
@@ -37,15 +37,16 @@ from nvlm_trt.prompt.image_tokens import check_cross_tiles, split_tiles
 _PREFILL, _DECODE = 0, 1  # the decoder's optimisation profiles
 
 
-class TensorRtBackend(ClosedOnExit):
+class PlanBackend(ClosedOnExit):
     """Implements `StepBackend`. Image tokens and features are torch tensors on the GPU."""
 
-    def __init__(self, engine: Engine, stages: Collection[str], device: str) -> None:
-        """Load the stages. Raises EngineError without TensorRT or a GPU, for an engine of another TensorRT version or
-        GPU, and if memory does not suffice."""
-        check_target(engine, find_target(device))
-        self._record = record_of(engine)
-        self._torch = import_torch()
+    def __init__(
+        self, engine: Engine, stages: Collection[str], device: str, record: PlanRecord, runtime: PlanRuntime
+    ) -> None:
+        """Load the stages; the caller has checked that the engine's plans run here.
+
+        Raises EngineError for a plan that cannot be loaded, and if memory does not suffice."""
+        self._record, self._runtime, self._torch = record, runtime, runtime.torch
         self._device = device
         self.config: NvlmConfig = engine.config
         self.limits: EngineLimits = engine.limits
@@ -54,7 +55,8 @@ class TensorRtBackend(ClosedOnExit):
         ]
         wanted = [stage for stage in STAGES if stage in stages and stage in self._record.profiles]
         self._plans = {stage: self._open(engine.path, stage) for stage in wanted}
-        self._graphs: dict[int, tuple[Any, dict[str, Any]]] = {}  # slots -> CUDA graph, its tensors
+        # slots -> CUDA graph (None: the plan cannot be recorded), its tensors
+        self._graphs: dict[int, tuple[Any | None, dict[str, Any]]] = {}
         self._cache: dict[str, Any] = {}
         if "decoder" in self._plans:
             self._check_aliases(engine.path)
@@ -180,10 +182,14 @@ class TensorRtBackend(ClosedOnExit):
             tensors = recorded[1] if recorded else self._step_tensors(slots, 1, 1)
             self._fill(tensors, step)
             if recorded is None:
-                # recording runs the step once: it writes the same keys and values that the replay writes again
+                # recording runs the step once: it writes the same keys and values that the step below writes again
                 recorded = plan.record(_DECODE, tensors | self._rows(0, slots)), tensors
                 self._graphs[slots] = recorded
-            recorded[0].replay()
+            graph = recorded[0]
+            if graph is None:
+                plan.run(_DECODE, tensors | self._rows(0, slots))
+            else:
+                graph.replay()
             return _numpy(tensors["logits"])
 
     def move_slot(self, source: int, target: int, length: int, cross_length: int) -> None:
@@ -202,6 +208,7 @@ class TensorRtBackend(ClosedOnExit):
             plan.close()
         self._plans.clear()
         self._cache.clear()
+        self._runtime.close()
         self._torch.cuda.empty_cache()  # others allocate without torch, TensorRT's builder for example
 
     def to_host(self, array: BackendArray) -> FloatArray:
@@ -210,10 +217,9 @@ class TensorRtBackend(ClosedOnExit):
     # --- plans and buffers -------------------------------------------------------------------------------------------
 
     def _open(self, directory: Path, stage: str) -> LoadedPlan:
-        weights = directory / f"{stage}.onnx" if self._record.stripped else None
         plan = directory / f"{stage}.plan"
         with _memory_errors(self._torch, str(plan)):
-            return LoadedPlan(plan, self._device, weights, self._record.weight_streaming)
+            return LoadedPlan(plan, self._device, self._runtime)
 
     def _check_aliases(self, directory: Path) -> None:
         aliased = self._plans["decoder"].aliased()

@@ -1,16 +1,15 @@
-"""Loads and runs one plan of a TensorRT engine: execution contexts with shared working memory, recorded CUDA graphs.
+"""Loads and runs one plan of an engine: execution contexts with shared working memory, recorded CUDA graphs.
 
-Tensors are torch's, on the GPU. TensorRT gets the addresses of the tensors.
+Tensors are torch's, on the GPU. The runtime gets the addresses of the tensors.
 """
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nvlm_trt.backends.tensorrt.target import import_tensorrt, import_torch
+from nvlm_trt.backends.plans.runtime import PlanRuntime
 from nvlm_trt.errors import DeviceMemoryError, EngineError
 
 Tensors = Mapping[str, Any]  # input or output name -> torch.Tensor
@@ -19,20 +18,12 @@ Tensors = Mapping[str, Any]  # input or output name -> torch.Tensor
 class LoadedPlan:
     """A deserialised plan. Not thread-safe, but several stages may run on threads of their own."""
 
-    def __init__(self, plan: Path, device: str, weights: Path | None = None, weight_streaming: bool = False) -> None:
-        """Load `plan`. A stripped plan is refitted from `weights`, an ONNX file.
-
-        Raises EngineError if TensorRT cannot load the plan or memory does not suffice."""
-        self._trt, self._torch = import_tensorrt(), import_torch()
+    def __init__(self, plan: Path, device: str, runtime: PlanRuntime) -> None:
+        """Load `plan`. Raises EngineError if the runtime cannot load the plan or memory does not suffice."""
+        self._runtime, self._trt, self._torch = runtime, runtime.trt, runtime.torch
         self._plan = plan
-        self._device = device
         self._stream = self._torch.cuda.Stream(device)
-        self._logger = self._trt.Logger(self._trt.Logger.ERROR)
-        self.engine = self._load(plan)
-        if weights is not None:
-            self._refit(weights)
-        if weight_streaming:
-            self.engine.weight_streaming_budget_v2 = self.engine.get_weight_streaming_automatic_budget()
+        self.engine = runtime.load(plan)
         size = self.engine.device_memory_size_v2
         self._workspace = self._torch.empty(max(size, 1), dtype=self._torch.uint8, device=device)
         self._contexts: dict[int, Any] = {}  # by profile
@@ -62,15 +53,18 @@ class LoadedPlan:
         self._bind(context, inputs)
         return tuple(context.get_tensor_shape(output))
 
-    def record(self, profile: int, tensors: Tensors) -> Any:
+    def record(self, profile: int, tensors: Tensors) -> Any | None:
         """Record a CUDA graph of one run on exactly these tensors, to `replay()` on the stage's stream.
 
-        Runs once before recording, as TensorRT requires."""
+        Runs once before recording, as TensorRT requires. Returns None, after that run, if the runtime says that the
+        plan cannot be recorded: `run` it then."""
         # one context per graph: other shapes in a context invalidate the graphs recorded from the context
         context = self._context(profile)
         self._bind(context, tensors)
         self._execute(context)
         self._stream.synchronize()
+        if not self._runtime.can_capture(context, self._stream):
+            return None
         graph = self._torch.cuda.CUDAGraph()
         # "thread_local", because another thread may allocate during the recording
         with self._torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
@@ -84,28 +78,6 @@ class LoadedPlan:
         self._recorded.clear()
         self.engine = None
 
-    # --- loading -----------------------------------------------------------------------------------------------------
-
-    def _load(self, plan: Path) -> Any:
-        self._runtime = self._trt.Runtime(self._logger)  # has to outlive the engine
-        with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            engine = self._runtime.deserialize_cuda_engine(data)
-        if engine is None:
-            raise EngineError(
-                f"engine file {plan} cannot be loaded by TensorRT (damaged, or out of GPU memory: see above); free "
-                "the GPU, or rebuild the engine with `nvlm-trt build`"
-            )
-        return engine
-
-    def _refit(self, weights: Path) -> None:
-        refitter = self._trt.Refitter(self.engine, self._logger)
-        parser = self._trt.OnnxParserRefitter(refitter, self._logger)
-        if not parser.refit_from_file(str(weights)) or not refitter.refit_cuda_engine():
-            reason = (
-                parser.get_error(0).desc() if parser.num_errors else f"{len(refitter.get_missing_weights())} missing"
-            )
-            raise EngineError(f"engine file {self._plan} cannot take its weights from {weights} ({reason}); rebuild it")
-
     # --- running -----------------------------------------------------------------------------------------------------
 
     def _context_of(self, profile: int) -> Any:
@@ -114,7 +86,7 @@ class LoadedPlan:
         return self._contexts[profile]
 
     def _context(self, profile: int) -> Any:
-        context = self.engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        context = self._runtime.create_context(self.engine)
         if context is None:
             raise DeviceMemoryError(
                 f"no GPU memory for running {self._plan}; free the GPU, or rebuild with smaller limits"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nvlm_trt.backends.tensorrt import PREFILL_CHUNK
+from nvlm_trt.backends.plans import PREFILL_CHUNK
 from nvlm_trt.limits import EngineLimits
 from nvlm_trt.model.config import NvlmConfig
 from nvlm_trt.plugins.gated_cross_attention import cache_length
