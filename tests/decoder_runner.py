@@ -7,10 +7,9 @@ import onnxruntime
 import torch
 from stages import ReferenceWeights, session
 
+from nvlm_trt.builders.graphs.cross_attention import CrossAttention, GatedFunction
 from nvlm_trt.builders.graphs.decoder import decoder_graph
-from nvlm_trt.builders.graphs.self_attention import (
-    SelfAttention,
-)
+from nvlm_trt.builders.graphs.self_attention import SelfAttention
 from nvlm_trt.limits import EngineLimits
 from nvlm_trt.reference.model import ReferenceModel
 
@@ -21,13 +20,20 @@ CROSS_TOKENS = 32
 class DecoderRunner:
     """A decoder session with the caches of `slots` sequences, and the cross-attention inputs that all slots share."""
 
-    def __init__(self, model: ReferenceModel, attention: type[SelfAttention], slots: int = 1) -> None:
+    def __init__(
+        self,
+        model: ReferenceModel,
+        attention: type[SelfAttention],
+        slots: int = 1,
+        cross_attention: type[CrossAttention] = GatedFunction,
+        cross_tokens: int = CROSS_TOKENS,
+    ) -> None:
         self.model, self.config = model, model.config
         unread = int(not attention.value_dependent_shapes)  # such a form has a row even without image embeddings
         self.no_image_tokens = np.full((unread, self.config.llm.hidden_size), np.nan, np.float32)
         weights = ReferenceWeights(model)
         self.session: onnxruntime.InferenceSession = session(
-            decoder_graph(self.config, weights, LIMITS, attention=attention)
+            decoder_graph(self.config, weights, LIMITS, attention=attention, cross_attention=cross_attention)
         )
         self.untaken = weights.remaining
         llm = self.config.llm
@@ -38,12 +44,12 @@ class DecoderRunner:
         self.cross: dict[str, np.ndarray] = {}
         self.reference_kv = None
         if self.config.cross_layers:
-            image = torch.randn(CROSS_TOKENS, llm.hidden_size, generator=torch.Generator().manual_seed(5))
+            image = torch.randn(cross_tokens, llm.hidden_size, generator=torch.Generator().manual_seed(5))
             self.reference_kv = model.language_model.cross_kv(image)
             for j, (key, value) in enumerate(self.reference_kv):
                 for kind, tensor in (("key", key), ("value", value)):
                     padded = np.full((slots, llm.num_kv_heads, LIMITS.max_image_tokens, llm.head_dim), 7, np.float32)
-                    padded[:, :, :CROSS_TOKENS] = tensor.numpy()
+                    padded[:, :, :cross_tokens] = tensor.numpy()
                     self.cross[f"cross_{kind}.{j}"] = padded
 
     def step(

@@ -147,6 +147,7 @@ class StageGraph:
 
     def call(self, function: ir.Function, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
         """Add one node that calls a model-local function."""
+        self._builder.root.graph.opset_imports.setdefault(function.domain, 1)
         return self._builder.call(function, *inputs, **attributes)
 
     def when(self, condition: ir.Value, then: Callable[[StageGraph], ir.Value], otherwise: ir.Value) -> ir.Value:

@@ -14,12 +14,12 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from nvlm_trt.builders.graphs.common import FLOAT, INT32, INT64, Shape, StageGraph, WeightFormat, WeightSource
+from nvlm_trt.builders.graphs.common import FLOAT, INT64, Shape, StageGraph, WeightFormat, WeightSource
+from nvlm_trt.builders.graphs.cross_attention import CrossAttention, CrossAttentionBlocks, GatedFunction
 from nvlm_trt.builders.graphs.self_attention import SelfAttention, StandardAttention
 from nvlm_trt.limits import EngineLimits
 from nvlm_trt.model.config import LlmConfig, NvlmConfig
 from nvlm_trt.model.layout import EMBEDDING
-from nvlm_trt.plugins.gated_cross_attention.onnx_function import PLUGIN_ATTRIBUTES, gated_cross_attention
 
 
 def decoder_graph(
@@ -28,10 +28,12 @@ def decoder_graph(
     limits: EngineLimits,
     weight_format: WeightFormat | None = None,
     attention: type[SelfAttention] = StandardAttention,
+    cross_attention: type[CrossAttention] = GatedFunction,
     skip_unused_blocks: bool = True,
     dtype: ir.DataType = FLOAT,
 ) -> ir.Model:
-    """Build the graph with self-attention in the form `attention`, which also decides the operators around it.
+    """Build the graph with self-attention in the form `attention`, which also decides the operators around it, and with
+    the attention of cross-attention blocks in the form `cross_attention`.
 
     `skip_unused_blocks`: skip cross-attention blocks that no token of a batch needs, in the forms that allow it.
     `dtype`: for weights, image_tokens and caches; logits are float32. In a form without value-dependent shapes,
@@ -44,7 +46,7 @@ def decoder_graph(
     logit_index = graph.input("logit_index", INT64, ["batch"])
     self_attention = attention(graph, llm, input_ids, write_indices, limits.max_seq_len)
     skip_when_unused = skip_unused_blocks and attention.skippable_blocks
-    cross = _CrossAttention(graph, config, skip_when_unused) if config.cross_layers else None
+    cross = CrossAttentionBlocks(graph, config, cross_attention, skip_when_unused) if config.cross_layers else None
 
     embedding = graph.embedding(EMBEDDING)
     embed = _embed if attention.value_dependent_shapes else _embed_by_position
@@ -104,47 +106,3 @@ def _layer(
     graph.output(value, f"present_value.{i}", cache_shape)
     x = op.Add(x, graph.linear(y, f"{name}.self_attn.o_proj"))
     return op.Add(x, graph.swiglu(graph.rms_norm(x, f"{name}.post_attention_layernorm", llm.norm_eps), f"{name}.mlp"))
-
-
-# --- gated cross-attention ---------------------------------------------------------------------------------------
-
-
-class _CrossAttention:
-    """Builds Flamingo's gated blocks. A block leaves a token whose range is empty unchanged, bit for bit."""
-
-    def __init__(self, graph: StageGraph, config: NvlmConfig, skip_when_unused: bool) -> None:
-        assert config.cross_attention is not None
-        op = graph.op
-        self.graph, self.llm, self.cross = graph, config.llm, config.cross_attention
-        self.function = gated_cross_attention(graph.opset)
-        self.ranges = graph.input("cross_ranges", INT32, ["batch", "sequence", 2])
-        start, end = op.Split(self.ranges, axis=-1, num_outputs=2, _outputs=2)
-        self.seen = op.Less(start, end)  # [B, S, 1]
-        longest = op.ReduceMax(op.Sub(end, start), keepdims=0)
-        self.used = op.Greater(longest, op.Constant(value=ir.tensor(np.int32(0)))) if skip_when_unused else None
-
-    def block(self, x: ir.Value, j: int) -> ir.Value:
-        """Apply block j to x [B, S, hidden]."""
-        shape: Shape = ["batch", self.llm.num_kv_heads, "cross_tokens", self.llm.head_dim]
-        key = self.graph.input(f"cross_key.{j}", self.graph.dtype, shape)
-        value = self.graph.input(f"cross_value.{j}", self.graph.dtype, shape)
-        with self.graph.scope(f"cross_layers.{j}"):
-            if self.used is None:
-                return self._block(self.graph, x, key, value, j)
-            return self.graph.when(self.used, lambda graph: self._block(graph, x, key, value, j), otherwise=x)
-
-    def _block(self, graph: StageGraph, x: ir.Value, key: ir.Value, value: ir.Value, j: int) -> ir.Value:
-        op, llm = graph.op, self.llm
-        name = f"language_model.cross_layers.{j}"
-        query = graph.linear(graph.rms_norm(x, f"{name}.input_layernorm", llm.norm_eps), f"{name}.attn.q_proj")
-        query = graph.split_heads(query, llm.num_heads, llm.head_dim)
-        if self.cross.qk_norm:
-            query = graph.rms_norm(query, f"{name}.attn.q_norm", llm.norm_eps)
-        gate = graph.weight(f"{name}.attn_gate")
-        y = graph.call(self.function, query, key, value, self.ranges, gate, **PLUGIN_ATTRIBUTES)
-        y = graph.linear(graph.merge_heads(y, llm.num_heads * llm.head_dim), f"{name}.attn.o_proj")
-        y = op.Add(x, y)
-        if self.cross.ffn:
-            ffn = graph.swiglu(graph.rms_norm(y, f"{name}.post_attention_layernorm", llm.norm_eps), f"{name}.mlp")
-            y = op.Add(y, op.Mul(ffn, op.Tanh(graph.weight(f"{name}.mlp_gate"))))
-        return op.Where(self.seen, y, x)

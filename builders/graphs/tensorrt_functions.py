@@ -12,6 +12,7 @@ import onnx_ir as ir
 from onnxscript import build_function
 
 DOMAIN = "nvlm"
+MASKED_DOMAIN = "nvlm.masked"  # a model has one function of a name in each domain
 ATTENTION = "TRT_Attention"
 CACHE_UPDATE = "TRT_KVCacheUpdate"
 
@@ -26,6 +27,16 @@ def trt_attention(opset: int) -> ir.Function:
 
     Every query reads every key. The function does not scale scores: the caller scales the query."""
     return build_function(_all_keys, _values("QKV"), domain=DOMAIN, name=ATTENTION, **_signature(DECOMPOSABLE, opset))
+
+
+def masked_trt_attention(opset: int) -> ir.Function:
+    """Make (query [B, H, S, D], key [B, KV, N, D], value [B, KV, N, D], mask [B, 1, S, N] bool) -> [B, H, S, D], called
+    with DECOMPOSABLE.
+
+    A query reads the keys whose mask is true. The function does not scale scores: the caller scales the query."""
+    inputs = _values(("Q", "K", "V", "attn_mask"))
+    signature = _signature(DECOMPOSABLE, opset)
+    return build_function(_masked_keys, inputs, domain=MASKED_DOMAIN, name=ATTENTION, **signature)
 
 
 def causal_trt_attention(opset: int) -> ir.Function:
@@ -58,6 +69,10 @@ def _signature(attributes: dict[str, str | int], opset: int) -> dict[str, Any]:
 
 def _all_keys(op: Any, query: ir.Value, key: ir.Value, value: ir.Value) -> ir.Value:
     return op.Attention(query, key, value, scale=1.0)
+
+
+def _masked_keys(op: Any, query: ir.Value, key: ir.Value, value: ir.Value, mask: ir.Value) -> ir.Value:
+    return op.Attention(query, key, value, mask, scale=1.0)
 
 
 def _used_keys(
