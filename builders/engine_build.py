@@ -5,8 +5,9 @@ A backend implements the steps in which backends differ (`BuildSteps`).
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +27,7 @@ from nvlm_trt.evaluation.samples import Sample
 from nvlm_trt.model.precision import components_of, needs_calibration, quantised_components
 from nvlm_trt.planner.memory import plan_engine
 from nvlm_trt.progress import Progress, no_progress
+from nvlm_trt.staging import temporary_sibling
 
 CALIBRATION_SAMPLES = 128  # drawn from the document tasks
 SMOOTHQUANT_ALPHA = 0.5
@@ -64,6 +66,8 @@ class BuildSteps(Protocol):
     """Lists the steps of a build that each backend implements."""
 
     tools: Sequence[str]  # packages whose versions the manifest lists
+    # writes the engines that are tried and judged where this machine cannot run the engine itself; None: it can
+    trial: BuildSteps | None
     fold_fp8: bool  # True: write fp8 weights in the form that ONNX Runtime folds into constants
 
     def unquantised(self, precisions: Precisions) -> str:
@@ -102,29 +106,31 @@ def build_engine(
     spec = find_backend(backend)
     chosen = spec.precisions.parse(precision)
     all_options = {**spec.build_options, **(options or {})}
-    spec.check_options(all_options)
+    spec.check_options(all_options, chosen)
     spec.probe()
     progress = progress or no_progress
     quantization = quantization or QuantizationOptions(gate=None)
     with publish(output, overwrite) as staging:
         source = EngineSource(checkpoint_dir, overrides or {})
         precisions = {name: chosen[name] for name in components_of(source.config)}
-        trial = SmokeTest(source.prompts, source.limits, source.config)
+        smoke = SmokeTest(source.prompts, source.limits, source.config)
         spec.check_limits(source.config, source.limits, precisions)
         steps = spec.build(BuildJob(source, all_options, staging, progress))
         builder = _Builder(spec, source, steps, quantization, progress)
         is_quantised = bool(quantised_components(precisions))
         gate = None
         if quantization.gate and is_quantised:
-            gate = AccuracyGate(quantization.gate, builder.write, staging, progress, steps.unquantised(precisions))
+            unquantised = steps.unquantised(precisions)
+            gate = AccuracyGate(quantization.gate, builder.write_trial, staging, progress, unquantised)
         manifest = builder.write(precisions, staging)
-        if smoke_test:
-            progress("smoke test", 0, 1)
-            builder.try_out(trial, staging, precisions)
-            progress("smoke test", 1, 1)
-        if is_quantised:
-            manifest.accuracy_gate = gate.check(staging, precisions) if gate else NOT_MEASURED
-            save_manifest(staging, manifest)
+        with builder.trial_engine(precisions, staging, wanted=smoke_test or gate is not None) as directory:
+            if smoke_test:
+                progress("smoke test", 0, 1)
+                builder.try_out(smoke, directory, precisions)
+                progress("smoke test", 1, 1)
+            if is_quantised:
+                manifest.accuracy_gate = gate.check(directory, precisions) if gate else NOT_MEASURED
+        save_manifest(staging, manifest)
     return Engine.open(output)
 
 
@@ -140,13 +146,32 @@ class _Builder:
 
     def write(self, chosen: Precisions, directory: Path) -> Manifest:
         """Write an engine into an empty directory."""
+        return self._write(chosen, directory, self.steps)
+
+    def write_trial(self, chosen: Precisions, directory: Path) -> Manifest:
+        """Write an engine that this machine can run into an empty directory."""
+        return self._write(chosen, directory, self.steps.trial or self.steps)
+
+    @contextlib.contextmanager
+    def trial_engine(self, precisions: Precisions, built: Path, wanted: bool) -> Iterator[Path]:
+        """Yield the directory of an engine to try: `built`, or an engine in its place for as long as the context lasts.
+
+        `wanted` False: nothing will be tried, so nothing is written."""
+        if self.steps.trial is None or not wanted:
+            yield built
+            return
+        with temporary_sibling(built) as directory:
+            self.write_trial(precisions, directory)
+            yield directory
+
+    def _write(self, chosen: Precisions, directory: Path, steps: BuildSteps) -> Manifest:
         precisions = {name: chosen[name] for name in components_of(self.source.config)}
         recipe = self._recipe(precisions, directory)
-        return write_engine(self.source, directory, recipe, self.spec.name, self.steps.tools, self.steps.write_stages)
+        return write_engine(self.source, directory, recipe, self.spec.name, steps.tools, steps.write_stages)
 
-    def try_out(self, trial: SmokeTest, directory: Path, precisions: Precisions) -> None:
+    def try_out(self, smoke: SmokeTest, directory: Path, precisions: Precisions) -> None:
         try:
-            trial.run(Engine.open(directory))
+            smoke.run(Engine.open(directory))
         except DeviceMemoryError as error:
             source = self.source
             planned = plan_engine(source.config, source.limits, precisions, self.spec, source.prompts.tag_length)

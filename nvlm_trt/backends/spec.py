@@ -71,7 +71,7 @@ class BackendSpec:
     open: Callable[[Engine, Collection[str], OpenOptions], StepBackend] | None = None  # loads some of STAGES
     open_generator: Callable[[Engine, OpenOptions, GeneratorOptions], TextGenerator] | None = None
     build_options: Mapping[str, Any] = field(default_factory=dict)  # option of `nvlm-trt build` -> its default
-    # both raise EngineError for a combination of options, or of limits and precisions, that the backend cannot build
-    check_options: Callable[[Mapping[str, Any]], None] = lambda options: None
+    # both raise EngineError for options, or limits, that the backend cannot build in the chosen precisions
+    check_options: Callable[[Mapping[str, Any], Mapping[str, str]], None] = lambda options, chosen: None
     check_limits: Callable[[NvlmConfig, EngineLimits, Mapping[str, str]], None] = lambda config, limits, chosen: None
     placement: Callable[[Engine], TritonPlacement] = lambda engine: TritonPlacement()

@@ -15,6 +15,7 @@ DEFAULT_BACKEND = "onnxruntime"
 _ROOMS = {
     "onnxruntime": "nvlm_trt.backends.onnxruntime",
     "tensorrt": "nvlm_trt.backends.tensorrt",
+    "tensorrt-rtx": "nvlm_trt.backends.tensorrt_rtx",
 }
 _added: dict[str, BackendSpec] = {}
 

@@ -21,7 +21,7 @@ from nvlm_trt.backends.base import BackendArray, FloatArray, ImageFeatures, IntA
 from nvlm_trt.backends.opening import open_backend
 from nvlm_trt.backends.spec import BackendSpec, MemoryModel, OpenOptions, TritonPlacement
 from nvlm_trt.backends.table import added_backend, backend_names, find_backend
-from nvlm_trt.builders.engine_build import BuildJob, build_engine
+from nvlm_trt.builders.engine_build import BuildJob, BuildSteps, build_engine
 from nvlm_trt.builders.quantization.calibration import Calibration
 from nvlm_trt.builders.quantization.formats import Recipe
 from nvlm_trt.engine import Engine, save_manifest
@@ -103,6 +103,7 @@ class AbacusSteps:
 
     tools: Sequence[str] = ("numpy",)
     fold_fp8 = False
+    trial: BuildSteps | None = None
 
     def __init__(self, job: BuildJob) -> None:
         self._job = job

@@ -155,7 +155,7 @@ class OnnxRuntimeBackend(ClosedOnExit):
         self.limits.check_sequence(int(positions.max()) + tokens)
         inputs: dict[str, npt.NDArray[Any]] = {
             "input_ids": np.ascontiguousarray(input_ids, np.int64),
-            "image_tokens": host_array(embeddings),
+            "image_tokens": self._rows(embeddings),
             "write_indices": np.ascontiguousarray(positions, np.int64),
             "logit_index": np.full(batch, tokens - 1, np.int64),
         }
@@ -166,6 +166,10 @@ class OnnxRuntimeBackend(ClosedOnExit):
             bind_input(binding, name, array)
         self._run("decoder", binding)
         return self._logits[first_slot : first_slot + batch]
+
+    def _rows(self, embeddings: BackendArray) -> FloatArray:
+        """Return the decoder's input image_tokens for embeddings [M, hidden]."""
+        return host_array(embeddings)
 
     # --- sessions and buffers ----------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from nvlm_trt.backends.onnxruntime import NAME
 from nvlm_trt.backends.onnxruntime.observing import observe
-from nvlm_trt.builders.engine_build import BuildJob, write_engine
+from nvlm_trt.builders.engine_build import BuildJob, BuildSteps, write_engine
 from nvlm_trt.builders.graphs.cross_kv import cross_kv_graph
 from nvlm_trt.builders.graphs.decoder import decoder_graph
 from nvlm_trt.builders.graphs.self_attention import GroupQueryAttention
@@ -33,6 +33,7 @@ class OnnxRuntimeSteps:
 
     tools: Sequence[str] = _TOOLS
     fold_fp8 = True
+    trial: BuildSteps | None = None
 
     def __init__(self, job: BuildJob) -> None:
         self._job = job

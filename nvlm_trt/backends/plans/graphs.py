@@ -6,6 +6,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from nvlm_trt.builders.graphs.cross_attention import CrossAttention, GatedFunction
 from nvlm_trt.builders.graphs.cross_kv import cross_kv_graph
 from nvlm_trt.builders.graphs.decoder import decoder_graph
 from nvlm_trt.builders.graphs.self_attention import TensorRtAttention
@@ -22,7 +23,12 @@ DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.Dat
 
 
 def write_graphs(
-    source: EngineSource, recipe: Recipe, dtype_name: str, directory: Path, progress: Progress
+    source: EngineSource,
+    recipe: Recipe,
+    dtype_name: str,
+    directory: Path,
+    progress: Progress,
+    cross_attention: type[CrossAttention] = GatedFunction,
 ) -> dict[str, Path]:
     """Write one ONNX file per stage in TensorRT's form, weights beside it. Return stage -> file.
 
@@ -34,7 +40,9 @@ def write_graphs(
         graphs = {"vision_encoder": vision_encoder_graph(config, weights, linear, tensorrt_vision_attention, dtype)}
         if config.cross_layers:
             graphs["cross_kv"] = cross_kv_graph(config, weights, source.tag_embeddings(checkpoint), linear, dtype)
-        graphs["decoder"] = decoder_graph(config, weights, source.limits, linear, TensorRtAttention, dtype=dtype)
+        graphs["decoder"] = decoder_graph(
+            config, weights, source.limits, linear, TensorRtAttention, cross_attention, dtype=dtype
+        )
         checkpoint.finish()
         for stage, model in graphs.items():
             save_model(model, directory / f"{stage}.onnx", progress)

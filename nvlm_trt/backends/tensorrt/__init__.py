@@ -45,7 +45,7 @@ def _probe() -> str:
     return f"TensorRT {target.tensorrt} on {target.gpu}"
 
 
-def _check_options(options: Mapping[str, Any]) -> None:
+def _check_options(options: Mapping[str, Any], precisions: Mapping[str, str]) -> None:
     from nvlm_trt.backends.tensorrt.options import PlanOptions
 
     PlanOptions(**options)

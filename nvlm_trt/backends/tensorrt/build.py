@@ -18,7 +18,7 @@ from nvlm_trt.backends.tensorrt.options import PlanOptions
 from nvlm_trt.backends.tensorrt.plan import build_plan
 from nvlm_trt.backends.tensorrt.record import TensorRtRecord
 from nvlm_trt.backends.tensorrt.target import Target, find_target
-from nvlm_trt.builders.engine_build import BuildJob
+from nvlm_trt.builders.engine_build import BuildJob, BuildSteps
 from nvlm_trt.builders.quantization.calibration import Calibration
 from nvlm_trt.builders.quantization.formats import Recipe
 from nvlm_trt.errors import EngineError
@@ -42,6 +42,7 @@ class TensorRtSteps:
 
     tools: Sequence[str] = ("onnx", "onnx-ir", "onnxscript", "polygraphy")
     fold_fp8 = False
+    trial: BuildSteps | None = None
 
     def __init__(self, job: BuildJob) -> None:
         self._job = job
