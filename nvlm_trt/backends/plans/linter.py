@@ -2,7 +2,7 @@
 
 The parser builds the parts of a graph that it knows and silently drops the rest: it never reads nonpad_kv_seqlen. It
 aligns is_causal to the upper left corner, and inlines a plugin's node wherever it does not look for plugins
-(onnx-tensorrt 10.14 to 11.1).
+(onnx-tensorrt 10.14 to 11.1). A plan whose shapes depend on values cannot be recorded as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
+from nvlm_trt.backends.tensorrt.value_shapes import Functions, value_shapes
 from nvlm_trt.builders.graphs.tensorrt_functions import ATTENTION, CACHE_UPDATE
 from nvlm_trt.errors import EngineError
 from nvlm_trt.plugins.gated_cross_attention.onnx_function import NAME, PLUGIN_ATTRIBUTES
@@ -22,7 +23,6 @@ from nvlm_trt.plugins.gated_cross_attention.onnx_function import NAME, PLUGIN_AT
 _BUILT_IN = (ATTENTION, CACHE_UPDATE)  # the parser knows these operators and ignores the bodies of their functions
 _PLUGINS = (NAME,)
 _FORBIDDEN_NAMESPACES = ("", "trt", "tensorrt", "std")  # tensorrt.plugin refuses these
-_DATA_DEPENDENT = ("NonZero", "Unique", "NonMaxSuppression", "Compress")
 _STANDARD_DOMAINS = ("", "ai.onnx")
 
 
@@ -38,34 +38,41 @@ class Finding:
         return f"{self.node}: {self.problem}; {self.remedy}"
 
 
-def check_graph(path: Path) -> None:
+def check_graph(path: Path, plugins: bool = True) -> None:
     """Raise EngineError with the first finding in the ONNX file `path`. Does not read the weights."""
-    findings = lint(onnx.load(path, load_external_data=False), path.parent)
+    findings = lint(onnx.load(path, load_external_data=False), path.parent, plugins)
     if findings:
         more = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
         raise EngineError(f"{path.name} is not what TensorRT would build: {findings[0]}{more}")
 
 
-def lint(model: ModelProto, directory: Path | str = "") -> list[Finding]:
-    """Return every finding in the order of the nodes, also in branches and in functions that TensorRT inlines.
+def lint(model: ModelProto, directory: Path | str = "", plugins: bool = True) -> list[Finding]:
+    """Return every finding, also in branches and in functions that TensorRT inlines: of each node by itself, then of
+    the shapes that depend on values.
 
-    `directory` holds the model's external data, from which zero points are read."""
-    functions = {(f.domain, f.name): f for f in model.functions if f.name not in (*_BUILT_IN, *_PLUGINS)}
+    `directory` holds the model's external data, from which zero points are read. `plugins`: whether TensorRT has the
+    plugins; if not, it inlines their functions."""
+    opaque = (*_BUILT_IN, *_PLUGINS) if plugins else _BUILT_IN
+    functions = {(f.domain, f.name): f for f in model.functions if f.name not in opaque}
     inferred = onnx.shape_inference.infer_shapes(model)
-    return list(_Scope(inferred.graph, functions, str(directory)).findings())
+    of_nodes = _Scope(inferred.graph, _Walk(functions, str(directory), plugins)).findings()
+    return [*of_nodes, *(Finding(*problem) for problem in value_shapes(model.graph, functions))]
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """What all scopes of one model share."""
+
+    functions: Functions
+    directory: str
+    plugins: bool
 
 
 class _Scope:
     """The nodes of one graph, branch or function body, and the values that its names stand for."""
 
-    def __init__(
-        self,
-        body: GraphProto | FunctionProto,
-        functions: Mapping[tuple[str, str], FunctionProto],
-        directory: str,
-        outer: _Scope | None = None,
-    ) -> None:
-        self.body, self.functions, self.directory, self.outer = body, functions, directory, outer
+    def __init__(self, body: GraphProto | FunctionProto, walk: _Walk, outer: _Scope | None = None) -> None:
+        self.body, self.walk, self.outer = body, walk, outer
         is_graph = isinstance(body, GraphProto)
         self.initializers = {tensor.name: tensor for tensor in body.initializer} if is_graph else {}
         self.values = {v.name: v for v in (*body.input, *body.value_info, *body.output)} if is_graph else {}
@@ -79,10 +86,10 @@ class _Scope:
             for attribute in node.attribute:
                 for graph in (attribute.g, *attribute.graphs):
                     if graph.node:
-                        yield from _Scope(graph, self.functions, self.directory, self).findings()
-            function = self.functions.get((node.domain, node.op_type))
+                        yield from _Scope(graph, self.walk, self).findings()
+            function = self.walk.functions.get((node.domain, node.op_type))
             if function:
-                yield from _Scope(function, self.functions, self.directory, self).findings()
+                yield from _Scope(function, self.walk, self).findings()
 
     def check(self, node: NodeProto) -> Iterator[Finding]:
         where = node.name or f"the node of {node.output[0]}"
@@ -104,7 +111,7 @@ class _Scope:
         """Yield (problem, remedy) of one node."""
         kind = node.op_type
         if kind in _PLUGINS or "plugin_namespace" in attributes:
-            yield from self._plugin(kind, attributes)
+            yield from self._plugin(node, attributes)
         elif kind == ATTENTION:
             yield from self._trt_attention(attributes, inputs)
         elif kind == CACHE_UPDATE or (kind == "TensorScatter" and node.domain in _STANDARD_DOMAINS):
@@ -120,15 +127,15 @@ class _Scope:
         elif kind in ("MatMul", "Gemm"):
             for name in inputs[:2]:
                 yield from self._operand(name)
-        elif kind in _DATA_DEPENDENT:
-            yield (
-                f"the shape of {kind}'s output depends on values, which no CUDA graph records",
-                "compute positions instead, as the decoder does with CumSum",
-            )
 
     # --- one rule each -----------------------------------------------------------------------------------------------
 
-    def _plugin(self, kind: str, attributes: Mapping[str, object]) -> Iterator[tuple[str, str]]:
+    def _plugin(self, node: NodeProto, attributes: Mapping[str, object]) -> Iterator[tuple[str, str]]:
+        kind = node.op_type
+        if not self.walk.plugins:
+            if (node.domain, kind) not in self.walk.functions:
+                yield f"plugin {kind} is not available and has no function", "build the graph in a form without plugins"
+            return
         if self.outer is not None:
             yield f"plugin {kind} in a branch or function is inlined, not taken", "put the node into the main graph"
         for name in ("plugin_namespace", "plugin_version"):
@@ -241,4 +248,4 @@ class _Scope:
             tensor = next((attribute.t for attribute in producer.attribute if attribute.name == "value"), None)
         if tensor is None:
             return self.outer.constant_of(name) if self.outer else None
-        return numpy_helper.to_array(tensor, self.directory)
+        return numpy_helper.to_array(tensor, self.walk.directory)

@@ -77,6 +77,9 @@ def test_is_valid_strongly_typed_and_passes_the_linter(
         onnx.checker.check_model(proto, full_check=True)
         inferred = onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True).graph
         assert lint(proto) == []
+        without_plugins = lint(proto, plugins=False)
+        assert bool(without_plugins) == any(node.op_type == "GatedCrossAttention" for node in proto.graph.node)
+        assert all(" in " in str(finding) and "depends on the value" in str(finding) for finding in without_plugins)
         types = {value.name: value.type.tensor_type.elem_type for value in (*inferred.input, *inferred.output)}
         integers = {"input_ids", "write_indices", "logit_index", "cross_ranges"}
         for name, kind in types.items():
