@@ -68,8 +68,15 @@ def build(
     ] = False,
     weight_streaming: Annotated[
         bool,
-        typer.Option("--weight-streaming", help="tensorrt: weights that do not fit on the GPU stay in host memory."),
+        typer.Option(
+            "--weight-streaming",
+            help="tensorrt, tensorrt-rtx: weights that do not fit on the GPU stay in host memory.",
+        ),
     ] = False,
+    target: Annotated[
+        str | None,
+        typer.Option(help="tensorrt-rtx: GPUs that the plans run on, such as sm86,sm89,sm120 [8.0 and later]."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing directory of that name.")] = False,
 ) -> None:
     """Build an engine from a checkpoint, generate a few tokens with it, and publish it.
@@ -80,7 +87,7 @@ def build(
     """
     spec = find_backend(backend)
     precisions = spec.precisions.parse(precision)
-    options = {"strip_weights": strip_weights, "weight_streaming": weight_streaming}
+    options = {"strip_weights": strip_weights, "weight_streaming": weight_streaming, "target": target}
     for name, given in options.items():
         if given and name not in spec.build_options:
             owners = " and ".join(other for other in backend_names() if name in find_backend(other).build_options)

@@ -16,9 +16,11 @@ PRODUCT = ("nvlm_trt", "builders", "plugins", "triton_repo")
 
 
 def modules_outside_rooms() -> Iterator[Path]:
+    rooms = [ROOT / "nvlm_trt" / "backends" / name.replace("-", "_") for name in backend_names()]
+    assert all(room.is_dir() for room in rooms)
     for folder in PRODUCT:
         for path in sorted((ROOT / folder).rglob("*.py")):
-            if not any(path.is_relative_to(ROOT / "nvlm_trt" / "backends" / name) for name in backend_names()):
+            if not any(path.is_relative_to(room) for room in rooms):
                 yield path
 
 

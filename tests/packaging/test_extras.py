@@ -90,7 +90,7 @@ def test_extras_are_those_of_the_package() -> None:
     for extra, modules in EXTRAS.items():
         packages = [re.split(r"[<>=; ]", requirement)[0] for requirement in extras[extra]]
         assert [package.replace("-", "_") for package in packages] == list(modules)
-    assert extras["test"][0] == "nvlm-trt[build,eval,bench,reference,tensorrt]"
+    assert extras["test"][0] == "nvlm-trt[build,eval,bench,reference,tensorrt,tensorrt-rtx]"
 
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
-from nvlm_trt.backends.tensorrt.value_shapes import Functions, value_shapes
+from nvlm_trt.backends.plans.value_shapes import Functions, value_shapes
 from nvlm_trt.builders.graphs.tensorrt_functions import ATTENTION, CACHE_UPDATE
 from nvlm_trt.errors import EngineError
 from nvlm_trt.plugins.gated_cross_attention.onnx_function import NAME, PLUGIN_ATTRIBUTES

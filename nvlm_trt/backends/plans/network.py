@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -32,36 +33,29 @@ def stream_writer(trt: Any, file: Any) -> Any:
     return StreamWriter()
 
 
-def error_recorder(trt: Any) -> Any:
-    """Return an IErrorRecorder with the list `errors` of (code, text)."""
+@functools.cache
+def error_log(trt: Any) -> Any:
+    """Return the ILogger of this process, with the list `errors` of messages; clear the list before a build.
 
-    class ErrorRecorder(trt.IErrorRecorder):
-        """Keeps the errors that TensorRT would only log."""
+    NVIDIA's libraries keep the first logger of a process. An IErrorRecorder written in Python, which would give error
+    codes too, crashes the process when its builder is freed (seen with TensorRT-RTX 1.7.1)."""
 
+    class ErrorLog(trt.ILogger):
         def __init__(self) -> None:
             super().__init__()
-            self.errors: list[tuple[Any, str]] = []
+            self.errors: list[str] = []
 
-        def report_error(self, code: Any, description: str) -> bool:
-            self.errors.append((code, description))
-            return False
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                self.errors.append(one_line(message))
 
-        def num_errors(self) -> int:
-            return len(self.errors)
+    return ErrorLog()
 
-        def get_error_code(self, index: int) -> Any:
-            return self.errors[index][0]
 
-        def get_error_desc(self, index: int) -> str:
-            return self.errors[index][1]
-
-        def has_overflowed(self) -> bool:
-            return False
-
-        def clear(self) -> None:
-            self.errors.clear()
-
-    return ErrorRecorder()
+def is_out_of_memory(error: str) -> bool:
+    """Return whether a logged error says that memory does not suffice."""
+    text = error.lower().replace(" ", "")
+    return any(words in text for words in ("outofmemory", "bad_alloc", "couldnotbeallocated", "failedtoallocate"))
 
 
 def one_line(error: object) -> str:

@@ -19,6 +19,7 @@ from nvlm_trt.backends.tensorrt.plan import build_plan
 from nvlm_trt.backends.tensorrt.record import TensorRtRecord
 from nvlm_trt.backends.tensorrt.target import Target, find_target
 from nvlm_trt.builders.engine_build import BuildJob, BuildSteps
+from nvlm_trt.builders.graphs.cross_attention import CrossAttention, GatedFunction, MaskedAttention
 from nvlm_trt.builders.quantization.calibration import Calibration
 from nvlm_trt.builders.quantization.formats import Recipe
 from nvlm_trt.errors import EngineError
@@ -58,18 +59,19 @@ class TensorRtSteps:
 
     def write_stages(self, directory: Path, recipe: Recipe) -> dict[str, Any] | None:
         source, dtype = self._job.source, floating_type(recipe.precisions)
-        if source.config.cross_layers:
-            _register_plugin(source.config, self._target)
-        self._write_plans(recipe, dtype, directory)
-        return self._record(dtype).model_dump()
+        plugin = takes_plugin(source.config)
+        if plugin:
+            _register_plugin(self._target)
+        self._write_plans(recipe, dtype, directory, GatedFunction if plugin else MaskedAttention)
+        return self._record(dtype, PLUGIN if plugin else None).model_dump()
 
-    def _write_plans(self, recipe: Recipe, dtype: str, directory: Path) -> None:
+    def _write_plans(self, recipe: Recipe, dtype: str, directory: Path, cross_attention: type[CrossAttention]) -> None:
         source, progress = self._job.source, self._job.progress
         expected = plan_engine(source.config, source.limits, recipe.precisions, SPEC, source.prompts.tag_length).stages
         with temporary_sibling(directory) as work:
             # loading a stripped plan refits it from its graph, so the graph stays beside the plan
             beside = directory if self._options.strip_weights else work
-            graphs = write_graphs(source, recipe, dtype, beside, progress)
+            graphs = write_graphs(source, recipe, dtype, beside, progress, cross_attention)
             cache = timing_cache_path(self._target)
             for done, (stage, graph) in enumerate(graphs.items()):
                 progress(f"building {stage}", done, len(graphs))
@@ -77,14 +79,14 @@ class TensorRtSteps:
                 build_plan(graph, plan, self._profiles[stage], self._options, cache, expected[stage])
             progress("building", len(graphs), len(graphs))
 
-    def _record(self, dtype: str) -> TensorRtRecord:
+    def _record(self, dtype: str, plugin: str | None) -> TensorRtRecord:
         return TensorRtRecord(
             version=self._target.tensorrt,
             capability=self._target.capability,
             gpu=self._target.gpu,
             container=self._target.container,
             dtype=dtype,
-            plugin=PLUGIN,
+            plugin=plugin,
             aliased=aliases(self._job.source.config),
             profiles=self._profiles,
             stripped=self._options.strip_weights,
@@ -92,12 +94,13 @@ class TensorRtSteps:
         )
 
 
-def _register_plugin(config: NvlmConfig, target: Target) -> None:
-    if config.llm.head_dim not in HEAD_DIMS:
-        raise EngineError(
-            f"the plugin for TensorRT has heads of {', '.join(map(str, HEAD_DIMS))}, this model's have "
-            f"{config.llm.head_dim}; build it with --backend onnxruntime"
-        )
+def takes_plugin(config: NvlmConfig) -> bool:
+    """Return whether the plugin computes the model's cross-attention. For heads of other sizes, TensorRT's own masked
+    attention does, over the whole cache."""
+    return bool(config.cross_layers) and config.llm.head_dim in HEAD_DIMS
+
+
+def _register_plugin(target: Target) -> None:
     try:
         register_plugin(target.capability)
     except ImportError as error:

@@ -10,7 +10,7 @@ from typing import Any
 import onnx
 
 from nvlm_trt.backends.plans.linter import check_graph
-from nvlm_trt.backends.plans.network import error_recorder, one_line, parse, stream_writer
+from nvlm_trt.backends.plans.network import error_log, is_out_of_memory, one_line, parse, stream_writer
 from nvlm_trt.backends.plans.profiles import Profile
 from nvlm_trt.backends.tensorrt.options import PlanOptions
 from nvlm_trt.backends.tensorrt.target import import_tensorrt
@@ -34,7 +34,7 @@ def build_plan(
     trt = import_tensorrt()
     check_graph(graph)
     try:
-        from polygraphy.backend.trt import CreateConfig, CreateNetwork, get_trt_logger
+        from polygraphy.backend.trt import CreateConfig
         from polygraphy.backend.trt import Profile as PolygraphyProfile
         from polygraphy.exception import PolygraphyException
         from polygraphy.logger import G_LOGGER
@@ -43,11 +43,12 @@ def build_plan(
 
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL):  # our own errors say all that matters
         try:
-            trt.init_libnvinfer_plugins(get_trt_logger(), "")
-            builder, network = CreateNetwork(strongly_typed=True)()
-            errors = error_recorder(trt)
-            builder.error_recorder = errors
-            parse(trt.OnnxParser(network, get_trt_logger()), graph, "check that TensorRT is 11.0 or later")
+            logger = error_log(trt)
+            logger.errors.clear()
+            trt.init_libnvinfer_plugins(logger, "")
+            builder = trt.Builder(logger)
+            network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+            parse(trt.OnnxParser(network, logger), graph, "check that TensorRT is 11.0 or later")
             _check_plugins(network, graph, trt)
             configure = CreateConfig(
                 profiles=[_fill(PolygraphyProfile(), profile) for profile in profiles],
@@ -64,7 +65,7 @@ def build_plan(
         with plan.open("wb") as file:
             built = builder.build_serialized_network_to_stream(network, config, stream_writer(trt, file))
         if not built:
-            raise EngineError(f"{graph.name} could not be built{_explain(expected, errors, trt)}")
+            raise EngineError(f"{graph.name} could not be built{_explain(expected, logger.errors)}")
         if timing_cache:
             _save_timing_cache(config, timing_cache)
 
@@ -90,15 +91,14 @@ def _fill(target: Any, profile: Profile) -> Any:
     return target
 
 
-def _explain(expected: StageMemory, recorder: Any, trt: Any) -> str:
+def _explain(expected: StageMemory, errors: Sequence[str]) -> str:
     """Return the end of the message `could not be built`: the expected memory, or TensorRT's first error."""
-    out_of_memory = (trt.ErrorCodeTRT.FAILED_ALLOCATION,)
-    if any(code in out_of_memory or "out of memory" in text.lower() for code, text in recorder.errors):
+    if any(map(is_out_of_memory, errors)):
         return (
             f": out of memory. The plan was expected to take {expected} on the GPU, and trying kernels takes more; "
             "free the GPU, choose smaller --max-slots or --max-seq-len, or try --weight-streaming"
         )
-    return f": {one_line(recorder.errors[0][1])}" if recorder.errors else "; run it with --debug for TensorRT's log"
+    return f": {errors[0]}" if errors else "; run it with --debug for TensorRT's log"
 
 
 def _save_timing_cache(config: Any, path: Path) -> None:

@@ -13,7 +13,7 @@ class TensorRtRecord(PlanRecord):
     capability: int  # compute capability of the GPU: 90 for 9.0
     gpu: str
     container: str  # a container with this TensorRT
-    plugin: str  # name and version of the plugin for cross-attention
+    plugin: str | None  # name and version of the plugin for cross-attention; None: the decoder has no plugin
     stripped: bool = False  # True: the weights are in the ONNX files beside the plans
 
 

@@ -1,4 +1,4 @@
-"""Describes the backend TensorRT-RTX: plans for RTX GPUs, built by pip packages alone on a machine with or without a GPU."""
+"""Describes the backend TensorRT-RTX: plans for RTX GPUs, built from pip packages, with or without a GPU."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ class RtxSteps:
             for done, (stage, graph) in enumerate(graphs.items()):
                 progress(f"building {stage}", done, len(graphs))
                 plan = directory / f"{stage}.plan"
-                fuse = stage != "cross_kv" and dtype != "fp32"  # neither has an attention kernel that could be fused
+                fuse = dtype != "fp32"  # float32 has no fused kernel
                 fused[stage] = build_plan(
                     graph, plan, self._profiles[stage], self._options, fuse, expected.host_building
                 )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from nvlm_trt.backends.plans.linter import check_graph
-from nvlm_trt.backends.plans.network import error_recorder, one_line, parse, stream_writer
+from nvlm_trt.backends.plans.network import error_log, is_out_of_memory, parse, stream_writer
 from nvlm_trt.backends.plans.profiles import Profile
 from nvlm_trt.backends.tensorrt_rtx.options import RtxOptions
 from nvlm_trt.backends.tensorrt_rtx.target import import_rtx, names_of, set_targets
@@ -30,18 +29,19 @@ def build_plan(
         return True
     failure = _build(trt, graph, plan, profiles, options, fused=False)
     if failure:
-        raise EngineError(f"{graph.name} could not be built for {names_of(options.targets)}{_explain(failure, expected)}")
+        raise EngineError(
+            f"{graph.name} could not be built for {names_of(options.targets)}{_explain(failure, expected)}"
+        )
     return False
 
 
 def _build(
     trt: Any, graph: Path, plan: Path, profiles: Sequence[Profile], options: RtxOptions, fused: bool
-) -> list[tuple[str, str]]:
-    """Build once. Return the errors, code and text, of a build that failed, and nothing if the plan is written."""
-    logger = _logger(trt)
+) -> list[str]:
+    """Build once. Return the errors of a build that failed, and nothing if the plan is written."""
+    logger = error_log(trt)
+    logger.errors.clear()
     builder = trt.Builder(logger)
-    errors = error_recorder(trt)
-    builder.error_recorder = errors
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
     parse(parser, graph, "this is a fault of nvlm-trt; build it with --backend onnxruntime meanwhile")
@@ -59,9 +59,7 @@ def _build(
         config.add_optimization_profile(made)
     with plan.open("wb") as file:
         built = builder.build_serialized_network_to_stream(network, config, stream_writer(trt, file))
-    if built:
-        return []
-    return [(code.name, one_line(text)) for code, text in errors.errors] or [("", "it gives no reason")]
+    return [] if built else list(logger.errors) or ["TensorRT-RTX gives no reason"]
 
 
 def attentions(trt: Any, network: Any) -> Iterator[Any]:
@@ -75,22 +73,11 @@ def attentions(trt: Any, network: Any) -> Iterator[Any]:
             yield layer.attention
 
 
-@functools.cache
-def _logger(trt: Any) -> Any:
-    """Return the logger of this process: TensorRT-RTX takes one. Errors reach us through the recorder and the parser."""
-
-    class Quiet(trt.ILogger):
-        def log(self, severity: Any, message: str) -> None: ...
-
-    return Quiet()
-
-
-def _explain(failure: Sequence[tuple[str, str]], expected: int) -> str:
+def _explain(failure: Sequence[str], expected: int) -> str:
     """Return the end of the message `could not be built`: the expected memory, or TensorRT-RTX's first error."""
-    for code, text in failure:
-        if code == "FAILED_ALLOCATION" or "out of memory" in text.lower() or "bad_alloc" in text:
-            return (
-                f": out of memory. The build was expected to take {expected / 1e9:.2f} GB of host memory; free memory, "
-                "or choose a --precision with smaller weights"
-            )
-    return f": {failure[0][1]}"
+    if any(map(is_out_of_memory, failure)):
+        return (
+            f": out of memory. The build was expected to take {expected / 1e9:.2f} GB of host memory; free memory, or "
+            "choose a --precision with smaller weights"
+        )
+    return f": {failure[0]}"

@@ -1,4 +1,4 @@
-"""Loads plans of TensorRT-RTX: asks first whether a plan runs here, and keeps the kernels that it compiles on first use.
+"""Loads plans of TensorRT-RTX: asks first whether a plan runs here, and keeps the kernels that its first run compiles.
 
 Nothing here has run on a GPU (docs/tensorrt.md).
 """
@@ -22,7 +22,7 @@ class RtxRuntime:
     """Implements `PlanRuntime` for one engine.
 
     TensorRT-RTX compiles kernels when a plan first runs (JIT). A runtime cache for each plan keeps them in the user's
-    cache folder; TensorRT-RTX itself refuses a cache of another GPU, version or older driver, which is then made anew."""
+    cache folder. TensorRT-RTX refuses a cache of another GPU, version or newer driver, and `close` then replaces it."""
 
     def __init__(self, engine: Engine, record: RtxRecord, device: str) -> None:
         """Raises EngineError without TensorRT-RTX or a GPU, and for an engine of another version."""

@@ -1,8 +1,8 @@
 """Finds TensorRT-RTX, names the GPUs that plans are built for, and says which precisions a GPU lacks.
 
 A plan runs on one version of TensorRT-RTX only, and on the GPUs among its targets. Without targets, plans run on
-compute capability 8.0, 8.6, 8.9, 12.0 and 12.1, if the GPU has the plan's precisions (the support matrix of TensorRT-RTX
-1.5 and the header of the plans).
+compute capability 8.0, 8.6, 8.9, 12.0 and 12.1, if the GPU has the plan's precisions (the support matrix of
+TensorRT-RTX 1.5 and the header of the plans).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def check_precisions(targets: Sequence[str], precisions: Mapping[str, str]) -> N
         lacking = [target for target in targets if target in _WITHOUT.get(precision, ())]
         if lacking:
             raise EngineError(
-                f"--target {lacking[0]}: GPUs of compute capability {dotted(lacking[0])} do not compute in {precision}; "
+                f"--target {lacking[0]}: GPUs of compute capability {dotted(lacking[0])} have no {precision}; "
                 "leave the target out, or choose another --precision"
             )
 

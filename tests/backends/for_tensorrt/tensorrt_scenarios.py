@@ -33,15 +33,15 @@ def build_with_limits(checkpoint: Path, output: Path, limits: dict[str, int], pr
         build_engine(checkpoint, output, limits, precision=precision, backend="tensorrt")
 
 
-def build_for_a_plugin_of_wider_heads(checkpoint: Path, output: Path) -> None:
-    with Machine().patched(output.parent / "cache"), pytest.MonkeyPatch.context() as patch:
+def ask_with_a_plugin_of_wider_heads(checkpoint: Path, output: Path, steps: dict[str, Any]) -> dict[str, np.ndarray]:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tensorrt_engine, "HEAD_DIMS", (64, 128))
-        build_engine(checkpoint, output, LIMITS, precision="fp32", backend="tensorrt")
+        return ask(checkpoint, output, steps)
 
 
-def fail_to_build(checkpoint: Path, output: Path, code: str, text: str) -> None:
+def fail_to_build(checkpoint: Path, output: Path, text: str) -> None:
     machine = Machine()
-    machine.refuse_to_build = code, text
+    machine.refuse_to_build = text
     with machine.patched(output.parent / "cache"):
         build_engine(checkpoint, output, LIMITS, precision="fp32", backend="tensorrt")
 
