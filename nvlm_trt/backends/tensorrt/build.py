@@ -25,7 +25,7 @@ from nvlm_trt.builders.graphs.vision_attention import tensorrt_vision_attention
 from nvlm_trt.builders.graphs.vision_encoder import vision_encoder_graph
 from nvlm_trt.builders.model_file import save_model
 from nvlm_trt.builders.quantization.calibration import Calibration
-from nvlm_trt.builders.quantization.formats import Recipe
+from nvlm_trt.builders.quantization.formats import Recipe, WeightForm
 from nvlm_trt.builders.quantization.smoothquant import MigratedWeights
 from nvlm_trt.builders.source import EngineSource
 from nvlm_trt.checkpoint.reader import Checkpoint
@@ -51,7 +51,7 @@ class TensorRtSteps:
     message then names the expected memory."""
 
     tools: Sequence[str] = ("onnx", "onnx-ir", "onnxscript", "polygraphy")
-    fold_fp8 = False
+    weight_form = WeightForm.TENSORRT
 
     def __init__(self, job: BuildJob) -> None:
         self._job = job
