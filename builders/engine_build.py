@@ -16,7 +16,7 @@ from nvlm_trt.backends.spec import BackendSpec
 from nvlm_trt.backends.table import DEFAULT_BACKEND, find_backend
 from nvlm_trt.builders.quantization.build_samples import document_samples, read_first_samples
 from nvlm_trt.builders.quantization.calibration import Calibration, is_calibration, read_calibration
-from nvlm_trt.builders.quantization.formats import Recipe, quantised
+from nvlm_trt.builders.quantization.formats import Recipe, WeightForm, quantised
 from nvlm_trt.builders.quantization.gate import NOT_MEASURED, AccuracyGate, GateOptions
 from nvlm_trt.builders.smoke_test import SmokeTest
 from nvlm_trt.builders.source import EngineSource
@@ -66,9 +66,9 @@ class BuildSteps(Protocol):
     """Lists the steps of a build that each backend implements."""
 
     tools: Sequence[str]  # packages whose versions the manifest lists
+    weight_form: WeightForm
     # writes the engines that are tried and judged where this machine cannot run the engine itself; None: it can
     trial: BuildSteps | None
-    fold_fp8: bool  # True: write fp8 weights in the form that ONNX Runtime folds into constants
 
     def unquantised(self, precisions: Precisions) -> str:
         """Return the precision of the unquantised engine that a quantised engine is compared with."""
@@ -185,7 +185,7 @@ class _Builder:
             calibration.save(directory / CALIBRATION)
         with Checkpoint.open(self.source.checkpoint_dir) as checkpoint:
             alpha = self.quantization.smoothquant_alpha
-            return quantised(checkpoint, precisions, calibration, alpha, self.steps.fold_fp8)
+            return quantised(checkpoint, precisions, calibration, alpha, self.steps.weight_form)
 
     @functools.cached_property
     def _calibration(self) -> Calibration:

@@ -31,6 +31,7 @@ _IR_VERSION = 11
 
 FLOAT = ir.DataType.FLOAT
 FLOAT8 = ir.DataType.FLOAT8E4M3FN
+INT4 = ir.DataType.INT4
 INT8 = ir.DataType.INT8
 UINT8 = ir.DataType.UINT8
 INT32 = ir.DataType.INT32

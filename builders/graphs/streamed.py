@@ -18,6 +18,7 @@ _BLOCK_ELEMENTS = 1 << 20  # 4 MB of float32: a block stays in the CPU's cache w
 # A strip is the part of a transposed tensor that is held in memory until the pieces of its rows are written: for the
 # shapes of 72B, a piece has 9 KB or more.
 _STRIP_BYTES = 256 << 20
+_INT4 = ir.DataType.INT4.numpy()  # in NumPy's arrays, a byte holds one
 
 
 class StoredTensor(Protocol):
@@ -52,7 +53,9 @@ class StreamedTensor(ir.LazyTensor):
         transposed: bool = False,
     ) -> None:
         """`blocks` returns the rows in order, [n, ...] at a time, and is called anew for every use. Rows are converted
-        to `dtype`. `transposed`: this tensor is the transpose of the matrix whose rows `blocks` returns."""
+        to `dtype`. `transposed`: this tensor is the transpose of the matrix whose rows `blocks` returns.
+        A matrix of 4-bit numbers, of which a byte holds two, has an even number of columns."""
+        assert dtype.bitwidth >= 8 or shape[-1] % 2 == 0, "a row of 4-bit numbers ends within a byte"
         super().__init__(self._whole, dtype, ir.Shape(shape), name=name)
         self._blocks, self._transposed = blocks, transposed
 
@@ -69,12 +72,15 @@ class StreamedTensor(ir.LazyTensor):
     def _write_strips(self, file: BinaryIO) -> None:
         """Write strip by strip. A strip is some columns of the tensor: one piece of every row in the file."""
         rows, columns = self.shape.numpy()
-        item = self.dtype.numpy().itemsize
+        bits = self.dtype.bitwidth
+        width = max(1, _STRIP_BYTES // (rows * self.dtype.numpy().itemsize))
+        if bits < 8:
+            width += width % 2  # pieces of whole bytes
         begin, first = file.tell(), 0
-        for strip in self._strips(rows, min(columns, max(1, _STRIP_BYTES // (rows * item)))):
+        for strip in self._strips(rows, min(columns, width)):
             pieces = [strip] if strip.shape[1] == columns else strip
             for i, piece in enumerate(pieces):
-                file.seek(begin + (i * columns + first) * item)
+                file.seek(begin + (i * columns + first) * bits // 8)
                 file.write(_bytes(piece))
             first += strip.shape[1]
 
@@ -102,5 +108,8 @@ class StreamedTensor(ir.LazyTensor):
 
 
 def _bytes(values: Array) -> memoryview:
-    """Return an array's memory, also for dtypes that Python's buffers do not know."""
-    return np.ascontiguousarray(values).view(np.uint8).data
+    """Return an array's memory, also for dtypes that Python's buffers do not know; of 4-bit numbers, two in a byte."""
+    memory = np.ascontiguousarray(values).view(np.uint8)
+    if values.dtype == _INT4:
+        memory = memory[..., ::2] & 15 | np.left_shift(memory[..., 1::2], 4)  # the first in the low half
+    return memory.data

@@ -1,15 +1,18 @@
-"""Chooses the weight format of every linear layer of an engine by the precision of the layer's component."""
+"""Chooses the weight format of every linear layer of an engine by the precision of the layer's component, in the form
+that the backend's runtime takes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from functools import partial
 from typing import Any
 
 import onnx_ir as ir
 
 from nvlm_trt.builders.graphs.common import Embedding, LinearWeight, StageGraph, Unquantised, WeightFormat
+from nvlm_trt.builders.quantization.blocked_weights import BlockedWeights
 from nvlm_trt.builders.quantization.calibration import Calibration
 from nvlm_trt.builders.quantization.fp8 import Fp8
 from nvlm_trt.builders.quantization.int8 import Int8
@@ -25,14 +28,24 @@ from nvlm_trt.model.precision import (
     needs_calibration,
 )
 
-_WITHOUT_CALIBRATION: dict[str, Callable[[], WeightFormat]] = {
-    **dict.fromkeys(FLOATING, Unquantised),
-    **{name: partial(WeightOnly, bits) for name, bits in WEIGHT_ONLY_BITS.items()},
-}
+
+class WeightForm(Enum):
+    """The runtime for whose operators quantised weights are written. Only some precisions have two forms."""
+
+    ONNXRUNTIME = "onnxruntime"  # fp8 weights that it folds into constants, MatMulNBits
+    TENSORRT = "tensorrt"  # DequantizeLinear in front of MatMul
 
 
-def _with_calibration(calibration: Calibration, fold_fp8: bool) -> dict[str, WeightFormat]:
-    return {"int8": Int8(calibration), "fp8": Fp8(calibration, fold_fp8)}
+def _without_calibration(form: WeightForm) -> dict[str, Callable[[], WeightFormat]]:
+    blocks = WeightOnly if form is WeightForm.ONNXRUNTIME else BlockedWeights
+    return {
+        **dict.fromkeys(FLOATING, Unquantised),
+        **{name: partial(blocks, bits) for name, bits in WEIGHT_ONLY_BITS.items()},
+    }
+
+
+def _with_calibration(calibration: Calibration, form: WeightForm) -> dict[str, WeightFormat]:
+    return {"int8": Int8(calibration), "fp8": Fp8(calibration, fold_weights=form is WeightForm.ONNXRUNTIME)}
 
 
 class ByComponent:
@@ -68,15 +81,16 @@ def quantised(
     precisions: Mapping[str, str],
     calibration: Calibration | None,
     alpha: float,
-    fold_fp8: bool = True,
+    form: WeightForm = WeightForm.ONNXRUNTIME,
 ) -> Recipe:
     """Make the recipe for `precisions` (component -> precision).
 
-    `calibration` may be None if no precision needs one. `fold_fp8`: write fp8 weights in the form that ONNX Runtime
-    folds into constants. `checkpoint` must be a separate handle: a handle gives each weight once, SmoothQuant reads
-    some weights here, and the graphs read them later.
+    `calibration` may be None if no precision needs one. `form`: the operators that weights are written in.
+    `checkpoint` must be a separate handle: a handle gives each weight once, SmoothQuant reads some weights here, and
+    the graphs read them later.
     Raises EngineError for a calibration that lacks a layer."""
-    formats = {name: _WITHOUT_CALIBRATION[name]() for name in precisions.values() if name in _WITHOUT_CALIBRATION}
+    without = _without_calibration(form)
+    formats = {name: without[name]() for name in precisions.values() if name in without}
     factors: dict[str, Factors] = {}
     record: dict[str, Any] | None = None
     if needs_calibration(precisions):
@@ -86,6 +100,6 @@ def quantised(
             record["smoothquant_alpha"] = alpha
             if alpha > 0:
                 factors, calibration = migrate(checkpoint.config, checkpoint, calibration, precisions, alpha)
-        formats |= _with_calibration(calibration, fold_fp8)
+        formats |= _with_calibration(calibration, form)
     by_component = ByComponent({component: formats[name] for component, name in precisions.items()})
     return Recipe(precisions, by_component, factors, record)

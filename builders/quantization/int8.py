@@ -35,7 +35,7 @@ class Int8:
     def matmul(self, graph: StageGraph, x: ir.Value, weight: LinearWeight) -> ir.Value:
         outputs, inputs = weight.shape
         dtype = graph.dtype
-        quantised = QuantisedWeight(weight, lambda rows: _quantised(rows, dtype))
+        quantised = QuantisedWeight(weight, lambda rows: quantize_rows(rows, dtype))
         values = graph.stored(f"{weight.name}.int8", (inputs, outputs), quantised.values, INT8, transposed=True)
         scales = graph.stored(f"{weight.name}.scale", (outputs,), quantised.scales)
         clip = self._calibration.of(weight.name, inputs).clip
@@ -77,7 +77,7 @@ def quantize(weight: FloatArray, scales: FloatArray) -> npt.NDArray[np.int8]:
         return np.clip(quotient, -LARGEST, LARGEST).astype(np.int8)
 
 
-def _quantised(rows: FloatArray, dtype: ir.DataType) -> tuple[npt.NDArray[np.int8], FloatArray]:
+def quantize_rows(rows: FloatArray, dtype: ir.DataType) -> tuple[npt.NDArray[np.int8], FloatArray]:
     """Quantise rows [n, inputs] to int8 [n, inputs] and the scales [n] that a graph of `dtype` stores."""
     scales = rounded(search_scales(rows), dtype)
     return quantize(rows, scales), scales

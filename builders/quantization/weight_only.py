@@ -11,8 +11,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from nvlm_trt.backends.base import FloatArray
-from nvlm_trt.builders.graphs.common import UINT8, Embedding, LinearWeight, StageGraph
-from nvlm_trt.builders.quantization.rows import QuantisedWeight, nonzero
+from nvlm_trt.builders.graphs.common import FLOAT, UINT8, Embedding, LinearWeight, StageGraph
+from nvlm_trt.builders.quantization.rows import QuantisedWeight, nonzero, rounded
 from nvlm_trt.model.precision import BLOCK
 
 _INT8_ACTIVATIONS = 4  # accuracy_level: multiply in int8; the float kernels are far slower
@@ -51,12 +51,19 @@ class WeightOnly:
         return self.matmul(graph, x, embedding.weight)
 
 
-def quantize(weight: FloatArray, bits: int) -> tuple[npt.NDArray[np.uint8], FloatArray]:
-    """Quantise [outputs, inputs] to uint8 [outputs, blocks, BLOCK[bits]], 0..2**bits - 1; scales [outputs, blocks]."""
+def quantize(
+    weight: FloatArray, bits: int, dtype: ir.DataType = FLOAT, positive: bool = False
+) -> tuple[npt.NDArray[np.uint8], FloatArray]:
+    """Quantise [outputs, inputs] to uint8 [outputs, blocks, BLOCK[bits]], 0..2**bits - 1; scales [outputs, blocks].
+
+    The scales are numbers of `dtype`, all of them positive if `positive`."""
     outputs, inputs = weight.shape
     block = BLOCK[bits]
     blocks = np.pad(weight, ((0, 0), (0, -inputs % block))).reshape(outputs, -1, block)
-    scales = _search_int4(blocks) if bits == 4 else nonzero(np.abs(blocks).max(-1) / np.float32(127))
+    if bits == 4:
+        scales = _search_int4(blocks, dtype, positive)
+    else:
+        scales = nonzero(rounded(np.abs(blocks).max(-1) / np.float32(127), dtype))
     return _round(blocks, scales, bits), scales
 
 
@@ -71,16 +78,19 @@ def _packed(rows: FloatArray, bits: int) -> tuple[npt.NDArray[np.uint8], FloatAr
     return pack(values, bits), scales
 
 
-def _search_int4(blocks: FloatArray) -> FloatArray:
+def _search_int4(blocks: FloatArray, dtype: ir.DataType, positive: bool) -> FloatArray:
     """Find the scale of least squared error for each block of [outputs, blocks, 32].
 
-    -8..7 has one more number below zero than above: a scale's sign makes the block's largest magnitude negative."""
+    -8..7 has one more number below zero than above: a scale's sign makes the block's largest magnitude negative.
+    `positive` scales leave a positive one at 7."""
     largest = np.take_along_axis(blocks, np.abs(blocks).argmax(-1)[..., None], -1)[..., 0]
     scales = nonzero(-largest / np.float32(8))
+    if positive:
+        scales = np.abs(scales)
     best = np.full(scales.shape, np.inf, np.float32)
     full = scales.copy()
     for fraction in _FRACTIONS:
-        candidate = full * np.float32(fraction)
+        candidate = nonzero(rounded(full * np.float32(fraction), dtype))
         restored = (_round(blocks, candidate, 4).astype(np.float32) - 8) * candidate[..., None]
         error = np.square(restored - blocks).sum(-1)
         better = error < best

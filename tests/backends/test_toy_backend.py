@@ -23,7 +23,7 @@ from nvlm_trt.backends.spec import BackendSpec, MemoryModel, OpenOptions, Triton
 from nvlm_trt.backends.table import added_backend, backend_names, find_backend
 from nvlm_trt.builders.engine_build import BuildJob, BuildSteps, build_engine
 from nvlm_trt.builders.quantization.calibration import Calibration
-from nvlm_trt.builders.quantization.formats import Recipe
+from nvlm_trt.builders.quantization.formats import Recipe, WeightForm
 from nvlm_trt.engine import Engine, save_manifest
 from nvlm_trt.errors import EngineError, ServerError
 from nvlm_trt.evaluation.samples import Sample
@@ -102,7 +102,7 @@ class AbacusSteps:
     """Implements `BuildSteps`: a file with the number of rows."""
 
     tools: Sequence[str] = ("numpy",)
-    fold_fp8 = False
+    weight_form = WeightForm.ONNXRUNTIME
     trial: BuildSteps | None = None
 
     def __init__(self, job: BuildJob) -> None:

@@ -21,6 +21,7 @@ from nvlm_trt.builders.graphs.common import Unquantised, WeightFormat
 from nvlm_trt.builders.graphs.decoder import decoder_graph
 from nvlm_trt.builders.graphs.self_attention import GroupQueryAttention
 from nvlm_trt.builders.model_file import save_model
+from nvlm_trt.builders.quantization.blocked_weights import BlockedWeights
 from nvlm_trt.builders.quantization.calibration import LinearInput
 from nvlm_trt.builders.quantization.fp8 import Fp8
 from nvlm_trt.builders.quantization.int8 import Int8
@@ -253,8 +254,16 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path, weight_format: Weig
 
 @pytest.mark.parametrize(
     "weight_format",
-    [Unquantised(), Int8(OneForAll()), Fp8(OneForAll(), fold_weights=True), WeightOnly(8), WeightOnly(4)],
-    ids=["fp32", "int8", "fp8", "int8-weight-only", "int4-weight-only"],
+    [
+        Unquantised(),
+        Int8(OneForAll()),
+        Fp8(OneForAll(), fold_weights=True),
+        WeightOnly(8),
+        WeightOnly(4),
+        BlockedWeights(8),
+        BlockedWeights(4),
+    ],
+    ids=["fp32", "int8", "fp8", "int8-weight-only", "int4-weight-only", "int8 blocks", "int4 blocks"],
 )
 def test_memory_does_not_grow_with_a_tensor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weight_format: WeightFormat

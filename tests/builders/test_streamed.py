@@ -59,6 +59,34 @@ def test_writes_what_numpy_would(
     np.testing.assert_array_equal(tensor.numpy(), expected)
 
 
+@given(
+    rows=st.integers(1, 9),
+    pairs=st.integers(1, 5),
+    transposed=st.booleans(),
+    block=st.integers(1, 30),
+    strip=st.integers(1, 60),
+)
+def test_a_byte_holds_two_4_bit_numbers(
+    tmp_path_factory: pytest.TempPathFactory, rows: int, pairs: int, transposed: bool, block: int, strip: int
+) -> None:
+    """The order is that of the stored tensor: a transposed one is packed after the transposition."""
+    values = np.random.default_rng(0).integers(-8, 8, (rows, 2 * pairs)).astype(np.float32)
+    stored = ArrayTensor(values.T if transposed else values)
+    tensor = StreamedTensor("t", ir.DataType.INT4, values.shape, lambda: blocks_of(stored), transposed)
+    path = tmp_path_factory.mktemp("written") / "data"
+    with pytest.MonkeyPatch.context() as patch, path.open("wb") as file:
+        patch.setattr(streamed, "_BLOCK_ELEMENTS", block)
+        patch.setattr(streamed, "_STRIP_BYTES", strip)
+        file.write(b"before")
+        tensor.tofile(file)
+    low, high = values.astype(np.int16).reshape(-1, 2).T & 15
+    expected = (low | high << 4).astype(np.uint8).tobytes()
+    assert path.read_bytes() == b"before" + expected
+    assert tensor.tobytes() == expected
+    assert tensor.nbytes == len(expected)
+    np.testing.assert_array_equal(tensor.numpy().astype(np.float32), values)
+
+
 class Counted:
     """A matrix of ones that exists nowhere, with the number of rows that were read."""
 

@@ -23,7 +23,7 @@ from nvlm_trt.backends.plans.profiles import profiles_of
 from nvlm_trt.backends.table import find_backend
 from nvlm_trt.builders.engine_build import build_engine
 from nvlm_trt.builders.quantization.calibration import LinearInput
-from nvlm_trt.builders.quantization.formats import quantised
+from nvlm_trt.builders.quantization.formats import WeightForm, quantised
 from nvlm_trt.builders.source import EngineSource
 from nvlm_trt.checkpoint.reader import Checkpoint
 from nvlm_trt.engine import Engine
@@ -93,7 +93,7 @@ def test_weights_are_those_of_the_graphs_for_tensorrt(
     precisions = TENSORRT.precisions.parse(precision)
     source = EngineSource(checkpoint(name), {"max_slots": 3, "max_seq_len": 512})
     with Checkpoint.open(checkpoint(name)) as opened:
-        recipe = quantised(opened, precisions, Everywhere(samples={}), alpha=0, fold_fp8=False)
+        recipe = quantised(opened, precisions, Everywhere(samples={}), alpha=0, form=WeightForm.TENSORRT)
     graphs = write_graphs(source, recipe, floating_type(precisions), tmp_path, no_progress)
     stages = plan_of(name, precision, "tensorrt", source.limits).stages
     assert stages.keys() == graphs.keys()
@@ -149,7 +149,7 @@ def test_activations_are_near_what_the_graph_holds_at_once(checkpoint: Directory
     """A runtime without fusion holds each tensor of a graph from the node that makes it to its last reader."""
     source = EngineSource(checkpoint(name), {"max_slots": 3, "max_seq_len": 512})
     with Checkpoint.open(checkpoint(name)) as opened:
-        recipe = quantised(opened, TENSORRT.precisions.parse("fp32"), None, 0, fold_fp8=False)
+        recipe = quantised(opened, TENSORRT.precisions.parse("fp32"), None, 0, form=WeightForm.TENSORRT)
     graphs = write_graphs(source, recipe, "fp32", tmp_path, no_progress)
     stages = plan_of(name, "fp32", "tensorrt", source.limits).stages
     for stage, profiles in profiles_of(source.config, source.limits).items():

@@ -17,7 +17,7 @@ from nvlm_trt.builders.graphs.vision_attention import multi_head_vision_attentio
 from nvlm_trt.builders.graphs.vision_encoder import vision_encoder_graph
 from nvlm_trt.builders.model_file import save_model
 from nvlm_trt.builders.quantization.calibration import Calibration
-from nvlm_trt.builders.quantization.formats import OBSERVING, Recipe
+from nvlm_trt.builders.quantization.formats import OBSERVING, Recipe, WeightForm
 from nvlm_trt.builders.quantization.smoothquant import MigratedWeights
 from nvlm_trt.builders.source import EngineSource
 from nvlm_trt.checkpoint.reader import Checkpoint
@@ -32,7 +32,7 @@ class OnnxRuntimeSteps:
     """Implements `BuildSteps`."""
 
     tools: Sequence[str] = _TOOLS
-    fold_fp8 = True
+    weight_form = WeightForm.ONNXRUNTIME
     trial: BuildSteps | None = None
 
     def __init__(self, job: BuildJob) -> None:

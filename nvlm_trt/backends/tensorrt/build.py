@@ -21,7 +21,7 @@ from nvlm_trt.backends.tensorrt.target import Target, find_target
 from nvlm_trt.builders.engine_build import BuildJob, BuildSteps
 from nvlm_trt.builders.graphs.cross_attention import CrossAttention, GatedFunction, MaskedAttention
 from nvlm_trt.builders.quantization.calibration import Calibration
-from nvlm_trt.builders.quantization.formats import Recipe
+from nvlm_trt.builders.quantization.formats import Recipe, WeightForm
 from nvlm_trt.errors import EngineError
 from nvlm_trt.evaluation.samples import Sample
 from nvlm_trt.model.config import NvlmConfig
@@ -42,7 +42,7 @@ class TensorRtSteps:
     message then names the expected memory."""
 
     tools: Sequence[str] = ("onnx", "onnx-ir", "onnxscript", "polygraphy")
-    fold_fp8 = False
+    weight_form = WeightForm.TENSORRT
     trial: BuildSteps | None = None
 
     def __init__(self, job: BuildJob) -> None:

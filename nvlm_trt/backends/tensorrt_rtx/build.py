@@ -23,7 +23,7 @@ from nvlm_trt.backends.tensorrt_rtx.target import find_gpu, import_rtx
 from nvlm_trt.builders.engine_build import BuildJob, BuildSteps
 from nvlm_trt.builders.graphs.cross_attention import MaskedAttention
 from nvlm_trt.builders.quantization.calibration import Calibration
-from nvlm_trt.builders.quantization.formats import Recipe
+from nvlm_trt.builders.quantization.formats import Recipe, WeightForm
 from nvlm_trt.evaluation.samples import Sample
 from nvlm_trt.model.precision import floating_type
 from nvlm_trt.planner.memory import plan_engine
@@ -39,7 +39,7 @@ class RtxSteps:
     message then names the expected memory."""
 
     tools: Sequence[str] = ("onnx", "onnx-ir", "onnxscript", "tensorrt_rtx_cu13_libs")
-    fold_fp8 = False
+    weight_form = WeightForm.TENSORRT
     trial: BuildSteps | None = None
 
     def __init__(self, job: BuildJob) -> None:
@@ -90,7 +90,7 @@ class _OnCpuSteps:
     """Writes the engines that a build without a GPU tries in the place of its plans. Implements `BuildSteps`."""
 
     tools: Sequence[str] = ("onnx", "onnxruntime")
-    fold_fp8 = False
+    weight_form = WeightForm.TENSORRT
     trial: BuildSteps | None = None
 
     def __init__(self, job: BuildJob) -> None:

@@ -18,7 +18,7 @@ from tritonclient.grpc import model_config_pb2
 from nvlm_trt.backends.plans.graphs import write_graphs
 from nvlm_trt.backends.plans.profiles import profiles_of
 from nvlm_trt.backends.table import find_backend
-from nvlm_trt.builders.quantization.formats import quantised
+from nvlm_trt.builders.quantization.formats import WeightForm, quantised
 from nvlm_trt.builders.source import EngineSource
 from nvlm_trt.checkpoint.reader import Checkpoint
 from nvlm_trt.engine import Engine
@@ -56,7 +56,7 @@ def test_vision_encoder_takes_and_gives_what_its_graph_does(
 ) -> None:
     source = EngineSource(checkpoint(name), {})
     with Checkpoint.open(checkpoint(name)) as weights:
-        recipe = quantised(weights, find_backend("tensorrt").precisions.parse(dtype), None, 0, fold_fp8=False)
+        recipe = quantised(weights, find_backend("tensorrt").precisions.parse(dtype), None, 0, form=WeightForm.TENSORRT)
     (tmp_path / "graphs").mkdir()
     path = write_graphs(source, recipe, dtype, tmp_path / "graphs", no_progress)["vision_encoder"]
     graph = onnx.load(path, load_external_data=False).graph

@@ -24,6 +24,7 @@ from nvlm_trt.builders.graphs.self_attention import GroupQueryAttention, TensorR
 from nvlm_trt.builders.graphs.tensorrt_functions import MASKED_DOMAIN
 from nvlm_trt.builders.graphs.vision_attention import tensorrt_vision_attention
 from nvlm_trt.builders.graphs.vision_encoder import vision_encoder_graph
+from nvlm_trt.builders.quantization.blocked_weights import BlockedWeights
 from nvlm_trt.builders.quantization.calibration import LinearInput
 from nvlm_trt.builders.quantization.fp8 import Fp8
 from nvlm_trt.builders.quantization.int8 import Int8
@@ -42,7 +43,13 @@ class Everywhere:
         return LinearInput(abs_max=6.0, clip=6.0, channels=[6.0] * inputs)
 
 
-FORMATS = {"unquantised": None, "int8": Int8(Everywhere()), "fp8": Fp8(Everywhere(), fold_weights=False)}
+FORMATS = {
+    "unquantised": None,
+    "int8": Int8(Everywhere()),
+    "fp8": Fp8(Everywhere(), fold_weights=False),
+    "int8-weight-only": BlockedWeights(8),
+    "int4-weight-only": BlockedWeights(4),
+}
 
 
 def graphs(
@@ -222,7 +229,10 @@ def test_vision_encoder_equals_reference(architecture: str) -> None:
     assert_close(image_tokens, model.encode(torch.from_numpy(pixels)), 1e-4)
 
 
-@pytest.mark.parametrize(("weight_format", "tolerance"), [("int8", 0.12), ("fp8", 0.25)])
+@pytest.mark.parametrize(
+    ("weight_format", "tolerance"),
+    [("int8", 0.12), ("fp8", 0.25), ("int8-weight-only", 0.02), ("int4-weight-only", 0.25)],
+)
 def test_quantised_decoder_is_near_the_reference(weight_format: str, tolerance: float) -> None:
     model = MODELS["X"]
     runner = DecoderRunner(model, TensorRtAttention)

@@ -12,6 +12,7 @@ from one_linear import NAME, calibration_of, linear_model
 from nvlm_trt.builders.graphs import streamed
 from nvlm_trt.builders.graphs.common import LinearWeight, WeightFormat
 from nvlm_trt.builders.model_file import save_model
+from nvlm_trt.builders.quantization.blocked_weights import BlockedWeights
 from nvlm_trt.builders.quantization.fp8 import Fp8
 from nvlm_trt.builders.quantization.int8 import Int8
 from nvlm_trt.builders.quantization.rows import QuantisedWeight
@@ -35,8 +36,15 @@ class Watched(np.ndarray):
 @pytest.mark.parametrize("in_branch", [False, True], ids=["main graph", "branch"])
 @pytest.mark.parametrize(
     "weight_format",
-    [Int8(CALIBRATION), Fp8(CALIBRATION, fold_weights=True), WeightOnly(8), WeightOnly(4)],
-    ids=["int8", "fp8", "int8-weight-only", "int4-weight-only"],
+    [
+        Int8(CALIBRATION),
+        Fp8(CALIBRATION, fold_weights=True),
+        WeightOnly(8),
+        WeightOnly(4),
+        BlockedWeights(8),
+        BlockedWeights(4),
+    ],
+    ids=["int8", "fp8", "int8-weight-only", "int4-weight-only", "int8 blocks", "int4 blocks"],
 )
 def test_saving_reads_a_weight_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weight_format: WeightFormat, in_branch: bool
