@@ -12,7 +12,7 @@ from layer_reading import trt
 from parsed_network import Attention, CacheUpdate, ParsedNetwork
 from tiny_networks import FORMS, QUANTISED, Variant, parsed_stage, reference, stages, variants, write_stage
 
-from nvlm_trt.backends.tensorrt.build import DTYPES
+from nvlm_trt.backends.plans.graphs import DTYPES
 
 Q_AND_DQ = ("QuantizeLinear", "DequantizeLinear")
 HEAD = "language_model.lm_head"

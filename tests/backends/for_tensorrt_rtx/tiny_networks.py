@@ -14,7 +14,7 @@ from layer_reading import Array
 from parsed_network import ParsedNetwork
 from stages import ReferenceWeights, random_reference, tiny_config
 
-from nvlm_trt.backends.tensorrt.build import DTYPES
+from nvlm_trt.backends.plans.graphs import DTYPES
 from nvlm_trt.builders.graphs.common import WeightFormat
 from nvlm_trt.builders.graphs.cross_attention import CrossAttention, GatedFunction, MaskedAttention
 from nvlm_trt.builders.graphs.cross_kv import cross_kv_graph
