@@ -22,7 +22,7 @@ from nvlm_trt.errors import EngineError
 from nvlm_trt.limits import EngineLimits
 from nvlm_trt.model.config import NvlmConfig
 from nvlm_trt.model.hf_config import read_config
-from nvlm_trt.staging import replace_directory, storage_errors, temporary_sibling
+from nvlm_trt.staging import is_replaceable, published_directory
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
@@ -98,15 +98,21 @@ class Engine:
 
 @contextlib.contextmanager
 def publish(output: Path | str, overwrite: bool = False) -> Iterator[Path]:
-    """Yield an empty temporary sibling of `output`; rename it to `output` on success, remove it on any failure."""
+    """Yield an empty temporary sibling of `output`; rename it to `output` on success, remove it on any failure.
+
+    Without `overwrite`, an `output` that another build has published meanwhile is an error too."""
     output = Path(output).absolute()
-    if output.exists() and not overwrite:
-        raise EngineError(f"{output} exists; choose another --output or pass --overwrite")
-    if output.exists() and not (output / MANIFEST).exists() and any(output.iterdir()):
-        raise EngineError(f"{output} is not an engine directory, so it is not overwritten; choose another --output")
-    with storage_errors(output), temporary_sibling(output) as staging:
+
+    def refuse() -> None:
+        if not os.path.lexists(output):
+            return
+        if not overwrite:
+            raise EngineError(f"{output} exists; choose another --output or pass --overwrite")
+        if not is_replaceable(output, MANIFEST):
+            raise EngineError(f"{output} is not an engine directory, so it is not overwritten; choose another --output")
+
+    with published_directory(output, refuse) as staging:
         yield staging
-        replace_directory(staging, output)
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:

@@ -113,15 +113,15 @@ def measure(
     prompts = PromptWriter(target.tokenizer(tokenizer))
     plan = Plan(url, workload, loads, processes, timeout, _server_metrics(target, metrics_url))
     report = Report(plan, target, slo, output, records)
-    report.publish()  # fails now, before anything is measured, if the file cannot be written
+    report.publish(overwrite)  # fails now, before anything is measured, if the file cannot be written
     with terminal.progress() as progress:
         outcome = run(plan, prompts, report.add, progress)
     report.finish(outcome)
     _print(report.document, as_json)
     if csv:
-        write_whole(csv, to_csv(report.document))
+        write_whole(csv, to_csv(report.document), overwrite)
     if plots:
-        _plot(report.document, plots)
+        _plot(report.document, plots, overwrite)
     _end(report, outcome)
 
 
@@ -260,14 +260,14 @@ def _print(document: Document, as_json: bool) -> None:
             terminal.note(f"note: {describe(point['load'])}: {error['count']} x {error['status']}: {error['error']}")
 
 
-def _plot(document: Document, directory: Path) -> None:
+def _plot(document: Document, directory: Path, overwrite: bool) -> None:
     from nvlm_trt.benchmark.plots import latency_parts_plot, latency_plot
     from nvlm_trt.benchmark.results_document import write_whole
 
     for name, draw in (("latency.png", latency_plot), ("stages.png", latency_parts_plot)):
         plot = draw(document)
         if plot is not None:
-            write_whole(directory / name, plot)
+            write_whole(directory / name, plot, overwrite)
 
 
 def _end(report: Report, outcome: Outcome) -> None:
