@@ -276,6 +276,27 @@ def test_dynamic_rope_scaling_changes_nothing_within_max_position_embeddings() -
     assert config_from_hf(changed("llm_config.rope_parameters", version_5, raw)) == config_from_hf(PUBLISHED_D_72B)
 
 
+@pytest.mark.parametrize(
+    "scaling", [None, {"rope_type": "default"}, {"type": "default"}, {"rope_type": "default", "type": "default"}]
+)
+def test_default_rope_scaling_is_none(scaling: dict[str, str] | None) -> None:
+    assert config_from_hf(changed("llm_config.rope_scaling", scaling)) == config_from_hf(PUBLISHED_D_72B)
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "default", "type": "yarn"},
+        {"rope_type": "default", "mrope_section": [16, 24, 24]},
+        {"rope_type": "linear", "factor": 2.0},
+        {"rope_type": ["default"]},
+    ],
+)
+def test_other_rope_scaling_is_refused(scaling: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="rope_scaling"):
+        config_from_hf(changed("llm_config.rope_scaling", scaling))
+
+
 def test_x_and_h_need_a_cross_attention_config() -> None:
     raw = config_to_hf(PRESETS["nvlm-x-tiny"])
     for section, word in [(None, "cross_attention_config"), ({}, "interval"), ({"interval": 2, "gate": 1}, "gate")]:
