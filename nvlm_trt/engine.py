@@ -18,6 +18,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from nvlm_trt import strict_json
 from nvlm_trt.errors import EngineError
 from nvlm_trt.limits import EngineLimits
 from nvlm_trt.model.config import NvlmConfig
@@ -89,10 +90,13 @@ class Engine:
     @property
     def digest(self) -> str:
         """Identify the weights and their precision. Every key of the image cache holds this digest."""
-        parts = [self.manifest.checkpoint_digest, json.dumps(self.manifest.precision, sort_keys=True)]
+        parts = [self.manifest.checkpoint_digest, json.dumps(self.manifest.precision, sort_keys=True, allow_nan=False)]
         if self.manifest.calibration:  # static scales are part of the weights
             scales = self.manifest.files.get(CALIBRATION)
-            parts += [json.dumps(self.manifest.calibration, sort_keys=True), scales.sha256 if scales else ""]
+            parts += [
+                json.dumps(self.manifest.calibration, sort_keys=True, allow_nan=False),
+                scales.sha256 if scales else "",
+            ]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -138,10 +142,10 @@ def tool_versions(*packages: str) -> dict[str, str]:
 def _read_manifest(path: Path) -> Manifest:
     file = path / MANIFEST
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        raw = strict_json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise EngineError(f"{path} is not an engine directory (no {MANIFEST}); run `nvlm-trt build`") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise EngineError(f"{file} is not JSON ({error}); rebuild the engine with `nvlm-trt build`") from None
     raw = _upgraded(raw) if isinstance(raw, dict) else {}
     version = raw.get("schema_version")

@@ -6,16 +6,21 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from nvlm_trt.errors import RequestError
 
+# tests/image/test_tiling.py checks the tiling rule up to here; NVLM-1.0 has 6
+MAX_TILES = 64
+MAX_SLOTS = 1 << 16
+MAX_TOKENS = 1 << 26
+
 
 class EngineLimits(BaseModel):
     """Holds the sizes that an engine was built for. The checks raise RequestError with the number that was exceeded."""
 
     model_config = ConfigDict(extra="forbid")
 
-    max_slots: int = Field(default=8, gt=0)  # requests decoded at once
-    max_seq_len: int = Field(default=2048, gt=0)  # tokens of prompt and answer in the LLM's sequence
-    max_image_tokens: int = Field(default=0, ge=0)  # cross-attended tokens per request (X, H)
-    max_tiles: int = Field(default=6, gt=0)  # tiles per image, thumbnail not counted
+    max_slots: int = Field(default=8, gt=0, le=MAX_SLOTS)  # requests decoded at once
+    max_seq_len: int = Field(default=2048, gt=0, le=MAX_TOKENS)  # tokens of prompt and answer in the LLM's sequence
+    max_image_tokens: int = Field(default=0, ge=0, le=MAX_TOKENS)  # cross-attended tokens per request (X, H)
+    max_tiles: int = Field(default=6, gt=0, le=MAX_TILES)  # tiles per image, thumbnail not counted
 
     @property
     def tiles_per_image(self) -> int:

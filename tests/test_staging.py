@@ -89,9 +89,9 @@ def test_a_folder_that_became_something_else_is_not_overwritten(tmp_path: Path) 
 def test_what_is_not_a_folder_is_kept(tmp_path: Path, kind: str, overwrite: bool) -> None:
     target = tmp_path / "out"
     target.write_text("mine") if kind == "a file" else target.symlink_to("nothing")
-    with pytest.raises(EngineError, match="is not an engine directory" if overwrite else "exists"):
-        with publish(target, overwrite):
-            pass
+    message = "is not an engine directory" if overwrite else "exists"
+    with pytest.raises(EngineError, match=message), publish(target, overwrite):
+        pass
     assert list(tmp_path.iterdir()) == [target]
 
 

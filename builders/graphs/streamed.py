@@ -119,8 +119,8 @@ class StreamedTensor(ir.LazyTensor):
         kind = _NARROW.get(self.dtype)
         if kind and first_not_finite(np.ascontiguousarray(converted).view(np.uint16).reshape(-1), kind) >= 0:
             raise EngineError(
-                f"{self.name} has values that are not finite in {self.dtype.name.lower()}; choose another floating-point "
-                "type with --precision"
+                f"{self.name} has values that are not finite in {self.dtype.name.lower()}; choose another "
+                "floating-point type with --precision"
             )
 
 

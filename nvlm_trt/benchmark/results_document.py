@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
+from nvlm_trt import strict_json
 from nvlm_trt.errors import NvlmError, RequestError
 from nvlm_trt.staging import publish_file
 
@@ -18,7 +18,7 @@ def read_document(path: Path) -> Document:
     """Reads a result file. Raises RequestError unless it holds results of this schema version."""
     remedy = "name a file that `nvlm-trt bench --output` wrote"
     try:
-        document = json.loads(path.read_bytes())
+        document = strict_json.loads(path.read_bytes())
         if document["kind"] != KIND:
             raise ValueError(f"it is of kind {str(document['kind'])[:40]!r}")
         version = document["schema_version"]

@@ -109,7 +109,9 @@ class Checkpoint(ClosedOnExit):
         quantising, which change nearly every element, but not an edit of a few elements between the blocks."""
         records = {name: self._file_of[name].records[name] for name in sorted(self._layout)}
         sampled = sum(record.nbytes for record in records.values()) > _FULL_DIGEST_BYTES
-        digest = hashlib.sha256(json.dumps(config_to_hf(replace(self.config, name="")), sort_keys=True).encode())
+        digest = hashlib.sha256(
+            json.dumps(config_to_hf(replace(self.config, name="")), sort_keys=True, allow_nan=False).encode()
+        )
         for name, record in records.items():
             digest.update(f"\n{name} {record.dtype} {record.shape}\n".encode())
             for block in _samples(self._file_of[name], record) if sampled else self._file_of[name].blocks(record):
@@ -180,8 +182,8 @@ class Checkpoint(ClosedOnExit):
             differing = (table.rows(start, stop) != copy.rows(start, stop)).any(axis=1)
             if differing.any():
                 raise CheckpointError(
-                    f"{copy.file.path}: {LM_HEAD} differs from {EMBEDDING} in row {start + int(differing.argmax())}, but "
-                    "config.json says tie_word_embeddings; set it to false, or remove the tensor"
+                    f"{copy.file.path}: {LM_HEAD} differs from {EMBEDDING} in row {start + int(differing.argmax())}, "
+                    "but config.json says tie_word_embeddings; set it to false, or remove the tensor"
                 )
 
     def _check_shapes(self) -> None:

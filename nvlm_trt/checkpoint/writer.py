@@ -56,7 +56,7 @@ def write_checkpoint(
     when it is not a checkpoint), EngineError when the disk is full. Leaves nothing half-written behind."""
     directory = Path(directory).absolute()
     with published_directory(directory, lambda: _check_target(directory, overwrite)) as staging:
-        text = json.dumps(config_to_hf(config), indent=2)
+        text = json.dumps(config_to_hf(config), indent=2, allow_nan=False)
         (staging / "config.json").write_text(text + "\n", encoding="utf-8")
         for path in files:
             shutil.copyfile(path, staging / path.name)
@@ -115,7 +115,7 @@ def _create_files(directory: Path, layout: Shapes, shard_bytes: int) -> dict[str
             "metadata": {"total_size": sum(shard.nbytes for shard in shards)},
             "weight_map": {tensor: path.name for tensor, (path, _) in places.items()},
         }
-        (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (directory / INDEX_FILE).write_text(json.dumps(index, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return places
 
 
@@ -139,7 +139,7 @@ def _header(shard: _Shard, layout: Shapes) -> bytes:
             "shape": layout[name],
             "data_offsets": [begin, begin + _nbytes(layout[name])],
         }
-    text = json.dumps(entries, separators=(",", ":")).encode()
+    text = json.dumps(entries, separators=(",", ":"), allow_nan=False).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
 

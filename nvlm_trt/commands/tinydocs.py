@@ -20,7 +20,7 @@ SAMPLES_FILE = "samples.jsonl"
 
 def tinydocs(
     output: Annotated[Path, typer.Option(help="Directory to write images and samples.jsonl to.")],
-    count: Annotated[int, typer.Option(min=1, help="Samples per task.")] = 20,
+    count: Annotated[int, typer.Option(min=1, max=1_000_000, help="Samples per task.")] = 20,
     split: Annotated[str, typer.Option(help="train, validation or test: they differ in seed and fonts.")] = "test",
     tasks: Annotated[str | None, typer.Option(help="Only these tasks: a,b,c.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing directory of that name.")] = False,
@@ -42,7 +42,7 @@ def tinydocs(
         (staging / "images").mkdir()
         with (staging / SAMPLES_FILE).open("w", encoding="utf-8") as file:
             for done, sample in enumerate(samples, start=1):
-                file.write(json.dumps(_write_images(sample, staging)) + "\n")
+                file.write(json.dumps(_write_images(sample, staging), allow_nan=False) + "\n")
                 progress("drawing samples", done, total)
     terminal.note(f"wrote {output} ({total} samples of {len(chosen)} tasks, split {split})")
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from nvlm_trt.errors import RequestError
+from nvlm_trt.limits import MAX_TILES
 
 # ImageNet statistics of RGB in 0..1
 _MEAN = np.array([0.485, 0.456, 0.406], np.float32)
@@ -84,10 +85,9 @@ def image_key(data: bytes, tile_size: int, max_tiles: int, engine_digest: str) -
 
 @functools.lru_cache(maxsize=64)
 def _candidate_grids(max_tiles: int) -> tuple[tuple[int, int], ...]:
-    if max_tiles < 1:
-        raise RequestError(f"max_tiles {max_tiles} must be at least 1; NVLM-1.0 has 6")
-    sides = range(1, max_tiles + 1)
-    grids = ((columns, rows) for columns in sides for rows in sides if columns * rows <= max_tiles)
+    if not 1 <= max_tiles <= MAX_TILES:
+        raise RequestError(f"max_tiles {max_tiles} must be at least 1 and at most {MAX_TILES}; NVLM-1.0 has 6")
+    grids = ((columns, rows) for columns in range(1, max_tiles + 1) for rows in range(1, max_tiles // columns + 1))
     return tuple(sorted(grids, key=lambda grid: grid[0] * grid[1]))
 
 

@@ -30,7 +30,9 @@ class Sampler:
         """Draw the next token from logits [vocab], which are not changed. Return it, and its logprobs if the request
         asks for them. Raises NotFiniteError for logits that are not finite."""
         if not np.isfinite(logits).all():
-            raise NotFiniteError("the model produced logits that are not finite; check the engine with `nvlm-trt verify`")
+            raise NotFiniteError(
+                "the model produced logits that are not finite; check the engine with `nvlm-trt verify`"
+            )
         token_id = self._draw(logits) if self._params.temperature else self._most_probable(logits)
         if self._params.repetition_penalty != 1:
             self._seen.add(token_id)

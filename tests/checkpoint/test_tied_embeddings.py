@@ -60,7 +60,9 @@ def test_another_lm_head_is_an_error(tied: Path, tmp_path: Path, row: int) -> No
 
     add_lm_head(tied, change)
     vocabulary = TINY.llm.vocab_size
-    message = rf"model\.safetensors: {LM_HEAD} differs from {EMBEDDING} in row {row % vocabulary}, .*tie_word_embeddings"
+    message = (
+        rf"model\.safetensors: {LM_HEAD} differs from {EMBEDDING} in row {row % vocabulary}, .*tie_word_embeddings"
+    )
     with pytest.raises(CheckpointError, match=message):
         take_all(tied)
     with pytest.raises(CheckpointError, match=message):

@@ -82,8 +82,8 @@ def _template_values(
     config, limits = engine.config, options.image_limits
     return {
         # a JSON string is a protobuf text string, quotes and escapes included
-        "engine": json.dumps(str(engine.path.absolute()), ensure_ascii=False),
-        "drain_file": json.dumps(str(drain_file), ensure_ascii=False),
+        "engine": json.dumps(str(engine.path.absolute()), ensure_ascii=False, allow_nan=False),
+        "drain_file": json.dumps(str(drain_file), ensure_ascii=False, allow_nan=False),
         "image_type": placement.image_type,
         "decoder_kind": placement.decoder_kind,
         "cpu_only_inputs": "no" if placement.decoder_kind == "KIND_GPU" else "yes",
