@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from nvlm_trt.bounds import MAX_COUNT, MAX_SEED
 from nvlm_trt.errors import RequestError
 
 Role = Literal["system", "user", "assistant"]
@@ -19,8 +20,6 @@ EncodedImage = bytes | str | os.PathLike[str]  # an image file's bytes; a client
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
 MAX_LOGPROBS = 20
-MAX_COUNT = (1 << 31) - 1
-MAX_SEED = (1 << 64) - 1
 
 # --- what is asked ---------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from nvlm_trt import standard_streams, terminal
-from nvlm_trt.api import MAX_SEED
+from nvlm_trt.bounds import MAX_SEED, MAX_TOKENS
 from nvlm_trt.commands.bench import bench
 from nvlm_trt.commands.build import build
 from nvlm_trt.commands.evaluate import evaluate
@@ -21,7 +21,6 @@ from nvlm_trt.commands.tiles import tiles
 from nvlm_trt.commands.tinydocs import tinydocs
 from nvlm_trt.errors import NvlmError, RequestError
 from nvlm_trt.extras import require
-from nvlm_trt.limits import MAX_TOKENS
 from nvlm_trt.model.preset_names import PRESET_NAMES
 from nvlm_trt.standard_streams import OutputError
 

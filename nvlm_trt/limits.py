@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from nvlm_trt.bounds import MAX_SLOTS, MAX_TILES, MAX_TOKENS
 from nvlm_trt.errors import RequestError
-
-# tests/image/test_tiling.py checks the tiling rule up to here; NVLM-1.0 has 6
-MAX_TILES = 64
-MAX_SLOTS = 1 << 16
-MAX_TOKENS = 1 << 26
 
 
 class EngineLimits(BaseModel):

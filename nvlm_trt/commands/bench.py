@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nvlm_trt import terminal
-from nvlm_trt.api import MAX_SEED
+from nvlm_trt.bounds import MAX_SEED, MAX_TILES
 from nvlm_trt.errors import NvlmError, RequestError
 from nvlm_trt.extras import require
-from nvlm_trt.limits import MAX_TILES
 
 if TYPE_CHECKING:
     from nvlm_trt.benchmark.load import Load

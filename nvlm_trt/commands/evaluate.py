@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, get_args
 import typer
 
 from nvlm_trt import terminal
-from nvlm_trt.api import MAX_COUNT
+from nvlm_trt.bounds import MAX_COUNT
 from nvlm_trt.errors import NvlmError, RequestError
 from nvlm_trt.extras import require
 

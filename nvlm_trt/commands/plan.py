@@ -12,8 +12,8 @@ import typer
 
 from nvlm_trt import terminal
 from nvlm_trt.backends.table import DEFAULT_BACKEND, backend_names, default_precisions, find_backend
+from nvlm_trt.bounds import MAX_TOKENS
 from nvlm_trt.errors import EngineError, NvlmError
-from nvlm_trt.limits import MAX_TOKENS
 from nvlm_trt.model.preset_names import PRESET_NAMES
 
 if TYPE_CHECKING:

@@ -24,7 +24,6 @@ _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     ".jpeg": {"format": "JPEG", "quality": 92, "subsampling": 0},
     ".webp": {"format": "WEBP", "lossless": True},
 }
-_MOST_PIXELS = 1 << 24
 # The longest edge that libjpeg and libwebp can encode.
 _LONGEST_EDGE = {"JPEG": 65_500, "WEBP": 16_383}
 
@@ -32,7 +31,7 @@ _LONGEST_EDGE = {"JPEG": 65_500, "WEBP": 16_383}
 def tiles(
     image: Annotated[Path, typer.Argument(help="Image to draw the tiles of.")],
     output: Annotated[Path, typer.Option(help="File to write: .png, .jpg, .jpeg or .webp.")],
-    tile_size: Annotated[int | None, typer.Option(max=_MOST_PIXELS, help="Edge of a tile in pixels [448].")] = None,
+    tile_size: Annotated[int | None, typer.Option(help="Edge of a tile in pixels [448].")] = None,
     max_tiles: Annotated[int | None, typer.Option(help="Most tiles, thumbnail not counted [6].")] = None,
     engine: Annotated[Path | None, typer.Option(help="Engine directory to take both numbers from.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Checkpoint directory to take both numbers from.")] = None,

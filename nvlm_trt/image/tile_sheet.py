@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
+from nvlm_trt.bounds import MAX_TILES
 from nvlm_trt.errors import RequestError
 from nvlm_trt.image.tiling import choose_grid, tile_image, tile_pixels
-from nvlm_trt.limits import MAX_TILES
 from nvlm_trt.prompt.tokenizer import THUMBNAIL_TAG, tile_tag
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom, as Pillow has them

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from nvlm_trt.bounds import MAX_TILES
 from nvlm_trt.errors import RequestError
-from nvlm_trt.limits import MAX_TILES
 
 # ImageNet statistics of RGB in 0..1
 _MEAN = np.array([0.485, 0.456, 0.406], np.float32)

@@ -11,8 +11,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, NonNegativeInt, WrapValidator
 from pydantic.dataclasses import dataclass
 
+from nvlm_trt.bounds import MAX_TILES, MAX_TOKENS
 from nvlm_trt.errors import ConfigError
-from nvlm_trt.limits import MAX_TILES, MAX_TOKENS
 from nvlm_trt.validation import STRICT, CheckedFields
 
 Architecture = Literal["D", "X", "H"]
