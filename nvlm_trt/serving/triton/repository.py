@@ -27,6 +27,8 @@ _BATCHED_IMAGES = 4
 _BATCHING_DELAY_US = 1000
 _MAX_TILING_INSTANCES = 4
 
+ENGINE_LINK = "engine"  # to the engine directory, in the directory that the server runs in
+
 _VISION_ENCODER = "vision_encoder"  # the name of the model; its folder in triton_repo may have another name
 
 _SHARED_MEMORY = Path("/dev/shm")
@@ -83,6 +85,7 @@ def _template_values(
     return {
         # a JSON string is a protobuf text string, quotes and escapes included
         "engine": json.dumps(str(engine.path.absolute()), ensure_ascii=False, allow_nan=False),
+        "engine_link": ENGINE_LINK,
         "drain_file": json.dumps(str(drain_file), ensure_ascii=False, allow_nan=False),
         "image_type": placement.image_type,
         "decoder_kind": placement.decoder_kind,

@@ -9,7 +9,7 @@ import numpy as np
 from nvlm_trt.backends.opening import open_backend
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import NvlmError
-from nvlm_trt.serving.triton.models.parameters import read_parameters
+from nvlm_trt.serving.triton.models.parameters import engine_directory, read_parameters
 
 
 class VisionEncoderModel:
@@ -20,7 +20,7 @@ class VisionEncoderModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         parameters = read_parameters(args)
-        engine = Engine.open(parameters["engine"])
+        engine = Engine.open(engine_directory(parameters))
         self._backend = open_backend(engine, ["vision_encoder"], threads=int(parameters["threads"]))
 
     def execute(self, requests: list[Any]) -> list[Any]:
