@@ -99,6 +99,20 @@ class Engine:
             ]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
+    @property
+    def fingerprint(self) -> str:
+        """Identify all files of the engine, their meaning and its limits. Verifying an engine does not change it, nor
+        does the version of nvlm-trt that reads the engine."""
+        manifest = self.manifest
+        parts = [
+            {name: record.sha256 for name, record in manifest.files.items()},
+            manifest.limits.model_dump(),
+            manifest.precision,
+            manifest.backend,
+            manifest.checkpoint_digest,
+        ]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
 
 @contextlib.contextmanager
 def publish(output: Path | str, overwrite: bool = False) -> Iterator[Path]:

@@ -118,6 +118,11 @@ def measure(
     _check_outputs({"--output": output, "--csv": csv}, plots, overwrite)
     target = Target.connect(url)
     prompts = PromptWriter(target.tokenizer(tokenizer))
+    if target.replaced:
+        terminal.note(
+            f"note: {target.engine} was replaced since the server loaded it; measured is the engine that was loaded "
+            f"(digest {str(target.digest)[:12]}); restart the server to measure the new one"
+        )
     plan = Plan(url, workload, loads, processes, timeout, _server_metrics(target, metrics_url))
     report = Report(plan, target, slo, output, records)
     report.publish(overwrite)  # fails now, before anything is measured, if the file cannot be written

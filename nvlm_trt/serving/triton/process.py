@@ -19,7 +19,9 @@ _KILL_SECONDS = 10
 
 
 class TritonProcess:
-    """A running tritonserver, whose working directory is `directory`. `kill` removes `directory` and the shared memory whose name begins with `shm_prefix`."""
+    """A running tritonserver, in the working directory `directory`.
+
+    `kill` removes `directory` and the shared memory whose name begins with `shm_prefix`."""
 
     def __init__(
         self, command: Sequence[str | Path], environment: Mapping[str, str], directory: Path, shm_prefix: str

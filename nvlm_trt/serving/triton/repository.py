@@ -16,6 +16,7 @@ from nvlm_trt.engine import Engine
 from nvlm_trt.errors import ServerError
 from nvlm_trt.image.decoding import ImageLimits
 from nvlm_trt.machine import available_cores
+from nvlm_trt.serving.served_record import ServedRecord
 
 # Images that are sent through the ensemble at once. Each blocks one of the python backend's threads, which also answer
 # requests: there must be fewer images than threads, or no request is ever answered.
@@ -86,6 +87,8 @@ def _template_values(
         # a JSON string is a protobuf text string, quotes and escapes included
         "engine": json.dumps(str(engine.path.absolute()), ensure_ascii=False, allow_nan=False),
         "engine_link": ENGINE_LINK,
+        "engine_fingerprint": engine.fingerprint,
+        "engine_record": json.dumps(ServedRecord.of(engine).to_json(), ensure_ascii=False, allow_nan=False),
         "drain_file": json.dumps(str(drain_file), ensure_ascii=False, allow_nan=False),
         "image_type": placement.image_type,
         "decoder_kind": placement.decoder_kind,

@@ -12,7 +12,7 @@ from nvlm_trt.serving.triton.models.answer_sender import AnswerSender
 from nvlm_trt.serving.triton.models.chat_request import read_chat
 from nvlm_trt.serving.triton.models.image_encoder import ImageEncoder
 from nvlm_trt.serving.triton.models.metrics import ModelMetrics
-from nvlm_trt.serving.triton.models.parameters import engine_directory, image_limits, read_parameters
+from nvlm_trt.serving.triton.models.parameters import image_limits, open_engine, read_parameters
 from nvlm_trt.serving.triton.models.responses import Responses
 
 _REPORT_SECONDS = 0.1
@@ -28,7 +28,7 @@ class ChatModel:
         parameters = read_parameters(args)
         self._drain_file = parameters["drain_file"]
         self._pipeline = Pipeline.open(
-            engine_directory(parameters),
+            open_engine(parameters).path,
             threads=int(parameters["threads"]),
             encode_image=ImageEncoder(self._pb_utils).encode,
             options=RuntimeOptions(

@@ -11,13 +11,15 @@ from nvlm_trt.api import ChatRequest
 from nvlm_trt.backends.base import BackendArray
 from nvlm_trt.errors import RequestError
 from nvlm_trt.serving.chat_tensors import parse_conversation, parse_sampling
-from nvlm_trt.serving.triton.models.inputs import input_array
+from nvlm_trt.serving.triton.models.inputs import input_array, refuse_parameters
 
 ImportTokens = Callable[[Any], BackendArray]
 
 
 def read_chat(pb_utils: Any, request: Any, import_tokens: ImportTokens) -> ChatRequest:
-    """Read the tensors of a request. Raises RequestError for faulty messages, sampling parameters or image tokens."""
+    """Read the tensors of a request. Raises RequestError for faulty messages, sampling parameters or image tokens, and
+    for parameters beside the tensors."""
+    refuse_parameters(request)
     images = input_array(pb_utils, request, "image")  # [images] bytes
     max_tiles = input_array(pb_utils, request, "max_tiles")  # [1]
     encoded = _image_tokens(pb_utils, request, import_tokens)
