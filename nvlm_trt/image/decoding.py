@@ -32,8 +32,8 @@ for _category in (Image.DecompressionBombWarning, UserWarning):
 
 
 def load_image(data: bytes, limits: ImageLimits | None = None) -> Image.Image:
-    """Decodes to mode RGB what a browser shows on a white page: applies the EXIF orientation, puts transparency on white,
-    takes an animation's first frame. docs/triton.md lists the rules.
+    """Decodes to mode RGB what a browser shows on a white page: applies the EXIF orientation, puts transparency on
+    white, takes an animation's first frame. docs/triton.md lists the rules.
 
     Raises ImageError for anything that is not a whole image within `limits`, in one of FORMATS: Pillow's other formats
     are seldom asked for and seldom fuzzed.
@@ -46,7 +46,7 @@ def load_image(data: bytes, limits: ImageLimits | None = None) -> Image.Image:
     if data.startswith(png_file.SIGNATURE):
         return _load_png(data, limits)
     if foreign := foreign_format(data):
-        raise ImageError(f"image: {foreign.name}, not a readable image; {foreign.remedy}")
+        raise ImageError(f"image: {foreign.name}, not a readable format; {foreign.remedy}")
     data, inverted = _prepared(data)
     with _open(data, limits) as image:
         _check_size(image.width, image.height, limits)
@@ -71,14 +71,14 @@ def _load_png(data: bytes, limits: ImageLimits) -> Image.Image:
 def _prepared(data: bytes) -> tuple[bytes, bool]:
     """Returns the file as Pillow reads it rightly, and whether its gray values are inverted."""
     if data.startswith(tiff_file.SIGNATURES):
-        return tiff_file.black_is_zero(data)
+        return tiff_file.as_pillow_reads(data)
     if data.startswith(jpeg_file.SIGNATURE):
         return jpeg_file.without_metadata(data), False
     return with_alpha(data), False
 
 
 def _open(data: bytes, limits: ImageLimits) -> ImageFile.ImageFile:
-    """Reads the header. Pillow's parsers answer hostile bytes with many exception types (struct.error, KeyError, ...)"""
+    """Reads the header. Pillow's parsers answer hostile bytes with many types of exception."""
     try:
         return Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
@@ -116,7 +116,7 @@ def _decode(image: ImageFile.ImageFile, inverted: bool) -> Image.Image:
     gray = tiff_file.gray_values(image)
     if gray is not None:
         rgb = gray_to_rgb(*gray, inverted=inverted)
-    elif image.format == "BMP" and image.mode == "RGBA" and image.getextrema()[3] == (0, 0):
+    elif image.format == "BMP" and image.mode == "RGBA" and image.getchannel("A").getextrema() == (0, 0):
         rgb = image.convert("RGB")  # many programs leave the fourth byte of each pixel empty
     else:
         rgb = on_white(image)

@@ -15,7 +15,7 @@ _BLOCK_VALUES = 1 << 20  # converted to float64 at a time
 def gray_to_rgb(
     values: npt.NDArray[Any], white: float | None, *, inverted: bool = False, transparent: int | None = None
 ) -> Image.Image:
-    """Gray values [height, width] of any type -> RGB. Pillow's own convert clips at 255: most of a 16-bit scan is white.
+    """Gray values [height, width] of any type -> RGB. Pillow's own convert clips at 255: 16-bit scans become white.
 
     If all values are within 0 .. `white`, they become black .. white. Otherwise, or for `white` None, they have no
     agreed white: the image's own smallest .. largest finite value become black .. white, however large they are, and an

@@ -73,7 +73,11 @@ _AVIF = {b"avif", b"avis"}
 _PROLOGUE = rb"(<\?xml[^>]*>\s*|<!--((?!-->).)*-->\s*|<!doctype svg[^>]*>\s*)*"
 _TEXTS: tuple[tuple[bytes, str, str], ...] = (  # start of a text in lower case, what it is, what to do
     (rb"version https://git-lfs\.github\.com/", "a Git LFS pointer", "fetch the image with `git lfs pull`"),
-    (rb"(\.\./)*(\.git/)?annex/objects/|/annex/objects/", "a git-annex pointer", "fetch the image with `git annex get`"),
+    (
+        rb"(\.\./)*(\.git/)?annex/objects/|/annex/objects/",
+        "a git-annex pointer",
+        "fetch the image with `git annex get`",
+    ),
     (_PROLOGUE + rb"<svg", "an SVG drawing", "render it as PNG"),
     (
         _PROLOGUE + rb"<(!doctype html|html|head|body)",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from PIL import Image
+from PIL import ImageFile
 
 from nvlm_trt.image.background import Box
 
@@ -11,8 +11,8 @@ _FLAGS_AT = 20  # behind the headers of RIFF and of the chunk VP8X
 
 
 def with_alpha(data: bytes) -> bytes:
-    """Returns an animated WebP that is marked as transparent: without the mark, Pillow makes the border of a small frame
-    black. Returns other files as they are."""
+    """Returns an animated WebP marked as transparent: without the mark, Pillow makes the border of a small frame black.
+    Returns other files as they are."""
     if data[:4] == b"RIFF" and data[8:16] == b"WEBPVP8X" and data[_FLAGS_AT : _FLAGS_AT + 1]:
         flags = data[_FLAGS_AT]
         if flags & _ANIMATED and not flags & _HAS_ALPHA:
@@ -20,8 +20,8 @@ def with_alpha(data: bytes) -> bytes:
     return data
 
 
-def frame_box(image: Image.Image) -> Box:
-    """Returns the place of the first frame in an opened image that is not loaded yet: Pillow fills the border of a GIF's
-    with its first colour."""
-    tiles = image.tile if image.format == "GIF" else ()  # type: ignore[attr-defined]
-    return tiles[0].extents if len(tiles) == 1 and tiles[0].extents else (0, 0, *image.size)
+def frame_box(image: ImageFile.ImageFile) -> Box:
+    """Returns the place of the first frame in an opened image that is not loaded yet: Pillow gives the border of a
+    GIF's frame the first colour."""
+    extents = image.tile[0].extents if image.format == "GIF" and image.tile else None
+    return extents or (0, 0, *image.size)

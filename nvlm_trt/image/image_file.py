@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from nvlm_trt.bounded_file import FileTooLargeError, read_bounded
 from nvlm_trt.errors import ImageError, RequestError
 from nvlm_trt.image.file_signature import foreign_format
 from nvlm_trt.image.image_limits import ImageLimits
+
+_NUMBERED = re.compile(r"(?P<before>(invalid request: )?)image( (?P<number>[1-9][0-9]{0,5}))?: ")
 
 
 def read_image_file(path: Path | str | os.PathLike[str], limits: ImageLimits | None = None) -> bytes:
@@ -27,10 +32,18 @@ def read_image_file(path: Path | str | os.PathLike[str], limits: ImageLimits | N
     if not data:
         raise ImageError(f"{name}: 0 bytes; name an encoded image")
     if foreign := foreign_format(data):
-        raise ImageError(f"{name}: {foreign.name}, not a readable image; {foreign.remedy}")
+        raise ImageError(f"{name}: {foreign.name}, not a readable format; {foreign.remedy}")
     return data
 
 
-def naming_file(error: ImageError, path: Path | str) -> ImageError:
-    """Returns an error of `load_image` that names the image's file."""
-    return ImageError(f"{path}: {str(error).removeprefix('image: ')}")
+@contextlib.contextmanager
+def naming_files(paths: Sequence[Path]) -> Iterator[None]:
+    """Puts the name of the file into errors that say "image: ..." or "image 2: ...", here or on a server."""
+    try:
+        yield
+    except (ImageError, RequestError) as error:
+        match = _NUMBERED.match(str(error))
+        index = int(match["number"] or 1) - 1 if match else len(paths)
+        if match is None or index >= len(paths):
+            raise
+        raise type(error)(f"{match['before']}{paths[index]}: {str(error)[match.end() :]}") from None

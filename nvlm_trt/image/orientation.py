@@ -20,7 +20,7 @@ def upright(image: Image.Image, exif: bytes) -> Image.Image:
     try:
         block = Image.Exif()
         block.load(exif)
-        method = _TRANSPOSE.get(block.get(ExifTags.Base.Orientation))
+        method = _TRANSPOSE.get(block.get(ExifTags.Base.Orientation, 1))
     except Exception:  # Pillow's parser answers hostile bytes with many exception types
         return image
     return image if method is None else image.transpose(method)

@@ -11,58 +11,68 @@ from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 
 SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_BITS, _PHOTOMETRIC, _PLANES, _SAMPLE_FORMAT = 258, 262, 284, 339
+_BITS, _PHOTOMETRIC, _SAMPLES, _PLANES, _SAMPLE_FORMAT = 258, 262, 277, 284, 339
 _UNSIGNED, _SIGNED = 1, 2
 _MAX_TAGS = 1 << 16  # BigTIFF could claim more
 _FORMATS = {1: "B", 3: "H", 4: "I"}  # types of a tag
 
 
-def black_is_zero(data: bytes) -> tuple[bytes, bool]:
-    """Returns the file and whether its gray values of more than 8 bits are inverted (WhiteIsZero).
+def as_pillow_reads(data: bytes) -> tuple[bytes, bool]:
+    """Returns the file with two tags changed, and whether its gray values are then inverted (WhiteIsZero).
 
-    The returned file says that they are not: Pillow inverts up to 8 bits, ignores the tag for some of the others and
-    refuses the rest."""
+    Gray values of more than 8 bits become BlackIsZero: Pillow ignores WhiteIsZero in some of them and refuses the rest.
+    An image of one sample per pixel has no separate planes, whatever the file says."""
     try:
-        found = _tags(data)
-        bits, photometric = _value(data, found, _BITS), _value(data, found, _PHOTOMETRIC)
-    except (struct.error, KeyError, OverflowError):
+        tags = _tags(data)
+        values = {tag: _value(data, place) for tag, place in tags.items()}
+    except (struct.error, OverflowError):
         return data, False
-    if photometric != 0 or bits <= 8:
+    changes = []
+    if inverted := values.get(_PHOTOMETRIC) == 0 and values.get(_BITS, 1) > 8:
+        changes.append(_PHOTOMETRIC)
+    if values.get(_PLANES) == 2 and values.get(_SAMPLES, 1) == 1:
+        changes.append(_PLANES)
+    if not changes:
         return data, False
-    order, form, at = found[_PHOTOMETRIC]
     patched = bytearray(data)
-    struct.pack_into(order + form, patched, at, 1)
-    return bytes(patched), True
+    for tag in changes:
+        form, at = tags[tag]
+        struct.pack_into(form, patched, at, 1)
+    return bytes(patched), inverted
 
 
 def correct_planes(image: TiffImageFile) -> None:
     """Corrects how an opened image of 16-bit samples in separate planes is read: Pillow reads 8-bit samples."""
     tags = image.tag_v2
-    if tags.get(_PLANES) != 2 or set(tags.get(_BITS, ())) != {16} or image.use_load_libtiff:
+    if tags.get(_PLANES) != 2 or set(tags.get(_BITS) or ()) != {16} or image.use_load_libtiff:
         return
     order = "L" if tags.prefix == b"II" else "B"
-    image.tile = [tile._replace(args=(f"{tile.args[0]};16{order}", *tile.args[1:])) for tile in image.tile]
+    tiles = []
+    for tile in image.tile:
+        assert isinstance(tile.args, tuple), tile
+        tiles.append(tile._replace(args=(f"{tile.args[0]};16{order}", *tile.args[1:])))
+    image.tile = tiles
 
 
 def gray_values(image: Image.Image) -> tuple[npt.NDArray[Any], float | None] | None:
     """Returns the gray values [height, width] of a loaded image, of any format, whose samples are signed or have more
     than 8 bits, and the value that is white as `gray_to_rgb` has it. None for other images."""
     tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
-    bits, (sample_format, *_) = tags.get(_BITS, ()), tags.get(_SAMPLE_FORMAT, (_UNSIGNED,))
+    bits, sample_formats = tags.get(_BITS, ()), tags.get(_SAMPLE_FORMAT, (_UNSIGNED,))
     if image.mode == "F":
         return np.asarray(image), 1.0
     if image.mode.startswith("I"):
         values = np.asarray(image)  # uint16 or int32
-        if bits == (32,) and sample_format == _UNSIGNED:
+        if bits == (32,) and sample_formats == (_UNSIGNED,):
             values = values.view(np.uint32)
         return values, 4095.0 if bits == (12,) else 65535.0
-    if image.mode == "L" and sample_format == _SIGNED:
+    if image.mode == "L" and sample_formats == (_SIGNED,):
         return np.asarray(image).view(np.int8), None
     return None
 
 
-def _tags(data: bytes) -> dict[int, tuple[str, str, int]]:
-    """Returns the tags of the first image that hold one integer: tag -> byte order, its format, its place."""
+def _tags(data: bytes) -> dict[int, tuple[str, int]]:
+    """Returns where the first image's tags stand that hold one integer: tag -> format, place."""
     order = "<" if data[:2] == b"II" else ">"
     big = data[2:4] in (b"+\0", b"\0+")
     count_format, entry_format, at = ("Q", "HHQ", 8) if big else ("H", "HHI", 4)
@@ -74,11 +84,10 @@ def _tags(data: bytes) -> dict[int, tuple[str, str, int]]:
     for entry in range(at, at + min(count, _MAX_TAGS) * size, size):
         tag, form, values = struct.unpack_from(order + entry_format, data, entry)
         if values == 1 and form in _FORMATS:
-            tags[tag] = (order, _FORMATS[form], entry + struct.calcsize(order + entry_format))
+            tags[tag] = (order + _FORMATS[form], entry + struct.calcsize(order + entry_format))
     return tags
 
 
-def _value(data: bytes, tags: dict[int, tuple[str, str, int]], tag: int) -> int:
-    order, form, at = tags[tag]
-    (value,) = struct.unpack_from(order + form, data, at)
+def _value(data: bytes, place: tuple[str, int]) -> int:
+    (value,) = struct.unpack_from(place[0], data, place[1])
     return int(value)
