@@ -12,6 +12,7 @@ from typing import BinaryIO
 CONFIG_BYTES = 16 << 20  # config.json and manifest.json
 INDEX_BYTES = 256 << 20  # an index of shards
 TOKENIZER_BYTES = 256 << 20
+GRAPH_BYTES = (2 << 30) - 1  # protobuf reads no more
 RESULTS_BYTES = 1 << 30  # answers of an evaluation, points of a benchmark
 CALIBRATION_BYTES = 2 << 30  # a number per channel of each linear layer
 

@@ -42,6 +42,7 @@ _MAGIC: tuple[tuple[int, bytes, str, str], ...] = (  # offset, bytes, what it is
     (128, b"DICM", "a DICOM image", _CONVERT),
     (0, b"\xd7\xcd\xc6\x9a", "a Windows metafile", _CONVERT),
     (40, b" EMF", "a Windows metafile", _CONVERT),
+    (0, b"MM\x00+", "a big-endian BigTIFF", _CONVERT),
     (8, b"CR\x02", "a camera's raw photograph", _CONVERT),
     (0, b"FUJIFILMCCD-RAW", "a camera's raw photograph", _CONVERT),
     (0, b"IIRO", "a camera's raw photograph", _CONVERT),

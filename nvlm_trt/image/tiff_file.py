@@ -10,7 +10,7 @@ import numpy.typing as npt
 from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 
-SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0")
 _BITS, _PHOTOMETRIC, _SAMPLES, _PLANES, _SAMPLE_FORMAT = 258, 262, 277, 284, 339
 _UNSIGNED, _SIGNED = 1, 2
 _MAX_TAGS = 1 << 16  # BigTIFF could claim more
@@ -20,15 +20,16 @@ _FORMATS = {1: "B", 3: "H", 4: "I"}  # types of a tag
 def as_pillow_reads(data: bytes) -> tuple[bytes, bool]:
     """Returns the file with two tags changed, and whether its gray values are then inverted (WhiteIsZero).
 
-    Gray values of more than 8 bits become BlackIsZero: Pillow ignores WhiteIsZero in some of them and refuses the rest.
-    An image of one sample per pixel has no separate planes, whatever the file says."""
+    Gray values that are signed or have more than 8 bits become BlackIsZero: Pillow ignores WhiteIsZero in some of them
+    and refuses the rest. An image of one sample per pixel has no separate planes, whatever the file says."""
     try:
         tags = _tags(data)
         values = {tag: _value(data, place) for tag, place in tags.items()}
     except (struct.error, OverflowError):
         return data, False
     changes = []
-    if inverted := values.get(_PHOTOMETRIC) == 0 and values.get(_BITS, 1) > 8:
+    deep = values.get(_BITS, 1) > 8 or values.get(_SAMPLE_FORMAT) == _SIGNED
+    if inverted := deep and values.get(_PHOTOMETRIC) == 0:
         changes.append(_PHOTOMETRIC)
     if values.get(_PLANES) == 2 and values.get(_SAMPLES, 1) == 1:
         changes.append(_PLANES)
@@ -74,7 +75,7 @@ def gray_values(image: Image.Image) -> tuple[npt.NDArray[Any], float | None] | N
 def _tags(data: bytes) -> dict[int, tuple[str, int]]:
     """Returns where the first image's tags stand that hold one integer: tag -> format, place."""
     order = "<" if data[:2] == b"II" else ">"
-    big = data[2:4] in (b"+\0", b"\0+")
+    big = data[2:4] == b"+\0"
     count_format, entry_format, at = ("Q", "HHQ", 8) if big else ("H", "HHI", 4)
     (at,) = struct.unpack_from(order + ("Q" if big else "I"), data, at)
     (count,) = struct.unpack_from(order + count_format, data, at)

@@ -278,3 +278,67 @@ def test_damaged_bytes_give_an_image_or_an_image_error(image_format: str, positi
 def test_random_bytes_are_an_image_error(data: bytes) -> None:
     with pytest.raises(ImageError):
         load_image(data)
+
+
+# --- damaged metadata ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "segment",
+    [
+        b"\xff\xe2\x00\x0eICC_PROFILE\0",
+        b"\xff\xed\x00\x1aPhotoshop 3.0\x008BIM\x04\x04\x00\x00\xff\xff",
+        b"\xff\xe0\x00\x08JFIF\0\1",
+        b"\xff\xee\x00\x08Adobe\0",
+        b"\xff\xe2\x00\x10MPF\0II*\0\xff\xff\xff\xff\0\0",
+        b"\xff\xfe\x00\x02",
+        b"\xff\xff\xfe\x00\x03a",  # after a fill byte
+    ],
+    ids=["colour profile", "Photoshop", "JFIF", "Adobe", "several images", "comment", "fill byte"],
+)
+def test_damaged_metadata_of_a_jpeg_is_ignored(segment: bytes) -> None:
+    data = encode(noise(), "JPEG", quality=95)
+    np.testing.assert_array_equal(decoded(data[:20] + segment + data[20:]), decoded(data))
+    np.testing.assert_array_equal(decoded(data[:2] + segment + data[2:]), decoded(data))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "CMYK", "L"])
+def test_colours_of_a_jpeg_do_not_depend_on_metadata(mode: str) -> None:
+    image = noise().convert(mode)
+    data = encode(image, "JPEG", quality=95, comment=b"hello", icc_profile=bytes(200_000), xmp=b"<x/>")
+    with Image.open(io.BytesIO(data)) as stored:
+        np.testing.assert_array_equal(decoded(data), np.asarray(stored.convert("RGB")))
+
+
+def test_adobe_rgb_jpeg_keeps_its_colours() -> None:
+    image = noise()
+    data = encode(image, "JPEG", quality=100, subsampling=0, keep_rgb=True)
+    np.testing.assert_allclose(decoded(data), np.asarray(image), atol=3)
+
+
+def test_only_exif_says_which_way_is_up() -> None:
+    image = noise()
+    xmp = b'<x tiff:Orientation="6"/>'
+    for image_format in ("JPEG", "WEBP"):
+        assert load_image(encode(image, image_format, xmp=xmp)).size == image.size
+    assert decoded(encode(image, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")).shape == (40, 60, 3)
+
+
+# --- BMP -------------------------------------------------------------------------------------------------------------
+
+
+def bmp(pixels: np.ndarray) -> bytes:
+    """Writes BGRA pixels [height, width, 4] with a header that has a mask for alpha (BITMAPV4HEADER)."""
+    height, width = pixels.shape[:2]
+    masks = struct.pack("<4I", 0xFF0000, 0xFF00, 0xFF, 0xFF000000)
+    info = struct.pack("<IiiHHIIiiII", 108, width, -height, 1, 32, 3, pixels.size, 2835, 2835, 0, 0) + masks
+    info = info.ljust(108, b"\0")
+    return b"BM" + struct.pack("<IHHI", 14 + len(info) + pixels.size, 0, 0, 14 + len(info)) + info + pixels.tobytes()
+
+
+def test_alpha_of_a_bmp_counts_if_any_pixel_has_it() -> None:
+    pixels = np.zeros((8, 8, 4), np.uint8)
+    pixels[..., :3] = 30, 20, 10
+    np.testing.assert_array_equal(decoded(bmp(pixels))[3, 3], [10, 20, 30])
+    pixels[:4, :, 3] = 255
+    np.testing.assert_array_equal(decoded(bmp(pixels))[[0, 7], 3], [[10, 20, 30], [255, 255, 255]])
