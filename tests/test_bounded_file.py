@@ -149,9 +149,9 @@ def test_descriptors_are_closed(tmp_path: Path) -> None:
 def test_error_names_the_file(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "image.png"
     path.write_bytes(content)
-    with pytest.raises(ImageError, match=f"^{path}: {message}"):
+    with pytest.raises(ImageError, match=f"^image {path}: {message}"):
         read_image_file(path, ImageLimits(max_bytes=2000))
-    with pytest.raises(ImageError, match=f"^sample one: {path}: "):
+    with pytest.raises(ImageError, match=f"^sample one: image {path}: "):
         digest_of([Sample("one", "t", "p", "a", ImageFiles((path,)))])
 
 
@@ -164,9 +164,9 @@ def test_sample_with_an_unreadable_image_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (ImageError("image: bad"), "a.png: bad"),
-        (ImageError("image 2: bad"), "b.png: bad"),
-        (RequestError("invalid request: image 1: bad"), "invalid request: a.png: bad"),
+        (ImageError("image: bad"), "image a.png: bad"),
+        (ImageError("image 2: bad"), "image b.png: bad"),
+        (RequestError("invalid request: image 1: bad"), "invalid request: image a.png: bad"),
         (RequestError("image 3: bad"), "image 3: bad"),
         (RequestError("image 0: bad"), "image 0: bad"),
         (RequestError("the request has 17 images"), "the request has 17 images"),

@@ -26,13 +26,13 @@ def read_image_file(path: Path | str | os.PathLike[str], limits: ImageLimits | N
     try:
         data = read_bounded(name, limits.max_bytes)
     except FileTooLargeError as error:
-        raise ImageError(f"{name}: {error.strerror}; compress it") from None
+        raise ImageError(f"image {name}: {error.strerror}; compress it") from None
     except OSError as error:
         raise RequestError(f"cannot read image {name} ({error.strerror}); name a readable image file") from None
     if not data:
-        raise ImageError(f"{name}: 0 bytes; name an encoded image")
+        raise ImageError(f"image {name}: 0 bytes; name an encoded image")
     if foreign := foreign_format(data):
-        raise ImageError(f"{name}: {foreign.name}, not a readable format; {foreign.remedy}")
+        raise ImageError(f"image {name}: {foreign.name}, not a readable format; {foreign.remedy}")
     return data
 
 
@@ -46,4 +46,4 @@ def naming_files(paths: Sequence[Path]) -> Iterator[None]:
         index = int(match["number"] or 1) - 1 if match else len(paths)
         if match is None or index >= len(paths):
             raise
-        raise type(error)(f"{match['before']}{paths[index]}: {str(error)[match.end() :]}") from None
+        raise type(error)(f"{match['before']}image {paths[index]}: {str(error)[match.end() :]}") from None
