@@ -22,21 +22,18 @@ def on_white(image: Image.Image) -> Image.Image:
 
 
 def paint_white(image: Image.Image, mask: Image.Image) -> Image.Image:
-    """Converts to RGB and makes the pixels white where the mask, of mode L, is 255."""
-    rgb = image.convert("RGB")
+    """Makes the pixels white where the mask, of mode L, is 255: in place if `image` is RGB, else in a copy."""
+    rgb = image if image.mode == "RGB" else image.convert("RGB")
     rgb.paste("white", (0, 0), mask)
     return rgb
 
 
 def equal_pixels(image: Image.Image, samples: Sequence[int]) -> Image.Image:
     """Returns a mask of mode L: 255 where each band of `image`, of 8 bits, has the value in `samples`."""
-    masks = [
-        band.point([255 * (value == sample) for value in range(256)])
-        for band, sample in zip(image.split(), samples, strict=True)
-    ]
-    mask = masks[0]
-    for other in masks[1:]:
-        mask = ImageChops.darker(mask, other)
+    mask = Image.new("L", image.size, 255)
+    for band, sample in enumerate(samples):
+        equal = image.getchannel(band).point([255 * (value == sample) for value in range(256)])
+        mask = ImageChops.darker(mask, equal)
     return mask
 
 

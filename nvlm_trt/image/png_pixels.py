@@ -19,16 +19,17 @@ def decode_png(png: PngFile) -> Image.Image:
 
 
 def _rgb(png: PngFile) -> Image.Image:
-    image = _decode(png)
     depth, colour_type = png.header.depth, png.header.colour_type
+    if png.key and colour_type == RGB and depth == 16:
+        # takes the lower byte of each sample; done first, so that two decoded images are never held
+        mask = equal_pixels(_decode(png, rawmode="RGB;16L"), [sample & 255 for sample in png.key])
+        image = _decode(png)
+        return paint_white(image, ImageChops.darker(mask, equal_pixels(image, [sample >> 8 for sample in png.key])))
+    image = _decode(png)
     if colour_type == GRAY and depth == 16:
         return gray_to_rgb(np.asarray(image), 65535, transparent=png.key[0] if png.key else None)
     if not png.key:
         return on_white(image)
-    if colour_type == RGB and depth == 16:
-        high, low = [sample >> 8 for sample in png.key], [sample & 255 for sample in png.key]
-        lower = _decode(png, rawmode="RGB;16L")  # takes the other byte of each sample
-        return paint_white(image, ImageChops.darker(equal_pixels(image, high), equal_pixels(lower, low)))
     # samples of 1, 2 and 4 bits are spread over 0 .. 255
     spread = [sample * 255 // ((1 << depth) - 1) for sample in png.key]
     return paint_white(image, equal_pixels(image.convert("L") if image.mode == "1" else image, spread))
