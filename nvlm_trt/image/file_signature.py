@@ -19,6 +19,11 @@ _PAGE = "save the page as PNG or JPEG"
 _UNPACK = "unpack it, and name an image in it"
 
 _HEAD = 1024
+# a comment in an image may hold the signature of another format
+_READABLE = re.compile(
+    rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|GIF8[79]a|RIFF.{4}WEBP|BM|P[1-7fFyY0]\s|(II\*\0|MM\0\*)(?!.{4}CR\x02)|II\+\0",
+    re.DOTALL,
+)
 _MAGIC: tuple[tuple[int, bytes, str, str], ...] = (  # offset, bytes, what it is, what to do
     (0, b"\x00\x00\x00\x0cJXL \r\n\x87\n", "a JPEG XL image", _CONVERT),
     (0, b"\xff\x0a", "a JPEG XL image", _CONVERT),
@@ -97,6 +102,8 @@ def foreign_format(data: bytes) -> Foreign | None:
     """Names a file that no version of this package reads. None for an image format that is read, and for an unknown
     one."""
     head = data[:_HEAD]
+    if _READABLE.match(head):
+        return None
     if head[4:8] == b"ftyp":
         return _iso_media(head)
     if head[:4] == b"\x1a\x45\xdf\xa3":

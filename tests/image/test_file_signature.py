@@ -79,6 +79,15 @@ def test_readable_formats_are_not_foreign(image_format: str) -> None:
     assert is_avif(buffer.getvalue()) == (image_format == "AVIF")
 
 
+@pytest.mark.parametrize("image_format", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM"])
+def test_other_signatures_within_an_image_do_not_matter(image_format: str) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (9, 9), "red").save(buffer, image_format)
+    for text in (b"%PDF-1.7", b"\0" * 116 + b"DICM", b"\0" * 245 + b"ustar"):
+        assert foreign_format(buffer.getvalue()[:12] + text + buffer.getvalue()[12:]) is None
+    assert foreign_format(b"II*\0\x10\0\0\0CR\x02\0") is not None  # a TIFF only in form
+
+
 def test_avif_without_a_decoder_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "FORMATS", tuple(name for name in FORMATS if name != "AVIF"))
     monkeypatch.setattr(decoding, "_READS_AVIF", False)
