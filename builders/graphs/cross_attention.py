@@ -19,9 +19,8 @@ from nvlm_trt.plugins.gated_cross_attention.onnx_function import PLUGIN_ATTRIBUT
 class CrossAttention(ABC):
     """One form, for all blocks of one graph."""
 
-    def __init__(self, graph: StageGraph, llm: LlmConfig, ranges: ir.Value, seen: ir.Value, key: ir.Value) -> None:
-        """Build the nodes that all blocks share, from ranges [B, S, 2], seen [B, S, 1] (whether a range is not empty)
-        and the keys [B, kv_heads, N, D] of any block."""
+    def __init__(self, graph: StageGraph, llm: LlmConfig, ranges: ir.Value, key: ir.Value) -> None:
+        """Build the nodes that all blocks share, from ranges [B, S, 2] and any block's keys [B, kv_heads, N, D]."""
         self.ranges = ranges
 
     @abstractmethod
@@ -38,8 +37,8 @@ class GatedFunction(CrossAttention):
     The function copies the keys and values up to the longest range, and attends to these only. So many are a value of
     cross_ranges, on which shapes in the function depend."""
 
-    def __init__(self, graph: StageGraph, llm: LlmConfig, ranges: ir.Value, seen: ir.Value, key: ir.Value) -> None:
-        super().__init__(graph, llm, ranges, seen, key)
+    def __init__(self, graph: StageGraph, llm: LlmConfig, ranges: ir.Value, key: ir.Value) -> None:
+        super().__init__(graph, llm, ranges, key)
         self.function = gated_cross_attention(graph.opset)
 
     def attend(self, graph: StageGraph, query: ir.Value, key: ir.Value, value: ir.Value, gate: ir.Value) -> ir.Value:
@@ -51,18 +50,19 @@ class MaskedAttention(CrossAttention):
 
     For a TensorRT that has no plugin. What no range reaches is multiplied by zero, so it has to be finite."""
 
-    def __init__(self, graph: StageGraph, llm: LlmConfig, ranges: ir.Value, seen: ir.Value, key: ir.Value) -> None:
-        super().__init__(graph, llm, ranges, seen, key)
+    def __init__(self, graph: StageGraph, llm: LlmConfig, ranges: ir.Value, key: ir.Value) -> None:
+        super().__init__(graph, llm, ranges, key)
         op = graph.op
         self.attention = masked_trt_attention(graph.opset)
         self.scale = graph.float_constant("cross_attention_scale", llm.head_dim**-0.5)
-        start, end = op.Split(ranges, axis=-1, num_outputs=2, _outputs=2)  # [B, S, 1] each
+        # The axis of heads comes first. TensorRT-RTX 1.7.1 fails to build bf16 plans with a mask [B, S, N] that gets it
+        # last, if the largest S is 64 or less.
+        start, end = op.Split(op.Unsqueeze(ranges, [1]), axis=-1, num_outputs=2, _outputs=2)  # [B, 1, S, 1] each
         zero, one = (op.Constant(value=ir.tensor(np.int32(number))) for number in (0, 1))
         capacity = op.Cast(op.Squeeze(op.Shape(key, start=2, end=3)), to=INT32)
         positions = op.Range(zero, capacity, one)  # [N]
-        visible = op.And(op.GreaterOrEqual(positions, start), op.Less(positions, end))  # [B, S, N]
-        self.mask = op.Unsqueeze(visible, [1])  # [B, 1, S, N]
-        self.seen = op.Unsqueeze(seen, [1])  # [B, 1, S, 1]
+        self.mask = op.And(op.GreaterOrEqual(positions, start), op.Less(positions, end))  # [B, 1, S, N]
+        self.seen = op.Less(start, end)  # [B, 1, S, 1]
 
     def attend(self, graph: StageGraph, query: ir.Value, key: ir.Value, value: ir.Value, gate: ir.Value) -> ir.Value:
         op = graph.op
@@ -94,7 +94,7 @@ class CrossAttentionBlocks:
         key = self.graph.input(f"cross_key.{j}", self.graph.dtype, shape)
         value = self.graph.input(f"cross_value.{j}", self.graph.dtype, shape)
         # in the main graph, where the branches of all blocks see the nodes
-        attention = self.attention = self.attention or self.form(self.graph, self.llm, self.ranges, self.seen, key)
+        attention = self.attention = self.attention or self.form(self.graph, self.llm, self.ranges, key)
         with self.graph.scope(f"cross_layers.{j}"):
             if self.used is None:
                 return self._block(self.graph, attention, x, key, value, j)

@@ -24,6 +24,10 @@ class MemoryModel:
 
     device: str  # "host" or "gpu": the memory of weights, caches and activations
     encode_tiles: int | None = None  # tiles that are encoded at once; None: all tiles of an image
+    # True: every token reads the whole cross-attention cache of its slot; False: the tokens in use
+    whole_cross_cache: bool = False
+    # True: weight-only precisions are written as DequantizeLinear (builders/quantization/blocked_weights.py)
+    standard_blocks: bool = False
     # precision in the engine's files -> precision of the loaded weights, where the two differ
     loaded_as: Mapping[str, str] = field(default_factory=dict)
     # (bytes of the largest stage's weights, number of parameters, whether the engine is calibrated) -> bytes of host

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from nvlm_trt import terminal
 from nvlm_trt.backends.table import DEFAULT_BACKEND, backend_names, default_precisions, find_backend
 from nvlm_trt.errors import EngineError, NvlmError
 from nvlm_trt.model.preset_names import PRESET_NAMES
@@ -95,6 +96,12 @@ def plan(
     else:
         title = f"{config.name}, {precision}, {backend}: {_shown(limits)}"
         _print_table(title, planned, works, times, f"{text_tokens} text tokens, {tiles} tiles")
+        if spec.memory.whole_cross_cache and config.cross_layers:
+            _, image = count_image_tokens(config, config.tiles_per_image, tag_length)
+            terminal.note(
+                f"{spec.name} reads all {limits.max_image_tokens} cross-attended tokens of a slot at every token, used "
+                f"or not; an image has at most {image}: choose --max-image-tokens for the images of one request"
+            )
 
 
 def _model(checkpoint: Path | None, preset: str | None) -> tuple[NvlmConfig, int, int | None]:

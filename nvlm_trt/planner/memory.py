@@ -87,11 +87,12 @@ def plan_engine(
     memory = backend.memory
     size = FLOAT_BYTES[floating_type(precisions)]
     parameters, weights = dict.fromkeys(_COMPONENTS, 0), dict.fromkeys(_COMPONENTS, 0)
-    for component, _, count, nbytes in _tensors(config, limits, precisions, tag_length):
+    for component, _, count, nbytes in _tensors(config, limits, precisions, tag_length, memory.standard_blocks):
         parameters[component] += count
         weights[component] += nbytes
     stage_weights = dict.fromkeys(("vision_encoder", "cross_kv", "decoder"), 0)
-    for _, stage, _, nbytes in _tensors(config, limits, _when_loaded(precisions, memory), tag_length):
+    loaded = _when_loaded(precisions, memory)
+    for _, stage, _, nbytes in _tensors(config, limits, loaded, tag_length, memory.standard_blocks):
         stage_weights[stage] += nbytes
     self_cache, cross_cache = _caches(config, limits, size)
     activations = _activations(config, limits, size, backend, tag_length)
@@ -100,7 +101,7 @@ def plan_engine(
         for stage, nbytes in stage_weights.items()
         if nbytes
     }
-    loaded = building = sum(stage.total for stage in stages.values())
+    running = building = sum(stage.total for stage in stages.values())
     if quantised_components(precisions):
         plain = dict.fromkeys(precisions, floating_type(precisions))
         building = max(building, plan_engine(config, limits, plain, backend, tag_length).peak_building)
@@ -115,7 +116,7 @@ def plan_engine(
         image_cache=IMAGE_CACHE,
         checkpoint=2 * total if checkpoint is None else checkpoint,
         peak_building=building,
-        peak_running=loaded + IMAGE_CACHE,
+        peak_running=running + IMAGE_CACHE,
         host_building=host,
     )
 
@@ -124,16 +125,26 @@ def plan_engine(
 
 
 def _tensors(
-    config: NvlmConfig, limits: EngineLimits, precisions: Mapping[str, str], tag_length: int
+    config: NvlmConfig,
+    limits: EngineLimits,
+    precisions: Mapping[str, str],
+    tag_length: int,
+    standard_blocks: bool,
 ) -> Iterator[tuple[str, str, int, int]]:
     """Yield (component, stage, number of parameters, bytes) of each tensor that the engine stores."""
     llm, size = config.llm, FLOAT_BYTES[floating_type(precisions)]
+
+    def stored(name: str, shape: tuple[int, ...], precision: str) -> int:
+        if precision in WEIGHT_ONLY_BITS and is_linear(name, shape):
+            return _blocked(shape, precision, size if standard_blocks else None)
+        return _stored(name, shape, precision, size)
+
     for name, shape in checkpoint_layout(config).items():
         component, count = component_of_tensor(name), math.prod(shape)
-        yield component, stage_of_tensor(name), count, _stored(name, shape, precisions.get(component, ""), size)
+        yield component, stage_of_tensor(name), count, stored(name, shape, precisions.get(component, ""))
     if llm.tie_word_embeddings and precisions["lm_head"] not in FLOAT_BYTES:  # else lm_head is the embedding table
         shape = (llm.vocab_size, llm.hidden_size)
-        yield "lm_head", "decoder", 0, _stored("lm_head.weight", shape, precisions["lm_head"], size)
+        yield "lm_head", "decoder", 0, stored("lm_head.weight", shape, precisions["lm_head"])
     yield "decoder", "decoder", 0, limits.max_seq_len * llm.head_dim * size  # cos and sin of every position
     if config.architecture == "H":
         yield "cross_attention", "cross_kv", 0, config.max_tiles * tag_length * llm.hidden_size * size  # tags
@@ -158,14 +169,24 @@ def is_linear(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def _stored(name: str, shape: tuple[int, ...], precision: str, size: int) -> int:
-    """Compute the bytes of one tensor; `size`: bytes of a floating-point number."""
+    """Compute the bytes of one tensor that has no blocks; `size`: bytes of a floating-point number."""
     outputs, inputs = shape[0], math.prod(shape[1:])
-    if precision in WEIGHT_ONLY_BITS and is_linear(name, shape):
-        bits = WEIGHT_ONLY_BITS[precision]
-        return outputs * -(-inputs // BLOCK[bits]) * (BLOCK[bits] * bits // 8 + 4)
     if precision in ("int8", "fp8") and is_linear(name, shape):
         return outputs * (inputs + size + 1)  # each output has a scale and a zero point
     return outputs * inputs * size
+
+
+def _blocked(shape: tuple[int, ...], precision: str, scale: int | None) -> int:
+    """Compute the bytes of a weight in blocks of inputs. `scale`: bytes of a block's scale in standard operators, which
+    have one scale per output where inputs fill no whole blocks; None: the blocks of MatMulNBits, filled up, with scales
+    in float32."""
+    outputs, inputs = shape[0], math.prod(shape[1:])
+    bits, block = WEIGHT_ONLY_BITS[precision], BLOCK[WEIGHT_ONLY_BITS[precision]]
+    if scale is None:
+        return outputs * -(-inputs // block) * (block * bits // 8 + 4)
+    if inputs % block:
+        return outputs * (inputs + scale)
+    return outputs * (inputs * bits // 8 + inputs // block * scale)
 
 
 def _caches(config: NvlmConfig, limits: EngineLimits, size: int) -> tuple[int, int]:

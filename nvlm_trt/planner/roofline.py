@@ -12,6 +12,7 @@ from nvlm_trt.model.config import NvlmConfig
 from nvlm_trt.model.layout import checkpoint_layout
 from nvlm_trt.model.precision import FLOAT_BYTES, floating_type
 from nvlm_trt.planner.memory import component_of_tensor, is_linear, plan_engine, stage_of_tensor
+from nvlm_trt.plugins.gated_cross_attention import cache_length
 from nvlm_trt.prompt.image_tokens import count_image_tokens
 
 
@@ -41,6 +42,8 @@ class Roofline:
         """Take the same arguments as `plan_engine`."""
         self._config, self._tag_length, self._chunk = config, tag_length, backend.prefill_chunk
         self._size = FLOAT_BYTES[floating_type(precisions)]
+        whole = backend.memory.whole_cross_cache and config.cross_layers
+        self._cross_capacity = cache_length(limits.max_image_tokens) if whole else None
         plan = plan_engine(config, limits, precisions, backend, tag_length)
         self._weights = {stage: memory.weights for stage, memory in plan.stages.items()}
         # a token looks up one row of the embedding table; only a tied lm_head reads the whole table
@@ -59,21 +62,24 @@ class Roofline:
         if cross_tokens:
             flops = 2 * cross_tokens * self._multiplied["cross_kv"]
             work["cross_kv"] = Work(flops, self._weights["cross_kv"] + cross_tokens * self._cross_token)
-        tokens = text_tokens + image_tokens
+        tokens, read = text_tokens + image_tokens, self._cross_read(cross_tokens)
         ends = [*range(self._chunk, tokens, self._chunk), tokens]
-        nbytes = sum(
-            self._weights["decoder"] + end * self._self_token + cross_tokens * self._cross_token for end in ends
-        )
+        nbytes = sum(self._weights["decoder"] + end * self._self_token + read * self._cross_token for end in ends)
         pairs = tokens * (tokens + 1) // 2
-        work["decoder"] = Work(self._decoder_flops(tokens, pairs, tokens * cross_tokens, rows=1), nbytes)
+        work["decoder"] = Work(self._decoder_flops(tokens, pairs, tokens * read, rows=1), nbytes)
         return work
 
     def decode(self, sequences: int, tokens: int, cross_tokens: int) -> Work:
         """Return the work of one token of each of `sequences` sequences. Each has `tokens` tokens in the cache, the new
         one included, and reads `cross_tokens` tokens of its images."""
-        nbytes = tokens * self._self_token + cross_tokens * self._cross_token
-        flops = self._decoder_flops(sequences, sequences * tokens, sequences * cross_tokens, sequences)
+        read = self._cross_read(cross_tokens)
+        nbytes = tokens * self._self_token + read * self._cross_token
+        flops = self._decoder_flops(sequences, sequences * tokens, sequences * read, sequences)
         return Work(flops, self._weights["decoder"] + sequences * nbytes)
+
+    def _cross_read(self, cross_tokens: int) -> int:
+        """Count the tokens that cross-attention reads for a token with `cross_tokens` tokens of images."""
+        return cross_tokens if self._cross_capacity is None else self._cross_capacity
 
     @property
     def _self_token(self) -> int:

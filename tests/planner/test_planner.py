@@ -86,16 +86,25 @@ class Everywhere(SimpleNamespace):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("precision", ["bf16", "int8,lm_head=int8", "fp16,decoder=fp8,projector=fp8"])
-def test_weights_are_those_of_the_graphs_for_tensorrt(
-    checkpoint: Directory, tmp_path: Path, name: str, precision: str
+@pytest.mark.parametrize(
+    ("backend", "precision"),
+    [
+        ("tensorrt", "bf16"),
+        ("tensorrt", "int8,lm_head=int8"),
+        ("tensorrt", "fp16,decoder=fp8,projector=fp8"),
+        ("tensorrt-rtx", "int8-weight-only"),
+        ("tensorrt-rtx", "int4-weight-only,vision_encoder=int4-weight-only"),
+    ],
+)
+def test_weights_are_those_of_the_graphs_for_plans(
+    checkpoint: Directory, tmp_path: Path, name: str, backend: str, precision: str
 ) -> None:
-    precisions = TENSORRT.precisions.parse(precision)
+    precisions = find_backend(backend).precisions.parse(precision)
     source = EngineSource(checkpoint(name), {"max_slots": 3, "max_seq_len": 512})
     with Checkpoint.open(checkpoint(name)) as opened:
         recipe = quantised(opened, precisions, Everywhere(samples={}), alpha=0, form=WeightForm.TENSORRT)
     graphs = write_graphs(source, recipe, floating_type(precisions), tmp_path, no_progress)
-    stages = plan_of(name, precision, "tensorrt", source.limits).stages
+    stages = plan_of(name, precision, backend, source.limits).stages
     assert stages.keys() == graphs.keys()
     for stage, graph in graphs.items():
         assert_just_above(stored_bytes(graph), stages[stage].weights)
@@ -239,6 +248,18 @@ def test_bytes_of_a_decoding_step_are_the_weights_and_the_caches_in_use() -> Non
     step = Roofline(config, LIMITS, precisions, TENSORRT, 0).decode(LIMITS.max_slots, LIMITS.max_seq_len, 416)
     decoder = plan.stages["decoder"]
     assert step.nbytes == decoder.weights + decoder.caches - plan.weights["embedding"]
+
+
+def test_tensorrt_rtx_reads_the_whole_cross_attention_cache() -> None:
+    """Its masked attention computes over the capacity, so what a request uses does not matter."""
+    rtx, config = find_backend("tensorrt-rtx"), PRESETS["nvlm-x-tiny"]
+    precisions = rtx.precisions.parse("bf16")
+    roofline = Roofline(config, LIMITS, precisions, rtx, 0)
+    full = Roofline(config, LIMITS, precisions, TENSORRT, 0).decode(1, 9, 416)
+    assert [roofline.decode(1, 9, cross_tokens) for cross_tokens in (0, 16, 416)] == [full] * 3
+    few = Roofline(config, LIMITS.model_copy(update={"max_image_tokens": 16}), precisions, rtx, 0)
+    assert few.decode(1, 9, 16).nbytes < roofline.decode(1, 9, 16).nbytes
+    assert few.prefill(9, 0)["decoder"].flops < roofline.prefill(9, 0)["decoder"].flops
 
 
 def test_a_prompt_reads_the_weights_once_for_each_chunk() -> None:

@@ -94,7 +94,7 @@ SPEC = BackendSpec(
     device=DEVICE,
     precisions=PRECISIONS,
     prefill_chunk=PREFILL_CHUNK,
-    memory=MemoryModel(device="gpu", host_building=_host_building),
+    memory=MemoryModel(device="gpu", whole_cross_cache=True, standard_blocks=True, host_building=_host_building),
     probe=_probe,
     open=_open,
     build=_build,

@@ -31,7 +31,7 @@ from nvlm_trt.builders.quantization.int8 import Int8
 from nvlm_trt.reference.model import ReferenceModel
 
 MODELS = {name: random_reference(tiny_config(name)) for name in ("D", "X", "H")}
-CROSS = [GatedFunction, MaskedAttention]
+CROSS: list[type[CrossAttention]] = [GatedFunction, MaskedAttention]
 MODELS_AND_CROSS = [("D", GatedFunction), *itertools.product(("X", "H"), CROSS)]
 TAGS = np.random.default_rng(3).standard_normal((6, 5, 192), dtype=np.float32)
 
