@@ -26,6 +26,7 @@ from lab.gpu_check.rtx_numbers import LIMITS, TOLERANCES, run_steps
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from nvlm_trt.builders.graphs.streamed import StoredTensor
     from nvlm_trt.prompt.encoder import PromptEncoder
 
 MODELS = tuple(f"nvlm-{architecture}-tiny" for architecture in "dxh")
@@ -43,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = options().parse_args(arguments)
     given.directory.mkdir(parents=True, exist_ok=True)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a build that sees a GPU would run the plans, which is the check's part
+    write_masked_attention(given.directory)
     jobs = [(model, precision) for precision in given.precision for model in given.model]
     failed = 0
     with ProcessPoolExecutor(given.jobs, multiprocessing.get_context("spawn")) as pool:
@@ -61,6 +63,38 @@ def engine_path(directory: Path, model: str, precision: str) -> Path:
 def numbers_path(directory: Path, model: str, precision: str) -> Path:
     """Name the file of the numbers that the engine must give."""
     return directory / f"{model}-{precision}.npz"
+
+
+def attention_path(directory: Path) -> Path:
+    return directory / "masked_attention.onnx"
+
+
+def write_masked_attention(directory: Path) -> None:
+    """Write a graph of one cross-attention block's attention alone, in the form of the product's decoders."""
+    import onnx_ir as ir
+
+    from nvlm_trt.builders.graphs.common import CACHE_OPSET, INT32, StageGraph
+    from nvlm_trt.builders.graphs.cross_attention import MaskedAttention
+    from nvlm_trt.model.presets import PRESETS
+
+    llm = PRESETS["nvlm-x-72b"].llm
+    graph = StageGraph("masked_attention", _NoWeights(), opset=CACHE_OPSET, dtype=ir.DataType.BFLOAT16)
+    query = graph.input("query", graph.dtype, ["batch", llm.num_heads, "sequence", llm.head_dim])
+    cache = ["batch", llm.num_kv_heads, "cross_tokens", llm.head_dim]
+    key, value = (graph.input(name, graph.dtype, cache) for name in ("key", "value"))
+    ranges = graph.input("cross_ranges", INT32, ["batch", "sequence", 2])
+    gate = graph.input("gate", graph.dtype, [1])
+    attention = MaskedAttention(graph, llm, ranges, key)
+    output = attention.attend(graph, query, key, value, gate)
+    graph.output(output, "output", ["batch", llm.num_heads, "sequence", llm.head_dim])
+    ir.save(graph.model(), attention_path(directory))
+
+
+class _NoWeights:
+    """Implements `WeightSource` for a graph without weights."""
+
+    def take(self, name: str) -> StoredTensor:
+        raise KeyError(name)
 
 
 def build(directory: Path, model: str, precision: str, target: str | None = None) -> str:

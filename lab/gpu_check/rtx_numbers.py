@@ -24,22 +24,28 @@ SLOTS = range(len(CUTS))
 DECODED = (4, 3, 3)  # slots of the decoding steps; the last step repeats a recorded CUDA graph
 
 
-class Share(NamedTuple):
-    """Numbers for each kind of result, as shares of the largest expected value of that kind."""
+class Tolerance(NamedTuple):
+    """The largest differences that are right, as shares of the largest expected value.
+
+    `logits` bounds the median of all steps: in some steps of a tiny model, a rounding of bf16 moves a logit by a
+    quarter of the largest. `worst` bounds all steps of a precision in which no step does."""
 
     image_tokens: float
     cross_kv: float
     logits: float
+    worst: float | None = None
 
 
+# Twice what ONNX Runtime's numbers change if it rounds the result of every operator to the precision's own type, and
+# for fp32 1e-3 of the logits' scale, 26. The smallest median that a wrong causal mask gave was 0.042.
 TOLERANCES = {
-    "fp32": Share(4e-5, 4e-5, 4e-5),
-    "fp16": Share(2e-3, 2e-3, 2e-3),
-    "bf16": Share(1e-2, 1e-2, 1e-2),
-    "int4-weight-only": Share(1e-2, 1e-2, 1e-2),
-    "int8-weight-only": Share(1e-2, 1e-2, 1e-2),
-    "fp8": Share(1e-2, 1e-2, 1e-2),
-    "int8": Share(1e-2, 1e-2, 1e-2),
+    "fp32": Tolerance(4e-5, 4e-5, 4e-5, 1e-3),
+    "fp16": Tolerance(4e-3, 4e-3, 2e-3, 3e-2),
+    "bf16": Tolerance(2e-2, 2e-2, 1e-2),
+    "int8": Tolerance(2e-2, 5e-2, 4e-2),
+    "fp8": Tolerance(2e-2, 5e-2, 4e-2),
+    "int8-weight-only": Tolerance(2e-2, 2e-2, 2e-2),
+    "int4-weight-only": Tolerance(2e-2, 2e-2, 2e-2),
 }
 
 
@@ -93,36 +99,35 @@ def _prefill(
 
 
 def compare(found: Arrays, expected: Arrays, precision: str) -> Result:
-    """Judge every kind of result by the tolerances of `precision`."""
-    tolerance = TOLERANCES[precision]
-    odd = [name for name in expected if found[name].shape != expected[name].shape]
+    """Judge the numbers of every step by the tolerances of `precision`."""
+    limits = TOLERANCES[precision]
+    names = [name for name in expected if name.startswith(("image_tokens.", "cross_kv.", "prefill.", "decode."))]
+    odd = [name for name in names if name not in found or found[name].shape != expected[name].shape]
     if odd:
-        return Result(WRONG, note=f"{odd[0]} has the shape {found[odd[0]].shape}, not {expected[odd[0]].shape}")
-    limits = {
-        "image_tokens": tolerance.image_tokens,
-        "cross_kv": tolerance.cross_kv,
-        "prefill": tolerance.logits,
-        "decode": tolerance.logits,
-    }
-    shares = {kind: _share(found, expected, kind) for kind in limits}
-    values: dict[str, Value] = {kind.replace("_", " "): share for kind, share in shares.items()}
-    logits = [name for name in expected if name.startswith(("prefill.", "decode."))]
-    scale = max(float(np.abs(expected[name]).max()) for name in logits)
-    same = [found[name].argmax(-1) == expected[name].argmax(-1) for name in logits]
-    hits = np.concatenate([np.atleast_1d(rows) for rows in same])
-    values |= {"largest logit": scale, "same next token": f"{hits.sum()} of {hits.size}"}
-    good = all(share is None or share <= limits[kind] for kind, share in shares.items())
-    note = f"limits {tolerance.image_tokens:g}, {tolerance.cross_kv:g} and {tolerance.logits:g} of the largest value"
-    return Result(PASSED if good else WRONG, values, note)
+        return Result(WRONG, note=f"{odd[0]} is missing or has another shape than {expected[odd[0]].shape}")
+    shares = {name: _shares(found[name], expected[name]) for name in names}
+    logits = np.concatenate([shares[name] for name in names if name.startswith(("prefill.", "decode."))])
+    tokens = [found[name].argmax(-1) == expected[name].argmax(-1) for name in names if name.startswith("decode.")]
+    median, worst = float(np.median(logits)), float(logits.max())
+    image_tokens, cross_kv = (_largest(shares, kind) for kind in ("image_tokens.", "cross_kv."))
+    judged = [(image_tokens, limits.image_tokens), (cross_kv, limits.cross_kv), (median, limits.logits)]
+    good = all(share is None or limit is None or share <= limit for share, limit in [*judged, (worst, limits.worst)])
+    values: dict[str, Value] = {"image tokens": image_tokens, "cross K/V": cross_kv}
+    values |= {"logits, median": median, "logits, worst": worst}
+    values["same next token"] = f"{np.concatenate(tokens).sum()} of {np.concatenate(tokens).size}"
+    shown = ", ".join("-" if limit is None else f"{limit:g}" for limit in limits)
+    return Result(PASSED if good else WRONG, values, f"limits {shown}")
 
 
-def _share(found: Arrays, expected: Arrays, kind: str) -> float | None:
-    """Return the largest difference as a share of the largest expected value; None if the model has no such result.
+def _shares(found: FloatArray, expected: FloatArray) -> FloatArray:
+    """Return the largest difference of each row [..., n] as a share of the row's largest expected value.
 
-    NaN and infinity count as 1e30: JSON has neither."""
-    names = [name for name in expected if name.startswith(f"{kind}.")]
-    if not names:
-        return None
-    differences = [np.nan_to_num(found[name] - expected[name], nan=1e30, posinf=1e30, neginf=-1e30) for name in names]
-    largest = max(float(np.abs(expected[name]).max()) for name in names)
-    return max(float(np.abs(difference).max()) for difference in differences) / largest
+    Rows of image tokens, keys and values count as one. NaN and infinity count as 1e30: JSON has neither."""
+    difference = np.abs(np.nan_to_num(found - expected, nan=1e30, posinf=1e30, neginf=-1e30))
+    rows = -1 if expected.ndim <= 2 else None  # logits are [vocab] or [n, vocab]
+    return np.atleast_1d(difference.max(rows) / np.abs(expected).max(rows))
+
+
+def _largest(shares: Mapping[str, FloatArray], kind: str) -> float | None:
+    """Return the largest share of one kind of results, None if the model has none."""
+    return max((float(share.max()) for name, share in shares.items() if name.startswith(kind)), default=None)
