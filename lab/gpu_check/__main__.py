@@ -57,7 +57,7 @@ def _problem(options: argparse.Namespace) -> str | None:
     if options.interpret and not options.output:
         return "--interpret needs --output DIRECTORY: docs/ is for results of a GPU"
     if options.rtx_engines and not any(options.rtx_engines.glob("*.npz")):
-        return f"--rtx-engines {options.rtx_engines} has no engines; python -m lab.gpu_check.rtx_engines writes them"
+        return f"--rtx-engines {options.rtx_engines} has no engines; `python -m lab.gpu_check.rtx_engines` writes them"
     missing = [name for name in ("torch", "triton", "numpy") if importlib.util.find_spec(name) is None]
     if missing:
         return f"{sys.executable} lacks {', '.join(missing)}; set PYTHON to a Python that has them"

@@ -26,24 +26,18 @@ _RUNS = 50
 _DECODE = 1  # the decoder's second optimisation profile
 
 
-def engine_names(directory: Path) -> list[tuple[str, str]]:
-    """Return (model, precision) of the engines that are whole."""
-    names = [path.stem for path in sorted(directory.glob("nvlm-*-tiny-*.npz"))]
-    split = [name.partition("-tiny-") for name in names]
-    return [(f"{model}-tiny", precision) for model, _, precision in split]
-
-
 def loads(directory: Path, model: str, precision: str) -> Result:
     """Load all plans of an engine; compare the outputs that share an input's memory with the manifest's."""
     engine = _engine(directory, model, precision)
     from nvlm_trt.backends.plans.loaded_plan import LoadedPlan
+    from nvlm_trt.backends.tensorrt_rtx import DEVICE
     from nvlm_trt.backends.tensorrt_rtx.record import record_of
     from nvlm_trt.backends.tensorrt_rtx.runtime import RtxRuntime
 
     record = record_of(engine)
-    runtime = RtxRuntime(engine, record, "cuda")
+    runtime = RtxRuntime(engine, record, DEVICE)
     started = time.monotonic()
-    plans = {stage: LoadedPlan(engine.path / f"{stage}.plan", "cuda", runtime) for stage in record.profiles}
+    plans = {stage: LoadedPlan(engine.path / f"{stage}.plan", DEVICE, runtime) for stage in record.profiles}
     seconds = time.monotonic() - started
     found = plans["decoder"].aliased()
     wrong = sorted(set(found.items()) ^ set(record.aliased.items()))
@@ -75,7 +69,9 @@ def first_call(directory: Path, model: str, precision: str, cache: Path) -> Resu
     engine, given = _engine(directory, model, precision), _numbers(directory, model, precision)
     import torch
 
-    torch.zeros(1, device="cuda")  # the start of CUDA is not TensorRT-RTX's
+    from nvlm_trt.backends.tensorrt_rtx import DEVICE
+
+    torch.zeros(1, device=DEVICE)  # the start of CUDA is not TensorRT-RTX's
     ids, ranges = given["input_ids.1"], given["cross_ranges.1"]
     times = [time.monotonic()]
     with _opened(engine) as backend:

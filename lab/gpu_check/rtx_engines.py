@@ -80,7 +80,7 @@ def write_masked_attention(directory: Path) -> None:
     llm = PRESETS["nvlm-x-72b"].llm
     graph = StageGraph("masked_attention", _NoWeights(), opset=CACHE_OPSET, dtype=ir.DataType.BFLOAT16)
     query = graph.input("query", graph.dtype, ["batch", llm.num_heads, "sequence", llm.head_dim])
-    cache = ["batch", llm.num_kv_heads, "cross_tokens", llm.head_dim]
+    cache: list[int | str] = ["batch", llm.num_kv_heads, "cross_tokens", llm.head_dim]
     key, value = (graph.input(name, graph.dtype, cache) for name in ("key", "value"))
     ranges = graph.input("cross_ranges", INT32, ["batch", "sequence", 2])
     gate = graph.input("gate", graph.dtype, [1])

@@ -123,7 +123,8 @@ def _shares(found: FloatArray, expected: FloatArray) -> FloatArray:
     """Return the largest difference of each row [..., n] as a share of the row's largest expected value.
 
     Rows of image tokens, keys and values count as one. NaN and infinity count as 1e30: JSON has neither."""
-    difference = np.abs(np.nan_to_num(found - expected, nan=1e30, posinf=1e30, neginf=-1e30))
+    with np.errstate(invalid="ignore"):
+        difference = np.abs(np.nan_to_num(found - expected, nan=1e30, posinf=1e30, neginf=-1e30))
     rows = -1 if expected.ndim <= 2 else None  # logits are [vocab] or [n, vocab]
     return np.atleast_1d(difference.max(rows) / np.abs(expected).max(rows))
 

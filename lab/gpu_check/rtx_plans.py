@@ -42,8 +42,8 @@ def product_graph(kind: str, size: int) -> bytes:
             helper.make_node("DequantizeLinear", ["weight", "scales", "zeros"], ["right"], axis=1),
         ]
     else:
-        weight = torch.from_numpy(integers(size)).to(torch.bfloat16) * 2.0**-12
-        raw = weight.view(torch.int16).numpy().tobytes()
+        right = torch.from_numpy(integers(size)).to(torch.bfloat16) * 2.0**-12
+        raw = right.view(torch.int16).numpy().tobytes()
         tensors.append(helper.make_tensor("right", bf16, [size, size], raw, raw=True))
         nodes.append(helper.make_node("Identity", ["x"], ["left"]))
     nodes.append(helper.make_node("MatMul", ["left", "right"], ["y"]))
