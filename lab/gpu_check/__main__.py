@@ -94,7 +94,8 @@ def _run_all(options: argparse.Namespace, command: str) -> int:
     with tempfile.TemporaryDirectory() as folder:
         record = Record(Path(folder) / "checks.jsonl")
         for section in _sections(options):
-            more = ["--rtx-engines", str(options.rtx_engines.resolve())] if options.rtx_engines else []
+            more = ["--rtx-minutes", str(options.rtx_minutes)]
+            more += ["--rtx-engines", str(options.rtx_engines.resolve())] if options.rtx_engines else []
             run_apart(section, record, started + 60 * options.minutes, options.interpret, more)
             found |= {"seconds": time.time() - started, "checks": [asdict(check) for check in record.read()]}
             report.write(directory, stem, found)  # each time: a run may be cut short
@@ -192,7 +193,7 @@ def trials_of(options: argparse.Namespace, record: Record) -> Iterator[Trial]:
         return tensorrt_engines.trials()
     from lab.gpu_check import rtx
 
-    return rtx.trials(options.rtx_engines)
+    return rtx.trials(options.rtx_engines, options.rtx_minutes)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -208,6 +209,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--render", type=Path, metavar="JSON", help="write the page of a report's JSON again")
     parser.add_argument(
         "--rtx-engines", type=Path, metavar="DIRECTORY", help="engines of rtx_engines.py; built here if absent"
+    )
+    parser.add_argument(
+        "--rtx-minutes", type=float, default=3, help="time limit of the checks of TensorRT-RTX (%(default)s)"
     )
     parser.add_argument("--minutes", type=float, default=9, help="time limit of the run (%(default)s)")
     for hidden, kind in (

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from types import TracebackType
 
-from lab.gpu_check.record import NotAvailableError, Result
+from lab.gpu_check.record import SLOW, NotAvailableError, Result
 
 Call = Callable[[], Result]
 
@@ -38,15 +38,16 @@ class Apart:
     def call(self, function: Call, seconds: float, fresh: bool = False) -> Result:
         """Run `function`, in a new process if `fresh`.
 
-        Raises NotAvailableError if the function does, and ApartError for any other error, a process that dies, and a
-        function that takes more than `seconds`."""
+        A function that takes more than `seconds` is ended and SLOW. Raises NotAvailableError if the function does, and
+        ApartError for any other error and for a process that dies."""
         if fresh:
             self.close()
         process, pipe = self._running()
         pipe.send(function)
         try:
             if not pipe.poll(seconds):
-                raise ApartError(f"it took more than {seconds:.0f} s and was ended")
+                self.close()
+                return Result(SLOW, note=f"it took more than {seconds:.0f} s and was ended")
             answer = pipe.recv()
         except (EOFError, ConnectionError):
             process.join(10)
@@ -54,9 +55,6 @@ class Apart:
             name = signal.Signals(-code).name if code < 0 else f"exit status {code}"
             self.close()
             raise ApartError(f"its process ended with {name}; see its messages") from None
-        except ApartError:
-            self.close()
-            raise
         if isinstance(answer, ApartError):
             self.close()
         if isinstance(answer, Exception):

@@ -29,8 +29,7 @@ INSTALL = "pip install 'nvlm-trt[tensorrt-rtx]'"
 ELSEWHERE = "build them where these are, by `python -m lab.gpu_check.rtx_engines`, and pass --rtx-engines DIRECTORY"
 BUILDERS = ("onnx", "onnx_ir", "onnxscript", "onnxruntime", "ml_dtypes", "safetensors", "tokenizers", "pydantic", "PIL")
 
-BUDGET = 180.0  # seconds of all checks; building engines comes on top
-NUMBERS = 90.0  # seconds of these for the numbers of the engines
+MINUTES = 3.0  # of all checks, half of them for the numbers of the engines; building engines comes on top
 SLOWEST = 60.0  # seconds of one check
 BUILDING = 150.0
 ENGINE = (MODELS[-1], "bf16")  # NVLM-H has every kind of layer
@@ -43,7 +42,7 @@ class Caller(Protocol):
     def call(self, function: Callable[[], Result], seconds: float, fresh: bool = False) -> Result: ...
 
 
-def trials(engines: Path | None, caller: Caller | None = None) -> Iterator[Trial]:
+def trials(engines: Path | None, minutes: float = MINUTES, caller: Caller | None = None) -> Iterator[Trial]:
     """Yield the trials. `engines`: a directory that rtx_engines.py wrote, None to build them on this machine."""
     if importlib.util.find_spec("tensorrt_rtx_bindings") is None:
         yield "plans", _not_installed
@@ -51,7 +50,7 @@ def trials(engines: Path | None, caller: Caller | None = None) -> Iterator[Trial
     with tempfile.TemporaryDirectory() as folder, Apart() as apart:
         # runtime caches are not the user's: each run begins without
         os.environ["XDG_CACHE_HOME"] = str(Path(folder, "cache"))
-        yield from Bench(caller or apart, Path(folder), engines).trials()
+        yield from Bench(caller or apart, Path(folder), engines, minutes).trials()
 
 
 def _not_installed() -> Result:
@@ -70,10 +69,11 @@ def targets_of(engines: Path | None) -> tuple[str, ...]:
 class Bench:
     """Runs the trials in their order, within their time."""
 
-    def __init__(self, caller: Caller, folder: Path, engines: Path | None) -> None:
+    def __init__(self, caller: Caller, folder: Path, engines: Path | None, minutes: float) -> None:
         self._caller, self._folder, self._engines = caller, folder, engines
         self._targets = targets_of(engines)
-        self._end = time.time() + BUDGET
+        self._minutes = minutes
+        self._end = time.time() + 60 * minutes
         self._numbers_end = self._end
         self._refusal: str | None = None  # why this GPU does not run the plans
 
@@ -128,17 +128,20 @@ class Bench:
         lines = [line for line in done.stdout.splitlines() if " MB in " not in line] + done.stderr.splitlines()[-1:]
         built = len(list(directory.glob("*.npz")))
         note = lines[0] if lines and done.returncode else ""
+        if not built:
+            self._engines = None
+            raise NotAvailableError(f"no engine could be built here ({note}); {ELSEWHERE}")
         return Result(WRONG if done.returncode else PASSED, {"engines": built, "s": seconds}, note)
 
     def _numbers(self) -> Iterator[Trial]:
-        self._numbers_end = time.time() + NUMBERS
+        self._numbers_end = time.time() + 30 * self._minutes
         for precision in (*FIRST, *(name for name in TOLERANCES if name not in FIRST)):
             for model in MODELS:
                 yield f"numbers of {model}, {precision}", partial(self._compare, model, precision)
 
     def _compare(self, model: str, precision: str) -> Result:
         if time.time() >= self._numbers_end:
-            raise NotAvailableError(f"the {NUMBERS:.0f} s of these checks were up")
+            raise NotAvailableError(f"the time of these checks was up: half of {self._minutes:g} minutes")
         return self._of_engine(rtx_checks.numbers, model, precision)
 
     def _attention(self, rows: int) -> Result:
@@ -166,5 +169,5 @@ class Bench:
     def _call(self, check: Callable[[], Result], fresh: bool = False) -> Result:
         left = self._end - time.time()
         if left <= 0:
-            raise NotAvailableError(f"the {BUDGET:.0f} s of this part were up")
+            raise NotAvailableError(f"the {self._minutes:g} minutes of this part were up")
         return self._caller.call(check, min(SLOWEST, left), fresh)

@@ -9,6 +9,7 @@ Needs TensorRT-RTX, the packages of a build, and no GPU. A machine that lacks th
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import multiprocessing
 import os
@@ -108,6 +109,7 @@ def build(directory: Path, model: str, precision: str, target: str | None = None
     started = time.monotonic()
     checkpoint, output = ROOT / "checkpoints" / model, engine_path(directory, model, precision)
     with tempfile.TemporaryDirectory() as folder:
+        name_package(Path(folder))
         quantization = QuantizationOptions(calibration=_samples(Path(folder)), gate=None)
         engine = build_engine(
             checkpoint,
@@ -124,6 +126,19 @@ def build(directory: Path, model: str, precision: str, target: str | None = None
     np.savez(numbers_path(directory, model, precision), **numbers)
     size = sum(record.size for record in engine.manifest.files.values()) / 1e6
     return f"{size:.0f} MB in {time.monotonic() - started:.0f} s"
+
+
+def name_package(folder: Path, package: str = "nvlm-trt") -> None:
+    """Give a package that is not installed a version, which the manifests of engines name; `folder` stays in
+    sys.path."""
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        information = folder / f"{package.replace('-', '_')}-0.dist-info"
+        information.mkdir()
+        text = f"Metadata-Version: 2.1\nName: {package}\nVersion: 0+checkout\n"
+        (information / "METADATA").write_text(text, encoding="utf-8")
+        sys.path.append(str(folder))
 
 
 def _samples(folder: Path) -> Path:

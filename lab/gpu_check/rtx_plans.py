@@ -154,6 +154,7 @@ class SmallPlan:
         logger = error_log(self.trt)
         logger.errors.clear()
         self.logger, self._runtime = logger, self.trt.Runtime(logger)
+        self._contexts: list[Any] = []
         self.engine = self._runtime.deserialize_cuda_engine(plan)
         if self.engine is None:
             raise ValueError(logger.errors[0] if logger.errors else "TensorRT-RTX gives no reason")
@@ -169,11 +170,18 @@ class SmallPlan:
                 raise ValueError(f"the plan does not take {name} of shape {tuple(tensor.shape)}")
             context.set_tensor_address(name, tensor.data_ptr())
 
+        self._contexts.append(context)
+
         def run() -> None:
             if not context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
                 raise ValueError(self.logger.errors[0] if self.logger.errors else "the plan did not run")
 
         return run
+
+    def is_capturable(self) -> bool:
+        """Return whether a CUDA graph can record the calls, which have all run."""
+        stream = torch.cuda.Stream().cuda_stream
+        return all(context.is_stream_capturable(stream) for context in self._contexts)
 
     @cached_property
     def _config(self) -> Any:

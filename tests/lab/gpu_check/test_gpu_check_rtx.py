@@ -4,6 +4,7 @@ A refusal is played, and so is a GPU for the calls of the runtime; the numbers a
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import shutil
@@ -34,10 +35,10 @@ def machine(engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
         yield patched
 
 
-def checks_of(engines: Path | None, path: Path) -> list[Check]:
+def checks_of(engines: Path | None, path: Path, minutes: float = rtx.MINUTES) -> list[Check]:
     """Run the section in this process."""
     record = Record(path)
-    perform(rtx.SECTION, rtx.trials(engines, Here()), record, float("inf"))
+    perform(rtx.SECTION, rtx.trials(engines, minutes, Here()), record, float("inf"))
     return record.read()
 
 
@@ -106,7 +107,7 @@ def test_engines_for_another_target_are_asked_for_too(
     (other / "manifest.json").write_text(json.dumps(manifest))
     assert rtx.targets_of(engines) == rtx.targets_of(None) == ()
     assert rtx.targets_of(tmp_path / "engines") == ("sm89",)
-    assert "a plan for sm89" in [name for name, _ in rtx.trials(tmp_path / "engines", Here())]
+    assert "a plan for sm89" in [name for name, _ in rtx.trials(tmp_path / "engines", caller=Here())]
 
 
 def test_missing_packages_of_a_build_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,25 +117,28 @@ def test_missing_packages_of_a_build_are_named(tmp_path: Path, monkeypatch: pyte
     assert by_name["numbers of nvlm-d-tiny, bf16"].startswith("there are no engines")
 
 
-def test_engines_are_built_on_the_machine(engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("builds", [True, False])
+def test_engines_are_built_on_the_machine(
+    engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, builds: bool
+) -> None:
     python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\ncp -r {engines} "$3"\necho "one: 1 MB in 1 s"\n')
+    works, fails = f'cp -r {engines} "$3"; echo "one: 1 MB in 1 s"', "echo one: no such operator; exit 1"
+    python.write_text(f"#!/bin/sh\n{works if builds else fails}\n")
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
     by_name = {check.name: check for check in checks_of(None, tmp_path / "checks")}
-    assert (by_name["engines"].status, by_name["engines"].values["engines"]) == (PASSED, 1)
-    assert by_name["numbers of nvlm-h-tiny, bf16"].note.startswith("torch sees no GPU")
+    if builds:
+        assert (by_name["engines"].status, by_name["engines"].values["engines"]) == (PASSED, 1)
+        assert by_name["numbers of nvlm-h-tiny, bf16"].note.startswith("torch sees no GPU")
+    else:
+        assert by_name["engines"].note.startswith("no engine could be built here (one: no such operator); build them")
+        assert by_name["numbers of nvlm-h-tiny, bf16"].note.startswith("there are no engines")
 
 
-def test_the_time_of_the_part_and_of_the_numbers_ends(
-    engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(rtx, "NUMBERS", 0.0)
-    by_name = {check.name: check.note for check in checks_of(engines, tmp_path / "checks")}
-    assert by_name["numbers of nvlm-h-tiny, bf16"] == "the 0 s of these checks were up"
-    monkeypatch.setattr(rtx, "BUDGET", 0.0)
-    by_name = {check.name: check.note for check in checks_of(engines, tmp_path / "late")}
-    assert by_name["W8A8 int8 product"] == "the 0 s of this part were up"
+def test_the_time_of_the_part_ends(engines: Path, tmp_path: Path) -> None:
+    by_name = {check.name: check.note for check in checks_of(engines, tmp_path / "checks", minutes=0)}
+    assert by_name["numbers of nvlm-h-tiny, bf16"] == "the time of these checks was up: half of 0 minutes"
+    assert by_name["W8A8 int8 product"] == "the 0 minutes of this part were up"
 
 
 # --- engines on a GPU made of paper ----------------------------------------------------------------------------------
@@ -204,3 +208,10 @@ def test_a_build_that_fails_is_told(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert rtx_engines.main([*arguments, "--jobs", "1"]) == 1
     assert "nvlm-d-tiny, fp8: EngineError: --target sm80" in capsys.readouterr().out
     assert not list((tmp_path / "engines").glob("*.npz"))
+
+
+def test_a_checkout_that_is_not_installed_has_a_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path / "none"))  # restores the path afterwards
+    rtx_engines.name_package(tmp_path, "toy-package")
+    assert importlib.metadata.version("toy-package") == "0+checkout"
+    rtx_engines.name_package(tmp_path, "toy-package")  # is named already

@@ -110,6 +110,9 @@ class TorchPlan:
     def __init__(self, plan: bytes) -> None:
         self.trt, self.logger, self.engine = None, None, None
 
+    def is_capturable(self) -> bool:
+        return True
+
     def call(self, tensors: dict[str, torch.Tensor]) -> Any:
         def run() -> None:
             if "query" in tensors:
