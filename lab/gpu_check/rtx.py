@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Protocol
+from unittest import mock
 
 from lab.code_state import ROOT
 from lab.gpu_check import rtx_checks, rtx_kernels, rtx_plans
@@ -47,9 +48,8 @@ def trials(engines: Path | None, minutes: float = MINUTES, caller: Caller | None
     if importlib.util.find_spec("tensorrt_rtx_bindings") is None:
         yield "plans", _not_installed
         return
-    with tempfile.TemporaryDirectory() as folder, Apart() as apart:
-        # runtime caches are not the user's: each run begins without
-        os.environ["XDG_CACHE_HOME"] = str(Path(folder, "cache"))
+    with tempfile.TemporaryDirectory() as folder, Apart() as apart, mock.patch.dict(os.environ):
+        os.environ["XDG_CACHE_HOME"] = str(Path(folder, "cache"))  # each run begins without runtime caches
         yield from Bench(caller or apart, Path(folder), engines, minutes).trials()
 
 

@@ -29,7 +29,8 @@ MODEL, PRECISION = "nvlm-h-tiny", "bf16"
 
 @pytest.fixture
 def machine(engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name, value in (("XDG_CACHE_HOME", str(tmp_path / "cache")), ("CUDA_CACHE_DISABLE", "0")):
+        monkeypatch.setenv(name, value)  # checks change them
     engine = Engine.open(engines / f"{MODEL}-{PRECISION}")
     with Machine(record_of(engine), engine.config).patched() as patched:
         yield patched
