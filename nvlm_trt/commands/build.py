@@ -106,7 +106,8 @@ def build(
     if no_gate and _given(judging):
         raise NvlmError("--no-gate measures nothing; leave out --gate, --gate-samples and --max-accuracy-drop")
     if _given(judging) and not quantised_components(precisions):
-        raise NvlmError(f"an unquantised engine passes no gate, but --{_option(judging)} was given; choose a --precision")
+        given = _option(judging)
+        raise NvlmError(f"an unquantised engine passes no gate, but --{given} was given; choose a --precision")
     if _given(calibrating) and not needs_calibration(precisions):
         raise NvlmError(f"only int8 and fp8 are calibrated, but --{_option(calibrating)} was given; choose one of them")
     if quantised_components(precisions) and not no_gate:
