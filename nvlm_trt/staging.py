@@ -7,6 +7,8 @@ import errno
 import os
 import secrets
 import shutil
+import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,6 +49,21 @@ def temporary_sibling(target: Path) -> Iterator[Path]:
         yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def tidy_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM end this process as an error does, with exit status 143, so that temporary folders are removed.
+
+    For the main thread. A SIGTERM that is ignored or handled already is left as it is."""
+    if signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def replace_directory(staging: Path, target: Path) -> None:

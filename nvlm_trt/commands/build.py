@@ -12,6 +12,7 @@ from nvlm_trt.backends.table import DEFAULT_BACKEND, backend_names, backend_summ
 from nvlm_trt.errors import NvlmError
 from nvlm_trt.extras import require
 from nvlm_trt.model.precision import COMPONENTS, needs_calibration, quantised_components
+from nvlm_trt.staging import tidy_on_sigterm
 
 if TYPE_CHECKING:
     from nvlm_trt.builders.engine_build import QuantizationOptions
@@ -105,14 +106,15 @@ def build(
     if no_gate and _given(judging):
         raise NvlmError("--no-gate measures nothing; leave out --gate, --gate-samples and --max-accuracy-drop")
     if _given(judging) and not quantised_components(precisions):
-        raise NvlmError(f"an fp32 engine passes no gate, but --{_option(judging)} was given; choose a --precision")
+        given = _option(judging)
+        raise NvlmError(f"an unquantised engine passes no gate, but --{given} was given; choose a --precision")
     if _given(calibrating) and not needs_calibration(precisions):
         raise NvlmError(f"only int8 and fp8 are calibrated, but --{_option(calibrating)} was given; choose one of them")
     if quantised_components(precisions) and not no_gate:
         require("eval", "measuring a quantised engine")
     limits = {"max_slots": max_slots, "max_seq_len": max_seq_len, "max_image_tokens": max_image_tokens}
     try:
-        with terminal.progress() as progress:
+        with terminal.progress() as progress, tidy_on_sigterm():
             engine = build_engine(
                 checkpoint,
                 output,
@@ -129,6 +131,8 @@ def build(
             terminal.note(str(cost))
         raise
     _note_gate(engine.manifest.accuracy_gate)
+    for line in spec.describe(engine):
+        terminal.note(line)
     size = sum(record.size for record in engine.manifest.files.values())
     shown = " ".join(f"{name}={value}" for name, value in engine.limits.model_dump().items())
     terminal.note(f"published {output} (NVLM-{engine.config.architecture}, {size / 1e6:.1f} MB, {shown})")

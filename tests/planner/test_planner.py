@@ -50,8 +50,11 @@ def plan_of(name: str, precision: str, backend: str, limits: EngineLimits = LIMI
 
 
 def stored_bytes(graph: Path) -> int:
-    initializers = onnx.load(graph, load_external_data=False).graph.initializer
-    return sum(math.prod(t.dims) * onnx.helper.tensor_dtype_to_np_dtype(t.data_type).itemsize for t in initializers)
+    total = 0
+    for tensor in onnx.load(graph, load_external_data=False).graph.initializer:
+        nbytes = math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        total += nbytes // 2 if tensor.data_type == onnx.TensorProto.INT4 else nbytes
+    return total
 
 
 def assert_just_above(actual: int, planned: int) -> None:
