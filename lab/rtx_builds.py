@@ -5,8 +5,8 @@
 Builds random checkpoints of the presets `small` in every precision, and slices of the presets `72b`: two layers of the
 LLM, two of the vision encoder, gated cross-attention in front of the first LLM layer, a smaller vocabulary. A process
 of its own builds each engine once, without the gate and a real calibration, which measure ONNX Runtime, and without the
-smoke test, except in the rows `tried`. Memory is the highest sum of the resident memory of that process and its children, sampled ten times a second: the
-pages of mapped weights count. The engine is removed afterwards.
+smoke test, except in the rows `tried`. Memory is the highest sum of the resident memory of that process and its
+children, sampled ten times a second: the pages of mapped weights count. The engine is removed afterwards.
 """
 
 from __future__ import annotations
