@@ -11,15 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tensorrt_rtx_bindings
 from plan_machine import GPU, PlanMachine, pack_plan
 from real_signatures import Double, constructor
-from tensorrt_rtx_bindings import tensorrt_rtx as trt
 
 from nvlm_trt.backends import tensorrt_rtx as room
 from nvlm_trt.backends.tensorrt_rtx import build, runtime
-from nvlm_trt.builders.engine_build import build_engine
+from nvlm_trt.builders.engine_build import BuildJob, build_engine, write_engine
+from nvlm_trt.builders.quantization.formats import quantised
+from nvlm_trt.builders.source import EngineSource
+from nvlm_trt.checkpoint.reader import Checkpoint
 from nvlm_trt.engine import Engine
+from nvlm_trt.progress import no_progress
+
+# the tests that use this module are skipped without TensorRT-RTX
+tensorrt_rtx_bindings = pytest.importorskip("tensorrt_rtx_bindings", reason="needs the extra tensorrt-rtx")
+trt = tensorrt_rtx_bindings.tensorrt_rtx
 
 HEADER = b"vtrt" + bytes(60)
 LIMITS = {"max_slots": 3, "max_seq_len": 256}
@@ -116,3 +122,17 @@ def build_in_fp32(checkpoint: Path, output: Path, smoke_test: bool = False, **op
     return build_engine(
         checkpoint, output, LIMITS, precision="fp32", backend="tensorrt-rtx", smoke_test=smoke_test, options=options
     )
+
+
+def build_for_cpu(checkpoint: Path, output: Path, precision: str) -> Engine:
+    """Writes the engine that a build without a GPU tries in the place of its plans."""
+    output.mkdir()
+    source = EngineSource(checkpoint, LIMITS)
+    job = BuildJob(source, {"target": None, "weight_streaming": False}, output, no_progress)
+    steps = room.SPEC.build(job).trial
+    assert steps is not None
+    precisions = room.SPEC.precisions.parse(precision)
+    with Checkpoint.open(checkpoint) as weights:
+        recipe = quantised(weights, precisions, None, 0, steps.weight_form)
+    write_engine(source, output, recipe, room.NAME, steps.tools, steps.write_stages)
+    return Engine.open(output)

@@ -9,13 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-pytest.importorskip("tensorrt_rtx_bindings", reason="needs TensorRT-RTX: pip install 'nvlm-trt[tensorrt-rtx]'")
-
-import tensorrt_rtx_bindings as trt
 from backend_steps import run_steps, three_prompts
 from plan_machine import GPU
-from rtx_machine import LIMITS, RtxMachine, build_in_fp32
+from rtx_machine import LIMITS, RtxMachine, build_in_fp32, trt
 
 from nvlm_trt.backends.opening import open_backend
 from nvlm_trt.backends.tensorrt_rtx.record import record_of
