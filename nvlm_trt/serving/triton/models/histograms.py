@@ -59,11 +59,13 @@ class Observations:
 
     def __init__(self, pb_utils: Any) -> None:
         family = pb_utils.MetricFamily
+        # kept: a metric ends with its family
+        self._families = {
+            histogram: family(histogram.name, histogram.description, family.HISTOGRAM) for histogram in HISTOGRAMS
+        }
         self._metrics = {
-            histogram: family(histogram.name, histogram.description, family.HISTOGRAM).Metric(
-                labels={}, buckets=list(histogram.buckets)
-            )
-            for histogram in HISTOGRAMS
+            histogram: of_histogram.Metric(labels={}, buckets=list(histogram.buckets))
+            for histogram, of_histogram in self._families.items()
         }
         self._unsent: deque[tuple[Histogram, float]] = deque(maxlen=_MOST_UNSENT)
 
