@@ -49,7 +49,7 @@ def test_its_panels_have_their_own_ids_and_places(dashboard: dict[str, Any]) -> 
 
 
 def test_it_asks_for_metrics_that_exist(dashboard: dict[str, Any]) -> None:
-    """tests/integration/test_metrics.py asks a real server for them."""
+    """tests/integration/test_server_metrics.py asks a real server for them."""
     series = {f"{histogram.name}_{part}" for histogram in HISTOGRAMS for part in ("bucket", "sum", "count")}
     assert dashboard_metrics(dashboard) <= series | set(_DESCRIPTIONS)
     for expression in expressions(dashboard):
