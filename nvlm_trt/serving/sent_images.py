@@ -29,8 +29,9 @@ _DATA_URI = re.compile(rb"data:image/[a-z0-9.+-]{1,64};base64,", re.IGNORECASE)
 _TEXT = re.compile(rb"[\t\n\r -~]{64}")  # no image file begins with so much text, except PPM
 _WHAT_TO_SEND = "send the base64 text of an image file, without line breaks"
 
-# Decoding keeps Python's lock. The next token of all answers waits for it, so it is let go after each chunk, some 1 ms.
-_CHUNK = 1 << 20  # a multiple of 4
+# Decoding keeps Python's lock, for which the next token of all answers waits: a chunk takes some 1 ms, and after it the
+# thread that waits may have the lock.
+_CHUNK = 1 << 17  # a multiple of 4
 
 
 def image_files(values: Sequence[bytes], limits: ImageLimits) -> list[bytes]:

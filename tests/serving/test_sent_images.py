@@ -29,6 +29,7 @@ def encode(kind: str, mode: str = "RGB") -> bytes:
 
 FILES = [(kind, encode(kind, mode)) for kind in FORMATS for mode in ("RGB", "L", "1") if (kind, mode) != ("JPEG", "1")]
 PNG = encode("PNG")
+FILE_CHUNK = sent_images._CHUNK * 3 // 4
 TEXT = base64.b64encode(PNG)
 
 
@@ -55,15 +56,15 @@ def test_the_text_of_any_file_is_decoded(rest: bytes, start: bytes) -> None:
     assert image_files([file, base64.b64encode(file)], LIMITS) == [file, file]
 
 
-@pytest.mark.parametrize("size", [(1 << 20) * 3 // 4 + extra for extra in (-1, 0, 1, 2, 3)] + [5 << 20])
+@pytest.mark.parametrize("size", [FILE_CHUNK + extra for extra in (-1, 0, 1, 2, 3)] + [5 << 20])
 def test_texts_of_several_chunks(size: int) -> None:
     file = PNG + random.Random(size).randbytes(size - len(PNG))
     assert image_files([base64.b64encode(file)], ImageLimits()) == [file]
 
 
 def test_padding_at_the_end_of_a_chunk_is_wrong() -> None:
-    chunk = base64.b64encode(PNG + bytes((1 << 20) * 3 // 4 - len(PNG) - 1))
-    assert (len(chunk), chunk[-1:]) == (1 << 20, b"=")
+    chunk = base64.b64encode(PNG + bytes(FILE_CHUNK - len(PNG) - 1))
+    assert (len(chunk), chunk[-1:]) == (sent_images._CHUNK, b"=")
     with pytest.raises(ImageError, match="^image: wrong base64"):
         image_files([chunk + b"AAAA"], ImageLimits())
 
