@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from nvlm_trt.errors import RequestError
+from nvlm_trt.errors import ParameterError
 
 Role = Literal["system", "user", "assistant"]
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -63,7 +63,7 @@ _StopStrings = Annotated[tuple[_StopString, ...], BeforeValidator(_as_tuple), Fi
 
 
 class SamplingParams(BaseModel):
-    """Says how the tokens of one request are chosen. Raises RequestError that names the wrong value.
+    """Says how the tokens of one request are chosen. Raises ParameterError that names the wrong value.
 
     The descriptions complete the sentence "it is ..." of that error."""
 
@@ -96,17 +96,17 @@ class SamplingParams(BaseModel):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SamplingParams:
-        """Reads parameters as a client sends them. Raises RequestError for an unknown key."""
+        """Reads parameters as a client sends them. Raises ParameterError for an unknown key."""
         return cls(**values)
 
 
-def _sampling_error(values: Mapping[str, Any], name: str) -> RequestError:
+def _sampling_error(values: Mapping[str, Any], name: str) -> ParameterError:
     known = SamplingParams.model_fields
     unknown = next((key for key in values if key not in known), None)
     if unknown is not None:
-        return RequestError(f"unknown sampling parameter {reprlib.repr(unknown)}; known are {', '.join(known)}")
+        return ParameterError(f"unknown sampling parameter {reprlib.repr(unknown)}; known are {', '.join(known)}")
     allowed = known[name].description
-    return RequestError(f"sampling parameter {name} = {reprlib.repr(values[name])} is not allowed; it is {allowed}")
+    return ParameterError(f"sampling parameter {name} = {reprlib.repr(values[name])} is not allowed; it is {allowed}")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import Field, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from nvlm_trt.errors import ImageError, RequestError
+from nvlm_trt.errors import ImageError, TooLargeError
 from nvlm_trt.validation import STRICT, CheckedFields
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -39,9 +39,9 @@ class ImageLimits(CheckedFields):
     max_images: PositiveInt = 16
 
     def check_count(self, images: int) -> None:
-        """Check the number of images of a request. Raises RequestError."""
+        """Check the number of images of a request. Raises TooLargeError."""
         if images > self.max_images:
-            raise RequestError(f"the request has {images} images, at most {self.max_images} are allowed; send fewer")
+            raise TooLargeError(f"the request has {images} images, at most {self.max_images} are allowed; send fewer")
 
 
 def load_image(data: bytes, limits: ImageLimits | None = None) -> Image.Image:

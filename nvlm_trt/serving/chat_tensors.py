@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nvlm_trt.api import Delta, Message, SamplingParams, TokenLogprob, Usage
-from nvlm_trt.errors import ImageError, NvlmError, QueueFullError, RequestError, ServerError
+from nvlm_trt.errors import ImageError, NvlmError, ParameterError, QueueFullError, RequestError, ServerError
 from nvlm_trt.prompt.conversation import parse_messages
 
 MODEL = "nvlm"
@@ -41,7 +41,7 @@ def parse_sampling(data: bytes | None) -> SamplingParams:
         return SamplingParams()
     values = _json(data, "sampling_parameters")
     if not isinstance(values, dict):
-        raise RequestError('sampling_parameters must be a JSON object, {"temperature": 0.7} for example')
+        raise ParameterError('sampling_parameters must be a JSON object, {"temperature": 0.7} for example')
     return SamplingParams.from_dict(values)
 
 

@@ -37,11 +37,11 @@ class HasMetrics(Protocol):
 
 
 def metric(server: HasMetrics, name: str) -> float:
-    """Reads a metric, summed over its labels."""
+    """Reads a metric, summed over its labels unless `name` has them all."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(server.metrics_address) as response:
         text = response.read().decode()
-    values = re.findall(rf"^{name}(?:{{.*}})? (\S+)$", text, re.MULTILINE)
+    values = re.findall(rf"^{re.escape(name)}(?:{{.*}})? (\S+)$", text, re.MULTILINE)
     assert values, f"{name} is not among the metrics"
     return sum(map(float, values))
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nvlm_trt.serving.triton.process_watch import is_running, model_processes
+from nvlm_trt.serving.triton.stack_limit import large_stacks
 
 _TAIL_BYTES = 64 << 10
 _KILL_SECONDS = 10
@@ -28,7 +29,7 @@ class TritonProcess:
         self._models: dict[int, str] = {}
         self._killing = threading.Lock()  # the watching thread and the owner may kill at the same time
         # a session of its own: a Ctrl-C in the terminal reaches only the supervisor, which then drains
-        with self._log.open("wb") as log:
+        with self._log.open("wb") as log, large_stacks():
             self._server = subprocess.Popen(
                 command,
                 env=environment,

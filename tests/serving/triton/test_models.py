@@ -92,11 +92,11 @@ def test_image_tokens_of_several_images_are_split() -> None:
 class Asked:
     """One request that an AnswerSender answers."""
 
-    def __init__(self, answers: AnswerSender) -> None:
+    def __init__(self, answers: AnswerSender, stream: bool = True) -> None:
         self.sender = ResponseSender()
         self.request = RuntimeRequest(SamplingParams(), print, print)
         self.put: Callable[[Event], None]
-        answers.answer(self.sender, self._submit)
+        answers.answer(self.sender, self._submit, stream)
 
     def _submit(self, put: Callable[[Event], None]) -> RuntimeRequest:
         self.put = put
@@ -163,6 +163,38 @@ def test_an_answer_that_cannot_be_sent_ends_alone(answers: AnswerSender) -> None
     wait_until(lambda: sound.sender.ended)
     assert not sound.request.cancelled
     wait_until(lambda: answers.open_requests == 0)
+
+
+@pytest.mark.parametrize("ends_with", ["stop", "error"])
+def test_an_answer_that_is_not_streamed_is_one_response(answers: AnswerSender, ends_with: str) -> None:
+    asked = Asked(answers, stream=False)
+    for text in "abc":
+        asked.put(Delta(text, [ord(text)]))
+        wait_until(answers._events.empty)
+    assert not asked.sender.sent
+    stop = Delta("d", [100], finish_reason="stop", usage=USAGE)
+    asked.put(stop if ends_with == "stop" else EngineError("it failed"))
+    wait_until(lambda: asked.sender.ended)
+    ((response, flags),) = asked.sender.sent
+    assert response is not None
+    assert flags == FINAL
+    if ends_with == "stop":
+        assert response.tensors["text"].as_numpy().tolist() == [b"abcd"]
+        assert response.tensors["token_ids"].as_numpy().tolist() == [97, 98, 99, 100]
+        assert response.tensors["finish_reason"].as_numpy().tolist() == [b"stop"]
+    else:
+        assert response.error().message() == "it failed"  # type: ignore[union-attr]
+
+
+def test_an_answer_that_is_not_streamed_can_be_cancelled(answers: AnswerSender, late: list[int]) -> None:
+    asked = Asked(answers, stream=False)
+    asked.put(Delta("a", [97]))
+    asked.sender.cancelled = True
+    wait_until(lambda: asked.request.cancelled)
+    asked.put(Delta("", [], finish_reason="cancelled"))
+    wait_until(lambda: asked.sender.ended)
+    assert asked.sender.sent == [(None, FINAL)]
+    assert late == [0]
 
 
 def test_a_request_that_is_refused_at_once_is_not_open(answers: AnswerSender) -> None:
@@ -314,6 +346,8 @@ def test_chat_model(engine: Callable[[str], Path], tmp_path: Path) -> None:
             ]
         )
         wait_until(lambda: sender.ended and FakeFamily.values.get("nvlm_generated_tokens_total") == 5)
+        wait_until(lambda: len(FakeFamily.observed.get("nvlm_request_image_tiles", ())) == 1)
+        wait_until(lambda: FakeFamily.values["nvlm_refused_requests_total"] == 1)
         drain_file.touch()
         model.execute([Request(drained, prompt=strings(b"Hi"))])
         model.finalize()
@@ -321,6 +355,15 @@ def test_chat_model(engine: Callable[[str], Path], tmp_path: Path) -> None:
     assert last is not None
     usage = json.loads(last.tensors["usage"].as_numpy()[0])
     assert (usage["completion_tokens"], usage["image_tiles"]) == (5, 7)
+    assert FakeFamily.observed["nvlm_request_image_tiles"] == [7]
+    assert FakeFamily.observed["nvlm_request_prompt_tokens"] == [usage["prompt_tokens"]]
+    assert FakeFamily.observed["nvlm_request_queue_time_seconds"] == [usage["queue_s"]]
+    assert len(FakeFamily.observed["nvlm_inter_token_latency_seconds"]) == 4
+    (first,), (whole,) = (
+        FakeFamily.observed[f"nvlm_{name}_seconds"] for name in ("time_to_first_token", "e2e_request_latency")
+    )
+    assert usage["ttft_s"] <= first < whole
+    assert whole == pytest.approx(first + sum(FakeFamily.observed["nvlm_inter_token_latency_seconds"]))
     for sent, message in ((refused, "the prompt is empty"), (drained, "the server is stopping")):
         ((response, flags),) = sent.sent
         assert flags == FINAL
@@ -331,16 +374,21 @@ def test_chat_model(engine: Callable[[str], Path], tmp_path: Path) -> None:
 class FakeFamily:
     """A metric family whose values can be read."""
 
-    COUNTER, GAUGE = "counter", "gauge"
+    COUNTER, GAUGE, HISTOGRAM = "counter", "gauge", "histogram"
     values: dict[str, float] = {}  # noqa: RUF012
+    observed: dict[str, list[float]] = {}  # noqa: RUF012
     _lock = threading.Lock()
 
     def __init__(self, name: str, description: str, kind: str) -> None:
-        assert kind == (self.COUNTER if name.endswith("_total") else self.GAUGE)
+        if kind != self.HISTOGRAM:
+            assert kind == (self.COUNTER if name.endswith("_total") else self.GAUGE)
         self._name = name
 
-    def Metric(self, labels: dict[str, str]) -> Any:  # noqa: N802
-        return SimpleNamespace(increment=self._add, set=self._set)
+    def Metric(self, labels: dict[str, str], buckets: list[float] | None = None) -> Any:  # noqa: N802
+        return SimpleNamespace(increment=self._add, set=self._set, observe=self._observe)
+
+    def _observe(self, value: float) -> None:
+        self.observed.setdefault(self._name, []).append(value)
 
     def _add(self, value: float) -> None:
         with self._lock:

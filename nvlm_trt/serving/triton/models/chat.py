@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 from nvlm_trt.errors import ServerError
 from nvlm_trt.runtime.pipeline import Pipeline, RuntimeOptions
-from nvlm_trt.serving.triton.models.answer_sender import AnswerSender
-from nvlm_trt.serving.triton.models.chat_request import read_chat
+from nvlm_trt.runtime.request import Request as PipelineRequest
+from nvlm_trt.serving.triton.models.answer_sender import AnswerSender, Event
+from nvlm_trt.serving.triton.models.chat_request import read_chat, reads_stream
 from nvlm_trt.serving.triton.models.image_encoder import ImageEncoder
 from nvlm_trt.serving.triton.models.metrics import ModelMetrics
+from nvlm_trt.serving.triton.models.observed_request import ObservedRequest
 from nvlm_trt.serving.triton.models.parameters import image_limits, read_parameters
 from nvlm_trt.serving.triton.models.responses import Responses
 
@@ -26,6 +30,7 @@ class ChatModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         parameters = read_parameters(args)
+        self._image_limits = image_limits(parameters)
         self._drain_file = parameters["drain_file"]
         self._pipeline = Pipeline.open(
             parameters["engine"],
@@ -34,7 +39,7 @@ class ChatModel:
             options=RuntimeOptions(
                 max_queue=int(parameters["max_queue"]),
                 encode_workers=int(parameters["encode_workers"]),
-                image_limits=image_limits(parameters),
+                image_limits=self._image_limits,
             ),
         )
         self._responses = Responses(self._pb_utils)
@@ -51,6 +56,7 @@ class ChatModel:
             try:
                 self._start(request, sender)
             except Exception as error:
+                self._metrics.add_refusal(error)
                 final = self._pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
                 sender.send(self._responses.of_error(error), flags=final)
 
@@ -62,11 +68,17 @@ class ChatModel:
         self._reporter.join()
 
     def _start(self, request: Any, sender: Any) -> None:
+        arrived = time.monotonic()
         if os.path.exists(self._drain_file):
             raise ServerError("the server is stopping; send the request to another one")
-        chat = read_chat(self._pb_utils, request, self._pipeline.import_tokens)
+        chat = read_chat(self._pb_utils, request, self._pipeline.import_tokens, self._image_limits)
         request_id = request.request_id()
-        self._answers.answer(sender, lambda put: self._pipeline.submit(chat, put, put, request_id=request_id))
+
+        def submit(put: Callable[[Event], None]) -> PipelineRequest:
+            observed = ObservedRequest(self._metrics, put, arrived)
+            return self._pipeline.submit(chat, observed, observed, request_id=request_id)
+
+        self._answers.answer(sender, submit, stream=reads_stream(self._pb_utils, request))
 
     def _report(self) -> None:
         while not self._closing.wait(_REPORT_SECONDS):

@@ -11,6 +11,7 @@ from nvlm_trt.errors import ImageError, NvlmError, RequestError
 from nvlm_trt.image.decoding import load_image
 from nvlm_trt.image.tiling import tile_image
 from nvlm_trt.limits import EngineLimits
+from nvlm_trt.serving.sent_images import image_files
 from nvlm_trt.serving.triton.models.inputs import input_array
 from nvlm_trt.serving.triton.models.parameters import image_limits, read_parameters
 from nvlm_trt.serving.triton.models.responses import Responses
@@ -55,10 +56,9 @@ class TilingModel:
         """Tile each image into an array [tiles, 3, E, E]."""
         if not images:
             raise RequestError(f"the request has 0 images, 1 to {self._image_limits.max_images} are allowed")
-        self._image_limits.check_count(len(images))
         self._engine_limits.check_max_tiles(max_tiles)
         tiles = []
-        for index, data in enumerate(images, start=1):
+        for index, data in enumerate(image_files(images, self._image_limits), start=1):
             try:
                 image = load_image(data, self._image_limits)
             except ImageError as error:
