@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from backend_steps import run_steps, three_prompts
 from plan_machine import GPU
-from rtx_machine import LIMITS, RtxMachine, build_in_fp32, trt
+from rtx_machine import LIMITS, RtxMachine, build_in_fp32, tensorrt_rtx_bindings, trt
 
 from nvlm_trt.backends.opening import open_backend
 from nvlm_trt.backends.tensorrt_rtx.record import record_of
@@ -21,7 +21,7 @@ from nvlm_trt.engine import Engine, save_manifest
 from nvlm_trt.errors import EngineError
 
 Directory = Callable[[str], Path]
-VERSION = trt.__version__
+VERSION = tensorrt_rtx_bindings.__version__
 
 
 @pytest.fixture(scope="module")
