@@ -18,7 +18,7 @@ from nvlm_trt.commands.evaluate import evaluate
 from nvlm_trt.commands.plan import plan
 from nvlm_trt.commands.tiles import tiles
 from nvlm_trt.commands.tinydocs import tinydocs
-from nvlm_trt.errors import NvlmError, RequestError
+from nvlm_trt.errors import NvlmError
 from nvlm_trt.extras import require
 from nvlm_trt.model.preset_names import PRESET_NAMES
 
@@ -140,6 +140,7 @@ def ask(
     if (engine is None) == (url is None):
         raise NvlmError("name either an engine or a server: pass one of --engine DIR and --url grpc://host:port")
     from nvlm_trt.api import Message, SamplingParams
+    from nvlm_trt.image.image_file import naming_files, read_image_file
 
     sampling = SamplingParams(
         max_tokens=max_tokens,
@@ -153,18 +154,19 @@ def ask(
     )
     messages = [Message("system", system)] if system else []
     messages.append(Message("user", question))
-    images = tuple(_read_image(path) for path in image or ())
+    paths = image or []
+    images = tuple(read_image_file(path) for path in paths)
     if engine is not None:
         from nvlm_trt.api import ChatRequest
         from nvlm_trt.runtime.pipeline import Pipeline
 
-        with Pipeline.open(engine, threads=threads) as pipeline:
+        with naming_files(paths), Pipeline.open(engine, threads=threads) as pipeline:
             stream = pipeline.generate(ChatRequest(messages, images, sampling, max_tiles))
             terminal.print_answer(stream, stats=stats, as_json=as_json)
     else:
         from nvlm_trt.serving.client import Client
 
-        with Client(str(url)) as client:
+        with naming_files(paths), Client(str(url)) as client:
             stream = client.stream(messages=messages, images=images, sampling=sampling, max_tiles=max_tiles)
             terminal.print_answer(stream, stats=stats, as_json=as_json)
 
@@ -173,13 +175,6 @@ app.command()(tiles)
 app.command("eval")(evaluate)
 app.command()(tinydocs)
 app.add_typer(bench, name="bench")
-
-
-def _read_image(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise RequestError(f"cannot read image {path} ({error.strerror}); name a readable image file") from None
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
+from nvlm_trt.bounded_file import open_regular
 from nvlm_trt.errors import CheckpointError
 
 FloatArray = npt.NDArray[np.float32]
@@ -44,9 +45,10 @@ class SafetensorsFile:
         """Raises CheckpointError when the file is absent, truncated, or has a corrupt header."""
         self.path = path
         try:
+            open_regular(path).close()  # safe_open would wait for a pipe
             with safe_open(path, framework="numpy"):
                 pass  # opening is the check
-            self._file: BinaryIO = path.open("rb")
+            self._file: BinaryIO = open_regular(path)
         except FileNotFoundError:
             raise CheckpointError(f"{path} is missing; download or write the checkpoint again") from None
         except (SafetensorError, OSError) as error:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nvlm_trt import terminal
-from nvlm_trt.errors import ImageError, NvlmError, RequestError
+from nvlm_trt.errors import NvlmError, RequestError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -118,13 +118,10 @@ def _tiling(
 
 def _load(path: Path) -> Image.Image:
     from nvlm_trt.image.decoding import load_image
+    from nvlm_trt.image.image_file import naming_files, read_image_file
 
-    try:
-        return load_image(path.read_bytes())
-    except OSError as error:
-        raise RequestError(f"cannot read image {path} ({error.strerror}); name a readable image file") from None
-    except ImageError as error:
-        raise ImageError(f"{path}: {str(error).removeprefix('image: ')}") from None
+    with naming_files([path]):
+        return load_image(read_image_file(path))
 
 
 def _save(sheet: Image.Image, output: Path, options: dict[str, Any]) -> None:

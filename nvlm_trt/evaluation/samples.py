@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, overload
 
+from nvlm_trt.bounded_file import open_regular
 from nvlm_trt.errors import ImageError, NvlmError, RequestError
 from nvlm_trt.evaluation.scoring import Metric, number_in
 from nvlm_trt.image.decoding import load_image
+from nvlm_trt.image.image_file import read_image_file
 from nvlm_trt.progress import Progress, no_progress
 from nvlm_trt.prompt.conversation import IMAGE_MARK
 
+_MAX_BYTES, _MAX_LINE_BYTES = 1 << 30, 16 << 20
 _REQUIRED = ("prompt", "answer")
 _KEYS = (*_REQUIRED, "image", "images", "task", "name", "metric")
 
@@ -49,11 +54,7 @@ class ImageFiles(Sequence[bytes]):
     def __getitem__(self, index: int | slice) -> bytes | ImageFiles:
         if isinstance(index, slice):
             return ImageFiles(self.paths[index])
-        path = self.paths[index]
-        try:
-            return path.read_bytes()
-        except OSError as error:
-            raise RequestError(f"cannot read image {path} ({error.strerror}); name a readable image file") from None
+        return read_image_file(self.paths[index])
 
 
 def read_samples(path: Path, metric: Metric = "exact") -> list[Sample]:
@@ -88,7 +89,11 @@ def digest_of(samples: Sequence[Sample], progress: Progress = no_progress) -> st
     for done, sample in enumerate(samples):
         progress("checking samples", done, len(samples))
         keys = []
-        for index, data in enumerate(sample.images):
+        for index in range(len(sample.images)):
+            try:
+                data = sample.images[index]
+            except NvlmError as error:
+                raise type(error)(f"sample {sample.name}: {error}") from None
             key = hashlib.sha256(data).hexdigest()
             if key not in whole:
                 _check_image(sample, index, data)
@@ -102,8 +107,18 @@ def digest_of(samples: Sequence[Sample], progress: Progress = no_progress) -> st
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > _MAX_BYTES:
+                raise RequestError(f"samples {path} have {size} bytes, at most {_MAX_BYTES} are read; split the file")
+            for number in itertools.count(1):
+                line = file.readline(_MAX_LINE_BYTES + 1)
+                if len(line) > _MAX_LINE_BYTES:
+                    raise RequestError(
+                        f"{path} line {number}: more than {_MAX_LINE_BYTES} bytes; write one object per line"
+                    )
+                if not line:
+                    return
                 if line.strip():
                     yield number, line
     except OSError as error:
