@@ -136,7 +136,9 @@ def peak_of_build(build: list[Path | str]) -> int:
         peak = max(peak, resident(watched))
         time.sleep(SAMPLING_SECONDS)
     if process.returncode:
-        raise EngineError(f"the build of {json.dumps(list(map(str, build)))} ended with status {process.returncode}")
+        raise EngineError(
+            f"the build of {json.dumps(list(map(str, build)), allow_nan=False)} ended with status {process.returncode}"
+        )
     return peak
 
 

@@ -21,6 +21,10 @@ class DeviceMemoryError(EngineError):
     """The device has too little memory for an engine whose files are in order."""
 
 
+class NotFiniteError(EngineError):
+    """A model computes NaN or infinity."""
+
+
 class ImageError(NvlmError):
     """The bytes of an image cannot be decoded, or the image exceeds a limit."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from nvlm_trt.bounds import MAX_SLOTS, MAX_TILES, MAX_TOKENS
 from nvlm_trt.errors import ParameterError, RequestError, TooLargeError
 
 
@@ -12,10 +13,10 @@ class EngineLimits(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    max_slots: int = Field(default=8, gt=0)  # requests decoded at once
-    max_seq_len: int = Field(default=2048, gt=0)  # tokens of prompt and answer in the LLM's sequence
-    max_image_tokens: int = Field(default=0, ge=0)  # cross-attended tokens per request (X, H)
-    max_tiles: int = Field(default=6, gt=0)  # tiles per image, thumbnail not counted
+    max_slots: int = Field(default=8, gt=0, le=MAX_SLOTS)  # requests decoded at once
+    max_seq_len: int = Field(default=2048, gt=0, le=MAX_TOKENS)  # tokens of prompt and answer in the LLM's sequence
+    max_image_tokens: int = Field(default=0, ge=0, le=MAX_TOKENS)  # cross-attended tokens per request (X, H)
+    max_tiles: int = Field(default=6, gt=0, le=MAX_TILES)  # tiles per image, thumbnail not counted
 
     @property
     def tiles_per_image(self) -> int:

@@ -1,18 +1,31 @@
-"""Writes directories that appear whole or not at all: beside their place first, then renamed."""
+"""Writes files and directories that appear whole or not at all: beside their place first, then renamed.
+
+A rename never replaces anything unless `overwrite` is given: of two writers of one name, one fails. With `overwrite`
+the new directory and the old one change places in a single step, so that there is a whole one at any moment. On file
+systems that cannot do that, the name is missing between two renames.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import secrets
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from nvlm_trt.errors import EngineError
+
+_EXCHANGE = 2  # RENAME_EXCHANGE of Linux
+_HERE = -100  # AT_FDCWD: paths are relative to the working directory
+_NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTTY)
+_OCCUPIED = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR)
+
+Refuse = Callable[[], None]  # raises if what has the target's name now may not be replaced
 
 
 @contextlib.contextmanager
@@ -39,7 +52,7 @@ def temporary_sibling(target: Path) -> Iterator[Path]:
 
     Raises EngineError for a place where no folder can be made."""
     # named before `try`, so that `finally` can remove the folder after an interrupt at any time
-    staging = target.parent / f".{target.name}.{secrets.token_hex(8)}"
+    staging = target.parent / f".{target.name[:40]}.{secrets.token_hex(8)}"
     try:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -48,7 +61,7 @@ def temporary_sibling(target: Path) -> Iterator[Path]:
             raise _cannot_write(target, error) from error
         yield staging
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        _remove(staging)
 
 
 @contextlib.contextmanager
@@ -66,12 +79,96 @@ def tidy_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def replace_directory(staging: Path, target: Path) -> None:
-    """Rename `staging` to `target`. An older `target` is renamed first, so that a half-written one is never visible."""
+def is_replaceable(target: Path, mark: str) -> bool:
+    """Whether --overwrite may remove `target`: a folder that holds a file named `mark`, or an empty folder."""
+    return target.is_dir() and ((target / mark).exists() or not any(target.iterdir()))
+
+
+@contextlib.contextmanager
+def published_directory(target: Path, refuse: Refuse) -> Iterator[Path]:
+    """Yield an empty temporary sibling of `target`; rename it to `target` on success, remove it on any failure.
+
+    Calls `refuse` first, and again before the rename: another process may have written `target` meanwhile."""
+    with storage_errors(target):
+        refuse()
+        with temporary_sibling(target) as staging:
+            yield staging
+            replace_directory(staging, target, refuse)
+
+
+def replace_directory(staging: Path, target: Path, refuse: Refuse) -> None:
+    """Rename `staging` to `target`, unless `refuse` raises. An older `target` is removed by the caller's
+    `temporary_sibling`, whose name it gets."""
     staging.chmod(0o755)
-    if not target.exists():
-        os.rename(staging, target)
+    while True:
+        refuse()
+        if os.path.lexists(target):
+            if _swap(staging, target):
+                return
+        else:
+            try:
+                os.rename(staging, target)  # replaces an empty folder at most
+                return
+            except OSError as error:
+                if error.errno not in _OCCUPIED or not os.path.lexists(target):
+                    raise
+
+
+def publish_file(temporary: Path, target: Path, overwrite: bool) -> None:
+    """Give a written file its name. Raises FileExistsError for a name that is taken, unless `overwrite`."""
+    if overwrite:
+        os.replace(temporary, target)
         return
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links: reserve the name
+        os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        os.replace(temporary, target)
+    else:
+        os.unlink(temporary)
+
+
+def _swap(staging: Path, target: Path) -> bool:
+    """Put `staging` in the place of `target`, and `target` in the place of `staging`. Return False if there is nothing
+    to replace any more, or if another process was faster."""
+    try:
+        if _exchange(staging, target):
+            return True
+    except FileNotFoundError:
+        return False
     with temporary_sibling(target) as aside:
-        os.rename(target, aside / "previous")
-        os.rename(staging, target)
+        previous = aside / "previous"
+        try:
+            os.rename(target, previous)
+        except FileNotFoundError:
+            return False
+        try:
+            os.rename(staging, target)
+        except BaseException as error:
+            with contextlib.suppress(OSError):  # fails if another process has written `target`
+                os.rename(previous, target)
+            if isinstance(error, OSError) and error.errno in _OCCUPIED:
+                return False
+            raise
+    return True
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names in a single step. Return False where system or file system cannot."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    if rename is None:
+        return False
+    if rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), ctypes.c_uint(_EXCHANGE)) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _NO_EXCHANGE:
+        return False
+    raise OSError(code, os.strerror(code), str(other))
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink() or path.is_file():
+        path.unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)

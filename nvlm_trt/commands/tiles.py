@@ -56,7 +56,7 @@ def tiles(
             f"{output}: the sheet has {layout.size[0]} x {layout.size[1]} pixels, {options['format']} holds at most "
             f"{longest} along an edge; write a .png"
         )
-    _save(draw_tile_sheet(loaded, tile_size, max_tiles), output, options)
+    _save(draw_tile_sheet(loaded, tile_size, max_tiles), output, options, overwrite)
     if as_json:
         report = {
             "output": str(output),
@@ -67,7 +67,7 @@ def tiles(
             "tags": layout.tags,
             "sheet_size": layout.size,
         }
-        print(json.dumps(report, indent=2))
+        print(json.dumps(report, indent=2, allow_nan=False))
     else:
         terminal.note(f"wrote {output} ({layout.heading})")
 
@@ -124,13 +124,17 @@ def _load(path: Path) -> Image.Image:
         return load_image(read_image_file(path))
 
 
-def _save(sheet: Image.Image, output: Path, options: dict[str, Any]) -> None:
+def _save(sheet: Image.Image, output: Path, options: dict[str, Any], overwrite: bool) -> None:
     """Writes beside `output` and renames: a file of that name is always whole."""
+    from nvlm_trt.staging import publish_file
+
     # named before it exists: an interrupt at any moment leaves no file behind
     temporary = output.with_name(f".{output.name}.{secrets.token_hex(4)}")
     try:
         sheet.save(temporary, **options)
-        os.replace(temporary, output)
+        publish_file(temporary, output, overwrite)
+    except FileExistsError:
+        raise RequestError(f"{output} exists; choose another --output or pass --overwrite") from None
     except OSError as error:
         raise NvlmError(f"cannot write {output} ({error.strerror or error}); choose another --output") from None
     finally:

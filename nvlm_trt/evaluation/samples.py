@@ -100,7 +100,7 @@ def digest_of(samples: Sequence[Sample], progress: Progress = no_progress) -> st
             whole.add(key)
             keys.append(key)
         fields = [sample.name, sample.task, sample.prompt, sample.answer, sample.metric, keys]
-        digest.update(json.dumps(fields).encode() + b"\n")
+        digest.update(json.dumps(fields, allow_nan=False).encode() + b"\n")
     progress("checking samples", len(samples), len(samples))
     return digest.hexdigest()
 

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from nvlm_trt.bounds import MAX_TILES
 from nvlm_trt.errors import RequestError
 
 # ImageNet statistics of RGB in 0..1
@@ -84,10 +85,9 @@ def image_key(data: bytes, tile_size: int, max_tiles: int, engine_digest: str) -
 
 @functools.lru_cache(maxsize=64)
 def _candidate_grids(max_tiles: int) -> tuple[tuple[int, int], ...]:
-    if max_tiles < 1:
-        raise RequestError(f"max_tiles {max_tiles} must be at least 1; NVLM-1.0 has 6")
-    sides = range(1, max_tiles + 1)
-    grids = ((columns, rows) for columns in sides for rows in sides if columns * rows <= max_tiles)
+    if not 1 <= max_tiles <= MAX_TILES:
+        raise RequestError(f"max_tiles {max_tiles} must be at least 1 and at most {MAX_TILES}; NVLM-1.0 has 6")
+    grids = ((columns, rows) for columns in range(1, max_tiles + 1) for rows in range(1, max_tiles // columns + 1))
     return tuple(sorted(grids, key=lambda grid: grid[0] * grid[1]))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from nvlm_trt import strict_json
 from nvlm_trt.api import Delta, Message, SamplingParams, TokenLogprob, Usage
 from nvlm_trt.errors import ImageError, NvlmError, ParameterError, QueueFullError, RequestError, ServerError
 from nvlm_trt.prompt.conversation import parse_messages
@@ -47,13 +48,13 @@ def parse_sampling(data: bytes | None) -> SamplingParams:
 
 def encode_delta(delta: Delta) -> dict[str, npt.NDArray[Any]]:
     """Encode a delta as output tensors: token_ids [tokens] int32, the others [1] strings, possibly empty."""
-    logprobs = json.dumps([asdict(item) for item in delta.logprobs]) if delta.logprobs else ""
+    logprobs = json.dumps([asdict(item) for item in delta.logprobs], allow_nan=False) if delta.logprobs else ""
     return {
         "text": _string(delta.text),
         "token_ids": np.array(delta.token_ids, np.int32),
         "logprobs": _string(logprobs),
         "finish_reason": _string(delta.finish_reason or ""),
-        "usage": _string(json.dumps(asdict(delta.usage)) if delta.usage else ""),
+        "usage": _string(json.dumps(asdict(delta.usage), allow_nan=False) if delta.usage else ""),
     }
 
 
@@ -104,6 +105,6 @@ def _text(data: bytes, name: str) -> str:
 
 def _json(data: bytes, name: str) -> Any:
     try:
-        return json.loads(_text(data, name))
+        return strict_json.loads(_text(data, name))
     except (ValueError, RecursionError) as error:  # an integer of thousands of digits also raises ValueError
         raise RequestError(f"{name} is not JSON ({error}); send valid JSON") from None

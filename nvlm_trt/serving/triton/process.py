@@ -20,7 +20,9 @@ _KILL_SECONDS = 10
 
 
 class TritonProcess:
-    """A running tritonserver. `kill` removes `directory` and the shared memory whose name begins with `shm_prefix`."""
+    """A running tritonserver, in the working directory `directory`.
+
+    `kill` removes `directory` and the shared memory whose name begins with `shm_prefix`."""
 
     def __init__(
         self, command: Sequence[str | Path], environment: Mapping[str, str], directory: Path, shm_prefix: str
@@ -32,6 +34,7 @@ class TritonProcess:
         with self._log.open("wb") as log, large_stacks():
             self._server = subprocess.Popen(
                 command,
+                cwd=directory,
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -16,6 +16,7 @@ from nvlm_trt.engine import Engine
 from nvlm_trt.errors import ServerError
 from nvlm_trt.image.decoding import ImageLimits
 from nvlm_trt.machine import available_cores
+from nvlm_trt.serving.served_record import ServedRecord
 
 # Images that are sent through the ensemble at once. Each blocks one of the python backend's threads, which also answer
 # requests: there must be fewer images than threads, or no request is ever answered.
@@ -26,6 +27,8 @@ BACKEND_THREADS = 64
 _BATCHED_IMAGES = 4
 _BATCHING_DELAY_US = 1000
 _MAX_TILING_INSTANCES = 4
+
+ENGINE_LINK = "engine"  # to the engine directory, in the directory that the server runs in
 
 _VISION_ENCODER = "vision_encoder"  # the name of the model; its folder in triton_repo may have another name
 
@@ -82,8 +85,11 @@ def _template_values(
     config, limits = engine.config, options.image_limits
     return {
         # a JSON string is a protobuf text string, quotes and escapes included
-        "engine": json.dumps(str(engine.path.absolute()), ensure_ascii=False),
-        "drain_file": json.dumps(str(drain_file), ensure_ascii=False),
+        "engine": json.dumps(str(engine.path.absolute()), ensure_ascii=False, allow_nan=False),
+        "engine_link": ENGINE_LINK,
+        "engine_fingerprint": engine.fingerprint,
+        "engine_record": json.dumps(ServedRecord.of(engine).to_json(), ensure_ascii=False, allow_nan=False),
+        "drain_file": json.dumps(str(drain_file), ensure_ascii=False, allow_nan=False),
         "image_type": placement.image_type,
         "decoder_kind": placement.decoder_kind,
         "cpu_only_inputs": "no" if placement.decoder_kind == "KIND_GPU" else "yes",

@@ -25,6 +25,7 @@ from nvlm_trt.serving.triton.install import TritonInstall, find_triton
 from nvlm_trt.serving.triton.ports import choose_ports, listen_address, port_in_use
 from nvlm_trt.serving.triton.process import TritonProcess
 from nvlm_trt.serving.triton.repository import (
+    ENGINE_LINK,
     RepositoryOptions,
     check_backend,
     check_shared_memory,
@@ -163,9 +164,13 @@ class TritonServer:
         self._directory = Path(tempfile.mkdtemp(prefix="nvlm-trt-"))
         shm_prefix = f"nvlm_trt_{secrets.token_hex(4)}_"
         models = self._directory / "models"
-        render_repository(engine, placement, models, self._drain_file, options.repository)
+        # The server runs in its directory and has paths from there. Triton writes paths into a shell command
+        # without quotes, and Python in its models cannot open a path of other characters than ASCII.
+        render_repository(engine, placement, models, Path(self._drain_file.name), options.repository)
+        (self._directory / ENGINE_LINK).symlink_to(engine.path.absolute())
         backends, environment = install.prepare(self._directory)
-        command = triton_command(install.executable, models, backends, self._listen, ports, shm_prefix)
+        places = Path(models.name), Path(backends.name)
+        command = triton_command(install.executable, *places, self._listen, ports, shm_prefix)
         self._stopping.clear()
         self._process = TritonProcess(command, environment, self._directory, shm_prefix)
 

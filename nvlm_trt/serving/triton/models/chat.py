@@ -16,7 +16,7 @@ from nvlm_trt.serving.triton.models.chat_request import read_chat, reads_stream
 from nvlm_trt.serving.triton.models.image_encoder import ImageEncoder
 from nvlm_trt.serving.triton.models.metrics import ModelMetrics
 from nvlm_trt.serving.triton.models.observed_request import ObservedRequest
-from nvlm_trt.serving.triton.models.parameters import image_limits, read_parameters
+from nvlm_trt.serving.triton.models.parameters import image_limits, open_engine, read_parameters
 from nvlm_trt.serving.triton.models.responses import Responses
 
 _REPORT_SECONDS = 0.1
@@ -33,7 +33,7 @@ class ChatModel:
         self._image_limits = image_limits(parameters)
         self._drain_file = parameters["drain_file"]
         self._pipeline = Pipeline.open(
-            parameters["engine"],
+            open_engine(parameters).path,
             threads=int(parameters["threads"]),
             encode_image=ImageEncoder(self._pb_utils).encode,
             options=RuntimeOptions(
