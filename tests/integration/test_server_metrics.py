@@ -59,8 +59,11 @@ def ended(series: Series) -> float:
 def growth(server: TritonServer, before: Series, requests: int) -> Series:
     """Returns what has changed once `requests` have ended."""
     wait_until(lambda: ended(read(server)) - ended(before) >= requests, "all requests are counted")
-    time.sleep(REPORT_SECONDS)  # the page may have been read in the middle of a report
-    return {key: value - before[key] for key, value in read(server).items() if value != before[key]}
+    page, last = read(server), before
+    while page != last:  # observations follow a little later
+        time.sleep(REPORT_SECONDS)
+        page, last = read(server), page
+    return {key: value - before[key] for key, value in page.items() if value != before[key]}
 
 
 def usage_of(answer: Answer) -> Usage:

@@ -140,6 +140,19 @@ def test_observations_are_sent_once_and_bounded(monkeypatch: pytest.MonkeyPatch)
     assert [value for _, value in sent[2:]] == [2, 3, 4]
 
 
+def test_many_observations_are_sent_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[float] = []
+    family = SimpleNamespace(Metric=lambda **_: SimpleNamespace(observe=sent.append))
+    make_family: Any = lambda *_: family  # noqa: E731
+    make_family.HISTOGRAM = "histogram"
+    monkeypatch.setattr(histograms, "_SENT_AT_ONCE", 2)
+    observations = Observations(SimpleNamespace(MetricFamily=make_family))
+    for value in range(5):
+        observations.add(IMAGE_TILES, value)
+    assert [observations.send() for _ in range(4)] == [True, True, False, False]
+    assert sent == [0, 1, 2, 3, 4]
+
+
 def test_buckets_of_seconds_reach_from_5_ms_to_120_s() -> None:
     for histogram in HISTOGRAMS:
         assert list(histogram.buckets) == sorted(set(histogram.buckets))

@@ -46,8 +46,13 @@ class ChatModel:
         self._metrics = ModelMetrics(self._pb_utils)
         self._answers = AnswerSender(self._pb_utils, self._responses, self._metrics.add_late_tokens)
         self._closing = threading.Event()
-        self._reporter = threading.Thread(target=self._report, name="nvlm-reporter", daemon=True)
-        self._reporter.start()
+        # two threads: thousands of observations must not delay the number of open requests, on which draining waits
+        self._reporters = [
+            threading.Thread(target=self._report, name="nvlm-reporter", daemon=True),
+            threading.Thread(target=self._send_observations, name="nvlm-observations", daemon=True),
+        ]
+        for reporter in self._reporters:
+            reporter.start()
 
     def execute(self, requests: list[Any]) -> None:
         """Start the requests and return. Another thread sends the answers."""
@@ -65,7 +70,8 @@ class ChatModel:
         self._closing.set()
         self._pipeline.close()
         self._answers.close()
-        self._reporter.join()
+        for reporter in self._reporters:
+            reporter.join()
 
     def _start(self, request: Any, sender: Any) -> None:
         arrived = time.monotonic()
@@ -79,6 +85,11 @@ class ChatModel:
             return self._pipeline.submit(chat, observed, observed, request_id=request_id)
 
         self._answers.answer(sender, submit, stream=reads_stream(self._pb_utils, request))
+
+    def _send_observations(self) -> None:
+        while not self._closing.wait(_REPORT_SECONDS):
+            while self._metrics.observations.send() and not self._closing.is_set():
+                pass
 
     def _report(self) -> None:
         while not self._closing.wait(_REPORT_SECONDS):

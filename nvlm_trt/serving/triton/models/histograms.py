@@ -14,7 +14,8 @@ _TOKENS = tuple(float(1 << bits) for bits in range(5, 18))  # 32 to 131,072
 # text alone, then one to sixteen images of the default six tiles and a thumbnail
 _TILES = (0.0, 1.0, 2.0, 4.0, 7.0, 14.0, 28.0, 56.0, 112.0)
 
-# More tokens than the sender's 0.1 s holds, by far. Bounds memory in case the server takes no more observations.
+_SENT_AT_ONCE = 256
+# Bounds memory on a machine so busy that it sends fewer values than it makes tokens: the oldest are lost.
 _MOST_UNSENT = 100_000
 
 
@@ -73,8 +74,11 @@ class Observations:
         """Keep a value. Takes less than a microsecond: the text generator's thread calls it for every token."""
         self._unsent.append((histogram, value))
 
-    def send(self) -> None:
-        """Send the values kept so far. Each is a round trip to the server of some 15 us: Triton takes no several."""
-        for _ in range(len(self._unsent)):
+    def send(self) -> bool:
+        """Send up to _SENT_AT_ONCE values. Return whether more are left.
+
+        Each is a round trip of 15 us, and much more on a busy machine: Triton takes one value at a time."""
+        for _ in range(min(len(self._unsent), _SENT_AT_ONCE)):
             histogram, value = self._unsent.popleft()
             self._metrics[histogram].observe(value)
+        return bool(self._unsent)

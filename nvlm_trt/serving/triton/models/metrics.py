@@ -72,7 +72,6 @@ class ModelMetrics:
         for reason in REASONS:
             self._set("nvlm_refused_requests_total", self._refused[reason], reason)
             self._set("nvlm_failed_requests_total", self._failed[reason], reason)
-        self.observations.send()
         self._set("nvlm_open_requests", open_requests)
 
     def _set(self, name: str, value: float, reason: str = "") -> None:
