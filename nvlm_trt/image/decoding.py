@@ -23,6 +23,7 @@ MAX_ASPECT = 200
 
 # Pillow raises above this number of pixels. It warns above half of it, and for damaged metadata: our checks decide.
 _PILLOW_CEILING = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)
+_MOST_SECONDS = 1e6
 for _category in (Image.DecompressionBombWarning, UserWarning):
     warnings.filterwarnings("ignore", category=_category, module=r"PIL\.")
 
@@ -32,11 +33,14 @@ class ImageLimits(CheckedFields):
     """Bounds of the images of a request."""
 
     PREFIX: ClassVar[str] = "image limit "
-    REMEDY: ClassVar[str] = f"use a positive integer, for max_pixels at most {_PILLOW_CEILING}, Pillow's ceiling"
+    REMEDY: ClassVar[str] = f"use a positive number, for max_pixels at most {_PILLOW_CEILING}, Pillow's ceiling"
 
     max_pixels: Annotated[int, Field(gt=0, le=_PILLOW_CEILING)] = 64_000_000  # width x height in the header
     max_bytes: PositiveInt = 32 << 20  # of the encoded image
     max_images: PositiveInt = 16
+    # of one image, from its bytes to its tiles; nvlm_trt.image.decoder keeps both
+    max_decode_seconds: Annotated[float, Field(gt=0, le=_MOST_SECONDS)] = 5.0  # CPU time
+    max_decode_memory: PositiveInt = 2 << 30  # bytes
 
     def check_count(self, images: int) -> None:
         """Check the number of images of a request. Raises RequestError."""
@@ -58,6 +62,8 @@ def load_image(data: bytes, limits: ImageLimits | None = None) -> Image.Image:
     # Pillow's parsers answer hostile bytes with many exception types (SyntaxError, struct.error, KeyError, ...)
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except MemoryError:  # the budget is at fault, not the image
+        raise
     except UnidentifiedImageError:
         known = ", ".join(FORMATS)
         raise ImageError(f"image: not a readable, non-empty {known}; convert it to PNG or JPEG") from None
@@ -71,6 +77,8 @@ def load_image(data: bytes, limits: ImageLimits | None = None) -> Image.Image:
             image.load()
             _make_upright(image)
             return _to_rgb(image)
+        except MemoryError:
+            raise
         except Exception as error:
             raise ImageError(f"image: truncated or corrupt ({_one_line(error)}); save it again") from None
 
@@ -91,6 +99,8 @@ def _make_upright(image: Image.Image) -> None:
     """Applies the EXIF orientation in place. Ignores a damaged EXIF block, as viewers do: the pixels are whole."""
     try:
         ImageOps.exif_transpose(image, in_place=True)
+    except MemoryError:
+        raise
     except Exception:
         return
 
