@@ -12,7 +12,7 @@ IsOver = Callable[[], bool]
 _POLL_SECONDS = 0.05
 
 
-class Abandoned(Exception):
+class AbandonedError(Exception):
     """Says that nobody needs the result of some work any more."""
 
 
@@ -30,7 +30,7 @@ class Lane:
         self._lock = threading.Lock()
 
     def enter(self, is_over: IsOver = never) -> None:
-        """Wait for a place. Raises Abandoned once `is_over` returns True before that."""
+        """Wait for a place. Raises AbandonedError once `is_over` returns True before that."""
         with self._lock:
             if self._free:
                 self._free -= 1
@@ -40,7 +40,7 @@ class Lane:
         try:
             while not turn.wait(_POLL_SECONDS):
                 if is_over():
-                    raise Abandoned
+                    raise AbandonedError
         except BaseException:
             self._give_up(turn)
             raise

@@ -16,9 +16,9 @@ from PIL import Image
 from nvlm_trt.closing import ClosedOnExit
 from nvlm_trt.errors import ImageError, RequestError
 from nvlm_trt.image.decoding import ImageLimits
-from nvlm_trt.image.decoding_process import DecodingProcess, WorkerEnded
+from nvlm_trt.image.decoding_process import DecodingProcess, WorkerError
 from nvlm_trt.image.worker_pool import WorkerPool
-from nvlm_trt.lane import Abandoned, IsOver, Lane, never
+from nvlm_trt.lane import AbandonedError, IsOver, Lane, never
 from nvlm_trt.machine import available_cores
 
 _MOST_WORKERS = 4
@@ -27,6 +27,7 @@ _POLL_SECONDS = 0.02
 # images behind it nor the answers. Most photographs of some megapixels take less.
 _QUICK_SECONDS = 0.1
 _SLOW_NICE = 10
+_MOST_REUSED = 256 << 20  # bytes that a worker had mapped at once
 # By the clock; only a worker that is stopped, or gets next to no CPU time, takes so long.
 _STALLED_SECONDS = 30
 _STALLED_FACTOR = 20
@@ -52,7 +53,7 @@ class ImageDecoder(ClosedOnExit):
     def turn(self, is_over: IsOver = never) -> Iterator[Turn]:
         """Wait for a turn to decode one image, and hold it during the `with` block.
 
-        Raises Abandoned, and ends the decoding, soon after `is_over` returns True."""
+        Raises AbandonedError, and ends the decoding, soon after `is_over` returns True."""
         turn = Turn(self._limits, self._pool, self._quick, self._slow, is_over)
         try:
             yield turn
@@ -73,17 +74,17 @@ class Turn:
     """The turn of one image."""
 
     def __init__(self, limits: ImageLimits, pool: WorkerPool, quick: Lane, slow: Lane, is_over: IsOver) -> None:
-        """Wait for a place in the lane `quick`. Raises Abandoned."""
+        """Wait for a place in the lane `quick`. Raises AbandonedError."""
         self._limits, self._pool, self._quick, self._slow, self._is_over = limits, pool, quick, slow, is_over
         self._lane: Lane | None = None  # in which this turn has a place
         self._enter(quick)
 
     def pixels(self, data: bytes) -> npt.NDArray[np.uint8]:
-        """Decode to RGB [height, width, 3]. Raises ImageError and Abandoned."""
+        """Decode to RGB [height, width, 3]. Raises ImageError and AbandonedError."""
         return self._run(data, None, None)
 
     def tiles(self, data: bytes, tile_size: int, max_tiles: int) -> npt.NDArray[np.uint8]:
-        """Decode and cut into RGB tiles [tiles, 3, E, E], E = tile_size. Raises ImageError, RequestError, Abandoned."""
+        """Decode and cut into RGB tiles [tiles, 3, tile_size, tile_size]. Raises as `pixels` does, and RequestError."""
         return self._run(data, tile_size, max_tiles)
 
     def end(self) -> None:
@@ -104,14 +105,14 @@ class Turn:
             while pixels is None:
                 self._enter(self._slow)
                 pixels = self._attempt(job, data)
-        except WorkerEnded as ended:
+        except WorkerError as ended:
             raise self._error(ended) from None
         return pixels
 
     def _attempt(self, job: Mapping[str, Any], data: bytes) -> npt.NDArray[np.uint8] | None:
         """Return the pixels, or None if the image is slow and the lane for slow images is full."""
         process = self._pool.take()
-        finished = False
+        reusable = False
         try:
             if self._lane is self._slow:
                 process.lower_priority(_SLOW_NICE)
@@ -120,23 +121,20 @@ class Turn:
             give_up = time.monotonic() + _STALLED_SECONDS + _STALLED_FACTOR * self._limits.max_decode_seconds
             while (reply := process.reply(_POLL_SECONDS)) is None:
                 if self._is_over():
-                    raise Abandoned
+                    raise AbandonedError
                 if time.monotonic() > give_up:
-                    raise ImageError("image: decoding came to a standstill; send it again when the machine is less busy")
+                    raise ImageError("image: decoding got no CPU time; send it again when the machine is less busy")
                 if self._lane is self._quick and process.cpu_seconds() - cpu_before > _QUICK_SECONDS:
                     if not self._slow.try_enter():
                         return None
                     self._quick.leave()
                     self._lane = self._slow
                     process.lower_priority(_SLOW_NICE)
-            pixels = self._result(reply, process)
-            finished = True
-            return pixels
-        except (ImageError, RequestError):
-            finished = True
-            raise
+            # a worker has a lower priority for good, and keeps the memory between the pieces that it has freed
+            reusable = self._lane is self._quick and reply["memory_used"] < _MOST_REUSED
+            return self._result(reply, process)
         finally:
-            if finished and self._lane is self._quick:  # else it works at a lower priority for good
+            if reusable:
                 self._pool.put_back(process)
             else:
                 process.close()
@@ -144,16 +142,19 @@ class Turn:
     def _result(self, reply: Mapping[str, Any], process: DecodingProcess) -> npt.NDArray[np.uint8]:
         if "shape" in reply:
             return process.pixels(reply["shape"])
+        most = self._limits.max_decode_memory >> 20
         if "memory" in reply:
-            most = self._limits.max_decode_memory >> 20
             raise ImageError(
                 f"image: decoding takes more than {most} MiB of memory; scale it down, or raise --max-decode-memory"
             )
         if "defect" in reply:
             raise RuntimeError(f"in the process that decodes images: {reply['defect']}")
-        raise {"ImageError": ImageError, "RequestError": RequestError}[reply["error"]](reply["message"])
+        message = reply["message"]
+        if reply["memory_used"] > self._limits.max_decode_memory / 2:  # libjpeg and libtiff do not say why they fail
+            message += f", or raise --max-decode-memory above {most} MiB"
+        raise {"ImageError": ImageError, "RequestError": RequestError}[reply["error"]](message)
 
-    def _error(self, ended: WorkerEnded) -> ImageError:
+    def _error(self, ended: WorkerError) -> ImageError:
         """Explain why a worker has ended in the middle of an image."""
         if ended.signal == signal.SIGPROF:
             return ImageError(

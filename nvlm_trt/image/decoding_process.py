@@ -14,14 +14,14 @@ import numpy.typing as npt
 import psutil
 
 from nvlm_trt.errors import EngineError
-from nvlm_trt.image.decoding_worker import MESSAGE_BYTES
+from nvlm_trt.image.decoding_worker import MESSAGE_BYTES, write_whole
 from nvlm_trt.image.fork_server import FORK_SERVER
 
 _START_SECONDS = 60
 _KEPT_BYTES = 32 << 20  # a larger mailbox gives its memory back after the image
 
 
-class WorkerEnded(Exception):
+class WorkerError(Exception):
     """Says that a worker has ended in the middle of a job. `signal` is 0 if no signal is known to have ended it."""
 
     def __init__(self, status: int | None) -> None:
@@ -48,7 +48,7 @@ class DecodingProcess:
     def _first_message(self) -> dict[str, Any]:
         try:
             message = self.reply(_START_SECONDS)
-        except WorkerEnded:
+        except WorkerError:
             raise EngineError("the process that decodes images ended at its start; see its message above") from None
         if message is None:
             raise EngineError(f"the process that decodes images did not start in {_START_SECONDS} s; try again")
@@ -62,36 +62,36 @@ class DecodingProcess:
         return self._owner == os.getpid() and not poll.poll(0)
 
     def start(self, job: Mapping[str, Any], data: bytes) -> None:
-        """Begin a job. The worker must be idle. Raises WorkerEnded."""
-        _write(self._mailbox, data)
+        """Begin a job. The worker must be idle. Raises WorkerError."""
+        write_whole(self._mailbox, data)
         try:
             self._socket.send(json.dumps({**job, "bytes": len(data)}).encode())
         except OSError:
-            raise WorkerEnded(None) from None
+            raise WorkerError(None) from None
 
     def reply(self, seconds: float) -> dict[str, Any] | None:
-        """Wait for the reply to a job; return None if it does not come within `seconds`. Raises WorkerEnded."""
+        """Wait for the reply to a job; return None if it does not come within `seconds`. Raises WorkerError."""
         self._socket.settimeout(seconds)
         try:
             message = self._socket.recv(MESSAGE_BYTES)
         except TimeoutError:
             return None
         except OSError:
-            raise WorkerEnded(None) from None
+            raise WorkerError(None) from None
         reply = json.loads(message) if message else {"status": None}
         if "status" in reply:
-            raise WorkerEnded(reply["status"])
+            raise WorkerError(reply["status"])
         return reply
 
     def pixels(self, shape: Sequence[int]) -> npt.NDArray[np.uint8]:
         """Copy the pixels of the last job out of the mailbox."""
         pixels = np.empty(shape, np.uint8)
-        view = memoryview(pixels.reshape(-1))
+        view = pixels.reshape(-1).data
         done = 0
         while done < len(view):
             count = os.preadv(self._mailbox, [view[done:]], done)
             if not count:
-                raise WorkerEnded(None)
+                raise WorkerError(None)
             done += count
         if os.fstat(self._mailbox).st_size > _KEPT_BYTES:
             os.ftruncate(self._mailbox, 0)
@@ -118,10 +118,3 @@ class DecodingProcess:
         if self._mailbox >= 0:
             os.close(self._mailbox)
         self._mailbox = -1
-
-
-def _write(mailbox: int, data: bytes) -> None:
-    view = memoryview(data)
-    written = 0
-    while written < len(view):
-        written += os.pwrite(mailbox, view[written:], written)

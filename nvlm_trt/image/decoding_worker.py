@@ -4,13 +4,14 @@ The server has imported all that decoding needs, so that a worker that was ended
 imports neither torch nor an engine's runtime, and has one thread. `nvlm_trt.image.fork_server` starts it.
 
 A worker and its owner share a socket, which carries one JSON message per job and per reply, and a file in memory (the
-mailbox), which holds the encoded image and then the pixels. The worker ends when its owner closes the socket: at once,
-in the middle of a decoder's loop too, by SIGIO. So workers outlive neither their job nor their owner, however that ends.
+mailbox), which holds the encoded image and then the pixels. The worker ends when its owner closes the socket or is
+killed: at once, in the middle of a decoder's loop too, by SIGIO.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gc
 import io
 import json
@@ -24,7 +25,6 @@ import traceback
 from collections.abc import Iterator
 from typing import Any
 
-import fcntl
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
@@ -109,27 +109,29 @@ def _run_worker(connection: socket.socket, mailbox: int) -> None:
 
 
 def _reply(job: dict[str, Any], mailbox: int, connection: socket.socket) -> dict[str, Any]:
-    """Do a job, whose result is {"shape": ...} of the pixels in the mailbox, or says what is wrong."""
+    """Do a job. The result is {"shape": ...} of the pixels in the mailbox, or says what is wrong."""
     limits = ImageLimits(**job["limits"])
     data = os.pread(mailbox, job["bytes"], 0)
+    size_before = _mapped_bytes("VmSize")
     try:
         with _budget(limits, connection):
             pixels = _pixels(data, limits, job)
-            _write(mailbox, pixels)
-            return {"shape": pixels.shape}
+            write_whole(mailbox, pixels.data)
+            reply: dict[str, Any] = {"shape": pixels.shape}
     except MemoryError:
-        return {"memory": True}
+        reply = {"memory": True}
     except (ImageError, RequestError) as error:
-        return {"error": type(error).__name__, "message": str(error)[:_LONGEST_ERROR]}
+        reply = {"error": type(error).__name__, "message": str(error)[:_LONGEST_ERROR]}
     except Exception:
-        return {"defect": traceback.format_exc()[-_LONGEST_ERROR:]}
+        reply = {"defect": traceback.format_exc()[-_LONGEST_ERROR:]}
+    return {**reply, "memory_used": _mapped_bytes("VmPeak") - size_before}
 
 
 def _pixels(data: bytes, limits: ImageLimits, job: dict[str, Any]) -> npt.NDArray[np.uint8]:
     """Decode to RGB [height, width, 3], or to tiles [tiles, 3, E, E] if the job has a tile size E."""
     image = load_image(data, limits)
     if job["tile_size"] is None:
-        return np.asarray(image)
+        return np.ascontiguousarray(image)
     return cut_tiles(image, job["tile_size"], job["max_tiles"])
 
 
@@ -137,7 +139,7 @@ def _pixels(data: bytes, limits: ImageLimits, job: dict[str, Any]) -> npt.NDArra
 def _budget(limits: ImageLimits, connection: socket.socket) -> Iterator[None]:
     """Let the kernel end this process when it has used up its CPU time, or when its owner has gone."""
     unlimited = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (_mapped_bytes() + limits.max_decode_memory, unlimited[1]))
+    resource.setrlimit(resource.RLIMIT_AS, (_mapped_bytes("VmSize") + limits.max_decode_memory, unlimited[1]))
     signal.signal(signal.SIGIO, signal.SIG_DFL)
     if _is_closed(connection):  # closed while SIGIO was ignored
         os._exit(0)
@@ -150,9 +152,10 @@ def _budget(limits: ImageLimits, connection: socket.socket) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, unlimited)
 
 
-def _mapped_bytes() -> int:
-    with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[0]) * resource.getpagesize()
+def _mapped_bytes(name: str) -> int:
+    """Read VmSize, the memory mapped now, or VmPeak, the most that ever was."""
+    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+        return next(int(line.split()[1]) << 10 for line in file if line.startswith(f"{name}:"))
 
 
 def _is_closed(connection: socket.socket) -> bool:
@@ -161,8 +164,9 @@ def _is_closed(connection: socket.socket) -> bool:
     return bool(poll.poll(0))
 
 
-def _write(mailbox: int, pixels: npt.NDArray[np.uint8]) -> None:
-    view = memoryview(np.ascontiguousarray(pixels).reshape(-1))
+def write_whole(mailbox: int, content: bytes | memoryview) -> None:
+    """Write from the beginning of the mailbox."""
+    view = memoryview(content).cast("B")
     written = 0
     while written < len(view):
         written += os.pwrite(mailbox, view[written:], written)

@@ -265,7 +265,7 @@ def test_vision_encoder_gives_each_request_its_tokens(engine: Callable[[str], Pa
     np.testing.assert_array_equal(np.concatenate(got), expected)
 
 
-def test_image_encoder_asks_the_ensemble_and_keeps_the_kind_of_its_errors() -> None:
+def test_image_encoder_asks_vision_encoder_and_keeps_the_kind_of_its_errors() -> None:
     requests: list[SimpleNamespace] = []
     answer = InferenceResponse([Tensor("image_tokens", np.zeros((1, 2, 3)))])
 
@@ -273,15 +273,16 @@ def test_image_encoder_asks_the_ensemble_and_keeps_the_kind_of_its_errors() -> N
         requests.append(request)
         return answer
 
-    encoder = ImageEncoder(fake_pb_utils(run))
-    assert encoder.encode(b"png", 4) is answer.tensors["image_tokens"]
+    encoder = ImageEncoder(fake_pb_utils(run), "TYPE_FP32")
+    pixels = np.zeros((1, 3, 2, 2), np.float32)
+    assert encoder.encode(pixels) is answer.tensors["image_tokens"]
     sent = {tensor.name(): tensor.as_numpy().tolist() for tensor in requests[0].inputs}
-    assert (requests[0].model_name, sent) == ("image_encoder", {"image": [b"png"], "max_tiles": [4]})
+    assert (requests[0].model_name, sent) == ("vision_encoder", {"pixel_values": pixels.tolist()})
     errors = {"invalid request: image: not a readable": ImageError, "CUDA out of memory": EngineError}
     for message, kind in errors.items():
         answer = InferenceResponse(error=TritonError(f"in ensemble 'image_encoder', {message}"))
         with pytest.raises(kind):
-            encoder.encode(b"png", 4)
+            encoder.encode(pixels)
 
 
 # --- the model that clients call ---------------------------------------------------------------------------------
@@ -293,8 +294,8 @@ def test_chat_model(engine: Callable[[str], Path], tmp_path: Path) -> None:
     with open_backend(Engine.open(path), ["vision_encoder"], threads=1) as backend:
 
         def run(request: SimpleNamespace) -> InferenceResponse:
-            (image,), (most,) = (tensor.as_numpy() for tensor in request.inputs)
-            tokens = backend.to_host(backend.encode(tile_image(load_image(image), 56, int(most))))
+            (pixel_values,) = (tensor.as_numpy() for tensor in request.inputs)
+            tokens = backend.to_host(backend.encode(pixel_values))
             return InferenceResponse([Tensor("image_tokens", tokens)])
 
         pb_utils = fake_pb_utils(run)

@@ -30,10 +30,11 @@ class ChatModel:
         self._pipeline = Pipeline.open(
             parameters["engine"],
             threads=int(parameters["threads"]),
-            encode_image=ImageEncoder(self._pb_utils).encode,
+            encode_tiles=ImageEncoder(self._pb_utils, parameters.get("image_type", "TYPE_FP32")).encode,
             options=RuntimeOptions(
                 max_queue=int(parameters["max_queue"]),
                 encode_workers=int(parameters["encode_workers"]),
+                decode_workers=int(parameters["decode_workers"]) if "decode_workers" in parameters else None,
                 image_limits=image_limits(parameters),
             ),
         )

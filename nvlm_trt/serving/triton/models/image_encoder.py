@@ -1,34 +1,33 @@
-"""Encodes images by the ensemble `image_encoder`, whose models `tiling` and `vision_encoder` run in other processes."""
+"""Encodes the tiles of images by the model `vision_encoder`, which runs in another process."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
+from nvlm_trt.backends.base import FloatArray
 from nvlm_trt.errors import EngineError, ImageError, RequestError
-from nvlm_trt.serving.chat_tensors import IMAGE_ENCODER, decode_error
+from nvlm_trt.serving.chat_tensors import VISION_ENCODER, decode_error
+from nvlm_trt.serving.triton.models.pixel_tensor import pixel_tensor
 
 
 class ImageEncoder:
-    """Sends one image at a time through the ensemble. Triton batches the tiles of images that are sent concurrently."""
+    """Sends the tiles of one image at a time. Triton batches those of images that are sent concurrently."""
 
-    def __init__(self, pb_utils: Any) -> None:
+    def __init__(self, pb_utils: Any, image_type: str) -> None:
+        """`image_type` is the type of the vision encoder's input, TYPE_FP32 for example."""
         self._pb_utils = pb_utils
+        self._image_type = image_type
 
-    def encode(self, data: bytes, max_tiles: int) -> Any:
-        """Encode an image file into Triton's tensor of image tokens [tiles, T, hidden], on the device of the vision
-        encoder. Blocks until it is encoded.
+    def encode(self, pixel_values: FloatArray) -> Any:
+        """Encode pixel_values [tiles, 3, E, E] into Triton's tensor of image tokens [tiles, T, hidden], on the device
+        of the vision encoder. Blocks until they are encoded.
 
         Raises ImageError and EngineError."""
         pb_utils = self._pb_utils
         request = pb_utils.InferenceRequest(
-            model_name=IMAGE_ENCODER,
+            model_name=VISION_ENCODER,
             requested_output_names=["image_tokens"],
-            inputs=[
-                pb_utils.Tensor("image", np.array([data], np.object_)),
-                pb_utils.Tensor("max_tiles", np.array([max_tiles], np.int32)),
-            ],
+            inputs=[pixel_tensor(pb_utils, pixel_values, self._image_type)],
         )
         response = request.exec()
         if response.has_error():
@@ -37,7 +36,7 @@ class ImageEncoder:
 
 
 def _error(message: str) -> Exception:
-    """Make an exception of the ensemble's error message: Triton passes only the message from model to model."""
+    """Make an exception of the model's error message: Triton passes only the message from model to model."""
     error = decode_error(message)
     if isinstance(error, RequestError):
         return ImageError(str(error))

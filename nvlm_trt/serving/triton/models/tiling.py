@@ -8,16 +8,17 @@ import numpy as np
 import numpy.typing as npt
 
 from nvlm_trt.errors import ImageError, NvlmError, RequestError
-from nvlm_trt.image.decoding import load_image
-from nvlm_trt.image.tiling import tile_image
+from nvlm_trt.image.decoder import ImageDecoder
+from nvlm_trt.image.tiling import normalise_tiles
 from nvlm_trt.limits import EngineLimits
 from nvlm_trt.serving.triton.models.inputs import input_array
 from nvlm_trt.serving.triton.models.parameters import image_limits, read_parameters
+from nvlm_trt.serving.triton.models.pixel_tensor import pixel_tensor
 from nvlm_trt.serving.triton.models.responses import Responses
 
 
 class TilingModel:
-    """A python model without state. Decodes and resizes an image on one core."""
+    """A python model without state. Decodes and resizes one image at a time, in another process."""
 
     def __init__(self, pb_utils: Any) -> None:
         self._pb_utils = pb_utils
@@ -29,9 +30,13 @@ class TilingModel:
         self._tile_size = int(parameters["tile_size"])
         self._engine_limits = EngineLimits(max_tiles=int(parameters["max_tiles"]))
         self._image_limits = image_limits(parameters)
+        self._decoder = ImageDecoder(self._image_limits, workers=1)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         return [self._respond(request) for request in requests]
+
+    def finalize(self) -> None:
+        self._decoder.close()
 
     def _respond(self, request: Any) -> Any:
         pb_utils = self._pb_utils
@@ -46,13 +51,13 @@ class TilingModel:
         counts = np.array([len(image) for image in tiles], np.int32)
         return pb_utils.InferenceResponse(
             [
-                self._pixel_tensor(np.concatenate(tiles)),  # [n, 3, E, E]
+                pixel_tensor(pb_utils, normalise_tiles(np.concatenate(tiles)), self._image_type),  # [n, 3, E, E]
                 pb_utils.Tensor("tiles_per_image", counts),  # [images]
             ]
         )
 
-    def _tile(self, images: list[bytes], max_tiles: int) -> list[npt.NDArray[np.float32]]:
-        """Tile each image into an array [tiles, 3, E, E]."""
+    def _tile(self, images: list[bytes], max_tiles: int) -> list[npt.NDArray[np.uint8]]:
+        """Cut each image into RGB tiles [tiles, 3, E, E]."""
         if not images:
             raise RequestError(f"the request has 0 images, 1 to {self._image_limits.max_images} are allowed")
         self._image_limits.check_count(len(images))
@@ -60,19 +65,9 @@ class TilingModel:
         tiles = []
         for index, data in enumerate(images, start=1):
             try:
-                image = load_image(data, self._image_limits)
+                with self._decoder.turn() as turn:
+                    tiles.append(turn.tiles(data, self._tile_size, max_tiles))
             except ImageError as error:
                 where = "image: " if len(images) == 1 else f"image {index}: "
                 raise ImageError(where + str(error).removeprefix("image: ")) from error
-            tiles.append(tile_image(image, self._tile_size, max_tiles))
         return tiles
-
-    def _pixel_tensor(self, pixels: npt.NDArray[np.float32]) -> Any:
-        """Make the tensor `pixel_values` of pixels [n, 3, E, E], in the type that the vision encoder takes."""
-        if self._image_type == "TYPE_BF16":  # NumPy has no bfloat16
-            import torch
-
-            tensor = torch.from_numpy(pixels).to(torch.bfloat16)
-            return self._pb_utils.Tensor.from_dlpack("pixel_values", torch.utils.dlpack.to_dlpack(tensor))
-        dtype = np.float16 if self._image_type == "TYPE_FP16" else np.float32
-        return self._pb_utils.Tensor("pixel_values", pixels.astype(dtype, copy=False))
