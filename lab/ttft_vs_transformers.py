@@ -16,6 +16,7 @@ import time
 from collections.abc import Mapping
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel
 
@@ -25,12 +26,12 @@ from lab.images import ImageSize, new_image
 from lab.rounds import Contender, Rounds
 from lab.transformers_model import TORCH_DTYPES, whole_model
 from nvlm_trt.api import ChatRequest, Message, SamplingParams
-from nvlm_trt.backends.base import BackendArray, FloatArray
+from nvlm_trt.backends.base import BackendArray
 from nvlm_trt.backends.opening import open_backend
 from nvlm_trt.benchmark.prompts import PromptWriter
 from nvlm_trt.engine import Engine
 from nvlm_trt.image.decoding import load_image
-from nvlm_trt.image.tiling import tile_image
+from nvlm_trt.image.tiling import normalise_tiles, tile_image
 from nvlm_trt.prompt.encoder import PromptEncoder
 from nvlm_trt.prompt.tokenizer import Tokenizer
 from nvlm_trt.runtime.batcher import Batcher
@@ -125,9 +126,9 @@ class Ours:
         sampling = SamplingParams(max_tokens=2, ignore_eos=True)
         return ChatRequest([Message("user", self._question)], [new_image(SIZE)], sampling)
 
-    def _encode_tiles(self, pixel_values: FloatArray) -> BackendArray:
+    def _encode_tiles(self, tiles: npt.NDArray[np.uint8]) -> BackendArray:
         started = time.perf_counter()
-        tokens = self._backend.encode(pixel_values)
+        tokens = self._backend.encode(normalise_tiles(tiles))
         self._vision_s = time.perf_counter() - started
         return tokens
 

@@ -11,8 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from nvlm_trt.api import ChatRequest, Delta
-from nvlm_trt.backends.base import BackendArray, FloatArray, ImageFeatures
+from nvlm_trt.backends.base import BackendArray, ImageFeatures
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import ImageError, RequestError
 from nvlm_trt.image.decoder import ImageDecoder
@@ -31,8 +34,8 @@ from nvlm_trt.runtime.text_generator import GeneratorMetrics, GeneratorOptions, 
 # Qwen2's tokenizer normalises to NFC, which joins at most this many characters into one.
 _NFC_JOINS = 4
 
-# pixel_values [tiles, 3, E, E] of an image -> image tokens [tiles, T, hidden] on the host or a device
-EncodeTiles = Callable[[FloatArray], Any]
+# RGB tiles [tiles, 3, E, E] of an image -> image tokens [tiles, T, hidden] on the host or a device
+EncodeTiles = Callable[[npt.NDArray[np.uint8]], Any]
 
 
 @dataclass(frozen=True)
@@ -229,9 +232,8 @@ class Pipeline:
                 tiles = turn.tiles(data, self._engine.config.vision.image_size, max_tiles)  # [tiles, 3, E, E]
                 # entered before the decoder's turn ends: decoded images do not pile up before the encoder
                 encoding.enter_context(self._encoding.turn(is_over))
-            pixel_values = normalise_tiles(tiles)
             if self._encode_elsewhere is None:
-                image_tokens = self._generator.encode(pixel_values)  # [tiles, T, hidden]
+                image_tokens = self._generator.encode(normalise_tiles(tiles))  # [tiles, T, hidden]
             else:
-                image_tokens = self._generator.import_tokens(self._encode_elsewhere(pixel_values))
+                image_tokens = self._generator.import_tokens(self._encode_elsewhere(tiles))
             return self._generator.features(image_tokens)

@@ -18,7 +18,6 @@ from nvlm_trt.prompt.conversation import parse_messages
 MODEL = "nvlm"
 ENSEMBLE = "nvlm_ensemble"
 IMAGE_ENCODER = "image_encoder"
-VISION_ENCODER = "vision_encoder"
 
 # Triton streams only the message of an error, so the message begins with the kind of error.
 _INVALID_REQUEST = "invalid request: "

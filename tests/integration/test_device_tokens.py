@@ -21,6 +21,7 @@ from nvlm_trt.api import ChatRequest, Message, SamplingParams
 from nvlm_trt.backends.opening import open_backend
 from nvlm_trt.backends.spec import TritonPlacement
 from nvlm_trt.engine import Engine
+from nvlm_trt.image.tiling import normalise_tiles
 from nvlm_trt.runtime.pipeline import Pipeline
 from nvlm_trt.serving.client import Client
 from nvlm_trt.serving.triton import server as server_module
@@ -88,8 +89,8 @@ def test_answers_are_those_of_tokens_in_bfloat16(served: tuple[Path, TritonServe
     opened = Engine.open(path)
     with open_backend(opened, ["vision_encoder"], threads=1) as encoder:
 
-        def encode(pixel_values: np.ndarray) -> np.ndarray:
-            return rounded(encoder.to_host(encoder.encode(rounded(pixel_values))))
+        def encode(tiles: np.ndarray) -> np.ndarray:
+            return rounded(encoder.to_host(encoder.encode(rounded(normalise_tiles(tiles)))))
 
         with Pipeline.open(path, encode_tiles=encode) as pipeline:
             expected = [token for delta in pipeline.generate(chat) for token in delta.token_ids]

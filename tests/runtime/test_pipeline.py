@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from PIL import Image
@@ -19,6 +20,7 @@ from nvlm_trt.backends.opening import open_backend
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import EngineError, ImageError, NvlmError, QueueFullError, RequestError
 from nvlm_trt.image.decoding import load_image
+from nvlm_trt.image.tiling import normalise_tiles
 from nvlm_trt.prompt.encoder import PromptEncoder
 from nvlm_trt.prompt.image_tokens import split_tiles
 from nvlm_trt.prompt.tokenizer import Tokenizer
@@ -53,10 +55,10 @@ class CountingEncoder:
         self.calls = 0
         self.before: Callable[[], None] = lambda: None
 
-    def __call__(self, pixel_values: FloatArray) -> BackendArray:
+    def __call__(self, tiles: npt.NDArray[np.uint8]) -> BackendArray:
         self.calls += 1
         self.before()
-        return self._backend.encode(pixel_values)
+        return self._backend.encode(normalise_tiles(tiles))
 
 
 @pytest.fixture(scope="module")

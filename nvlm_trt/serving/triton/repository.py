@@ -18,7 +18,7 @@ from nvlm_trt.image.decoder import default_workers
 from nvlm_trt.image.decoding import ImageLimits
 from nvlm_trt.machine import available_cores
 
-# Images whose tiles are sent to vision_encoder at once. Each blocks one of the python backend's threads, which also
+# Images whose tiles are sent through the ensemble at once. Each blocks one of the python backend's threads, which also
 # answer requests: there must be fewer images than threads, or no request is ever answered.
 ENCODE_WORKERS = 8
 BACKEND_THREADS = 64

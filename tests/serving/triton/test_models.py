@@ -22,12 +22,13 @@ from nvlm_trt.backends.opening import open_backend
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import EngineError, ImageError, QueueFullError, RequestError
 from nvlm_trt.image.decoding import load_image
-from nvlm_trt.image.tiling import tile_image
+from nvlm_trt.image.tiling import normalise_tiles, tile_image
 from nvlm_trt.runtime.request import Request as RuntimeRequest
 from nvlm_trt.serving.triton.models.answer_sender import AnswerSender, Event
 from nvlm_trt.serving.triton.models.chat import ChatModel
 from nvlm_trt.serving.triton.models.chat_request import read_chat
 from nvlm_trt.serving.triton.models.image_encoder import ImageEncoder
+from nvlm_trt.serving.triton.models.packed_tiles import unpack_tiles
 from nvlm_trt.serving.triton.models.responses import Responses
 from nvlm_trt.serving.triton.models.tiling import TilingModel
 from nvlm_trt.serving.triton.models.vision_encoder import VisionEncoderModel
@@ -265,7 +266,7 @@ def test_vision_encoder_gives_each_request_its_tokens(engine: Callable[[str], Pa
     np.testing.assert_array_equal(np.concatenate(got), expected)
 
 
-def test_image_encoder_asks_vision_encoder_and_keeps_the_kind_of_its_errors() -> None:
+def test_image_encoder_asks_the_ensemble_and_keeps_the_kind_of_its_errors() -> None:
     requests: list[SimpleNamespace] = []
     answer = InferenceResponse([Tensor("image_tokens", np.zeros((1, 2, 3)))])
 
@@ -273,16 +274,15 @@ def test_image_encoder_asks_vision_encoder_and_keeps_the_kind_of_its_errors() ->
         requests.append(request)
         return answer
 
-    encoder = ImageEncoder(fake_pb_utils(run), "TYPE_FP32")
-    pixels = np.zeros((1, 3, 2, 2), np.float32)
-    assert encoder.encode(pixels) is answer.tensors["image_tokens"]
+    encoder = ImageEncoder(fake_pb_utils(run))
+    assert encoder.encode(b"png", 4) is answer.tensors["image_tokens"]
     sent = {tensor.name(): tensor.as_numpy().tolist() for tensor in requests[0].inputs}
-    assert (requests[0].model_name, sent) == ("vision_encoder", {"pixel_values": pixels.tolist()})
+    assert (requests[0].model_name, sent) == ("image_encoder", {"image": [b"png"], "max_tiles": [4]})
     errors = {"invalid request: image: not a readable": ImageError, "CUDA out of memory": EngineError}
     for message, kind in errors.items():
         answer = InferenceResponse(error=TritonError(f"in ensemble 'image_encoder', {message}"))
         with pytest.raises(kind):
-            encoder.encode(pixels)
+            encoder.encode(b"png", 4)
 
 
 # --- the model that clients call ---------------------------------------------------------------------------------
@@ -294,8 +294,9 @@ def test_chat_model(engine: Callable[[str], Path], tmp_path: Path) -> None:
     with open_backend(Engine.open(path), ["vision_encoder"], threads=1) as backend:
 
         def run(request: SimpleNamespace) -> InferenceResponse:
-            (pixel_values,) = (tensor.as_numpy() for tensor in request.inputs)
-            tokens = backend.to_host(backend.encode(pixel_values))
+            (packed,), (most,) = (tensor.as_numpy() for tensor in request.inputs)
+            tiles = unpack_tiles(packed, 56, int(most) + 1)
+            tokens = backend.to_host(backend.encode(normalise_tiles(tiles)))
             return InferenceResponse([Tensor("image_tokens", tokens)])
 
         pb_utils = fake_pb_utils(run)

@@ -30,7 +30,7 @@ class ChatModel:
         self._pipeline = Pipeline.open(
             parameters["engine"],
             threads=int(parameters["threads"]),
-            encode_tiles=ImageEncoder(self._pb_utils, parameters.get("image_type", "TYPE_FP32")).encode,
+            encode_tiles=ImageEncoder(self._pb_utils).encode_tiles,
             options=RuntimeOptions(
                 max_queue=int(parameters["max_queue"]),
                 encode_workers=int(parameters["encode_workers"]),

@@ -12,13 +12,15 @@ from nvlm_trt.image.decoder import ImageDecoder
 from nvlm_trt.image.tiling import normalise_tiles
 from nvlm_trt.limits import EngineLimits
 from nvlm_trt.serving.triton.models.inputs import input_array
+from nvlm_trt.serving.triton.models.packed_tiles import unpack_tiles
 from nvlm_trt.serving.triton.models.parameters import image_limits, read_parameters
-from nvlm_trt.serving.triton.models.pixel_tensor import pixel_tensor
 from nvlm_trt.serving.triton.models.responses import Responses
 
 
 class TilingModel:
-    """A python model without state. Decodes and resizes one image at a time, in another process."""
+    """A python model without state. Decodes and resizes one image at a time, in another process.
+
+    `nvlm` sends the tiles of an image that it has decoded, packed, in the place of the image."""
 
     def __init__(self, pb_utils: Any) -> None:
         self._pb_utils = pb_utils
@@ -51,7 +53,7 @@ class TilingModel:
         counts = np.array([len(image) for image in tiles], np.int32)
         return pb_utils.InferenceResponse(
             [
-                pixel_tensor(pb_utils, normalise_tiles(np.concatenate(tiles)), self._image_type),  # [n, 3, E, E]
+                self._pixel_tensor(normalise_tiles(np.concatenate(tiles))),  # [n, 3, E, E]
                 pb_utils.Tensor("tiles_per_image", counts),  # [images]
             ]
         )
@@ -65,9 +67,23 @@ class TilingModel:
         tiles = []
         for index, data in enumerate(images, start=1):
             try:
-                with self._decoder.turn() as turn:
-                    tiles.append(turn.tiles(data, self._tile_size, max_tiles))
+                packed = unpack_tiles(data, self._tile_size, self._engine_limits.tiles_per_image)
+                tiles.append(self._decode(data, max_tiles) if packed is None else packed)
             except ImageError as error:
                 where = "image: " if len(images) == 1 else f"image {index}: "
                 raise ImageError(where + str(error).removeprefix("image: ")) from error
         return tiles
+
+    def _decode(self, data: bytes, max_tiles: int) -> npt.NDArray[np.uint8]:
+        with self._decoder.turn() as turn:
+            return turn.tiles(data, self._tile_size, max_tiles)  # [tiles, 3, E, E]
+
+    def _pixel_tensor(self, pixels: npt.NDArray[np.float32]) -> Any:
+        """Make the tensor `pixel_values` of pixels [n, 3, E, E], in the type that the vision encoder takes."""
+        if self._image_type == "TYPE_BF16":  # NumPy has no bfloat16
+            import torch
+
+            tensor = torch.from_numpy(pixels).to(torch.bfloat16)
+            return self._pb_utils.Tensor.from_dlpack("pixel_values", torch.utils.dlpack.to_dlpack(tensor))
+        dtype = np.float16 if self._image_type == "TYPE_FP16" else np.float32
+        return self._pb_utils.Tensor("pixel_values", pixels.astype(dtype, copy=False))
