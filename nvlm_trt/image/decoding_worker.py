@@ -60,7 +60,7 @@ def main(control_fd: int) -> None:
         if control.fileno() in ready:
             message, fds, _, _ = socket.recv_fds(control, 1, 2)
             if not message:
-                return
+                break
             worker, mailbox = socket.socket(fileno=fds[0]), fds[1]
             pid = os.fork()
             if pid == 0:
@@ -70,6 +70,8 @@ def main(control_fd: int) -> None:
                 _run_worker(worker, mailbox)
             os.close(mailbox)
             workers[pid] = worker
+    for pid in workers:  # they end, too, if the owner has
+        os.waitpid(pid, 0)
 
 
 def _import_decoders() -> None:

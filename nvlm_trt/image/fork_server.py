@@ -58,7 +58,13 @@ class ForkServer:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with theirs:
                 # the path of imports is this process's: neither the folder it runs in nor -m adds to it
-                command = [sys.executable, "-c", f"{_CODE}\nmain(int(fd))", str(theirs.fileno()), *sys.path]
+                command = [
+                    sys.executable or "python3",
+                    "-c",
+                    f"{_CODE}\nmain(int(fd))",
+                    str(theirs.fileno()),
+                    *sys.path,
+                ]
                 self._process = subprocess.Popen(
                     command,
                     env={**os.environ, **_ENVIRONMENT},
