@@ -15,6 +15,7 @@ from nvlm_trt import standard_streams, terminal
 from nvlm_trt.bounds import MAX_SEED, MAX_TOKENS
 from nvlm_trt.commands.bench import bench
 from nvlm_trt.commands.build import build
+from nvlm_trt.commands.decode_budget import DecodeMemoryOption, DecodeSecondsOption, image_limits
 from nvlm_trt.commands.evaluate import evaluate
 from nvlm_trt.commands.plan import plan
 from nvlm_trt.commands.tiles import tiles
@@ -109,15 +110,19 @@ def serve(
     grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free port.")] = 8001,
     http_port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free port.")] = 8000,
     metrics_port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free port.")] = 8002,
+    max_decode_seconds: DecodeSecondsOption = None,
+    max_decode_memory: DecodeMemoryOption = None,
 ) -> None:
     """Serve an engine through Triton until SIGINT or SIGTERM; running requests are finished first.
 
     Example: nvlm-trt serve engines/nvlm-h --grpc-port 8001
     """
     from nvlm_trt.serving.foreground import run_in_foreground
+    from nvlm_trt.serving.triton.repository import RepositoryOptions
     from nvlm_trt.serving.triton.server import ServerOptions
 
-    options = ServerOptions(host=host, grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port)
+    repository = RepositoryOptions(image_limits=image_limits(max_decode_seconds, max_decode_memory))
+    options = ServerOptions(host, grpc_port, http_port, metrics_port, repository)
     raise typer.Exit(run_in_foreground(engine, options))
 
 
@@ -137,6 +142,8 @@ def ask(
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; repeat for several.")] = None,
     max_tiles: Annotated[int | None, typer.Option(help="Tiles per image, thumbnail not counted.")] = None,
+    max_decode_seconds: DecodeSecondsOption = None,
+    max_decode_memory: DecodeMemoryOption = None,
     threads: ThreadsOption = None,
     stats: Annotated[bool, typer.Option("--stats", help="Report tiles, time to first token and tokens/s.")] = False,
     as_json: JsonOption = False,
@@ -166,9 +173,13 @@ def ask(
     images = tuple(read_image_file(path) for path in paths)
     if engine is not None:
         from nvlm_trt.api import ChatRequest
-        from nvlm_trt.runtime.pipeline import Pipeline
+        from nvlm_trt.image.fork_server import FORK_SERVER
+        from nvlm_trt.runtime.pipeline import Pipeline, RuntimeOptions
 
-        with naming_files(paths), Pipeline.open(engine, threads=threads) as pipeline:
+        if images:
+            FORK_SERVER.start()  # while the engine is loaded
+        options = RuntimeOptions(image_limits=image_limits(max_decode_seconds, max_decode_memory))
+        with naming_files(paths), Pipeline.open(engine, threads=threads, options=options) as pipeline:
             stream = pipeline.generate(ChatRequest(messages, images, sampling, max_tiles))
             terminal.print_answer(stream, stats=stats, as_json=as_json)
     else:

@@ -14,19 +14,19 @@ from nvlm_trt.backends.opening import backend_of
 from nvlm_trt.backends.spec import TritonPlacement
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import ServerError
+from nvlm_trt.image.decoder import default_workers
 from nvlm_trt.image.decoding import ImageLimits
 from nvlm_trt.machine import available_cores
 from nvlm_trt.serving.served_record import ServedRecord
 
-# Images that are sent through the ensemble at once. Each blocks one of the python backend's threads, which also answer
-# requests: there must be fewer images than threads, or no request is ever answered.
+# Images whose tiles are sent through the ensemble at once. Each blocks one of the python backend's threads, which also
+# answer requests: there must be fewer images than threads, or no request is ever answered.
 ENCODE_WORKERS = 8
 BACKEND_THREADS = 64
 
 # Images with the most tiles that fit into one batch. With more, a request waits longer than batching saves.
 _BATCHED_IMAGES = 4
 _BATCHING_DELAY_US = 1000
-_MAX_TILING_INSTANCES = 4
 
 ENGINE_LINK = "engine"  # to the engine directory, in the directory that the server runs in
 
@@ -100,14 +100,16 @@ def _template_values(
         "max_tiles": str(engine.limits.max_tiles),
         "max_batch_tiles": str(max_batch_tiles(engine, placement)),
         "batching_delay_us": str(_BATCHING_DELAY_US),
-        # an image is decoded and resized on one core; half of the cores are left to the encoder and the decoder
-        "tiling_instances": str(max(1, min(_MAX_TILING_INSTANCES, cores // 2))),
+        # of nvlm; the instances of tiling, which decode one image each, are as many
+        "decode_workers": str(default_workers()),
         "threads": str(options.threads or cores),
         "max_queue": str(options.max_queue),
         "encode_workers": str(ENCODE_WORKERS),
         "max_pixels": str(limits.max_pixels),
         "max_bytes": str(limits.max_bytes),
         "max_images": str(limits.max_images),
+        "max_decode_seconds": str(limits.max_decode_seconds),
+        "max_decode_memory": str(limits.max_decode_memory),
     }
 
 

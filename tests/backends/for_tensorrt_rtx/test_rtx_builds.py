@@ -1,6 +1,6 @@
 """Tests what TensorRT-RTX's real parser and builder make of the tiny models, without a GPU: NVLM-D and -H in every
-precision, and NVLM-X, whose decoder is that of -H, in three. Nothing here can load a plan; of its contents, the first 64
-bytes are looked at."""
+precision, and NVLM-X, whose decoder is that of -H, in three. Nothing here can load a plan: the tests read the first 64
+bytes of each."""
 
 from __future__ import annotations
 

@@ -22,12 +22,13 @@ from nvlm_trt.backends.opening import open_backend
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import EngineError, ImageError, QueueFullError, RequestError
 from nvlm_trt.image.decoding import load_image
-from nvlm_trt.image.tiling import tile_image
+from nvlm_trt.image.tiling import normalise_tiles, tile_image
 from nvlm_trt.runtime.request import Request as RuntimeRequest
 from nvlm_trt.serving.triton.models.answer_sender import AnswerSender, Event
 from nvlm_trt.serving.triton.models.chat import ChatModel
 from nvlm_trt.serving.triton.models.chat_request import read_chat
 from nvlm_trt.serving.triton.models.image_encoder import ImageEncoder
+from nvlm_trt.serving.triton.models.packed_tiles import unpack_tiles
 from nvlm_trt.serving.triton.models.responses import Responses
 from nvlm_trt.serving.triton.models.tiling import TilingModel
 from nvlm_trt.serving.triton.models.vision_encoder import VisionEncoderModel
@@ -325,8 +326,9 @@ def test_chat_model(engine: Callable[[str], Path], tmp_path: Path) -> None:
     with open_backend(Engine.open(path), ["vision_encoder"], threads=1) as backend:
 
         def run(request: SimpleNamespace) -> InferenceResponse:
-            (image,), (most,) = (tensor.as_numpy() for tensor in request.inputs)
-            tokens = backend.to_host(backend.encode(tile_image(load_image(image), 56, int(most))))
+            (packed,), (most,) = (tensor.as_numpy() for tensor in request.inputs)
+            tiles = unpack_tiles(packed, 56, int(most) + 1)
+            tokens = backend.to_host(backend.encode(normalise_tiles(tiles)))
             return InferenceResponse([Tensor("image_tokens", tokens)])
 
         pb_utils = fake_pb_utils(run)

@@ -35,10 +35,11 @@ class ChatModel:
         self._pipeline = Pipeline.open(
             open_engine(parameters).path,
             threads=int(parameters["threads"]),
-            encode_image=ImageEncoder(self._pb_utils).encode,
+            encode_tiles=ImageEncoder(self._pb_utils).encode_tiles,
             options=RuntimeOptions(
                 max_queue=int(parameters["max_queue"]),
                 encode_workers=int(parameters["encode_workers"]),
+                decode_workers=int(parameters["decode_workers"]) if "decode_workers" in parameters else None,
                 image_limits=self._image_limits,
             ),
         )
