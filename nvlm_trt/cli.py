@@ -21,6 +21,7 @@ from nvlm_trt.commands.tinydocs import tinydocs
 from nvlm_trt.errors import NvlmError, RequestError
 from nvlm_trt.extras import require
 from nvlm_trt.model.preset_names import PRESET_NAMES
+from nvlm_trt.termination import tidy_on_termination
 
 app = typer.Typer(
     name="nvlm-trt",
@@ -187,7 +188,8 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # an answer may hold characters that the terminal's encoding lacks
     try:
-        app()
+        with tidy_on_termination():
+            app()
     except NvlmError as error:
         if _debugging():
             raise

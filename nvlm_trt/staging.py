@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import secrets
 import shutil
-import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from nvlm_trt.errors import EngineError
+from nvlm_trt.owned_folder import abandoned, make_owned_folder
+
+_PREVIOUS = "previous"  # the folder that a new one replaces, until it is in place
 
 
 @contextlib.contextmanager
@@ -37,33 +39,36 @@ def _cannot_write(path: Path, error: OSError) -> EngineError:
 def temporary_sibling(target: Path) -> Iterator[Path]:
     """Yield a new folder beside `target`, on the same file system. Remove the folder at the end unless it was renamed.
 
-    Raises EngineError for a place where no folder can be made."""
+    Removes the folders first that killed processes have left for the same target. Raises EngineError for a place where
+    no folder can be made."""
+    _remove_leftovers(target)
     # named before `try`, so that `finally` can remove the folder after an interrupt at any time
-    staging = target.parent / f".{target.name}.{secrets.token_hex(8)}"
+    staging = target.parent / f".{target.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
+    owner = -1
     try:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            staging.mkdir(mode=0o700)
+            owner = make_owned_folder(staging)
         except FileNotFoundError as error:  # the parent exists, but its file system makes no folders (/proc)
             raise _cannot_write(target, error) from error
         yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        if owner >= 0:
+            os.close(owner)
 
 
-@contextlib.contextmanager
-def tidy_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM end this process as an error does, with exit status 143, so that temporary folders are removed.
+def _remove_leftovers(target: Path) -> None:
+    """Remove the temporary siblings of `target`, and theirs, whose process was killed.
 
-    For the main thread. A SIGTERM that is ignored or handled already is left as it is."""
-    if signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    One that holds the previous `target`, because the kill came between the two renames, gives it back first."""
+    name = re.compile(rf"\.+{re.escape(target.name)}(\.tmp-\d+-[0-9a-f]+)+")
+    with contextlib.suppress(OSError):  # no such folder yet
+        leftovers = [path for path in target.parent.iterdir() if name.fullmatch(path.name)]
+        for path in abandoned(leftovers):
+            if (path / _PREVIOUS).is_dir() and not target.exists():
+                os.rename(path / _PREVIOUS, target)
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def replace_directory(staging: Path, target: Path) -> None:
@@ -73,5 +78,10 @@ def replace_directory(staging: Path, target: Path) -> None:
         os.rename(staging, target)
         return
     with temporary_sibling(target) as aside:
-        os.rename(target, aside / "previous")
-        os.rename(staging, target)
+        try:
+            os.rename(target, aside / _PREVIOUS)
+            os.rename(staging, target)
+        except BaseException:  # an interrupt too
+            if not target.exists():
+                os.rename(aside / _PREVIOUS, target)
+            raise

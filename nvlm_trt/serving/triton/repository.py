@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.resources
 import json
-import os
 import shutil
 import string
 from dataclasses import dataclass, field
@@ -29,9 +28,6 @@ _MAX_TILING_INSTANCES = 4
 
 _VISION_ENCODER = "vision_encoder"  # the name of the model; its folder in triton_repo may have another name
 
-_SHARED_MEMORY = Path("/dev/shm")
-_SHARED_MEMORY_SLACK = 32 << 20
-
 
 @dataclass(frozen=True)
 class RepositoryOptions:
@@ -46,10 +42,11 @@ def placement_of(engine: Engine) -> TritonPlacement:
 
 
 def render_repository(
-    engine: Engine, placement: TritonPlacement, directory: Path, drain_file: Path, options: RepositoryOptions
+    engine: Engine, placement: TritonPlacement, directory: Path, drain_descriptor: int, options: RepositoryOptions
 ) -> None:
-    """Write the models into the empty `directory`. While `drain_file` exists, `nvlm` accepts no new request."""
-    values = _template_values(engine, placement, drain_file, options)
+    """Write the models into the empty `directory`. `nvlm` inherits `drain_descriptor`, the model's end of a
+    DrainChannel."""
+    values = _template_values(engine, placement, drain_descriptor, options)
     for name, model in _sources(placement.vision_model).items():
         version = directory / name / "1"
         version.mkdir(parents=True)
@@ -76,14 +73,14 @@ def check_backend(engine: Engine, placement: TritonPlacement, backends: Path) ->
 
 
 def _template_values(
-    engine: Engine, placement: TritonPlacement, drain_file: Path, options: RepositoryOptions
+    engine: Engine, placement: TritonPlacement, drain_descriptor: int, options: RepositoryOptions
 ) -> dict[str, str]:
     cores = available_cores()
     config, limits = engine.config, options.image_limits
     return {
         # a JSON string is a protobuf text string, quotes and escapes included
         "engine": json.dumps(str(engine.path.absolute()), ensure_ascii=False),
-        "drain_file": json.dumps(str(drain_file), ensure_ascii=False),
+        "drain_descriptor": str(drain_descriptor),
         "image_type": placement.image_type,
         "decoder_kind": placement.decoder_kind,
         "cpu_only_inputs": "no" if placement.decoder_kind == "KIND_GPU" else "yes",
@@ -111,19 +108,3 @@ def _sources(vision_model: str) -> dict[str, Path]:
     folders = {folder.name: folder for folder in root.iterdir() if (folder / "config.pbtxt").is_file()}
     models = {name: folder for name, folder in folders.items() if not name.startswith(_VISION_ENCODER)}
     return {**models, _VISION_ENCODER: folders[vision_model]}
-
-
-def check_shared_memory(engine: Engine, placement: TritonPlacement) -> None:
-    """Raise ServerError if shared memory is too small for the models to pass each other full batches of tiles."""
-    tile_bytes = 3 * engine.config.vision.image_size**2 * 4
-    needed = 3 * max_batch_tiles(engine, placement) * tile_bytes + _SHARED_MEMORY_SLACK
-    try:
-        status = os.statvfs(_SHARED_MEMORY)
-    except OSError:
-        return
-    free = status.f_bavail * status.f_frsize
-    if free < needed:
-        raise ServerError(
-            f"{_SHARED_MEMORY} has {free >> 20} MiB free, Triton's models need about {needed >> 20} MiB to pass tiles "
-            "on; enlarge it (docker run --shm-size=1g)"
-        )

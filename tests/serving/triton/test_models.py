@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from nvlm_trt.errors import EngineError, ImageError, QueueFullError, RequestErro
 from nvlm_trt.image.decoding import load_image
 from nvlm_trt.image.tiling import tile_image
 from nvlm_trt.runtime.request import Request as RuntimeRequest
+from nvlm_trt.serving.triton.drain_channel import ENCODED, IDLE, DrainChannel
 from nvlm_trt.serving.triton.models.answer_sender import AnswerSender, Event
 from nvlm_trt.serving.triton.models.chat import ChatModel
 from nvlm_trt.serving.triton.models.chat_request import read_chat
@@ -287,9 +289,9 @@ def test_image_encoder_asks_the_ensemble_and_keeps_the_kind_of_its_errors() -> N
 # --- the model that clients call ---------------------------------------------------------------------------------
 
 
-def test_chat_model(engine: Callable[[str], Path], tmp_path: Path) -> None:
+def test_chat_model(engine: Callable[[str], Path]) -> None:
     """Answers about an image that another model encodes, refuses a request, and drains."""
-    path, drain_file = engine("nvlm-h-tiny"), tmp_path / "draining"
+    path, channel = engine("nvlm-h-tiny"), DrainChannel()
     with open_backend(Engine.open(path), ["vision_encoder"], threads=1) as backend:
 
         def run(request: SimpleNamespace) -> InferenceResponse:
@@ -302,7 +304,14 @@ def test_chat_model(engine: Callable[[str], Path], tmp_path: Path) -> None:
         model = ChatModel(pb_utils)
         limits = {"max_pixels": 10**6, "max_bytes": 10**6, "max_images": 2}
         model.initialize(
-            arguments(engine=path, threads=1, max_queue=4, encode_workers=2, drain_file=drain_file, **limits)
+            arguments(
+                engine=path,
+                threads=1,
+                max_queue=4,
+                encode_workers=2,
+                drain_descriptor=os.dup(channel.descriptor),
+                **limits,
+            )
         )
         sender, refused, drained = ResponseSender(), ResponseSender(), ResponseSender()
         sampling = strings(b'{"max_tokens": 5, "ignore_eos": true}')
@@ -314,7 +323,8 @@ def test_chat_model(engine: Callable[[str], Path], tmp_path: Path) -> None:
             ]
         )
         wait_until(lambda: sender.ended and FakeFamily.values.get("nvlm_generated_tokens_total") == 5)
-        drain_file.touch()
+        channel.tell()
+        assert all(channel.wait_for(message, give_up=lambda: False) for message in (ENCODED, IDLE))
         model.execute([Request(drained, prompt=strings(b"Hi"))])
         model.finalize()
     last = sender.sent[-1][0]

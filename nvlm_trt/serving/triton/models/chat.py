@@ -6,16 +6,19 @@ import os
 import threading
 from typing import Any
 
-from nvlm_trt.errors import ServerError
+from nvlm_trt.errors import QueueFullError
 from nvlm_trt.runtime.pipeline import Pipeline, RuntimeOptions
 from nvlm_trt.serving.triton.models.answer_sender import AnswerSender
 from nvlm_trt.serving.triton.models.chat_request import read_chat
+from nvlm_trt.serving.triton.models.draining import Draining
 from nvlm_trt.serving.triton.models.image_encoder import ImageEncoder
 from nvlm_trt.serving.triton.models.metrics import ModelMetrics
 from nvlm_trt.serving.triton.models.parameters import image_limits, read_parameters
 from nvlm_trt.serving.triton.models.responses import Responses
 
 _REPORT_SECONDS = 0.1
+# Encoded images are held until they are encoded: at most as many bytes as this number of the largest requests has.
+_HELD_REQUESTS = 2
 
 
 class ChatModel:
@@ -26,7 +29,8 @@ class ChatModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         parameters = read_parameters(args)
-        self._drain_file = parameters["drain_file"]
+        limits = image_limits(parameters)
+        self._most_held_bytes = _HELD_REQUESTS * limits.max_images * limits.max_bytes
         self._pipeline = Pipeline.open(
             parameters["engine"],
             threads=int(parameters["threads"]),
@@ -34,12 +38,13 @@ class ChatModel:
             options=RuntimeOptions(
                 max_queue=int(parameters["max_queue"]),
                 encode_workers=int(parameters["encode_workers"]),
-                image_limits=image_limits(parameters),
+                image_limits=limits,
             ),
         )
         self._responses = Responses(self._pb_utils)
         self._metrics = ModelMetrics(self._pb_utils)
         self._answers = AnswerSender(self._pb_utils, self._responses, self._metrics.add_late_tokens)
+        self._draining = Draining(int(parameters["drain_descriptor"]), self._answers)
         self._closing = threading.Event()
         self._reporter = threading.Thread(target=self._report, name="nvlm-reporter", daemon=True)
         self._reporter.start()
@@ -59,14 +64,27 @@ class ChatModel:
         self._closing.set()
         self._pipeline.close()
         self._answers.close()
+        self._draining.finish()
         self._reporter.join()
 
     def _start(self, request: Any, sender: Any) -> None:
-        if os.path.exists(self._drain_file):
-            raise ServerError("the server is stopping; send the request to another one")
-        chat = read_chat(self._pb_utils, request, self._pipeline.import_tokens)
-        request_id = request.request_id()
-        self._answers.answer(sender, lambda put: self._pipeline.submit(chat, put, put, request_id=request_id))
+        with self._draining.admit():
+            chat = read_chat(self._pb_utils, request, self._pipeline.import_tokens)
+            request_id = request.request_id()
+            image_bytes = sum(len(image) for image in chat.images if isinstance(image, bytes))
+            self._check_held(image_bytes)
+            self._answers.answer(
+                sender, lambda put: self._pipeline.submit(chat, put, put, request_id=request_id), image_bytes
+            )
+
+    def _check_held(self, image_bytes: int) -> None:
+        """Raise QueueFullError if the images of the waiting requests and of one more take too much memory."""
+        held = self._answers.held_image_bytes
+        if held + image_bytes > self._most_held_bytes:
+            raise QueueFullError(
+                f"the images that wait to be encoded have {held >> 20} MiB, at most {self._most_held_bytes >> 20} are "
+                "held; try again later"
+            )
 
     def _report(self) -> None:
         while not self._closing.wait(_REPORT_SECONDS):
