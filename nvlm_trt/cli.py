@@ -105,6 +105,8 @@ def serve(
 ) -> None:
     """Serve an engine through Triton until SIGINT or SIGTERM; running requests are finished first.
 
+    A request has at most 16 images of 32 MiB each and 32 MiB of text; larger ones are refused.
+
     Example: nvlm-trt serve engines/nvlm-h --grpc-port 8001
     """
     from nvlm_trt.serving.foreground import run_in_foreground

@@ -14,9 +14,9 @@ _CLOSED_PROTOCOLS = "shared-memory,model-repository,trace,logging"
 _KEEPALIVE_MS = 10_000
 _KEEPALIVE_TIMEOUT_MS = 5_000
 # Tritonserver keeps the answers that a client does not fetch, and a model cannot see that. So a connection takes new
-# requests for a while only (a gRPC client then opens another by itself) and ends a while later, with what it keeps.
+# requests for a while only (a gRPC client then opens another by itself), and ends when the last answer may take no
+# longer, with all that is kept for it.
 _CONNECTION_MS = 60_000
-_ANSWER_MS = 900_000
 _BASE64_GROWTH = 4 / 3  # of images in an HTTP request
 
 
@@ -27,11 +27,12 @@ def triton_command(
     host: str,
     ports: Sequence[int],
     shm_prefix: str,
+    answer_seconds: float,
     exit_seconds: float,
     request_bytes: int,
 ) -> list[str]:
-    """Returns program and arguments. `ports`: gRPC, HTTP, metrics; `exit_seconds`: how long SIGTERM may take;
-    `request_bytes`: the largest request."""
+    """Returns program and arguments. `ports`: gRPC, HTTP, metrics; `answer_seconds`: how long an answer may
+    take; `exit_seconds`: how long SIGTERM may take; `request_bytes`: the largest request."""
     grpc_port, http_port, metrics_port = ports
     # closes a protocol: requires a header that nobody knows
     closed = f"{_CLOSED_PROTOCOLS}:{secrets.token_hex(16)}={secrets.token_hex(16)}"
@@ -50,7 +51,7 @@ def triton_command(
         "grpc-keepalive-time": _KEEPALIVE_MS,
         "grpc-keepalive-timeout": _KEEPALIVE_TIMEOUT_MS,
         "grpc-max-connection-age": _CONNECTION_MS,
-        "grpc-max-connection-age-grace": _ANSWER_MS,
+        "grpc-max-connection-age-grace": math.ceil(answer_seconds * 1000),
         # else the server keeps the last eight requests of each kind, however large
         "grpc-infer-allocation-pool-size": 0,
         "exit-timeout-secs": math.ceil(exit_seconds),

@@ -24,7 +24,7 @@ from nvlm_trt.serving.triton.http_probe import get
 from nvlm_trt.serving.triton.install import TritonInstall, find_triton
 from nvlm_trt.serving.triton.ports import choose_ports, listen_address, port_in_use
 from nvlm_trt.serving.triton.process import TritonProcess
-from nvlm_trt.serving.triton.process_limits import most_descriptors
+from nvlm_trt.serving.triton.process_limits import check_descriptors, too_few_descriptors
 from nvlm_trt.serving.triton.repository import (
     RepositoryOptions,
     check_backend,
@@ -51,6 +51,7 @@ class ServerOptions:
     metrics_port: int = 0
     repository: RepositoryOptions = field(default_factory=RepositoryOptions)
     startup_seconds: float = 600
+    answer_seconds: float = 900  # from request to last token, over gRPC; then the connection ends
     drain_seconds: float = 30  # for open requests when the server is stopped
 
     @property
@@ -108,6 +109,7 @@ class TritonServer:
         self._host = _LOOPBACK.get(self._listen, self._listen)
         memory = SharedMemory(engine, placement, self._options.repository.image_limits)
         memory.check()
+        check_descriptors()
         give_up = give_up or threading.Event()
         try:
             for attempt in range(1, _PORT_ATTEMPTS + 1):
@@ -177,6 +179,7 @@ class TritonServer:
                     self._listen,
                     ports,
                     folder.shm_prefix,
+                    answer_seconds=options.answer_seconds,
                     exit_seconds=options.drain_seconds + EXIT_SECONDS,
                     request_bytes=largest_request(options.repository.image_limits),
                 )
@@ -200,10 +203,7 @@ class TritonServer:
             if get(self._host, self._http_port, "/v2/health/ready") is not None:
                 return True
             if self._process.log.out_of_descriptors:
-                raise ServerError(
-                    f"tritonserver needs more than the {most_descriptors()} open files that it may have; raise the "
-                    "limit to 1024 or more (ulimit -Hn, docker run --ulimit nofile=65536)"
-                )
+                raise too_few_descriptors()
             if time.monotonic() > deadline:
                 raise ServerError(f"the server was not ready within {self._options.startup_seconds:.0f} s; see its log")
             if give_up.wait(_POLL_SECONDS):

@@ -21,14 +21,16 @@ from PIL import Image
 from nvlm_trt.api import Delta, ImagePart, Message, SamplingParams, TextPart, Usage
 from nvlm_trt.backends.opening import open_backend
 from nvlm_trt.engine import Engine
-from nvlm_trt.errors import EngineError, ImageError, QueueFullError, RequestError
+from nvlm_trt.errors import EngineError, ImageError, QueueFullError, RequestError, ServerError
 from nvlm_trt.image.decoding import load_image
 from nvlm_trt.image.tiling import tile_image
 from nvlm_trt.runtime.request import Request as RuntimeRequest
+from nvlm_trt.runtime.request import State
 from nvlm_trt.serving.triton.drain_channel import ENCODED, IDLE, DrainChannel
 from nvlm_trt.serving.triton.models.answer_sender import AnswerSender, Event
 from nvlm_trt.serving.triton.models.chat import ChatModel
 from nvlm_trt.serving.triton.models.chat_request import read_chat
+from nvlm_trt.serving.triton.models.draining import Draining
 from nvlm_trt.serving.triton.models.image_encoder import ImageEncoder
 from nvlm_trt.serving.triton.models.responses import Responses
 from nvlm_trt.serving.triton.models.tiling import TilingModel
@@ -94,11 +96,11 @@ def test_image_tokens_of_several_images_are_split() -> None:
 class Asked:
     """One request that an AnswerSender answers."""
 
-    def __init__(self, answers: AnswerSender) -> None:
+    def __init__(self, answers: AnswerSender, image_bytes: int = 0) -> None:
         self.sender = ResponseSender()
         self.request = RuntimeRequest(SamplingParams(), print, print)
         self.put: Callable[[Event], None]
-        answers.answer(self.sender, self._submit)
+        answers.answer(self.sender, self._submit, image_bytes)
 
     def _submit(self, put: Callable[[Event], None]) -> RuntimeRequest:
         self.put = put
@@ -184,6 +186,36 @@ def test_closing_sends_what_was_handed_over() -> None:
         each.put(Delta("a", [97], finish_reason="stop"))
     sender.close()
     assert all(each.sender.ended for each in asked)
+
+
+def test_draining_tells_when_images_are_encoded_and_when_nothing_is_open(answers: AnswerSender) -> None:
+    channel, asked = DrainChannel(), Asked(answers)
+    draining = Draining(os.dup(channel.descriptor), answers)
+    with draining.admit():
+        pass
+    channel.tell()
+    assert not channel.wait_for(ENCODED, give_up=lambda: True)  # the request's images are not encoded
+    with pytest.raises(ServerError, match="the server is stopping"), draining.admit():
+        pass
+    asked.request.state = State.READY
+    assert channel.wait_for(ENCODED, give_up=lambda: False)
+    assert not channel.wait_for(IDLE, give_up=lambda: True)
+    asked.put(Delta("", [], finish_reason="stop", usage=USAGE))
+    assert channel.wait_for(IDLE, give_up=lambda: False)
+
+
+def test_a_channel_whose_model_has_ended_says_so() -> None:
+    channel = DrainChannel()
+    channel.close_inherited()
+    channel.tell()
+    assert not channel.wait_for(ENCODED, give_up=lambda: False)
+
+
+def test_images_that_wait_are_counted_until_they_are_encoded(answers: AnswerSender) -> None:
+    asked = Asked(answers, image_bytes=7)
+    assert (answers.encoding_requests, answers.held_image_bytes) == (1, 7)
+    asked.request.state = State.READY
+    assert (answers.encoding_requests, answers.held_image_bytes) == (0, 0)
 
 
 def test_empty_tensors_are_made_once() -> None:
@@ -316,6 +348,8 @@ def test_chat_model(engine: Callable[[str], Path]) -> None:
         sender, refused, drained = ResponseSender(), ResponseSender(), ResponseSender()
         sampling = strings(b'{"max_tokens": 5, "ignore_eos": true}')
         image = strings(png(168, 112))
+        too_much, most = ResponseSender(), 2 * 2 * 10**6  # bytes of the largest two requests
+        model.execute([Request(too_much, prompt=strings(b"Hi"), image=strings(bytes(most + 1)))])
         model.execute(
             [
                 Request(sender, prompt=strings(b"What is it?"), image=image, sampling_parameters=sampling),
@@ -331,7 +365,11 @@ def test_chat_model(engine: Callable[[str], Path]) -> None:
     assert last is not None
     usage = json.loads(last.tensors["usage"].as_numpy()[0])
     assert (usage["completion_tokens"], usage["image_tiles"]) == (5, 7)
-    for sent, message in ((refused, "the prompt is empty"), (drained, "the server is stopping")):
+    for sent, message in (
+        (too_much, "the images that wait to be encoded have 0 MiB"),
+        (refused, "the prompt is empty"),
+        (drained, "the server is stopping"),
+    ):
         ((response, flags),) = sent.sent
         assert flags == FINAL
         assert response is not None
