@@ -63,6 +63,11 @@ class TritonProcess:
             raise
 
     @property
+    def shm_prefix(self) -> str:
+        """Begins the names of the server's shared memory."""
+        return self._folder.shm_prefix
+
+    @property
     def exit_status(self) -> int | None:
         """None while the server runs; negative if a signal ended it."""
         return self._server.poll()

@@ -10,7 +10,7 @@ from nvlm_trt.serving.triton.http_probe import keep_open
 from nvlm_trt.serving.triton.process import TritonProcess
 
 # for the server's own exit, after its last answer
-EXIT_SECONDS = 10
+EXIT_SECONDS = 5
 _POLL_SECONDS = 0.1
 _NVLM = "nvlm_0_0"  # the instance of the model, as process_watch names it
 

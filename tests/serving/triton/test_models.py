@@ -21,7 +21,7 @@ from PIL import Image
 from nvlm_trt.api import Delta, ImagePart, Message, SamplingParams, TextPart, Usage
 from nvlm_trt.backends.opening import open_backend
 from nvlm_trt.engine import Engine
-from nvlm_trt.errors import EngineError, ImageError, QueueFullError, RequestError, ServerError
+from nvlm_trt.errors import EngineError, ImageError, QueueFullError, RequestError
 from nvlm_trt.image.decoding import load_image
 from nvlm_trt.image.tiling import tile_image
 from nvlm_trt.runtime.request import Request as RuntimeRequest
@@ -30,7 +30,6 @@ from nvlm_trt.serving.triton.drain_channel import ENCODED, IDLE, DrainChannel
 from nvlm_trt.serving.triton.models.answer_sender import AnswerSender, Event
 from nvlm_trt.serving.triton.models.chat import ChatModel
 from nvlm_trt.serving.triton.models.chat_request import read_chat
-from nvlm_trt.serving.triton.models.draining import Draining
 from nvlm_trt.serving.triton.models.image_encoder import ImageEncoder
 from nvlm_trt.serving.triton.models.responses import Responses
 from nvlm_trt.serving.triton.models.tiling import TilingModel
@@ -186,29 +185,6 @@ def test_closing_sends_what_was_handed_over() -> None:
         each.put(Delta("a", [97], finish_reason="stop"))
     sender.close()
     assert all(each.sender.ended for each in asked)
-
-
-def test_draining_tells_when_images_are_encoded_and_when_nothing_is_open(answers: AnswerSender) -> None:
-    channel, asked = DrainChannel(), Asked(answers)
-    draining = Draining(os.dup(channel.descriptor), answers)
-    with draining.admit():
-        pass
-    channel.tell()
-    assert not channel.wait_for(ENCODED, give_up=lambda: True)  # the request's images are not encoded
-    with pytest.raises(ServerError, match="the server is stopping"), draining.admit():
-        pass
-    asked.request.state = State.READY
-    assert channel.wait_for(ENCODED, give_up=lambda: False)
-    assert not channel.wait_for(IDLE, give_up=lambda: True)
-    asked.put(Delta("", [], finish_reason="stop", usage=USAGE))
-    assert channel.wait_for(IDLE, give_up=lambda: False)
-
-
-def test_a_channel_whose_model_has_ended_says_so() -> None:
-    channel = DrainChannel()
-    channel.close_inherited()
-    channel.tell()
-    assert not channel.wait_for(ENCODED, give_up=lambda: False)
 
 
 def test_images_that_wait_are_counted_until_they_are_encoded(answers: AnswerSender) -> None:
