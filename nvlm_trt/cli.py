@@ -24,6 +24,7 @@ from nvlm_trt.errors import NvlmError
 from nvlm_trt.extras import require
 from nvlm_trt.model.preset_names import PRESET_NAMES
 from nvlm_trt.standard_streams import OutputError
+from nvlm_trt.termination import tidy_on_termination
 
 _SIGPIPE_STATUS = 141  # as of a program that SIGPIPE ends
 # typer uses click or its own copy of click
@@ -114,6 +115,8 @@ def serve(
     max_decode_memory: DecodeMemoryOption = None,
 ) -> None:
     """Serve an engine through Triton until SIGINT or SIGTERM; running requests are finished first.
+
+    A request has at most 16 images of 32 MiB each and 32 MiB of text; larger ones are refused.
 
     Example: nvlm-trt serve engines/nvlm-h --grpc-port 8001
     """
@@ -213,7 +216,8 @@ def main() -> None:
 
 def _run() -> int:
     try:
-        return int(app(standalone_mode=False) or 0)
+        with tidy_on_termination():
+            return int(app(standalone_mode=False) or 0)
     except _ClickException as error:
         _show_usage_error(error)
         return error.exit_code

@@ -12,7 +12,6 @@ from nvlm_trt.backends.table import DEFAULT_BACKEND, backend_names, backend_summ
 from nvlm_trt.errors import NvlmError
 from nvlm_trt.extras import require
 from nvlm_trt.model.precision import COMPONENTS, needs_calibration, quantised_components
-from nvlm_trt.staging import tidy_on_sigterm
 
 if TYPE_CHECKING:
     from nvlm_trt.builders.engine_build import QuantizationOptions
@@ -120,7 +119,7 @@ def build(
         require("eval", "measuring a quantised engine")
     limits = {"max_slots": max_slots, "max_seq_len": max_seq_len, "max_image_tokens": max_image_tokens}
     try:
-        with terminal.progress() as progress, tidy_on_sigterm():
+        with terminal.progress() as progress:
             engine = build_engine(
                 checkpoint,
                 output,

@@ -23,6 +23,9 @@ IMAGE_ENCODER = "image_encoder"
 # Triton streams only the message of an error, so the message begins with the kind of error.
 _INVALID_REQUEST = "invalid request: "
 _QUEUE_FULL = "queue full: "
+# Triton's own words: once it exits or before it has loaded its models, and for a request that no region may hold
+_NOT_READY = re.compile(r"has no available versions|Server not ready")
+_TOO_LARGE = re.compile(r"Failed to increase the shared memory pool .*File too large")
 _OF_AN_ENSEMBLE = re.compile(rf"^in ensemble '(?:{ENSEMBLE}|{IMAGE_ENCODER})', ")
 
 
@@ -85,6 +88,10 @@ def decode_error(message: str) -> NvlmError:
     for prefix, kind in ((_INVALID_REQUEST, RequestError), (_QUEUE_FULL, QueueFullError)):
         if message.startswith(prefix):
             return kind(message.removeprefix(prefix))
+    if _NOT_READY.search(message):
+        return ServerError("the server is stopping, or not ready yet; send the request to another one")
+    if _TOO_LARGE.search(message):
+        return RequestError("the request is larger than the server takes; send fewer or smaller images")
     return ServerError(message)
 
 

@@ -46,6 +46,15 @@ def metric(server: HasMetrics, name: str) -> float:
     return sum(map(float, values))
 
 
+def is_ready_over_http(address: str) -> bool:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(address + "/v2/health/ready", timeout=5) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
+
+
 def ask_raw(server: TritonServer, request: service_pb2.ModelInferRequest) -> list[Delta]:
     """Sends a message unchanged. Raises the exception that an error response stands for."""
     with grpc.insecure_channel(server.address.removeprefix("grpc://")) as channel:

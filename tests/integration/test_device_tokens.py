@@ -54,10 +54,10 @@ class TritonPythonModel:
 
 
 def render_for_a_cpu(
-    engine: Engine, placement: TritonPlacement, directory: Path, drain_file: Path, options: RepositoryOptions
+    engine: Engine, placement: TritonPlacement, directory: Path, drain_descriptor: int, options: RepositoryOptions
 ) -> None:
     placed = placement_of(for_tensorrt(engine, "bf16"))
-    render_repository(engine, placed, directory, drain_file, options)
+    render_repository(engine, placed, directory, drain_descriptor, options)
     for model in ("vision_encoder", "nvlm"):
         config = directory / model / "config.pbtxt"
         text = re.sub(r"kind: KIND_GPU count: 1[^}]*", "kind: KIND_CPU count: 1 ", config.read_text())

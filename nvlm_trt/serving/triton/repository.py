@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.resources
 import json
-import os
 import shutil
 import string
 from dataclasses import dataclass, field
@@ -32,9 +31,6 @@ ENGINE_LINK = "engine"  # to the engine directory, in the directory that the ser
 
 _VISION_ENCODER = "vision_encoder"  # the name of the model; its folder in triton_repo may have another name
 
-_SHARED_MEMORY = Path("/dev/shm")
-_SHARED_MEMORY_SLACK = 32 << 20
-
 
 @dataclass(frozen=True)
 class RepositoryOptions:
@@ -49,10 +45,11 @@ def placement_of(engine: Engine) -> TritonPlacement:
 
 
 def render_repository(
-    engine: Engine, placement: TritonPlacement, directory: Path, drain_file: Path, options: RepositoryOptions
+    engine: Engine, placement: TritonPlacement, directory: Path, drain_descriptor: int, options: RepositoryOptions
 ) -> None:
-    """Write the models into the empty `directory`. While `drain_file` exists, `nvlm` accepts no new request."""
-    values = _template_values(engine, placement, drain_file, options)
+    """Write the models into the empty `directory`. `nvlm` inherits `drain_descriptor`, the model's end of a
+    DrainChannel."""
+    values = _template_values(engine, placement, drain_descriptor, options)
     for name, model in _sources(placement.vision_model).items():
         version = directory / name / "1"
         version.mkdir(parents=True)
@@ -79,7 +76,7 @@ def check_backend(engine: Engine, placement: TritonPlacement, backends: Path) ->
 
 
 def _template_values(
-    engine: Engine, placement: TritonPlacement, drain_file: Path, options: RepositoryOptions
+    engine: Engine, placement: TritonPlacement, drain_descriptor: int, options: RepositoryOptions
 ) -> dict[str, str]:
     cores = available_cores()
     config, limits = engine.config, options.image_limits
@@ -89,7 +86,7 @@ def _template_values(
         "engine_link": ENGINE_LINK,
         "engine_fingerprint": engine.fingerprint,
         "engine_record": json.dumps(ServedRecord.of(engine).to_json(), ensure_ascii=False, allow_nan=False),
-        "drain_file": json.dumps(str(drain_file), ensure_ascii=False, allow_nan=False),
+        "drain_descriptor": str(drain_descriptor),
         "image_type": placement.image_type,
         "decoder_kind": placement.decoder_kind,
         "cpu_only_inputs": "no" if placement.decoder_kind == "KIND_GPU" else "yes",
@@ -119,19 +116,3 @@ def _sources(vision_model: str) -> dict[str, Path]:
     folders = {folder.name: folder for folder in root.iterdir() if (folder / "config.pbtxt").is_file()}
     models = {name: folder for name, folder in folders.items() if not name.startswith(_VISION_ENCODER)}
     return {**models, _VISION_ENCODER: folders[vision_model]}
-
-
-def check_shared_memory(engine: Engine, placement: TritonPlacement) -> None:
-    """Raise ServerError if shared memory is too small for the models to pass each other full batches of tiles."""
-    tile_bytes = 3 * engine.config.vision.image_size**2 * 4
-    needed = 3 * max_batch_tiles(engine, placement) * tile_bytes + _SHARED_MEMORY_SLACK
-    try:
-        status = os.statvfs(_SHARED_MEMORY)
-    except OSError:
-        return
-    free = status.f_bavail * status.f_frsize
-    if free < needed:
-        raise ServerError(
-            f"{_SHARED_MEMORY} has {free >> 20} MiB free, Triton's models need about {needed >> 20} MiB to pass tiles "
-            "on; enlarge it (docker run --shm-size=1g)"
-        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,8 @@ from nvlm_trt.errors import EngineError, ImageError, QueueFullError, RequestErro
 from nvlm_trt.image.decoding import load_image
 from nvlm_trt.image.tiling import normalise_tiles, tile_image
 from nvlm_trt.runtime.request import Request as RuntimeRequest
+from nvlm_trt.runtime.request import State
+from nvlm_trt.serving.triton.drain_channel import ENCODED, IDLE, DrainChannel
 from nvlm_trt.serving.triton.models.answer_sender import AnswerSender, Event
 from nvlm_trt.serving.triton.models.chat import ChatModel
 from nvlm_trt.serving.triton.models.chat_request import read_chat
@@ -93,11 +96,11 @@ def test_image_tokens_of_several_images_are_split() -> None:
 class Asked:
     """One request that an AnswerSender answers."""
 
-    def __init__(self, answers: AnswerSender, stream: bool = True) -> None:
+    def __init__(self, answers: AnswerSender, stream: bool = True, image_bytes: int = 0) -> None:
         self.sender = ResponseSender()
         self.request = RuntimeRequest(SamplingParams(), print, print)
         self.put: Callable[[Event], None]
-        answers.answer(self.sender, self._submit, stream)
+        answers.answer(self.sender, self._submit, stream, image_bytes)
 
     def _submit(self, put: Callable[[Event], None]) -> RuntimeRequest:
         self.put = put
@@ -217,6 +220,13 @@ def test_closing_sends_what_was_handed_over() -> None:
     assert all(each.sender.ended for each in asked)
 
 
+def test_images_that_wait_are_counted_until_they_are_encoded(answers: AnswerSender) -> None:
+    asked = Asked(answers, image_bytes=7)
+    assert (answers.encoding_requests, answers.held_image_bytes) == (1, 7)
+    asked.request.state = State.READY
+    assert (answers.encoding_requests, answers.held_image_bytes) == (0, 0)
+
+
 def test_empty_tensors_are_made_once() -> None:
     responses = Responses(fake_pb_utils())
     responses.of_delta(Delta("a", [97]))
@@ -320,9 +330,9 @@ def test_image_encoder_asks_the_ensemble_and_keeps_the_kind_of_its_errors() -> N
 # --- the model that clients call ---------------------------------------------------------------------------------
 
 
-def test_chat_model(engine: Callable[[str], Path], tmp_path: Path) -> None:
+def test_chat_model(engine: Callable[[str], Path]) -> None:
     """Answers about an image that another model encodes, refuses a request, and drains."""
-    path, drain_file = engine("nvlm-h-tiny"), tmp_path / "draining"
+    path, channel = engine("nvlm-h-tiny"), DrainChannel()
     with open_backend(Engine.open(path), ["vision_encoder"], threads=1) as backend:
 
         def run(request: SimpleNamespace) -> InferenceResponse:
@@ -336,11 +346,20 @@ def test_chat_model(engine: Callable[[str], Path], tmp_path: Path) -> None:
         model = ChatModel(pb_utils)
         limits = {"max_pixels": 10**6, "max_bytes": 10**6, "max_images": 2}
         model.initialize(
-            arguments(engine=path, threads=1, max_queue=4, encode_workers=2, drain_file=drain_file, **limits)
+            arguments(
+                engine=path,
+                threads=1,
+                max_queue=4,
+                encode_workers=2,
+                drain_descriptor=os.dup(channel.descriptor),
+                **limits,
+            )
         )
         sender, refused, drained = ResponseSender(), ResponseSender(), ResponseSender()
         sampling = strings(b'{"max_tokens": 5, "ignore_eos": true}')
         image = strings(png(168, 112))
+        too_much, most = ResponseSender(), 2 * 2 * 10**6  # bytes of the largest two requests
+        model.execute([Request(too_much, prompt=strings(b"Hi"), image=strings(bytes(most + 1)))])
         model.execute(
             [
                 Request(sender, prompt=strings(b"What is it?"), image=image, sampling_parameters=sampling),
@@ -349,8 +368,9 @@ def test_chat_model(engine: Callable[[str], Path], tmp_path: Path) -> None:
         )
         wait_until(lambda: sender.ended and FakeFamily.values.get("nvlm_generated_tokens_total") == 5)
         wait_until(lambda: len(FakeFamily.observed.get("nvlm_request_image_tiles", ())) == 1)
-        wait_until(lambda: FakeFamily.values["nvlm_refused_requests_total"] == 1)
-        drain_file.touch()
+        wait_until(lambda: FakeFamily.values["nvlm_refused_requests_total"] == 2)
+        channel.tell()
+        assert all(channel.wait_for(message, give_up=lambda: False) for message in (ENCODED, IDLE))
         model.execute([Request(drained, prompt=strings(b"Hi"))])
         model.finalize()
     last = sender.sent[-1][0]
@@ -366,7 +386,11 @@ def test_chat_model(engine: Callable[[str], Path], tmp_path: Path) -> None:
     )
     assert usage["ttft_s"] <= first < whole
     assert whole == pytest.approx(first + sum(FakeFamily.observed["nvlm_inter_token_latency_seconds"]))
-    for sent, message in ((refused, "the prompt is empty"), (drained, "the server is stopping")):
+    for sent, message in (
+        (too_much, "the images that wait to be encoded have 0 MiB"),
+        (refused, "the prompt is empty"),
+        (drained, "the server is stopping"),
+    ):
         ((response, flags),) = sent.sent
         assert flags == FINAL
         assert response is not None

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from nvlm_trt.api import Delta, merge_deltas
-from nvlm_trt.runtime.request import Request
+from nvlm_trt.runtime.request import Request, State
 from nvlm_trt.serving.triton.models.responses import Responses
 
 # The server is asked this often whether the client of a request without deltas to send (queued, encoding, prefilling)
@@ -28,6 +28,7 @@ class _Answer:
     """A request whose answer is not complete. After its submission, only the sender's thread writes to it."""
 
     response_sender: Any
+    image_bytes: int
     held: list[Event] | None = None  # the events up to now, if the client gets them all in one response
     request: Request | None = None  # None until the request is submitted: it cannot be cancelled before
     cancelled: bool = False
@@ -57,10 +58,21 @@ class AnswerSender:
     def open_requests(self) -> int:
         return len(self._open)
 
-    def answer(self, response_sender: Any, submit: Submit, stream: bool = True) -> None:
+    @property
+    def encoding_requests(self) -> int:
+        """Count the open requests whose images are still to be encoded."""
+        return len(self._encoding())
+
+    @property
+    def held_image_bytes(self) -> int:
+        """Count the bytes of the images that are still to be encoded."""
+        return sum(answer.image_bytes for answer in self._encoding())
+
+    def answer(self, response_sender: Any, submit: Submit, stream: bool = True, image_bytes: int = 0) -> None:
         """Submit a request by calling `submit`, and send its events through `response_sender`: as they come, or if not
-        `stream` in one response. `submit` receives the function to call with each event."""
-        answer = _Answer(response_sender, None if stream else [])
+        `stream` in one response. `submit` receives the function to call with each event. The request's images have
+        `image_bytes`."""
+        answer = _Answer(response_sender, image_bytes, None if stream else [])
         self._open.add(answer)
         try:
             answer.request = submit(lambda event: self._put(answer, event))
@@ -73,6 +85,10 @@ class AnswerSender:
         self._events.put(None)
         self._thread.join()
         self._responses.close()
+
+    def _encoding(self) -> list[_Answer]:
+        answers = list(self._open)  # a copy: other threads change the set
+        return [answer for answer in answers if answer.request is None or answer.request.state is State.ENCODING]
 
     # --- the text generator's thread ---------------------------------------------------------------------------------
 

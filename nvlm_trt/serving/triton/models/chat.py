@@ -8,11 +8,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from nvlm_trt.errors import ServerError
+from nvlm_trt.errors import QueueFullError
 from nvlm_trt.runtime.pipeline import Pipeline, RuntimeOptions
 from nvlm_trt.runtime.request import Request as PipelineRequest
 from nvlm_trt.serving.triton.models.answer_sender import AnswerSender, Event
 from nvlm_trt.serving.triton.models.chat_request import read_chat, reads_stream
+from nvlm_trt.serving.triton.models.draining import Draining
 from nvlm_trt.serving.triton.models.image_encoder import ImageEncoder
 from nvlm_trt.serving.triton.models.metrics import ModelMetrics
 from nvlm_trt.serving.triton.models.observed_request import ObservedRequest
@@ -20,6 +21,8 @@ from nvlm_trt.serving.triton.models.parameters import image_limits, open_engine,
 from nvlm_trt.serving.triton.models.responses import Responses
 
 _REPORT_SECONDS = 0.1
+# Encoded images are held until they are encoded: at most as many bytes as this number of the largest requests has.
+_HELD_REQUESTS = 2
 
 
 class ChatModel:
@@ -30,8 +33,8 @@ class ChatModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         parameters = read_parameters(args)
-        self._image_limits = image_limits(parameters)
-        self._drain_file = parameters["drain_file"]
+        self._image_limits = limits = image_limits(parameters)
+        self._most_held_bytes = _HELD_REQUESTS * limits.max_images * limits.max_bytes
         self._pipeline = Pipeline.open(
             open_engine(parameters).path,
             threads=int(parameters["threads"]),
@@ -46,6 +49,7 @@ class ChatModel:
         self._responses = Responses(self._pb_utils)
         self._metrics = ModelMetrics(self._pb_utils)
         self._answers = AnswerSender(self._pb_utils, self._responses, self._metrics.add_late_tokens)
+        self._draining = Draining(int(parameters["drain_descriptor"]), self._answers)
         self._closing = threading.Event()
         # two threads: thousands of observations must not delay the number of open requests, on which draining waits
         self._reporters = [
@@ -71,26 +75,37 @@ class ChatModel:
         self._closing.set()
         self._pipeline.close()
         self._answers.close()
+        self._draining.finish()
         for reporter in self._reporters:
             reporter.join()
 
     def _start(self, request: Any, sender: Any) -> None:
         arrived = time.monotonic()
-        if os.path.exists(self._drain_file):
-            raise ServerError("the server is stopping; send the request to another one")
-        chat = read_chat(self._pb_utils, request, self._pipeline.import_tokens, self._image_limits)
-        request_id = request.request_id()
+        with self._draining.admit():
+            chat = read_chat(self._pb_utils, request, self._pipeline.import_tokens, self._image_limits)
+            request_id = request.request_id()
+            image_bytes = sum(len(image) for image in chat.images if isinstance(image, bytes))
+            self._check_held(image_bytes)
 
-        def submit(put: Callable[[Event], None]) -> PipelineRequest:
-            observed = ObservedRequest(self._metrics, put, arrived)
-            return self._pipeline.submit(chat, observed, observed, request_id=request_id)
+            def submit(put: Callable[[Event], None]) -> PipelineRequest:
+                observed = ObservedRequest(self._metrics, put, arrived)
+                return self._pipeline.submit(chat, observed, observed, request_id=request_id)
 
-        self._answers.answer(sender, submit, stream=reads_stream(self._pb_utils, request))
+            self._answers.answer(sender, submit, reads_stream(self._pb_utils, request), image_bytes)
 
     def _send_observations(self) -> None:
         while not self._closing.wait(_REPORT_SECONDS):
             while self._metrics.observations.send() and not self._closing.is_set():
                 pass
+
+    def _check_held(self, image_bytes: int) -> None:
+        """Raise QueueFullError if the images of the waiting requests and of one more take too much memory."""
+        held = self._answers.held_image_bytes
+        if held + image_bytes > self._most_held_bytes:
+            raise QueueFullError(
+                f"the images that wait to be encoded have {held >> 20} MiB, at most {self._most_held_bytes >> 20} are "
+                "held; try again later"
+            )
 
     def _report(self) -> None:
         while not self._closing.wait(_REPORT_SECONDS):
