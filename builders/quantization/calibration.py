@@ -79,8 +79,10 @@ class Calibration(_Record):
     def save(self, path: Path) -> None:
         """Write one line per layer, so that a person can compare two files."""
         head = self.model_dump(exclude={"linears"})
-        lines = [f"{json.dumps(name)}: {linear.model_dump_json()}" for name, linear in self.linears.items()]
-        text = json.dumps(head)[:-1] + ', "linears": {\n' + ",\n".join(lines) + "\n}}\n"
+        lines = [
+            f"{json.dumps(name, allow_nan=False)}: {linear.model_dump_json()}" for name, linear in self.linears.items()
+        ]
+        text = json.dumps(head, allow_nan=False)[:-1] + ', "linears": {\n' + ",\n".join(lines) + "\n}}\n"
         path.write_text(text, encoding="utf-8")
 
 

@@ -16,6 +16,8 @@ from nvlm_trt.model.precision import COMPONENTS, needs_calibration, quantised_co
 if TYPE_CHECKING:
     from nvlm_trt.builders.engine_build import QuantizationOptions
 
+_MOST_SAMPLES = 1_000_000
+
 
 def build(
     checkpoint: Annotated[Path, typer.Option(help="Checkpoint directory in HF layout.")],
@@ -39,7 +41,10 @@ def build(
         ),
     ] = None,
     calibration_samples: Annotated[
-        int | None, typer.Option(min=1, help="Samples to calibrate on [all of a file, 128 of the document tasks].")
+        int | None,
+        typer.Option(
+            min=1, max=_MOST_SAMPLES, help="Samples to calibrate on [all of a file, 128 of the document tasks]."
+        ),
     ] = None,
     smoothquant_alpha: Annotated[
         float | None, typer.Option(help="For int8: how far outliers move into the weights, 0 (off) to 1 [0.5].")
@@ -49,7 +54,8 @@ def build(
         typer.Option(help="JSONL that judges a quantised engine [the document tasks' validation split]."),
     ] = None,
     gate_samples: Annotated[
-        int | None, typer.Option(min=1, help="Samples to judge by [all of a file, 500 of the document tasks].")
+        int | None,
+        typer.Option(min=1, max=_MOST_SAMPLES, help="Samples to judge by [all of a file, 500 of the document tasks]."),
     ] = None,
     max_accuracy_drop: Annotated[
         float | None, typer.Option(help="Points that a quantised engine may score below the unquantised one [1].")
@@ -105,7 +111,8 @@ def build(
     if no_gate and _given(judging):
         raise NvlmError("--no-gate measures nothing; leave out --gate, --gate-samples and --max-accuracy-drop")
     if _given(judging) and not quantised_components(precisions):
-        raise NvlmError(f"an fp32 engine passes no gate, but --{_option(judging)} was given; choose a --precision")
+        given = _option(judging)
+        raise NvlmError(f"an unquantised engine passes no gate, but --{given} was given; choose a --precision")
     if _given(calibrating) and not needs_calibration(precisions):
         raise NvlmError(f"only int8 and fp8 are calibrated, but --{_option(calibrating)} was given; choose one of them")
     if quantised_components(precisions) and not no_gate:
@@ -129,6 +136,8 @@ def build(
             terminal.note(str(cost))
         raise
     _note_gate(engine.manifest.accuracy_gate)
+    for line in spec.describe(engine):
+        terminal.note(line)
     size = sum(record.size for record in engine.manifest.files.values())
     shown = " ".join(f"{name}={value}" for name, value in engine.limits.model_dump().items())
     terminal.note(f"published {output} (NVLM-{engine.config.architecture}, {size / 1e6:.1f} MB, {shown})")

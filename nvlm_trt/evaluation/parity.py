@@ -7,6 +7,7 @@ to end: the tokens that the whole pipeline generates from encoded image bytes an
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,10 +79,21 @@ class ParityReport:
 
     def to_dict(self) -> dict[str, Any]:
         stages = [
-            {"name": s.name, "shape": s.shape, "max_abs_diff": s.max_abs_diff, "cosine": s.cosine, "passed": s.passed}
+            {
+                "name": s.name,
+                "shape": s.shape,
+                "max_abs_diff": _finite(s.max_abs_diff),
+                "cosine": s.cosine,
+                "passed": s.passed,
+            }
             for s in self.stages
         ]
-        return {"passed": self.passed, "tolerance": self.tolerance, "stages": stages}
+        return {"passed": self.passed, "tolerance": _finite(self.tolerance), "stages": stages}
+
+
+def _finite(value: float | None) -> float | None:
+    """Return None for infinity, which JSON lacks."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def verify_engine(

@@ -14,8 +14,9 @@ from typing import Any, get_args, overload
 from nvlm_trt.bounded_file import open_regular
 from nvlm_trt.errors import ImageError, NvlmError, RequestError
 from nvlm_trt.evaluation.scoring import Metric, number_in
-from nvlm_trt.image.decoding import load_image
+from nvlm_trt.image.decoder import ImageDecoder
 from nvlm_trt.image.image_file import read_image_file
+from nvlm_trt.image.image_limits import ImageLimits
 from nvlm_trt.progress import Progress, no_progress
 from nvlm_trt.prompt.conversation import IMAGE_MARK
 
@@ -78,7 +79,7 @@ def read_samples(path: Path, metric: Metric = "exact") -> list[Sample]:
     return samples
 
 
-def digest_of(samples: Sequence[Sample], progress: Progress = no_progress) -> str:
+def digest_of(samples: Sequence[Sample], progress: Progress = no_progress, limits: ImageLimits | None = None) -> str:
     """Identifies a set: sha256 of everything in it, the bytes of the images included.
 
     Raises ImageError or RequestError for an image that does not decode. Decodes every image, so that a broken image
@@ -86,21 +87,22 @@ def digest_of(samples: Sequence[Sample], progress: Progress = no_progress) -> st
     """
     digest = hashlib.sha256()
     whole: set[str] = set()  # many questions may be about one image
-    for done, sample in enumerate(samples):
-        progress("checking samples", done, len(samples))
-        keys = []
-        for index in range(len(sample.images)):
-            try:
-                data = sample.images[index]
-            except NvlmError as error:
-                raise type(error)(f"sample {sample.name}: {error}") from None
-            key = hashlib.sha256(data).hexdigest()
-            if key not in whole:
-                _check_image(sample, index, data)
-            whole.add(key)
-            keys.append(key)
-        fields = [sample.name, sample.task, sample.prompt, sample.answer, sample.metric, keys]
-        digest.update(json.dumps(fields).encode() + b"\n")
+    with ImageDecoder(limits) as decoder:
+        for done, sample in enumerate(samples):
+            progress("checking samples", done, len(samples))
+            keys = []
+            for index in range(len(sample.images)):
+                try:
+                    data = sample.images[index]
+                except NvlmError as error:
+                    raise type(error)(f"sample {sample.name}: {error}") from None
+                key = hashlib.sha256(data).hexdigest()
+                if key not in whole:
+                    _check_image(sample, index, data, decoder)
+                whole.add(key)
+                keys.append(key)
+            fields = [sample.name, sample.task, sample.prompt, sample.answer, sample.metric, keys]
+            digest.update(json.dumps(fields, allow_nan=False).encode() + b"\n")
     progress("checking samples", len(samples), len(samples))
     return digest.hexdigest()
 
@@ -194,9 +196,9 @@ def _check_answer(sample: Sample) -> None:
         raise RequestError(f"the answer {sample.answer!r} is not a number, which the metric numeric needs")
 
 
-def _check_image(sample: Sample, index: int, data: bytes) -> None:
+def _check_image(sample: Sample, index: int, data: bytes, decoder: ImageDecoder) -> None:
     try:
-        load_image(data)
+        decoder.load(data)
     except ImageError as error:
         name = sample.images.paths[index] if isinstance(sample.images, ImageFiles) else f"image {index + 1}"
         raise ImageError(f"sample {sample.name}: {name}: {str(error).removeprefix('image: ')}") from None

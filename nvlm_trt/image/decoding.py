@@ -52,6 +52,8 @@ def load_image(data: bytes, limits: ImageLimits | None = None) -> Image.Image:
         _check_size(image.width, image.height, limits)
         try:
             return _decode(image, inverted)
+        except MemoryError:
+            raise
         except Exception as error:
             raise _corrupt(error) from None
 
@@ -64,6 +66,8 @@ def _load_png(data: bytes, limits: ImageLimits) -> Image.Image:
     _check_size(*png.size, limits)
     try:
         return decode_png(png)
+    except MemoryError:  # the budget is at fault, not the image
+        raise
     except Exception as error:
         raise _corrupt(error) from None
 
@@ -81,6 +85,8 @@ def _open(data: bytes, limits: ImageLimits) -> ImageFile.ImageFile:
     """Reads the header. Pillow's parsers answer hostile bytes with many types of exception."""
     try:
         return Image.open(io.BytesIO(data), formats=FORMATS)
+    except MemoryError:
+        raise
     except UnidentifiedImageError:
         if is_avif(data) and not _READS_AVIF:
             raise ImageError(

@@ -21,6 +21,8 @@ def upright(image: Image.Image, exif: bytes) -> Image.Image:
         block = Image.Exif()
         block.load(exif)
         method = _TRANSPOSE.get(block.get(ExifTags.Base.Orientation, 1))
+    except MemoryError:  # the budget is at fault, not the image
+        raise
     except Exception:  # Pillow's parser answers hostile bytes with many exception types
         return image
     return image if method is None else image.transpose(method)

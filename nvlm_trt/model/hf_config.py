@@ -233,13 +233,15 @@ def _plain_rope(section: Mapping[str, Any]) -> Mapping[str, Any]:
     engine is built for longer sequences."""
     flat = {key: value for key, value in section.items() if key != "rope_parameters"}
     scaling = section.get("rope_scaling")
-    if isinstance(scaling, Mapping) and scaling.get("rope_type", scaling.get("type")) == "dynamic":
-        flat["rope_scaling"] = None
+    if isinstance(scaling, Mapping):
+        kinds = {scaling[key] for key in ("rope_type", "type") if isinstance(scaling.get(key), str)}
+        if kinds == {"dynamic"} or (kinds == {"default"} and scaling.keys() <= {"rope_type", "type"}):
+            flat["rope_scaling"] = None
     rope = section.get("rope_parameters")
     if rope is None:
         return flat
-    known = {"rope_type", "rope_theta", "partial_rotary_factor"}
-    kind = rope.get("rope_type", "default") if isinstance(rope, Mapping) else None
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, Mapping) else None
     if kind not in ("default", "dynamic") or set(rope) - known - ({"factor"} if kind == "dynamic" else set()):
         raise ConfigError(f"llm_config.rope_parameters {rope} is not supported; only rope_type 'default' is")
     return flat | {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}

@@ -174,4 +174,4 @@ def write_tokenizer_files(raw: tokenizers.Tokenizer, directory: Path | str, max_
         "chat_template": _CHAT_TEMPLATE,
     }
     path = Path(directory) / TOKENIZER_FILES[1]
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(config, indent=2, allow_nan=False) + "\n", encoding="utf-8")

@@ -19,6 +19,7 @@ from nvlm_trt.image.image_file import read_image_file
 from nvlm_trt.prompt.conversation import lift_images
 from nvlm_trt.serving.chat_tensors import MODEL
 from nvlm_trt.serving.grpc_messages import delta_of, infer_request
+from nvlm_trt.serving.served_record import ServedRecord
 
 Messages = Sequence[Message | Mapping[str, Any]]
 Sampling = SamplingParams | Mapping[str, Any]
@@ -85,8 +86,9 @@ class Client(ClosedOnExit):
         except grpc.RpcError:
             return False
 
-    def served_engine(self) -> tuple[str, str]:
-        """Return Triton's version, and the path of the engine directory on the server's machine.
+    def served_engine(self) -> tuple[str, str, ServedRecord | None]:
+        """Return Triton's version, the path of the engine directory on the server's machine, and the record of the
+        engine that the server has loaded; None: the server is of an earlier nvlm-trt, which gives none.
 
         Raises ServerError if the server cannot be reached or does not serve an nvlm-trt engine."""
         try:
@@ -99,7 +101,8 @@ class Client(ClosedOnExit):
             raise ServerError(f"{self._url} does not serve an nvlm-trt engine; name a server of ours") from None
         if "engine" not in parameters:
             raise ServerError(f"{self._url} does not serve an nvlm-trt engine; name a server of ours")
-        return version, parameters["engine"].string_value
+        record = parameters["engine_record"].string_value if "engine_record" in parameters else None
+        return version, parameters["engine"].string_value, ServedRecord.from_json(record) if record else None
 
     def close(self) -> None:
         self._channel.close()

@@ -47,6 +47,8 @@ def session_options(threads: int | None) -> SessionOptions:
     if _CAN_BOUND_SPINNING:
         options.add_session_config_entry("session.intra_op.spin_duration_us", str(_SPIN_US))
     options.log_severity_level = 3
+    # products with blocked DequantizeLinear stay in float32; by default, their inputs are rounded to 8 bits
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     if cpu.saturates():  # with VNNI the option would cost time and change no number
         options.add_session_config_entry("session.x64quantprecision", "1")
     return options
