@@ -145,7 +145,7 @@ class Usage:
     image_tiles: int
     cross_tokens: int  # cross-attended tokens: image tokens, with NVLM-H also tile tags
     cached_images: int  # images whose features were in the cache
-    encode_s: float  # tiling, encoding and cross-attention keys and values of the images
+    encode_s: float  # decoding, encoding and cross-attention keys and values of the images
     queue_s: float  # from submission until the request has a slot, encoding included
     ttft_s: float | None  # from submission to the first token; None: no token was generated
     total_s: float  # from submission to the end
