@@ -18,7 +18,7 @@ from nvlm_trt.errors import NvlmError
 PACKAGES = ("nvlm-trt", "onnxruntime", "numpy", "Pillow", "tritonclient", "nvidia-pytriton")
 FAULTS = 1  # exit status of a run that saw a fault
 # runs that differ in these alone go on with each other's results
-NOT_SETTINGS = ("work", "json", "publish", "replay", "seconds", "only", "files", "requests", "minutes")
+NOT_SETTINGS = ("work", "json", "publish", "replay", "seconds", "only", "list", "files", "requests", "minutes")
 
 
 @dataclass
