@@ -35,7 +35,7 @@ def _valid(source: random.Random) -> RequestCase:
     sampling = values.valid_sampling(source)
     sampling.pop("logprobs", None)
     body = {"prompt": plain(source), "sampling_parameters": json.dumps(sampling, ensure_ascii=False)}
-    return RequestCase("a valid request over HTTP", path=_STREAM, body=_dumped(body), expected=ANSWER)
+    return RequestCase("a valid request over HTTP", path=_STREAM, body=values.dumped(body), expected=ANSWER)
 
 
 def _odd_values(source: random.Random) -> RequestCase:
@@ -54,11 +54,11 @@ def _odd_values(source: random.Random) -> RequestCase:
     if source.random() < 0.2:
         body[text(source, 12)] = values.odd(source)
     path = source.choice((_STREAM, _STREAM, _SINGLE))
-    return RequestCase("odd values over HTTP", path=path, body=_dumped(body), take=20, ours=False)
+    return RequestCase("odd values over HTTP", path=path, body=values.dumped(body), take=20, ours=False)
 
 
 def _damaged(source: random.Random) -> RequestCase:
-    whole = _dumped({"prompt": plain(source), "sampling_parameters": '{"max_tokens": 2}'})
+    whole = values.dumped({"prompt": plain(source), "sampling_parameters": '{"max_tokens": 2}'})
     body = source.choice(
         (
             mutate(source, whole, b'{"max_tiles": 1}')[0],
@@ -71,7 +71,7 @@ def _damaged(source: random.Random) -> RequestCase:
 
 
 def _elsewhere(source: random.Random) -> RequestCase:
-    body = source.choice((_dumped({"prompt": "Hello"}), b"", source.randbytes(60), _infer(source)))
+    body = source.choice((values.dumped({"prompt": "Hello"}), b"", source.randbytes(60), _infer(source)))
     return RequestCase("another path over HTTP", path=source.choice(_PATHS), body=body, take=20, ours=False)
 
 
@@ -85,11 +85,7 @@ def _infer(source: random.Random) -> bytes:
             "data": source.choice((["Hello"], [], [1], None, "x")),
         }
     ]
-    return _dumped({"inputs": inputs})
-
-
-def _dumped(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False).encode(errors="surrogatepass")
+    return values.dumped({"inputs": inputs})
 
 
 HTTP_KINDS: Sequence[Callable[[random.Random], RequestCase]] = (_valid, _odd_values, _odd_values, _damaged, _elsewhere)

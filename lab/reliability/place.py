@@ -125,7 +125,9 @@ def namespace(*steps: str) -> Sequence[str]:
     """Returns a wrapper that runs shell commands in file systems of its own, then the command.
 
     Raises NotHere if this user may not do so."""
-    tried = subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False) if shutil.which("unshare") else None
+    tried = (
+        subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False) if shutil.which("unshare") else None
+    )
     if tried is None or tried.returncode:
         raise NotHere("needs root and unshare, for file systems of its own")
     return ["unshare", "-m", "sh", "-ec", "\n".join([*steps, 'exec "$@"']), "sh"]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import random
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from tritonclient.grpc import service_pb2
 
@@ -58,11 +56,11 @@ def image(source: random.Random, valid: bool = False) -> bytes:
 
 def _valid(source: random.Random) -> RequestCase:
     """Asks what has to be answered."""
-    tensors: Tensors = {"sampling_parameters": strings(_dumped(values.valid_sampling(source)))}
+    tensors: Tensors = {"sampling_parameters": strings(values.dumped(values.valid_sampling(source)))}
     if source.random() < 0.5:
         tensors["prompt"] = strings(plain(source).encode())
     else:
-        tensors["messages"] = strings(_dumped(values.valid_messages(source)))
+        tensors["messages"] = strings(values.dumped(values.valid_messages(source)))
     if source.random() < 0.4:
         tensors["image"] = strings(*(image(source, valid=True) for _ in range(source.choice((1, 1, 2)))))
         tensors["max_tiles"] = ("INT32", [1], struct.pack("<i", source.randint(1, 6)))
@@ -70,7 +68,7 @@ def _valid(source: random.Random) -> RequestCase:
 
 
 def _texts(source: random.Random) -> RequestCase:
-    tensors: Tensors = {"sampling_parameters": strings(_dumped(values.valid_sampling(source)))}
+    tensors: Tensors = {"sampling_parameters": strings(values.dumped(values.valid_sampling(source)))}
     if source.random() < 0.3:
         tensors["prompt"] = strings(broken(source).encode(errors="surrogatepass"))
         return RequestCase("half a surrogate pair", message(tensors), expected=REFUSAL)
@@ -87,15 +85,15 @@ def _texts(source: random.Random) -> RequestCase:
 def _sampling(source: random.Random) -> RequestCase:
     tensors = {
         "prompt": strings(plain(source).encode()),
-        "sampling_parameters": strings(_dumped(values.sampling(source))),
+        "sampling_parameters": strings(values.dumped(values.sampling(source))),
     }
     return RequestCase("odd sampling parameters", message(tensors), take=source.choice((1, 3, 20)))
 
 
 def _conversation(source: random.Random) -> RequestCase:
     tensors: Tensors = {
-        "messages": strings(_dumped(values.messages(source))),
-        "sampling_parameters": strings(_dumped(values.valid_sampling(source))),
+        "messages": strings(values.dumped(values.messages(source))),
+        "sampling_parameters": strings(values.dumped(values.valid_sampling(source))),
     }
     if source.random() < 0.4:
         tensors["image"] = strings(*(image(source) for _ in range(source.choice((1, 2, 3)))))
@@ -110,7 +108,7 @@ def _json_text(source: random.Random) -> RequestCase:
         if choice == 0
         else source.randbytes(40)
         if choice == 1
-        else mutate(source, _dumped(values.valid_messages(source)), b'{"temperature": 0.5}')[0]
+        else mutate(source, values.dumped(values.valid_messages(source)), b'{"temperature": 0.5}')[0]
     )
     tensors = {name: strings(written)} | ({} if name == "messages" else {"prompt": strings(b"Hello")})
     return RequestCase(f"damaged JSON in {name}", message(tensors), take=3)
@@ -170,7 +168,7 @@ def _change(source: random.Random, made: service_pb2.ModelInferRequest) -> None:
 
 
 def _missing(source: random.Random) -> RequestCase:
-    both: Tensors = {"prompt": strings(b"Hello"), "messages": strings(_dumped(values.valid_messages(source)))}
+    both: Tensors = {"prompt": strings(b"Hello"), "messages": strings(values.dumped(values.valid_messages(source)))}
     return source.choice(
         (
             RequestCase("both prompt and messages", message(both), expected=REFUSAL),
@@ -178,10 +176,6 @@ def _missing(source: random.Random) -> RequestCase:
             RequestCase("an empty prompt", message({"prompt": strings(b"")}), expected=REFUSAL),
         )
     )
-
-
-def _dumped(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False).encode(errors="surrogatepass")
 
 
 KINDS: Sequence[Callable[[random.Random], RequestCase]] = (

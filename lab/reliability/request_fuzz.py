@@ -69,7 +69,9 @@ class RequestCounts:
 class RequestFuzz:
     """Sends blocks of requests from several threads; after each block the server has to give its first answer."""
 
-    def __init__(self, seed: int, counts: RequestCounts, target: Target, make: Callable[..., Any] = request_case) -> None:
+    def __init__(
+        self, seed: int, counts: RequestCounts, target: Target, make: Callable[..., Any] = request_case
+    ) -> None:
         """`make`: (seed, number) -> RequestCase."""
         self.counts = counts
         self._seed, self._target, self._make = seed, target, make
@@ -77,7 +79,7 @@ class RequestFuzz:
         self._first: tuple[int, ...] | None = None
 
     def run(self, until: int, block: int, deadline: float) -> Iterator[list[Finding]]:
-        """Sends the requests up to number `until`. Yields the findings of each block; ends when the server has ended."""
+        """Sends the requests up to number `until`. Yields each block's findings; ends with the server."""
         wire = self._target.wire()
         with ThreadPoolExecutor(_CLIENTS) as clients:
             while self.counts.done < until and time.monotonic() < deadline:

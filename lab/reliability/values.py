@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import random
 from typing import Any
 
 from lab.reliability.texts import broken, plain, text
 
-_ODD = (
+_ODD: tuple[Any, ...] = (
     None,
     True,
     False,
@@ -111,3 +112,8 @@ def nested(source: random.Random, depth: int) -> bytes:
     """Writes JSON of lists or objects within each other, closed or not."""
     opening, closing = source.choice(((b"[", b"]"), (b'{"a":', b"}")))
     return opening * depth + source.choice((b"1" + closing * depth, b"", b"1"))
+
+
+def dumped(value: Any) -> bytes:
+    """Writes JSON as UTF-8; halves of surrogate pairs become bytes that are none."""
+    return json.dumps(value, ensure_ascii=False).encode(errors="surrogatepass")

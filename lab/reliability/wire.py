@@ -11,11 +11,16 @@ from dataclasses import dataclass
 import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
+from nvlm_trt.api import Delta
 from nvlm_trt.errors import NvlmError, RequestError, ServerError
 from nvlm_trt.serving.chat_tensors import decode_error
 from nvlm_trt.serving.grpc_messages import delta_of
 
-_CHANNEL = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1), ("grpc.enable_http_proxy", 0)]
+_CHANNEL = [
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.enable_http_proxy", 0),
+]
 _DATA = b"data: "
 
 
@@ -117,10 +122,11 @@ def refused(reply: Reply) -> bool:
     return isinstance(reply.error, RequestError)
 
 
-def _foreign(response: service_pb2.ModelStreamInferResponse) -> None:
+def _foreign(response: service_pb2.ModelStreamInferResponse) -> Delta | None:
     """Raises the error of a response of another model; its outputs do not matter."""
     if response.error_message:
         raise decode_error(response.error_message)
+    return None
 
 
 def _broken_call(tokens: Sequence[int], error: grpc.RpcError) -> Reply:

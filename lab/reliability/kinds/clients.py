@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.parse
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from lab.code_state import ROOT
@@ -45,7 +46,7 @@ def connect(served: Served, address: str) -> socket.socket:
     return socket.create_connection((parts.hostname or "", parts.port or 0), timeout=30)
 
 
-def post(sampling: dict[str, object], length: int | None = None) -> bytes:
+def post(sampling: Mapping[str, object], length: int | None = None) -> bytes:
     """Writes a request over HTTP. `length` replaces the true length of its body."""
     body = json.dumps({"prompt": "Go on", "sampling_parameters": json.dumps(sampling)}).encode()
     head = f"POST /v2/models/nvlm/generate_stream HTTP/1.1\r\nHost: x\r\nContent-Length: {length or len(body)}\r\n\r\n"
@@ -140,7 +141,12 @@ def _cut(place: Place) -> None:
     served = place.serve()
     with contextlib.ExitStack() as opened:
         for address in (served.http_address, served.address, served.metrics_address):
-            for piece in (b"", b"POST /v2/models/nvlm/gen", post({}, length=10_000), b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"):
+            for piece in (
+                b"",
+                b"POST /v2/models/nvlm/gen",
+                post({}, length=10_000),
+                b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+            ):
                 client = opened.enter_context(connect(served, address))
                 client.sendall(piece)
         require_answers(served, "beside requests that were cut")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
-import shutil
 import shlex
+import shutil
 from pathlib import Path
 
 from lab.reliability.kind import Kind, kind
@@ -17,7 +18,9 @@ KINDS: list[Kind] = []
 REFUSES = "serve ends with status 2 and one line that says what to do"
 
 
-@kind(KINDS, "the server's temporary folder removed", "requests go on, the server answers, SIGTERM ends it with status 0")
+@kind(
+    KINDS, "the server's temporary folder removed", "requests go on, the server answers, SIGTERM ends it with status 0"
+)
 def _removed(place: Place) -> None:
     served = place.serve()
     load = place.load(served)
@@ -49,7 +52,11 @@ def _small_shm(place: Place) -> None:
     require("/dev/shm" in last, f"the line does not name /dev/shm: {last}")
 
 
-@kind(KINDS, "/dev/shm fills up while it serves", "requests end; the server answers once there is space, or ends with one line")
+@kind(
+    KINDS,
+    "/dev/shm fills up while it serves",
+    "requests end; the server answers once there is space, or ends with one line",
+)
 def _shm_fills(place: Place) -> None:
     served = place.serve(wrapper=_tmpfs(Path("/dev/shm"), "256m"))
     filler = _fill(_inside(served, Path("/dev/shm")))
@@ -64,8 +71,10 @@ def _shm_fills(place: Place) -> None:
 
 @kind(KINDS, "no folder for temporary files", REFUSES)
 def _no_tmp(place: Place) -> None:
-    steps = [f"for folder in {folder}; do mount --bind $folder $folder; mount -o remount,ro,bind $folder; done"
-             for folder in ("/tmp /var/tmp",)]
+    steps = [
+        f"for folder in {folder}; do mount --bind $folder $folder; mount -o remount,ro,bind $folder; done"
+        for folder in ("/tmp /var/tmp",)
+    ]
     served = place.start(wrapper=namespace(*steps), cwd="/proc")
     served.require_ended(2, 120)
 
@@ -95,8 +104,10 @@ def _short_files(place: Place) -> None:
 def _build_full(place: Place) -> None:
     target, listing = place.folder / "small", place.folder / "listing"
     target.mkdir()
-    inner = f'mount -t tmpfs -o size=2m none {shlex.quote(str(target))}; status=0; "$@" || status=$?; ' \
+    inner = (
+        f'mount -t tmpfs -o size=2m none {shlex.quote(str(target))}; status=0; "$@" || status=$?; '
         f"ls -A {shlex.quote(str(target))} >{shlex.quote(str(listing))}; exit $status"
+    )
     wrapper = [*namespace()[:-3], "-c", inner, "sh"]
     status, last = end_of(place.build(target / "engine", wrapper=wrapper))
     require(status == 2 and last.startswith("error: disk full"), f"status {status}: {last}")
@@ -149,9 +160,6 @@ def _fill(folder: Path) -> Path:
     """Writes until there is no space."""
     filler = folder / "filler"
     status = os.statvfs(folder)
-    with filler.open("wb") as file:
-        try:
-            os.posix_fallocate(file.fileno(), 0, max(1, status.f_bavail * status.f_frsize))
-        except OSError:
-            pass
+    with filler.open("wb") as file, contextlib.suppress(OSError):
+        os.posix_fallocate(file.fileno(), 0, max(1, status.f_bavail * status.f_frsize))
     return filler

@@ -61,7 +61,9 @@ def _no_stderr(place: Place) -> None:
     require_answers(place.serve(wrapper=("sh", "-c", 'exec "$@" <&- 2>&-', "sh")))
 
 
-@kind(KINDS, "standard output is a pipe that nobody reads", "the server answers, or ends with one line; nothing is left")
+@kind(
+    KINDS, "standard output is a pipe that nobody reads", "the server answers, or ends with one line; nothing is left"
+)
 def _broken_pipe(place: Place) -> None:
     read, write = os.pipe()
     os.close(read)
@@ -92,7 +94,7 @@ def _environment(place: Place) -> None:
 
 @kind(KINDS, "an environment with a proxy and Python's own variables", "the server answers")
 def _variables(place: Place) -> None:
-    proxy = {name: "http://192.0.2.1:1" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "grpc_proxy")}
+    proxy = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "grpc_proxy"), "http://192.0.2.1:1")
     odd = {"PYTHONWARNINGS": "error::DeprecationWarning", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONHASHSEED": "0"}
     require_answers(place.serve(environment={**proxy, **odd, "no_proxy": ""}))
 
