@@ -16,7 +16,7 @@ class FirstAnswers:
         self._lock = threading.Lock()
 
     def difference(self, key: str, tokens: Sequence[int], whole: bool) -> str:
-        """Returns how an answer differs from the earlier ones; nothing if it is the same. `whole`: it ended by itself."""
+        """Returns how an answer differs from the earlier ones, or nothing. `whole`: the answer ended by itself."""
         found = tuple(tokens)
         with self._lock:
             known = self._answers.get(key)

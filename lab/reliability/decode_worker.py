@@ -16,6 +16,7 @@ import numpy as np
 
 from lab.reliability.file_cases import FileCase, file_case
 from lab.reliability.memory import resident_mebibytes
+from lab.reliability.valid_files import valid_files
 from nvlm_trt.errors import ImageError
 from nvlm_trt.image.decoding import load_image
 from nvlm_trt.image.tiling import tile_image
@@ -83,6 +84,7 @@ def work(connection: Connection, seed: int, decoder: str) -> None:
     """Answers each number with the outcome of its file, until None comes."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libtiff complains there of every damaged file
     function = load(decoder)
+    valid_files()  # made now, not within the time of the first file
     connection.send(None)
     while (number := connection.recv()) is not None:
         outcome = judge(function, file_case(seed, number))
@@ -131,7 +133,8 @@ class DecodeWorker:
     def _started(self) -> Connection:
         if self._connection is not None:
             return self._connection
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")  # another process after a crash starts at once
+        context.set_forkserver_preload([__name__])
         ours, theirs = context.Pipe()
         self._process = context.Process(target=work, args=(theirs, self._seed, self._decoder), daemon=True)
         self._process.start()

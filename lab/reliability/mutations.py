@@ -117,7 +117,7 @@ def _png_chunk(source: random.Random, data: bytes, other: bytes) -> bytes:
     else:
         text = zlib.compress(bytes(source.choice((10, 1 << 20, 1 << 24))), 9)
         chunks.insert(index, source.choice(((b"zTXt", b"a\0\0" + text), (b"iCCP", b"a\0\0" + text), (b"IDAT", text))))
-    return data[:_PNG_START] + b"".join(_chunk(*chunk) for chunk in chunks)
+    return data[:_PNG_START] + b"".join(png_chunk(*chunk) for chunk in chunks)
 
 
 def _chunks(data: bytes) -> list[tuple[bytes, bytes]]:
@@ -131,7 +131,8 @@ def _chunks(data: bytes) -> list[tuple[bytes, bytes]]:
     return chunks
 
 
-def _chunk(kind: bytes, content: bytes) -> bytes:
+def png_chunk(kind: bytes, content: bytes) -> bytes:
+    """Writes a chunk with its length and checksum."""
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from lab.code_state import ROOT
 from lab.reliability.load import Load, answer_tokens
 from lab.reliability.promise import NotHere, require
-from lab.reliability.served import Served
+from lab.reliability.served import Served, as_a_terminal_does
 from lab.reliability.traces import Traces
 
 
@@ -68,7 +68,7 @@ class Place:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            **process,
+            **{**process, "preexec_fn": as_a_terminal_does(process.get("preexec_fn"))},
         )
 
     def ask(self, served: Served, *arguments: str, environment: Mapping[str, str] | None = None) -> str:

@@ -17,7 +17,7 @@ from lab.code_state import ROOT
 from lab.reliability.promise import BrokenPromise, require
 from lab.reliability.traces import Traces
 
-READY_SECONDS = 300.0
+READY_SECONDS = 120.0
 END_SECONDS = 90.0  # the drain's 30 s, Triton's own exit, and a busy machine
 GONE_SECONDS = 30.0
 _POLL_SECONDS = 0.05
@@ -45,7 +45,7 @@ class Served:
             self.process = subprocess.Popen(
                 [*wrapper, sys.executable, "-m", "nvlm_trt.cli", "serve", str(engine), *_ports(arguments), *arguments],
                 env=_environment(self.traces, environment or {}),
-                **{**_streams(out, err), **process},
+                **{**_streams(out, err), **process, "preexec_fn": as_a_terminal_does(process.get("preexec_fn"))},
             )
 
     def __enter__(self) -> Served:
@@ -67,6 +67,14 @@ class Served:
             require(time.monotonic() < deadline, f"serve was not ready within {seconds:.0f} s")
             time.sleep(_POLL_SECONDS)
         return self
+
+    def is_ready_or_ended(self, seconds: float = READY_SECONDS) -> bool:
+        """Waits for one of the two. Returns whether the command is ready; raises BrokenPromise if it is neither."""
+        with contextlib.suppress(BrokenPromise):
+            self.wait_until_ready(seconds)
+            return True
+        require(self.process.poll() is not None, f"serve was neither ready nor ended after {seconds:.0f} s")
+        return False
 
     def roles(self) -> dict[str, int]:
         return self.traces.roles()
@@ -107,8 +115,8 @@ class Served:
             require("internal: " not in last, f"serve ended with an internal error: {last}")
         return last
 
-    def require_nothing_left(self, seconds: float = GONE_SECONDS) -> None:
-        left = self.traces.left(seconds)
+    def require_nothing_left(self) -> None:
+        left = self.traces.left(GONE_SECONDS)
         require(not left, f"left behind: {', '.join(left)}")
 
     def close(self) -> None:
@@ -135,6 +143,18 @@ def running(engine: Path, folder: Path, **options: Any) -> Served:
     except BaseException:
         served.close()
         raise
+
+
+def as_a_terminal_does(then: Callable[[], None] | None = None) -> Callable[[], None]:
+    """Returns a function that lets a new process take the signals that a background job would ignore."""
+
+    def restore() -> None:
+        for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        if then:
+            then()
+
+    return restore
 
 
 def limited(resource: int, value: int) -> Callable[[], None]:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import struct
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from PIL import Image, features
+
+from lab.reliability.mutations import png_chunk
 
 WIDTH, HEIGHT = 60, 44
 _ORIENTATION = 0x0112
@@ -38,15 +42,26 @@ def valid_files() -> tuple[ValidFile, ...]:
 @functools.lru_cache(maxsize=1)
 def large_files() -> tuple[ValidFile, ...]:
     """Encodes files of few bytes and as many pixels as are allowed, and beyond."""
-    black, wide = Image.new("L", _BIG), Image.new("1", (30_000, 30_000))
+    black = Image.new("L", _BIG)
+    gif = _saved(black, {"format": "GIF"}) or b""
     made = [
         ValidFile("large png", _saved(black, {"format": "PNG", "compress_level": 1}) or b""),
-        ValidFile("large gif", _saved(black, {"format": "GIF"}) or b""),
+        ValidFile("large gif", gif),
         ValidFile("large tiff", _saved(black, {"format": "TIFF", "compression": "tiff_adobe_deflate"}) or b""),
-        ValidFile("png of 900 megapixels", _saved(wide, {"format": "PNG", "compress_level": 1}) or b"", read=False),
-        ValidFile("tiff of 900 megapixels", _saved(wide, {"format": "TIFF", "compression": "group4"}) or b"", False),
+        ValidFile("png of 900 megapixels", _black_png(30_000), read=False),
+        ValidFile("gif of 4,295 megapixels", gif[:6] + b"\xff\xff\xff\xff" + gif[10:], read=False),
     ]
     return tuple(file for file in made if file.data)
+
+
+def _black_png(edge: int) -> bytes:
+    """Writes a black square of one bit per pixel, without ever holding its pixels."""
+    packer = zlib.compressobj(9)
+    row = bytes(1 + edge // 8)
+    packed = b"".join([*(packer.compress(row) for _ in range(edge)), packer.flush()])
+    header = struct.pack(">IIBBBBB", edge, edge, 1, 0, 0, 0, 0)
+    chunks = [png_chunk(b"IHDR", header), png_chunk(b"IDAT", packed), png_chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 def _png() -> list[tuple[str, str, dict[str, Any]]]:
@@ -118,7 +133,7 @@ def _others() -> list[tuple[str, str, dict[str, Any]]]:
 
 
 def _foreign() -> list[tuple[str, str, dict[str, Any]]]:
-    names = ("TGA", "PCX", "ICO", "SGI", "DDS", "JPEG2000", "PDF", "EPS", "ICNS", "IM", "MSP", "SPIDER", "XBM", "QOI")
+    names = ("TGA", "PCX", "ICO", "SGI", "DDS", "JPEG2000", "EPS", "ICNS", "MSP", "SPIDER", "XBM", "QOI")
     kinds: list[tuple[str, str, dict[str, Any]]] = [
         (name.lower(), {"MSP": "1", "XBM": "1", "SPIDER": "F"}.get(name, "RGB"), {"format": name}) for name in names
     ]

@@ -8,7 +8,7 @@ import resource
 from lab.reliability.kind import Kind
 from lab.reliability.kinds.clients import connect, require_idle
 from lab.reliability.place import Place, require_answers
-from lab.reliability.promise import BrokenPromise, require
+from lab.reliability.promise import require
 from lab.reliability.served import limited
 
 KINDS: list[Kind] = []
@@ -17,9 +17,7 @@ KINDS: list[Kind] = []
 def _few(count: int) -> Kind:
     def check(place: Place) -> None:
         served = place.start(preexec_fn=limited(resource.RLIMIT_NOFILE, count))
-        try:
-            served.wait_until_ready()
-        except BrokenPromise:
+        if not served.is_ready_or_ended():
             served.require_ended(2)
             return
         load = place.load(served, 16)
@@ -32,9 +30,7 @@ def _few(count: int) -> Kind:
 def _crowd(count: int) -> Kind:
     def check(place: Place) -> None:
         served = place.start(preexec_fn=limited(resource.RLIMIT_NOFILE, count))
-        try:
-            served.wait_until_ready()
-        except BrokenPromise:
+        if not served.is_ready_or_ended():
             served.require_ended(2)
             return
         with contextlib.ExitStack() as opened:

@@ -84,10 +84,19 @@ def _absent_tmp(place: Place) -> None:
     _answers_or_refuses(place.start(environment={"TMPDIR": str(place.folder / "absent")}))
 
 
-@kind(KINDS, "TMPDIR with spaces, quotes and other letters", "the server answers, nothing is left")
-def _strange_tmp(place: Place) -> None:
-    served = place.serve(tmpdir=place.folder / "größe \"und\" 'höhe' 目录 $HOME;")
-    require_answers(served)
+def _named_tmp(what: str, name: str) -> Kind:
+    def check(place: Place) -> None:
+        _answers_or_refuses(place.start(tmpdir=place.folder / name))
+
+    return Kind(f"TMPDIR with {what}", "the server answers, or ends with one line; nothing is left", check)
+
+
+KINDS += [
+    _named_tmp("letters that are not ASCII", "größe-目录-🙂"),
+    _named_tmp("a space", "with space"),
+    _named_tmp("what a shell reads", "a'b;$HOME\"&"),
+    _named_tmp("200 letters", "x" * 200),
+]
 
 
 @kind(KINDS, "HOME does not exist and cannot be made", "the server answers")
@@ -131,14 +140,10 @@ def _build_read_only(place: Place) -> None:
 
 def _answers_or_refuses(served: Served) -> None:
     """Checks that a server answers, or has ended with one line."""
-    from lab.reliability.promise import BrokenPromise
-
-    try:
-        served.wait_until_ready()
-    except BrokenPromise:
+    if served.is_ready_or_ended():
+        require_answers(served)
+    else:
         served.require_ended(2)
-        return
-    require_answers(served)
 
 
 def _tmpdir(place: Place) -> Path:
