@@ -19,7 +19,6 @@ from command_line import Run, assert_one_line_error
 from onnx import TensorProto, helper
 
 from nvlm_trt.backends.tensorrt_rtx import build as rtx_build
-from nvlm_trt.backends.tensorrt_rtx import build_process
 from nvlm_trt.backends.tensorrt_rtx.options import RtxOptions
 from nvlm_trt.backends.tensorrt_rtx.plan import build_plan
 from nvlm_trt.errors import EngineError
@@ -31,8 +30,8 @@ ReplacePython = Callable[[str], None]
 PROFILE = {"x": [[1, 8], [1, 8], [4, 8]]}
 MEMORY = "the build was expected to take 3.50 GB of host memory; free memory, or choose a --precision with smaller"
 PROCESS = "import time; import nvlm_trt.backends.tensorrt_rtx.build_process as process"
-# builds nothing and waits; counts as standing still after a second
-WAITING = f"{PROCESS}; process.STILL_SECONDS = 1; process.fulfil = lambda order: time.sleep(600); process.main()"
+# builds nothing and waits, for a day if it is not ended
+WAITING = f"{PROCESS}; process.STILL_SECONDS = %d; process.fulfil = lambda order: time.sleep(86_400); process.main()"
 # waits for itself for 15 seconds, not for two minutes
 IMPATIENT = f"{PROCESS}; process.STILL_SECONDS = 15; process.main()"
 
@@ -70,10 +69,10 @@ def build(graph: Path, plan: Path | None = None) -> bool | None:
         ("kill -SEGV $$", "the builder's process was ended by SIGSEGV, perhaps for lack of memory; "),
         ("exit 3", r"the builder's process gave up \(without a word\), perhaps for lack of memory; "),
         (
-            "echo first >&2; echo MemoryError >&2; exit 1",
+            "exec 1>&-; sleep 0.5; echo first >&2; echo MemoryError >&2; exit 1",
             r"the builder's process gave up \(MemoryError\), perhaps for lack of memory; ",
         ),
-        (f"exec \"$PYTHON\" -c '{WAITING}'", r"gave up \(the builder has stood still for 1 s\), perhaps for lack"),
+        (f"exec \"$PYTHON\" -c '{WAITING % 1}'", r"gave up \(the builder has stood still for 1 s\), perhaps for lack"),
     ],
     ids=["killed", "segmentation fault", "silent", "with a word", "waiting for itself"],
 )
@@ -144,36 +143,40 @@ def test_an_answer_leaves_no_process(graph: Path) -> None:
     ],
 )
 def test_the_builder_ends_with_the_command(
-    checkpoint: Directory, tmp_path: Path, number: signal.Signals, whole_group: bool, status: int
+    checkpoint: Directory,
+    tmp_path: Path,
+    replace_python: ReplacePython,
+    number: signal.Signals,
+    whole_group: bool,
+    status: int,
 ) -> None:
-    output = tmp_path / "out" / "engine"
-    command = [sys.executable, "-m", "nvlm_trt.cli", "build", "--checkpoint", str(checkpoint("nvlm-h-tiny"))]
+    output, python = tmp_path / "out" / "engine", sys.executable
+    replace_python(f"exec \"$PYTHON\" -c '{WAITING % 86_400}'")
+    command = f"import sys; sys.executable = '{sys.executable}'; from nvlm_trt.cli import main; main()"
+    options = ["--checkpoint", str(checkpoint("nvlm-d-tiny")), "--output", str(output), "--backend", "tensorrt-rtx"]
     process = subprocess.Popen(
-        [*command, "--output", str(output), "--backend", "tensorrt-rtx"],
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
+        [python, "-c", command, "build", *options], stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    builder = wait_for_builder(process.pid)
+    builder = wait_for_builder(process)
     (os.killpg if whole_group else os.kill)(process.pid, number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == status, err
     assert "Traceback" not in err
     _, alive = psutil.wait_procs([builder], timeout=10)
+    for survivor in alive:
+        survivor.kill()
     assert alive == []
     assert not output.exists()
     if number != signal.SIGKILL:
         assert list(output.parent.iterdir()) == []
 
 
-def wait_for_builder(pid: int) -> psutil.Process:
-    command = psutil.Process(pid)
-    while True:
+def wait_for_builder(process: subprocess.Popen[str]) -> psutil.Process:
+    """Waits until the builder has its order, and waits."""
+    command = psutil.Process(process.pid)
+    while process.poll() is None:
         for child in command.children():
-            try:
-                if build_process.__name__ in child.cmdline() and child.cpu_times().user > 0.1:
-                    return child
-            except psutil.NoSuchProcess:
-                continue
-        assert command.status() != psutil.STATUS_ZOMBIE, "the command ended"
+            if child.num_threads() == 3:  # the main thread and those that watch
+                return child
         time.sleep(0.01)
+    raise AssertionError(process.communicate()[1])

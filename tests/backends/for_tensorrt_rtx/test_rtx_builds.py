@@ -1,6 +1,6 @@
 """Tests what TensorRT-RTX's real parser and builder make of the tiny models, without a GPU: NVLM-D and -H in every
-precision, and NVLM-X, whose decoder is that of -H, in three. Nothing here can load a plan: the tests read the first 64
-bytes of each."""
+precision, and NVLM-X, whose decoder is that of -H, in three. Nothing here can load a plan: the tests look at the first
+64 bytes."""
 
 from __future__ import annotations
 
@@ -14,13 +14,19 @@ from command_line import Run
 from onnx import TensorProto, helper
 from rtx_machine import LIMITS, tensorrt_rtx_bindings
 
+from nvlm_trt.backends.plans.graphs import write_graphs
+from nvlm_trt.backends.plans.profiles import profiles_of
 from nvlm_trt.backends.tensorrt_rtx import SPEC
 from nvlm_trt.backends.tensorrt_rtx.options import RtxOptions
 from nvlm_trt.backends.tensorrt_rtx.plan import build_plan
 from nvlm_trt.backends.tensorrt_rtx.record import record_of
 from nvlm_trt.backends.tensorrt_rtx.target import TARGETS
 from nvlm_trt.builders.engine_build import QuantizationOptions, build_engine
+from nvlm_trt.builders.quantization.formats import WeightForm, quantised
+from nvlm_trt.builders.source import EngineSource
+from nvlm_trt.checkpoint.reader import Checkpoint
 from nvlm_trt.engine import Engine
+from nvlm_trt.progress import no_progress
 
 Directory = Callable[[str], Path]
 Build = Callable[[str, str], Engine]
@@ -89,6 +95,17 @@ def test_builds(built: Build, architecture: str, precision: str) -> None:
         assert header(engine.path / f"{stage}.plan").startswith(b"vtrt")
         assert header(engine.path / f"{stage}.plan")[32] == DEFAULT_MASK
     assert [path.name for path in engine.path.parent.iterdir() if path.name.startswith(".")] == []
+
+
+def test_finds_out_whether_attention_is_fused(checkpoint: Directory, tmp_path: Path) -> None:
+    """Float32 has no fused kernel: a build that demands one fails, and the next one says so."""
+    source, precisions = EngineSource(checkpoint("nvlm-d-tiny"), LIMITS), SPEC.precisions.parse("fp32")
+    with Checkpoint.open(source.checkpoint_dir) as weights:
+        recipe = quantised(weights, precisions, None, 0, WeightForm.TENSORRT)
+    graph = write_graphs(source, recipe, "fp32", tmp_path, no_progress)["vision_encoder"]
+    profiles = profiles_of(source.config, source.limits)["vision_encoder"]
+    assert build_plan(graph, tmp_path / "plan", profiles, RtxOptions(), fuse=True, expected=0) is False
+    assert header(tmp_path / "plan").startswith(b"vtrt")
 
 
 @pytest.mark.parametrize("architecture", ["d", "h"])

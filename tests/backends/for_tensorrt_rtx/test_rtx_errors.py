@@ -16,6 +16,7 @@ from onnx import TensorProto, helper
 from rtx_machine import build_in_fp32, tensorrt_rtx_bindings
 from tritonclient.grpc import model_config_pb2
 
+from nvlm_trt.backends.plans.network import is_out_of_memory
 from nvlm_trt.backends.tensorrt_rtx import build as rtx_build
 from nvlm_trt.backends.tensorrt_rtx.options import RtxOptions
 from nvlm_trt.backends.tensorrt_rtx.plan import build_plan
@@ -125,12 +126,18 @@ def test_triton_serves_every_stage_with_our_python_models(engine: Engine, tmp_pa
     render_repository(
         engine, placement_of(engine), tmp_path / "models", tmp_path / "models" / "draining", RepositoryOptions()
     )
-    config = (tmp_path / "models" / "vision_encoder" / "config.pbtxt").read_text()
-    vision = text_format.Parse(config, model_config_pb2.ModelConfig())
+    configs = {
+        folder.name: text_format.Parse((folder / "config.pbtxt").read_text(), model_config_pb2.ModelConfig())
+        for folder in (tmp_path / "models").iterdir()
+    }
+    tiling, vision, decoder = (configs[name] for name in ("tiling", "vision_encoder", "nvlm"))
     most = engine.limits.max_tiles + 1  # the thumbnail
     assert (vision.backend, vision.platform, vision.max_batch_size) == ("python", "", most)
-    for tensor in (*vision.input, *vision.output):
-        assert tensor.data_type == model_config_pb2.TYPE_FP32
+    tokens = [tensor for tensor in decoder.input if tensor.name == "image_tokens"]
+    for tensor in (tiling.output[0], *vision.input, *vision.output, *tokens):
+        assert tensor.data_type == model_config_pb2.TYPE_FP32, tensor.name
+    assert tiling.parameters["image_type"].string_value == "TYPE_FP32"
+    assert len(tokens) == 1
     assert not list((tmp_path / "models").rglob("*.plan"))
 
 
@@ -171,6 +178,19 @@ def test_the_builder_says_why_it_refuses(tmp_path: Path) -> None:
     message = refusal(graph, [{"x": [[1, 9]] * 3}])
     assert message.startswith("decoder.onnx could not be built for 8.0, 8.6, 8.9, 12.0, 12.1: ")
     assert not message.endswith("gives no reason")
+
+
+@pytest.mark.parametrize(
+    ("error", "memory"),
+    [
+        ("[raiiMyelinGraph.h:37] Error Code 1: Myelin (Unexpected exception std::bad_alloc)", True),
+        ("Error Code 1: Myelin (Unexpected exception Resource temporarily unavailable In RAIIMyelinGraph)", True),
+        ("Error Code 2: OutOfMemory (Requested size was 123 bytes.)", True),
+        ("Error Code 1: Myelin (the model contains HW-specific datatypes: b16)", False),
+    ],
+)
+def test_knows_errors_that_are_about_memory(error: str, memory: bool) -> None:
+    assert is_out_of_memory(error) == memory
 
 
 def test_the_linter_comes_first(tmp_path: Path) -> None:

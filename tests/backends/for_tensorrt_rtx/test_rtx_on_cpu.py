@@ -12,18 +12,20 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from backend_steps import run_steps, three_prompts
 from decoder_runner import LIMITS as RUNNER_LIMITS
 from decoder_runner import DecoderRunner, random_prompt
+from onnx import helper
 from rtx_machine import LIMITS, build_for_cpu
 from stages import IMAGE_TOKEN, ReferenceWeights, random_reference, tiny_config
 
 from nvlm_trt.backends.onnxruntime.session import InferenceSession, open_session, session_options
 from nvlm_trt.backends.plans.graphs import DTYPES
 from nvlm_trt.backends.tensorrt_rtx import SPEC
-from nvlm_trt.backends.tensorrt_rtx.on_cpu import widen_file
+from nvlm_trt.backends.tensorrt_rtx.on_cpu import widen, widen_file
 from nvlm_trt.builders.engine_build import build_engine
 from nvlm_trt.builders.graphs.common import Unquantised, WeightFormat
 from nvlm_trt.builders.graphs.cross_attention import MaskedAttention
@@ -231,6 +233,32 @@ def test_only_stored_weights_are_in_half_precision(tmp_path: Path, architecture:
             for attribute in node.attribute:
                 assert attribute.t.data_type not in HALF_TYPES, node.name
                 assert attribute.name != "to" or attribute.i not in HALF_TYPES, node.name
+
+
+def test_widens_casts_and_constants_in_functions_and_branches() -> None:
+    """The graphs of plans have none of these at present."""
+    model = onnx.parser.parse_model(
+        """<ir_version: 11, opset_import: ["": 23, "own": 1]>
+        g (float[n] x, bool c) => (bfloat16[n] y) {
+            h = Cast <to = 16> (x)
+            d = own.Double (h)
+            y = If (c) <
+                then_branch = a () => (bfloat16[n] p) { o = Cast <to = 16> (x)  p = Add (o, d) },
+                else_branch = b () => (bfloat16[n] q) { q = Identity (d) }
+            >
+        }
+        <domain: "own", opset_import: ["": 23]>
+        Double (v) => (w) { w = Mul (v, t) }"""
+    )
+    two = helper.make_tensor("", onnx.TensorProto.BFLOAT16, [], [2.0])
+    model.functions[0].node.insert(0, helper.make_node("Constant", [], ["t"], value=two))
+    widen(model)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    x = np.array([1.001], np.float32)  # not a number of bfloat16
+    for condition, factor in ((True, 3), (False, 2)):
+        (y,) = session.run(None, {"x": x, "c": np.array(condition)})
+        assert y.dtype == np.float32
+        np.testing.assert_allclose(y, factor * x, rtol=1e-6)
 
 
 def test_an_engine_in_this_form_answers_as_the_engine_for_onnx_runtime(checkpoint: Directory, tmp_path: Path) -> None:
