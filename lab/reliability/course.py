@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from lab.common import RESULTS, one_line_errors, result_path
 from lab.engines import random_engine
 from lab.origin import Origin
+from lab.reliability.promise import BrokenPromise
 from lab.run_file import RunFile
 from nvlm_trt.errors import NvlmError
 
@@ -46,7 +48,7 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
 def run(options: argparse.ArgumentParser, measure: Measure, result: str) -> None:
     """Parses the command line, measures, publishes if asked, and exits with 1 if faults were seen."""
     arguments = options.parse_args()
-    with one_line_errors():
+    with one_line_errors(), broken_promises():
         arguments.work = arguments.work.absolute()
         settings = {name: value for name, value in vars(arguments).items() if name not in NOT_SETTINGS}
         file = RunFile(result_path(arguments, result), Origin.here(settings, PACKAGES))
@@ -57,6 +59,15 @@ def run(options: argparse.ArgumentParser, measure: Measure, result: str) -> None
             publish(file, verdict, result)
     if verdict.faults:
         sys.exit(FAULTS)
+
+
+@contextlib.contextmanager
+def broken_promises() -> Iterator[None]:
+    """Turns a server that does not even start into an error of one line."""
+    try:
+        yield
+    except BrokenPromise as broken:
+        raise NvlmError(str(broken)) from None
 
 
 def publish(file: RunFile, verdict: Verdict, result: str) -> None:

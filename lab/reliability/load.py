@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -87,6 +88,7 @@ def answer_tokens(address: str, image: bool = False, question: str = "What is th
         raise BrokenPromise(f"the server does not answer: {error}") from None
 
 
+@functools.lru_cache(maxsize=64)
 def small_image(seed: int, width: int = 120, height: int = 80) -> bytes:
     """Encodes a PNG of colour blocks, another for every seed."""
     blocks = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=np.uint8)

@@ -22,6 +22,7 @@ FLAT_PERCENT = 10.0
 _INTERNAL = re.compile(r"internal error|Traceback|\bAt:\n|\.py\(\d+\)|what\(\)|Segmentation|std::")
 _LONGEST_MESSAGE = 2000
 _CLIENTS = 4
+_END_SECONDS = 3.0
 _REFERENCE = message(
     {"prompt": strings(b"What is the total?"), "sampling_parameters": strings(b'{"max_tokens": 8, "ignore_eos": true}')}
 )
@@ -92,10 +93,14 @@ class RequestFuzz:
                     for number, case, reply in zip(numbers, cases, replies, strict=True)
                     if (fault := self._count(case, reply))
                 ]
-                findings += self._reference(wire, numbers)
+                if findings and self._died():
+                    findings = findings[:_CLIENTS]  # those in flight; another server gets the others again
+                    self.counts.done = findings[-1].number + 1
+                else:
+                    findings += self._reference(wire, numbers)
+                    self.counts.done = numbers.stop
                 self.counts.faults += len(findings)
                 self.counts.findings += [finding.line for finding in findings]
-                self.counts.done = numbers.stop
                 self.counts.seconds = round(self.counts.seconds + time.monotonic() - started, 1)
                 self._memory.sample(self._target.kept())
                 self._note_growth()
@@ -103,6 +108,13 @@ class RequestFuzz:
                 if not self._target.is_alive():
                     break
         wire.close()
+
+    def _died(self) -> bool:
+        """Says whether the server has ended; it takes a moment to notice that."""
+        deadline = time.monotonic() + _END_SECONDS
+        while self._target.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return not self._target.is_alive()
 
     def _count(self, case: RequestCase, reply: Reply) -> str:
         """Counts a reply. Returns the fault, or nothing."""

@@ -8,7 +8,6 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
@@ -103,8 +102,3 @@ def role_of(process: psutil.Process) -> str | None:
 
 def is_alive(process: psutil.Process) -> bool:
     return process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
-
-
-def same_processes(before: Mapping[str, int], after: Mapping[str, int]) -> bool:
-    """Says whether no process was replaced or lost."""
-    return dict(before) == dict(after)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import itertools
 import json
 import urllib.parse
 from collections.abc import Sequence
@@ -78,8 +79,8 @@ class Wire:
             connection.request("POST", path, body, {"Content-Type": "application/json"})
             response = connection.getresponse()
             if response.getheader("Content-Type", "").startswith("text/event-stream"):
-                lines = [line for _ in range(2 * take) if (line := response.readline())]
-                return read_events([line for line in lines if line.strip()], response.status)
+                lines = (line for line in iter(response.readline, b"") if line.strip())
+                return read_events(list(itertools.islice(lines, take)), response.status)
             return read_body(response.read(), response.status)
         except TimeoutError:
             return Reply(broken=f"no answer within {seconds:.0f} s")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import subprocess
 
 from lab.reliability.kind import Kind, kind
 from lab.reliability.load import answer_tokens
@@ -11,6 +13,7 @@ from lab.reliability.place import Place, end_of, require_answers
 from lab.reliability.promise import BrokenPromise, require
 
 KINDS: list[Kind] = []
+_END_SECONDS = 10.0
 SAME = "requests go on, the answers stay the same"
 
 
@@ -49,6 +52,8 @@ def _truncated(place: Place) -> None:
     try:
         require(answer_tokens(served.address) == before, "another answer than before")
     except BrokenPromise:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            served.process.wait(_END_SECONDS)
         if served.process.poll() is None:
             raise
         served.require_ended(2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
 import urllib.parse
 
 import grpc
@@ -20,8 +21,6 @@ ENDS = "the server answers afterwards, or serve ends with status 2 and one line 
 
 def _answers_or_ended(served: Served) -> None:
     """Waits a moment for the end of a server that crashed; else asks it."""
-    import subprocess
-
     with contextlib.suppress(subprocess.TimeoutExpired):
         served.process.wait(5)
     if served.process.poll() is None:

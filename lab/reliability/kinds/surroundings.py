@@ -14,6 +14,7 @@ from lab.reliability.place import Place, require_answers
 from lab.reliability.promise import require
 
 KINDS: list[Kind] = []
+_START_SECONDS = 30.0
 _JUMP = '''"""Moves the wall clock of a process by the seconds in the file that NVLM_TRT_CLOCK names."""
 import os, time
 _now, _path = time.time, os.environ.get("NVLM_TRT_CLOCK", "")
@@ -70,7 +71,7 @@ def _broken_pipe(place: Place) -> None:
     served = place.start(stdout=write)
     os.close(write)
     try:
-        status = served.process.wait(60)
+        status = served.process.wait(_START_SECONDS)
     except subprocess.TimeoutExpired:
         return  # it goes on without the line; check_left stops it
     require(status == 2, f"serve ended with status {status}: {served.errors.strip()[-300:]}")
@@ -81,7 +82,7 @@ def _broken_pipe(place: Place) -> None:
 def _no_stdout(place: Place) -> None:
     served = place.start(wrapper=("sh", "-c", 'exec "$@" >&-', "sh"))
     try:
-        served.process.wait(60)
+        served.process.wait(_START_SECONDS)
     except subprocess.TimeoutExpired:
         return
     served.require_ended(2)
