@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lab.marked_page import replace_between
 from nvlm_trt.evaluation.tinydocs import TASKS, TEXT_TASKS
 
 BEGIN, END = "<!-- quantization table: begin -->", "<!-- quantization table: end -->"
@@ -22,9 +23,7 @@ def tables(rows: Sequence[dict[str, Any]], origin: str, samples_per_task: int) -
 
 def replace_tables(page: Path, text: str) -> None:
     """Replaces the text between the markers of `page`."""
-    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    page.write_text(f"{before}{BEGIN}\n{text}{END}{after}", encoding="utf-8")
+    replace_between(page, BEGIN, END, text)
 
 
 def overview(rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lab.code_state import ROOT
 from lab.origin import Origin, origin_line
 
 Record = dict[str, Any]
@@ -23,10 +24,10 @@ class RunFile:
     def __init__(self, path: Path, origin: Origin) -> None:
         self.path = path
         self.origin = origin
-        name = Path(sys.argv[0]).stem
+        name = _module(Path(sys.argv[0]))
         self.record: Record = {
-            "benchmark": name,
-            "command": shlex.join(["python", "-m", f"lab.{name}", *sys.argv[1:]]),
+            "benchmark": name.rpartition(".")[2],
+            "command": shlex.join(["python", "-m", name, *sys.argv[1:]]),
             "code": origin.code,
             "machine": origin.machine,
             "versions": origin.versions,
@@ -79,6 +80,13 @@ class RunFile:
     def origin_line(self) -> str:
         """Says when, on which machine and with which code the record was measured."""
         return origin_line(self.record)
+
+
+def _module(script: Path) -> str:
+    """Names the module of lab that runs as a script."""
+    folder, path = ROOT / "lab", script.resolve()
+    inside = path.relative_to(folder) if path.is_relative_to(folder) else Path(path.name)
+    return ".".join(("lab", *inside.with_suffix("").parts))
 
 
 def set_aside(path: Path) -> Path:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from nvlm_trt.bounds import MAX_COUNT, MAX_SEED
-from nvlm_trt.errors import RequestError
+from nvlm_trt.errors import ParameterError
 
 Role = Literal["system", "user", "assistant"]
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -64,7 +64,7 @@ _StopStrings = Annotated[tuple[_StopString, ...], BeforeValidator(_as_tuple), Fi
 
 
 class SamplingParams(BaseModel):
-    """Says how the tokens of one request are chosen. Raises RequestError that names the wrong value.
+    """Says how the tokens of one request are chosen. Raises ParameterError that names the wrong value.
 
     The descriptions complete the sentence "it is ..." of that error."""
 
@@ -97,17 +97,17 @@ class SamplingParams(BaseModel):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SamplingParams:
-        """Reads parameters as a client sends them. Raises RequestError for an unknown key."""
+        """Reads parameters as a client sends them. Raises ParameterError for an unknown key."""
         return cls(**values)
 
 
-def _sampling_error(values: Mapping[str, Any], name: str) -> RequestError:
+def _sampling_error(values: Mapping[str, Any], name: str) -> ParameterError:
     known = SamplingParams.model_fields
     unknown = next((key for key in values if key not in known), None)
     if unknown is not None:
-        return RequestError(f"unknown sampling parameter {reprlib.repr(unknown)}; known are {', '.join(known)}")
+        return ParameterError(f"unknown sampling parameter {reprlib.repr(unknown)}; known are {', '.join(known)}")
     allowed = known[name].description
-    return RequestError(f"sampling parameter {name} = {reprlib.repr(values[name])} is not allowed; it is {allowed}")
+    return ParameterError(f"sampling parameter {name} = {reprlib.repr(values[name])} is not allowed; it is {allowed}")
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class Usage:
     image_tiles: int
     cross_tokens: int  # cross-attended tokens: image tokens, with NVLM-H also tile tags
     cached_images: int  # images whose features were in the cache
-    encode_s: float  # tiling, encoding and cross-attention keys and values of the images
+    encode_s: float  # decoding, encoding and cross-attention keys and values of the images
     queue_s: float  # from submission until the request has a slot, encoding included
     ttft_s: float | None  # from submission to the first token; None: no token was generated
     total_s: float  # from submission to the end

@@ -15,14 +15,16 @@ from nvlm_trt import standard_streams, terminal
 from nvlm_trt.bounds import MAX_SEED, MAX_TOKENS
 from nvlm_trt.commands.bench import bench
 from nvlm_trt.commands.build import build
+from nvlm_trt.commands.decode_budget import DecodeMemoryOption, DecodeSecondsOption, image_limits
 from nvlm_trt.commands.evaluate import evaluate
 from nvlm_trt.commands.plan import plan
 from nvlm_trt.commands.tiles import tiles
 from nvlm_trt.commands.tinydocs import tinydocs
-from nvlm_trt.errors import NvlmError, RequestError
+from nvlm_trt.errors import NvlmError
 from nvlm_trt.extras import require
 from nvlm_trt.model.preset_names import PRESET_NAMES
 from nvlm_trt.standard_streams import OutputError
+from nvlm_trt.termination import tidy_on_termination
 
 _SIGPIPE_STATUS = 141  # as of a program that SIGPIPE ends
 # typer uses click or its own copy of click
@@ -109,15 +111,21 @@ def serve(
     grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free port.")] = 8001,
     http_port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free port.")] = 8000,
     metrics_port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free port.")] = 8002,
+    max_decode_seconds: DecodeSecondsOption = None,
+    max_decode_memory: DecodeMemoryOption = None,
 ) -> None:
     """Serve an engine through Triton until SIGINT or SIGTERM; running requests are finished first.
+
+    A request has at most 16 images of 32 MiB each and 32 MiB of text; larger ones are refused.
 
     Example: nvlm-trt serve engines/nvlm-h --grpc-port 8001
     """
     from nvlm_trt.serving.foreground import run_in_foreground
+    from nvlm_trt.serving.triton.repository import RepositoryOptions
     from nvlm_trt.serving.triton.server import ServerOptions
 
-    options = ServerOptions(host=host, grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port)
+    repository = RepositoryOptions(image_limits=image_limits(max_decode_seconds, max_decode_memory))
+    options = ServerOptions(host, grpc_port, http_port, metrics_port, repository)
     raise typer.Exit(run_in_foreground(engine, options))
 
 
@@ -137,6 +145,8 @@ def ask(
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; repeat for several.")] = None,
     max_tiles: Annotated[int | None, typer.Option(help="Tiles per image, thumbnail not counted.")] = None,
+    max_decode_seconds: DecodeSecondsOption = None,
+    max_decode_memory: DecodeMemoryOption = None,
     threads: ThreadsOption = None,
     stats: Annotated[bool, typer.Option("--stats", help="Report tiles, time to first token and tokens/s.")] = False,
     as_json: JsonOption = False,
@@ -148,6 +158,7 @@ def ask(
     if (engine is None) == (url is None):
         raise NvlmError("name either an engine or a server: pass one of --engine DIR and --url grpc://host:port")
     from nvlm_trt.api import Message, SamplingParams
+    from nvlm_trt.image.image_file import naming_files, read_image_file
 
     sampling = SamplingParams(
         max_tokens=max_tokens,
@@ -161,18 +172,23 @@ def ask(
     )
     messages = [Message("system", system)] if system else []
     messages.append(Message("user", question))
-    images = tuple(_read_image(path) for path in image or ())
+    paths = image or []
+    images = tuple(read_image_file(path) for path in paths)
     if engine is not None:
         from nvlm_trt.api import ChatRequest
-        from nvlm_trt.runtime.pipeline import Pipeline
+        from nvlm_trt.image.fork_server import FORK_SERVER
+        from nvlm_trt.runtime.pipeline import Pipeline, RuntimeOptions
 
-        with Pipeline.open(engine, threads=threads) as pipeline:
+        if images:
+            FORK_SERVER.start()  # while the engine is loaded
+        options = RuntimeOptions(image_limits=image_limits(max_decode_seconds, max_decode_memory))
+        with naming_files(paths), Pipeline.open(engine, threads=threads, options=options) as pipeline:
             stream = pipeline.generate(ChatRequest(messages, images, sampling, max_tiles))
             terminal.print_answer(stream, stats=stats, as_json=as_json)
     else:
         from nvlm_trt.serving.client import Client
 
-        with Client(str(url)) as client:
+        with naming_files(paths), Client(str(url)) as client:
             stream = client.stream(messages=messages, images=images, sampling=sampling, max_tiles=max_tiles)
             terminal.print_answer(stream, stats=stats, as_json=as_json)
 
@@ -181,13 +197,6 @@ app.command()(tiles)
 app.command("eval")(evaluate)
 app.command()(tinydocs)
 app.add_typer(bench, name="bench")
-
-
-def _read_image(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise RequestError(f"cannot read image {path} ({error.strerror}); name a readable image file") from None
 
 
 def main() -> None:
@@ -207,7 +216,8 @@ def main() -> None:
 
 def _run() -> int:
     try:
-        return int(app(standalone_mode=False) or 0)
+        with tidy_on_termination():
+            return int(app(standalone_mode=False) or 0)
     except _ClickException as error:
         _show_usage_error(error)
         return error.exit_code

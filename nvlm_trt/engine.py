@@ -19,6 +19,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nvlm_trt import strict_json
+from nvlm_trt.bounded_file import CONFIG_BYTES, read_bounded
 from nvlm_trt.errors import EngineError
 from nvlm_trt.limits import EngineLimits
 from nvlm_trt.model.config import NvlmConfig
@@ -156,9 +157,11 @@ def tool_versions(*packages: str) -> dict[str, str]:
 def _read_manifest(path: Path) -> Manifest:
     file = path / MANIFEST
     try:
-        raw = strict_json.loads(file.read_text(encoding="utf-8"))
+        raw = strict_json.loads(read_bounded(file, CONFIG_BYTES).decode())
     except (FileNotFoundError, NotADirectoryError):
         raise EngineError(f"{path} is not an engine directory (no {MANIFEST}); run `nvlm-trt build`") from None
+    except OSError as error:
+        raise EngineError(f"cannot read {file} ({error.strerror}); rebuild the engine with `nvlm-trt build`") from None
     except (ValueError, RecursionError) as error:
         raise EngineError(f"{file} is not JSON ({error}); rebuild the engine with `nvlm-trt build`") from None
     raw = _upgraded(raw) if isinstance(raw, dict) else {}

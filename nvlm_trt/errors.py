@@ -33,6 +33,14 @@ class RequestError(NvlmError):
     """A request is invalid (prompt, sampling parameter) or exceeds a limit; other requests are not affected."""
 
 
+class ParameterError(RequestError):
+    """A sampling parameter or an option of a request has a wrong name or value."""
+
+
+class TooLargeError(RequestError):
+    """A request has more tokens or images than the engine or the server holds."""
+
+
 class QueueFullError(NvlmError):
     """The bounded request queue is full; try again later."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict, Field
 
 from nvlm_trt.bounds import MAX_SLOTS, MAX_TILES, MAX_TOKENS
-from nvlm_trt.errors import RequestError
+from nvlm_trt.errors import ParameterError, RequestError, TooLargeError
 
 
 class EngineLimits(BaseModel):
@@ -26,7 +26,9 @@ class EngineLimits(BaseModel):
     def check_max_tiles(self, max_tiles: object) -> None:
         """Check the option `max_tiles` of a request."""
         if not (type(max_tiles) is int and 1 <= max_tiles <= self.max_tiles):
-            raise RequestError(f"max_tiles = {max_tiles!r} is not allowed; it is an integer from 1 to {self.max_tiles}")
+            raise ParameterError(
+                f"max_tiles = {max_tiles!r} is not allowed; it is an integer from 1 to {self.max_tiles}"
+            )
 
     def check_encoded_tiles(self, tiles: int) -> None:
         """Check the tiles of an image that the caller has encoded."""
@@ -39,7 +41,7 @@ class EngineLimits(BaseModel):
         """Check the length of a text before it is tokenised: more than `most` characters give more than max_seq_len
         tokens."""
         if characters > most:
-            raise RequestError(
+            raise TooLargeError(
                 f"the prompt has {characters} characters, more than the {self.max_seq_len} tokens that the engine "
                 "holds; shorten it, or rebuild with --max-seq-len"
             )
@@ -47,7 +49,7 @@ class EngineLimits(BaseModel):
     def check_prompt(self, tokens: int, image_embeddings: int) -> None:
         """Check that the engine holds a prompt of `tokens`, image embeddings included, and one token of the answer."""
         if tokens >= self.max_seq_len:
-            raise RequestError(
+            raise TooLargeError(
                 f"the prompt has {tokens} tokens ({image_embeddings} of images), the engine holds "
                 f"{self.max_seq_len} with the answer; shorten it, lower max_tiles, or rebuild with --max-seq-len"
             )
@@ -55,7 +57,7 @@ class EngineLimits(BaseModel):
     def check_sequence(self, tokens: int) -> None:
         """Check the number of tokens in the KV cache after a step."""
         if tokens > self.max_seq_len:
-            raise RequestError(
+            raise TooLargeError(
                 f"the sequence would have {tokens} tokens, the engine holds {self.max_seq_len}; shorten the prompt, or "
                 "rebuild with --max-seq-len"
             )
@@ -63,7 +65,7 @@ class EngineLimits(BaseModel):
     def check_cross_tokens(self, tokens: int) -> None:
         """Check the number of cross-attended tokens of all images of a request."""
         if tokens > self.max_image_tokens:
-            raise RequestError(
+            raise TooLargeError(
                 f"the images have {tokens} cross-attended tokens, the engine holds {self.max_image_tokens}; send "
                 "fewer images, lower max_tiles, or rebuild with --max-image-tokens"
             )

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -18,6 +19,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from nvlm_trt.errors import EngineError
+from nvlm_trt.owned_folder import abandoned, make_owned_folder
+
+_PREVIOUS = "previous"  # the folder that a new one replaces, until it is in place
 
 _EXCHANGE = 2  # RENAME_EXCHANGE of Linux
 _HERE = -100  # AT_FDCWD: paths are relative to the working directory
@@ -49,18 +53,41 @@ def _cannot_write(path: Path, error: OSError) -> EngineError:
 def temporary_sibling(target: Path) -> Iterator[Path]:
     """Yield a new folder beside `target`, on the same file system. Remove the folder at the end unless it was renamed.
 
-    Raises EngineError for a place where no folder can be made."""
+    Removes the folders first that killed processes have left for the same target. Raises EngineError for a place where
+    no folder can be made."""
+    _remove_leftovers(target)
     # named before `try`, so that `finally` can remove the folder after an interrupt at any time
-    staging = target.parent / f".{target.name[:40]}.{secrets.token_hex(8)}"
+    staging = target.parent / f".{_shortened(target)}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
+    owner = -1
     try:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            staging.mkdir(mode=0o700)
+            owner = make_owned_folder(staging)
         except FileNotFoundError as error:  # the parent exists, but its file system makes no folders (/proc)
             raise _cannot_write(target, error) from error
         yield staging
     finally:
         _remove(staging)
+        if owner >= 0:
+            os.close(owner)
+
+
+def _shortened(target: Path) -> str:
+    """Return the part of a name that leaves room for more: file systems take names of 255 bytes."""
+    return target.name[:40]
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove the temporary siblings of `target`, and theirs, whose process was killed.
+
+    One that holds the previous `target`, because the kill came between the two renames, gives it back first."""
+    name = re.compile(rf"\.+{re.escape(_shortened(target))}(\.tmp-\d+-[0-9a-f]+)+")
+    with contextlib.suppress(OSError):  # no such folder yet
+        leftovers = [path for path in target.parent.iterdir() if name.fullmatch(path.name)]
+        for path in abandoned(leftovers):
+            if (path / _PREVIOUS).is_dir() and not target.exists():
+                os.rename(path / _PREVIOUS, target)
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def is_replaceable(target: Path, mark: str) -> bool:
@@ -123,7 +150,7 @@ def _swap(staging: Path, target: Path) -> bool:
     except FileNotFoundError:
         return False
     with temporary_sibling(target) as aside:
-        previous = aside / "previous"
+        previous = aside / _PREVIOUS
         try:
             os.rename(target, previous)
         except FileNotFoundError:

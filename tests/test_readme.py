@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 ANSWER = "48.20"  # the total on docs/images/receipt.png
@@ -21,8 +22,8 @@ def code_block(language: str, containing: str) -> str:
     return block
 
 
-def commands() -> list[list[str]]:
-    lines = code_block("", "nvlm-trt build").splitlines()
+def commands(containing: str) -> list[list[str]]:
+    lines = code_block("", containing).splitlines()
     return [shlex.split(line, comments=True) for line in lines if line.startswith("nvlm-trt ")]
 
 
@@ -33,15 +34,16 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(arguments: list[str], folder: Path) -> str:
+def run(arguments: list[str], folder: Path, status: int = 0) -> str:
+    """Returns stdout, or stderr if the command is expected to end with another status than 0."""
     command = [sys.executable, "-m", "nvlm_trt.cli", *arguments[1:]]
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+    assert result.returncode == status, result.stderr
+    return result.stderr if status else result.stdout
 
 
 def test_the_commands_of_the_readme(folder: Path) -> None:
-    lines = commands()
+    lines = commands("nvlm-trt verify")
     assert {line[1] for line in lines} == {
         "build", "verify", "eval", "ask", "tiles", "serve", "bench", "plan", "init-checkpoint",
     }  # fmt: skip
@@ -72,3 +74,13 @@ def test_the_commands_of_the_readme(folder: Path) -> None:
         if server is not None:
             server.terminate()
             server.wait(timeout=60)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU says")
+def test_the_commands_for_an_rtx_gpu_end_where_a_gpu_is_needed(folder: Path) -> None:
+    pytest.importorskip("tensorrt_rtx_bindings", reason="needs TensorRT-RTX: pip install 'nvlm-trt[tensorrt-rtx]'")
+    build, ask = commands("tensorrt-rtx")
+    run(build, folder)
+    message = run(ask, folder, status=2)
+    assert message.startswith("error: TensorRT needs an NVIDIA GPU, and none can be used here")
+    assert message.count("\n") == 1

@@ -20,6 +20,7 @@ SECTIONS = {
     "attention-speed": "Gated cross-attention: time",
     "tile_resample": "tile_resample: results and time",
     "tensorrt": "TensorRT",
+    "rtx": "TensorRT-RTX",
     "tune": "Alternatives, the fastest of each shape first",
 }
 _ORDER = (WRONG, SLOW, PASSED, MEASURED, NOT_RUN)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,3 +79,5 @@ class BackendSpec:
     check_options: Callable[[Mapping[str, Any], Mapping[str, str]], None] = lambda options, chosen: None
     check_limits: Callable[[NvlmConfig, EngineLimits, Mapping[str, str]], None] = lambda config, limits, chosen: None
     placement: Callable[[Engine], TritonPlacement] = lambda engine: TritonPlacement()
+    # returns the lines that `nvlm-trt build` prints about an engine that it has published
+    describe: Callable[[Engine], Sequence[str]] = lambda engine: ()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nvlm_trt import strict_json
+from nvlm_trt.bounded_file import RESULTS_BYTES, read_bounded
 from nvlm_trt.errors import NvlmError, RequestError
 from nvlm_trt.staging import publish_file
 
@@ -18,7 +19,7 @@ def read_document(path: Path) -> Document:
     """Reads a result file. Raises RequestError unless it holds results of this schema version."""
     remedy = "name a file that `nvlm-trt bench --output` wrote"
     try:
-        document = strict_json.loads(path.read_bytes())
+        document = strict_json.loads(read_bounded(path, RESULTS_BYTES))
         if document["kind"] != KIND:
             raise ValueError(f"it is of kind {str(document['kind'])[:40]!r}")
         version = document["schema_version"]

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from nvlm_trt.bounded_file import INDEX_BYTES, read_bounded
 from nvlm_trt.checkpoint.dummy_heads import PROJECTION, padded_shape, real_heads
 from nvlm_trt.checkpoint.safetensors_file import FloatArray, SafetensorsFile, TensorRecord
 from nvlm_trt.checkpoint.writer import INDEX_FILE, WEIGHTS_FILE
@@ -232,9 +233,11 @@ def _shard_names(directory: Path) -> list[str]:
 def _weight_map(index: Path) -> dict[str, str]:
     """Reads model.safetensors.index.json -> tensor name: file name."""
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = json.loads(read_bounded(index, INDEX_BYTES).decode())["weight_map"]
         outside = [name for name in weight_map.values() if Path(name).name != name]
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except OSError as error:
+        raise CheckpointError(f"cannot read {index} ({error.strerror}); restore it from the checkpoint") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(f"{index} is not a safetensors index; restore it from the checkpoint") from None
     if outside:
         raise CheckpointError(f"{index} names {outside[0]!r}, which is not a file beside it; restore the index")

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
+from nvlm_trt.bounded_file import open_regular
 from nvlm_trt.checkpoint.finite import first_not_finite
 from nvlm_trt.errors import CheckpointError
 
@@ -45,9 +46,10 @@ class SafetensorsFile:
         """Raises CheckpointError when the file is absent, truncated, or has a corrupt header."""
         self.path = path
         try:
+            open_regular(path).close()  # safe_open would wait for a pipe
             with safe_open(path, framework="numpy"):
                 pass  # opening is the check
-            self._file: BinaryIO = path.open("rb")
+            self._file: BinaryIO = open_regular(path)
         except FileNotFoundError:
             raise CheckpointError(f"{path} is missing; download or write the checkpoint again") from None
         except (SafetensorError, OSError) as error:

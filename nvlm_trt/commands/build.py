@@ -111,7 +111,8 @@ def build(
     if no_gate and _given(judging):
         raise NvlmError("--no-gate measures nothing; leave out --gate, --gate-samples and --max-accuracy-drop")
     if _given(judging) and not quantised_components(precisions):
-        raise NvlmError(f"an fp32 engine passes no gate, but --{_option(judging)} was given; choose a --precision")
+        given = _option(judging)
+        raise NvlmError(f"an unquantised engine passes no gate, but --{given} was given; choose a --precision")
     if _given(calibrating) and not needs_calibration(precisions):
         raise NvlmError(f"only int8 and fp8 are calibrated, but --{_option(calibrating)} was given; choose one of them")
     if quantised_components(precisions) and not no_gate:
@@ -135,6 +136,8 @@ def build(
             terminal.note(str(cost))
         raise
     _note_gate(engine.manifest.accuracy_gate)
+    for line in spec.describe(engine):
+        terminal.note(line)
     size = sum(record.size for record in engine.manifest.files.values())
     shown = " ".join(f"{name}={value}" for name, value in engine.limits.model_dump().items())
     terminal.note(f"published {output} (NVLM-{engine.config.architecture}, {size / 1e6:.1f} MB, {shown})")

@@ -12,6 +12,7 @@ import typer
 
 from nvlm_trt import terminal
 from nvlm_trt.bounds import MAX_COUNT
+from nvlm_trt.commands.decode_budget import DecodeMemoryOption, DecodeSecondsOption, image_limits
 from nvlm_trt.errors import NvlmError, RequestError
 from nvlm_trt.extras import require
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from nvlm_trt.evaluation.answerers import Answerer
     from nvlm_trt.evaluation.results import Header, SavedResults
     from nvlm_trt.evaluation.samples import Sample
+    from nvlm_trt.image.decoding import ImageLimits
     from nvlm_trt.progress import Progress
 
 _TINYDOCS_COUNT = 200
@@ -54,6 +56,8 @@ def evaluate(
             help="Samples asked at once [the engine's slots, a server 8, the reference one per core].",
         ),
     ] = None,
+    max_decode_seconds: DecodeSecondsOption = None,
+    max_decode_memory: DecodeMemoryOption = None,
     output: Annotated[
         Path | None, typer.Option(help="Results as JSON; an interrupted run of the same command goes on.")
     ] = None,
@@ -79,11 +83,12 @@ def evaluate(
             f"--tolerance {tolerance} is not a finite number up to {_MOST_TOLERANCE:g}; 0.05 allows 5 % to either side"
         )
     options = accuracy.EvalOptions(max_tokens, tolerance)
+    limits = image_limits(max_decode_seconds, max_decode_memory)
     other = read_results(agree_with) if agree_with else None
     with terminal.progress() as progress:
         chosen = _samples(samples, split, tasks, count, metric, progress)
-        digest = digest_of(chosen, progress)
-        answerer = _answerer(engine, url, reference, max_tokens, concurrency)
+        digest = digest_of(chosen, progress, limits)
+        answerer = _answerer(engine, url, reference, max_tokens, concurrency, limits)
         header = accuracy.run_header(digest, len(chosen), answerer, options)
         if other:
             _check_comparable(other, header)
@@ -161,7 +166,12 @@ def _first_of_each_task(samples: Sequence[Sample], count: int | None) -> list[Sa
 
 
 def _answerer(
-    engine: Path | None, url: str | None, reference: Path | None, max_tokens: int, concurrency: int | None
+    engine: Path | None,
+    url: str | None,
+    reference: Path | None,
+    max_tokens: int,
+    concurrency: int | None,
+    limits: ImageLimits,
 ) -> Answerer:
     if sum(source is not None for source in (engine, url, reference)) != 1:
         raise NvlmError("name who answers: pass one of --engine DIR, --url grpc://host:port and --reference CHECKPOINT")
@@ -172,7 +182,7 @@ def _answerer(
     from nvlm_trt.evaluation.answerers import EngineAnswerer, ReferenceAnswerer
 
     if engine is not None:
-        return EngineAnswerer(engine, max_tokens, concurrency)
+        return EngineAnswerer(engine, max_tokens, concurrency, limits)
     assert reference is not None
     return ReferenceAnswerer(reference, max_tokens, concurrency)
 

@@ -24,6 +24,7 @@ from nvlm_trt.engine import Engine, save_manifest
 from nvlm_trt.errors import EngineError
 from nvlm_trt.extras import require
 from nvlm_trt.image.decoding import load_image
+from nvlm_trt.image.image_file import naming_files, read_image_file
 from nvlm_trt.image.tiling import tile_image
 from nvlm_trt.progress import Progress, no_progress
 from nvlm_trt.prompt.encoder import EncodedPrompt, PromptEncoder
@@ -116,7 +117,7 @@ def verify_engine(
             )
     reference = _load_reference(checkpoint)
     report = ParityReport(f"{engine.config.name} on {engine.manifest.backend}", tolerance)
-    data = image.read_bytes() if image is not None else draw_image(engine)
+    data = _read_image(image) if image is not None else draw_image(engine)
     progress("verifying", 0, 3)
     with open_backend(engine) as backend:
         prompt, llm_tokens, cross_kv = _compare_stages(report, engine, backend, reference, data)
@@ -132,6 +133,14 @@ def verify_engine(
     engine.manifest.verification = report.to_dict()
     save_manifest(engine_path, engine.manifest)
     return report
+
+
+def _read_image(path: Path) -> bytes:
+    """Raises ImageError that names the file before the stages are compared."""
+    data = read_image_file(path)
+    with naming_files([path]):
+        load_image(data)
+    return data
 
 
 def _compare_stages(

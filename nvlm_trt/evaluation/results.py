@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from nvlm_trt import strict_json
+from nvlm_trt.bounded_file import RESULTS_BYTES, read_bounded
 from nvlm_trt.errors import NvlmError, RequestError
 
 SCHEMA_VERSION = 1
@@ -129,7 +130,7 @@ def read_results(path: Path) -> SavedResults:
     """Reads a finished results file. Raises RequestError for anything else."""
     remedy = "name a file that `nvlm-trt eval --output` wrote"
     try:
-        document = strict_json.loads(path.read_bytes())
+        document = strict_json.loads(read_bounded(path, RESULTS_BYTES))
         answers = {entry["name"]: entry["answer"] for entry in document["answers"]}
         header = {part: document[part] for part in _NAMES}
     except OSError as error:
@@ -143,7 +144,7 @@ def read_results(path: Path) -> SavedResults:
 def _read_partial(path: Path) -> tuple[SavedResults, int]:
     """Returns the content of FILE.partial and the bytes of its whole lines. Leaves out an incomplete last line."""
     try:
-        data = path.read_bytes()
+        data = read_bounded(path, RESULTS_BYTES)
     except OSError as error:
         raise NvlmError(f"cannot read {path} ({error.strerror}); make it readable or remove it") from None
     whole = data[: data.rfind(b"\n") + 1]

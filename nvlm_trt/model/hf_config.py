@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from nvlm_trt.bounded_file import CONFIG_BYTES, TOKENIZER_BYTES, read_bounded
 from nvlm_trt.errors import ConfigError
 from nvlm_trt.model.config import (
     IMAGE_TOKEN,
@@ -66,10 +67,12 @@ def read_config(directory: Path) -> NvlmConfig:
     Raises ConfigError for a file that is missing, malformed or asks for something that is not supported."""
     path = Path(directory) / "config.json"
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
+        raw = json.loads(read_bounded(path, CONFIG_BYTES).decode())
+    except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"no config.json in {directory}; name a checkpoint directory in HF layout") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"cannot read {path} ({error.strerror}); restore it from the checkpoint") from None
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON ({error}); restore it from the checkpoint") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} does not hold a JSON object; restore it from the checkpoint")
@@ -267,11 +270,13 @@ def _section(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 def _image_token_from_tokenizer(directory: Path) -> int:
     path = directory / "tokenizer.json"
     try:
-        added = json.loads(path.read_text(encoding="utf-8")).get("added_tokens", [])
+        added = json.loads(read_bounded(path, TOKENIZER_BYTES).decode()).get("added_tokens", [])
         ids = {token["content"]: int(token["id"]) for token in added}
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"no tokenizer.json in {directory}; copy the one the model was trained with") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"cannot read {path} ({error.strerror}); restore it from the checkpoint") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON ({error}); restore it from the checkpoint") from None
     except (AttributeError, KeyError, TypeError, ValueError):
         raise ConfigError(f"{path} is not a tokenizer of HF layout; restore it from the checkpoint") from None

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from nvlm_trt import strict_json
 from nvlm_trt.api import Delta, Message, SamplingParams, TokenLogprob, Usage
-from nvlm_trt.errors import ImageError, NvlmError, QueueFullError, RequestError, ServerError
+from nvlm_trt.errors import ImageError, NvlmError, ParameterError, QueueFullError, RequestError, ServerError
 from nvlm_trt.prompt.conversation import parse_messages
 
 MODEL = "nvlm"
@@ -23,6 +23,9 @@ IMAGE_ENCODER = "image_encoder"
 # Triton streams only the message of an error, so the message begins with the kind of error.
 _INVALID_REQUEST = "invalid request: "
 _QUEUE_FULL = "queue full: "
+# Triton's own words: once it exits or before it has loaded its models, and for a request that no region may hold
+_NOT_READY = re.compile(r"has no available versions|Server not ready")
+_TOO_LARGE = re.compile(r"Failed to increase the shared memory pool .*File too large")
 _OF_AN_ENSEMBLE = re.compile(rf"^in ensemble '(?:{ENSEMBLE}|{IMAGE_ENCODER})', ")
 
 
@@ -42,7 +45,7 @@ def parse_sampling(data: bytes | None) -> SamplingParams:
         return SamplingParams()
     values = _json(data, "sampling_parameters")
     if not isinstance(values, dict):
-        raise RequestError('sampling_parameters must be a JSON object, {"temperature": 0.7} for example')
+        raise ParameterError('sampling_parameters must be a JSON object, {"temperature": 0.7} for example')
     return SamplingParams.from_dict(values)
 
 
@@ -85,6 +88,10 @@ def decode_error(message: str) -> NvlmError:
     for prefix, kind in ((_INVALID_REQUEST, RequestError), (_QUEUE_FULL, QueueFullError)):
         if message.startswith(prefix):
             return kind(message.removeprefix(prefix))
+    if _NOT_READY.search(message):
+        return ServerError("the server is stopping, or not ready yet; send the request to another one")
+    if _TOO_LARGE.search(message):
+        return RequestError("the request is larger than the server takes; send fewer or smaller images")
     return ServerError(message)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
 
@@ -16,6 +15,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from nvlm_trt.api import Answer, Delta, EncodedImage, Message, SamplingParams, merge_deltas
 from nvlm_trt.closing import ClosedOnExit
 from nvlm_trt.errors import RequestError, ServerError
+from nvlm_trt.image.image_file import read_image_file
 from nvlm_trt.prompt.conversation import lift_images
 from nvlm_trt.serving.chat_tensors import MODEL
 from nvlm_trt.serving.grpc_messages import delta_of, infer_request
@@ -197,7 +197,7 @@ def _request(
     beside: Sequence[EncodedImage] = _as_list(images)
     if messages is not None and all(isinstance(message, Message) for message in messages):
         messages, beside = lift_images(cast("Sequence[Message]", messages), beside)
-    encoded = [image if isinstance(image, bytes) else _read_file(Path(image)) for image in beside]
+    encoded = [image if isinstance(image, bytes) else read_image_file(image) for image in beside]
     return infer_request(prompt, messages, encoded, sampling, max_tiles)
 
 
@@ -205,13 +205,6 @@ def _as_list(images: Iterable[EncodedImage]) -> list[EncodedImage]:
     if isinstance(images, (bytes, str, os.PathLike)):
         raise RequestError("`images` is a single image; pass a list of images")
     return list(images)
-
-
-def _read_file(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise RequestError(f"cannot read image {path} ({error.strerror}); name a readable image file") from None
 
 
 def _answer(deltas: Sequence[Delta]) -> Answer:

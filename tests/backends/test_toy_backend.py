@@ -230,7 +230,7 @@ def test_plan(spec: BackendSpec, run_cli: RunCli) -> None:
 
 def test_triton_repository(built: Engine, tmp_path: Path) -> None:
     placement = placement_of(built)
-    render_repository(built, placement, tmp_path / "models", tmp_path / "draining", RepositoryOptions())
+    render_repository(built, placement, tmp_path / "models", 7, RepositoryOptions())
     configs = {
         folder.name: text_format.Parse((folder / "config.pbtxt").read_text(), model_config_pb2.ModelConfig())
         for folder in (tmp_path / "models").iterdir()

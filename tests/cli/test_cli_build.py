@@ -23,7 +23,7 @@ Directory = Callable[[str], Path]
         (("--precision", "int8", "--calibration", "none.json"), ("none.json", "JSONL")),
         (("--precision", "int8", "--gate", "none.jsonl"), ("none.jsonl",)),
         (("--precision", "int8", "--no-gate", "--gate-samples", "3"), ("--no-gate measures nothing",)),
-        (("--gate-samples", "3"), ("an fp32 engine passes no gate", "--gate-samples")),
+        (("--gate-samples", "3"), ("an unquantised engine passes no gate", "--gate-samples")),
         (("--precision", "int4-weight-only", "--calibration", "a.jsonl"), ("only int8 and fp8", "--calibration")),
     ],
 )

@@ -37,13 +37,22 @@ class HasMetrics(Protocol):
 
 
 def metric(server: HasMetrics, name: str) -> float:
-    """Reads a metric, summed over its labels."""
+    """Reads a metric, summed over its labels unless `name` has them all."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(server.metrics_address) as response:
         text = response.read().decode()
-    values = re.findall(rf"^{name}(?:{{.*}})? (\S+)$", text, re.MULTILINE)
+    values = re.findall(rf"^{re.escape(name)}(?:{{.*}})? (\S+)$", text, re.MULTILINE)
     assert values, f"{name} is not among the metrics"
     return sum(map(float, values))
+
+
+def is_ready_over_http(address: str) -> bool:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(address + "/v2/health/ready", timeout=5) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
 
 
 def ask_raw(server: TritonServer, request: service_pb2.ModelInferRequest) -> list[Delta]:

@@ -11,6 +11,16 @@ from typing import Any
 
 from nvlm_trt.errors import EngineError
 
+# in lower case, without spaces; "resource ..." is what a thread says that cannot start
+_OUT_OF_MEMORY = (
+    "outofmemory",
+    "bad_alloc",
+    "couldnotbeallocated",
+    "failedtoallocate",
+    "cannotallocatememory",
+    "resourcetemporarilyunavailable",
+)
+
 
 def parse(parser: Any, graph: Path, remedy: str) -> None:
     """Parse an ONNX file. Raises EngineError, which names the node and ends with `remedy`."""
@@ -21,16 +31,31 @@ def parse(parser: Any, graph: Path, remedy: str) -> None:
     raise EngineError(f"{graph.name}: TensorRT's parser refuses {first}; {remedy}")
 
 
-def stream_writer(trt: Any, file: Any) -> Any:
-    """Return an IStreamWriter into an open file."""
+def build_to_file(trt: Any, builder: Any, network: Any, config: Any, plan: Path) -> bool:
+    """Build a network and write its plan while the builder makes it, so that memory does not hold the plan twice.
+
+    Return False if the builder logged why it failed. Raises OSError if the file cannot be written."""
 
     class StreamWriter(trt.IStreamWriter):
-        """Writes a plan while TensorRT makes it, so that memory does not hold the plan twice."""
+        """Keeps the error of a write: NVIDIA's libraries print it and go on as if everything were written."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.failure: OSError | None = None
 
         def write(self, data: bytes) -> int:
-            return int(file.write(data))
+            try:
+                return 0 if self.failure else int(file.write(data))
+            except OSError as error:
+                self.failure = error
+                return 0
 
-    return StreamWriter()
+    with plan.open("wb") as file:
+        writer = StreamWriter()
+        built = builder.build_serialized_network_to_stream(network, config, writer)
+        if writer.failure:
+            raise writer.failure
+    return bool(built)
 
 
 @functools.cache
@@ -55,7 +80,7 @@ def error_log(trt: Any) -> Any:
 def is_out_of_memory(error: str) -> bool:
     """Return whether a logged error says that memory does not suffice."""
     text = error.lower().replace(" ", "")
-    return any(words in text for words in ("outofmemory", "bad_alloc", "couldnotbeallocated", "failedtoallocate"))
+    return any(words in text for words in _OUT_OF_MEMORY)
 
 
 def one_line(error: object) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import onnx
 
 from nvlm_trt.backends.plans.linter import check_graph
-from nvlm_trt.backends.plans.network import error_log, is_out_of_memory, one_line, parse, stream_writer
+from nvlm_trt.backends.plans.network import build_to_file, error_log, is_out_of_memory, one_line, parse
 from nvlm_trt.backends.plans.profiles import Profile
 from nvlm_trt.backends.tensorrt.options import PlanOptions
 from nvlm_trt.backends.tensorrt.target import import_tensorrt
@@ -62,9 +62,7 @@ def build_plan(
             raise EngineError(f"{graph.name}: TensorRT refuses its configuration: {one_line(error)}") from error
         if options.strip_weights:
             config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL)
-        with plan.open("wb") as file:
-            built = builder.build_serialized_network_to_stream(network, config, stream_writer(trt, file))
-        if not built:
+        if not build_to_file(trt, builder, network, config, plan):
             raise EngineError(f"{graph.name} could not be built{_explain(expected, logger.errors)}")
         if timing_cache:
             _save_timing_cache(config, timing_cache)

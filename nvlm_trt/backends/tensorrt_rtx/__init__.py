@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nvlm_trt.backends.plans import PREFILL_CHUNK
@@ -88,6 +88,19 @@ def _placement(engine: Engine) -> TritonPlacement:
     return TritonPlacement(max_tiles=most)
 
 
+def _describe(engine: Engine) -> Sequence[str]:
+    from nvlm_trt.backends.tensorrt_rtx.record import record_of
+    from nvlm_trt.backends.tensorrt_rtx.target import names_of
+
+    record = record_of(engine)
+    lines = [f"plans for compute capability {names_of(record.targets)}; tried on {record.tried_on}"]
+    composed = [stage for stage, fused in record.fused.items() if not fused]
+    if composed and record.dtype != "fp32":
+        stages = ", ".join(composed)
+        lines.append(f"warning: {stages}: no fused attention kernel, so attention keeps all scores in memory")
+    return lines
+
+
 SPEC = BackendSpec(
     name=NAME,
     summary="tensorrt-rtx (RTX GPUs, built with or without one, docs/tensorrt.md)",
@@ -102,4 +115,5 @@ SPEC = BackendSpec(
     check_options=_check_options,
     check_limits=_check_limits,
     placement=_placement,
+    describe=_describe,
 )

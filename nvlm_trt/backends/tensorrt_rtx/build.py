@@ -67,9 +67,9 @@ class RtxSteps:
                 progress(f"building {stage}", done, len(graphs))
                 plan = directory / f"{stage}.plan"
                 fuse = dtype != "fp32"  # float32 has no fused kernel
-                fused[stage] = build_plan(
-                    graph, plan, self._profiles[stage], self._options, fuse, expected.host_building
-                )
+                attention = build_plan(graph, plan, self._profiles[stage], self._options, fuse, expected.host_building)
+                if attention is not None:
+                    fused[stage] = attention
             progress("building", len(graphs), len(graphs))
         return self._record(dtype, fused).model_dump()
 

@@ -13,7 +13,8 @@ class RtxRecord(PlanRecord):
 
     version: str  # version of TensorRT-RTX: only this version reads the plans
     targets: list[str]  # as "sm89"; none: TensorRT-RTX's default targets
-    fused: dict[str, bool]  # stage -> whether every attention has a fused kernel on every target
+    # stage with attention -> whether every attention has a fused kernel on every target
+    fused: dict[str, bool]
     # "onnx": temporary engines of a build without a GPU, which ONNX Runtime runs
     form: Literal["plan", "onnx"] = "plan"
     tried_on: str  # the GPU that ran the plans before they were published, or the CPU, which ran the graphs

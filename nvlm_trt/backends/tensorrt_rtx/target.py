@@ -19,7 +19,12 @@ _DEFAULT = TARGETS[1:]  # of a plan without targets
 INSTALL = "pip install 'nvlm-trt[tensorrt-rtx]'"
 
 # precision -> the targets for which TensorRT-RTX 1.7.1 refuses to build it
-_WITHOUT = {"fp32": ("sm75",), "bf16": ("sm75",), "fp8": ("sm75", "sm80", "sm86")}
+_WITHOUT = {
+    "fp32": ("sm75",),
+    "bf16": ("sm75",),
+    "fp8": ("sm75", "sm80", "sm86"),
+    "int4-weight-only": ("sm75",),
+}
 
 
 def import_rtx() -> Any:
@@ -46,7 +51,7 @@ def parse_targets(text: str | None) -> tuple[str, ...]:
 
 def check_precisions(targets: Sequence[str], precisions: Mapping[str, str]) -> None:
     """Raise EngineError for a target that lacks a precision of the engine."""
-    for precision in {*precisions.values(), floating_type(precisions)}:
+    for precision in dict.fromkeys((*precisions.values(), floating_type(precisions))):
         lacking = [target for target in targets if target in _WITHOUT.get(precision, ())]
         if lacking:
             raise EngineError(

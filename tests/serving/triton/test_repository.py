@@ -14,13 +14,13 @@ from nvlm_trt.engine import Engine
 from nvlm_trt.errors import ServerError
 from nvlm_trt.image.decoding import ImageLimits
 from nvlm_trt.machine import available_cores
-from nvlm_trt.serving.triton import repository
+from nvlm_trt.serving.triton import shared_memory
 from nvlm_trt.serving.triton.repository import (
     RepositoryOptions,
-    check_shared_memory,
     placement_of,
     render_repository,
 )
+from nvlm_trt.serving.triton.shared_memory import SharedMemory
 
 MODELS = {"tiling", "vision_encoder", "nvlm", "image_encoder", "nvlm_ensemble"}
 ENSEMBLES = {
@@ -37,7 +37,7 @@ def opened(engine: Callable[[str], Path]) -> Engine:
 
 def render(engine: Engine, directory: Path, options: RepositoryOptions | None = None) -> Configs:
     placement = placement_of(engine)
-    render_repository(engine, placement, directory, directory / "draining", options or RepositoryOptions())
+    render_repository(engine, placement, directory, 7, options or RepositoryOptions())
     return {
         folder.name: text_format.Parse((folder / "config.pbtxt").read_text(), model_config_pb2.ModelConfig())
         for folder in directory.iterdir()
@@ -97,7 +97,7 @@ def test_paths_and_options_arrive_as_they_are(opened: Engine, tmp_path: Path) ->
         assert parameter(configs[name], "engine") == str(odd)
         assert parameter(configs[name], "threads") == "3"
     assert parameter(configs["nvlm"], "max_queue") == "5"
-    assert parameter(configs["nvlm"], "drain_file") == str(tmp_path / "models" / "draining")
+    assert parameter(configs["nvlm"], "drain_descriptor") == "7"
     for name in ("tiling", "nvlm"):
         assert (parameter(configs[name], "max_pixels"), parameter(configs[name], "max_images")) == ("7", "2")
 
@@ -107,7 +107,8 @@ def test_threads_are_the_cores_at_hand(opened: Engine, tmp_path: Path) -> None:
 
 
 def test_too_little_shared_memory_is_an_error(opened: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_shared_memory(opened, placement_of(opened))
-    monkeypatch.setattr(repository, "_SHARED_MEMORY_SLACK", 1 << 60)
+    memory = SharedMemory(opened, placement_of(opened), ImageLimits())
+    memory.check()
+    monkeypatch.setattr(shared_memory, "_SHARED_MEMORY_SLACK", 1 << 60)
     with pytest.raises(ServerError, match="--shm-size"):
-        check_shared_memory(opened, placement_of(opened))
+        memory.check()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
 
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import EngineError
@@ -28,4 +30,8 @@ def open_engine(parameters: Mapping[str, str]) -> Engine:
 
 
 def image_limits(parameters: Mapping[str, str]) -> ImageLimits:
-    return ImageLimits(**{name: int(parameters[name]) for name in ("max_pixels", "max_bytes", "max_images")})
+    """Read the limits; one that is missing has its default."""
+    limits: dict[str, Any] = {
+        field.name: json.loads(parameters[field.name]) for field in fields(ImageLimits) if field.name in parameters
+    }
+    return ImageLimits(**limits)

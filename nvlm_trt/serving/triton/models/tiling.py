@@ -8,16 +8,20 @@ import numpy as np
 import numpy.typing as npt
 
 from nvlm_trt.errors import ImageError, NvlmError, RequestError
-from nvlm_trt.image.decoding import load_image
-from nvlm_trt.image.tiling import tile_image
+from nvlm_trt.image.decoder import ImageDecoder
+from nvlm_trt.image.tiling import normalise_tiles
 from nvlm_trt.limits import EngineLimits
+from nvlm_trt.serving.sent_images import image_files
 from nvlm_trt.serving.triton.models.inputs import input_array, refuse_parameters
+from nvlm_trt.serving.triton.models.packed_tiles import unpack_tiles
 from nvlm_trt.serving.triton.models.parameters import image_limits, read_parameters
 from nvlm_trt.serving.triton.models.responses import Responses
 
 
 class TilingModel:
-    """A python model without state. Decodes and resizes an image on one core."""
+    """A python model without state. Decodes and resizes one image at a time, in another process.
+
+    `nvlm` sends the tiles of an image that it has decoded, packed, in the place of the image."""
 
     def __init__(self, pb_utils: Any) -> None:
         self._pb_utils = pb_utils
@@ -29,9 +33,13 @@ class TilingModel:
         self._tile_size = int(parameters["tile_size"])
         self._engine_limits = EngineLimits(max_tiles=int(parameters["max_tiles"]))
         self._image_limits = image_limits(parameters)
+        self._decoder = ImageDecoder(self._image_limits, workers=1)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         return [self._respond(request) for request in requests]
+
+    def finalize(self) -> None:
+        self._decoder.close()
 
     def _respond(self, request: Any) -> Any:
         pb_utils = self._pb_utils
@@ -47,26 +55,29 @@ class TilingModel:
         counts = np.array([len(image) for image in tiles], np.int32)
         return pb_utils.InferenceResponse(
             [
-                self._pixel_tensor(np.concatenate(tiles)),  # [n, 3, E, E]
+                self._pixel_tensor(normalise_tiles(np.concatenate(tiles))),  # [n, 3, E, E]
                 pb_utils.Tensor("tiles_per_image", counts),  # [images]
             ]
         )
 
-    def _tile(self, images: list[bytes], max_tiles: int) -> list[npt.NDArray[np.float32]]:
-        """Tile each image into an array [tiles, 3, E, E]."""
+    def _tile(self, images: list[bytes], max_tiles: int) -> list[npt.NDArray[np.uint8]]:
+        """Cut each image into RGB tiles [tiles, 3, E, E]."""
         if not images:
             raise RequestError(f"the request has 0 images, 1 to {self._image_limits.max_images} are allowed")
-        self._image_limits.check_count(len(images))
         self._engine_limits.check_max_tiles(max_tiles)
         tiles = []
-        for index, data in enumerate(images, start=1):
+        for index, data in enumerate(image_files(images, self._image_limits), start=1):
             try:
-                image = load_image(data, self._image_limits)
+                packed = unpack_tiles(data, self._tile_size, self._engine_limits.tiles_per_image)
+                tiles.append(self._decode(data, max_tiles) if packed is None else packed)
             except ImageError as error:
                 where = "image: " if len(images) == 1 else f"image {index}: "
                 raise ImageError(where + str(error).removeprefix("image: ")) from error
-            tiles.append(tile_image(image, self._tile_size, max_tiles))
         return tiles
+
+    def _decode(self, data: bytes, max_tiles: int) -> npt.NDArray[np.uint8]:
+        with self._decoder.turn() as turn:
+            return turn.tiles(data, self._tile_size, max_tiles)  # [tiles, 3, E, E]
 
     def _pixel_tensor(self, pixels: npt.NDArray[np.float32]) -> Any:
         """Make the tensor `pixel_values` of pixels [n, 3, E, E], in the type that the vision encoder takes."""
