@@ -15,12 +15,15 @@ def make_owned_folder(path: Path) -> int:
     A process number in the name would not do: containers that share a file system number their processes alike."""
     while True:
         path.mkdir(mode=0o700)
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        # another process may remove the folder as abandoned until it is locked
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            continue
         try:
             # a file system without locks: nobody can take the folder for abandoned there
             with contextlib.suppress(OSError):
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
-            # another process may have removed the folder as abandoned before it was locked
             if os.stat(path).st_ino == os.fstat(descriptor).st_ino:
                 return descriptor
         except FileNotFoundError:

@@ -92,7 +92,13 @@ def _remove_leftovers(target: Path) -> None:
 
 def is_replaceable(target: Path, mark: str) -> bool:
     """Whether --overwrite may remove `target`: a folder that holds a file named `mark`, or an empty folder."""
-    return target.is_dir() and ((target / mark).exists() or not any(target.iterdir()))
+    try:
+        names = os.listdir(target)
+    except FileNotFoundError:
+        return not target.is_symlink()  # another process has removed it meanwhile
+    except NotADirectoryError:
+        return False
+    return mark in names or not names
 
 
 @contextlib.contextmanager

@@ -49,7 +49,7 @@ def engine_writer(target: Path, overwrite: bool, together: threading.Barrier) ->
         with publish(target, overwrite) as directory:
             for name in (MANIFEST, "a", "b"):
                 (directory / name).write_text(str(number))
-            together.wait(30)
+            together.wait(120)
 
     return write
 

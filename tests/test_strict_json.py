@@ -24,6 +24,8 @@ FOLDERS = ("nvlm_trt", "builders", "plugins", "triton_repo", "lab", "training", 
 def calls() -> Iterator[tuple[str, ast.Call]]:
     for folder in FOLDERS:
         for path in (ROOT / folder).rglob("*.py"):
+            if (ROOT / "lab" / "reliability") in path.parents:
+                continue  # it sends wrong JSON on purpose
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.Call) and ast.unparse(node.func) in ("json.dumps", "json.dump"):
                     yield f"{path.relative_to(ROOT)}:{node.lineno}", node

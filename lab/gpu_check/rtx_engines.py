@@ -147,7 +147,7 @@ def _samples(folder: Path) -> Path:
     lines = [{"prompt": question * min(repeats, 4), "answer": "-"} for question, repeats, _ in PROMPTS]
     lines[0]["image"] = "picture.png"
     path = folder / "samples.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    path.write_text("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines), encoding="utf-8")
     return path
 
 

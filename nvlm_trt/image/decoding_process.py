@@ -65,7 +65,7 @@ class DecodingProcess:
         """Begin a job. The worker must be idle. Raises WorkerError."""
         write_whole(self._mailbox, data)
         try:
-            self._socket.send(json.dumps({**job, "bytes": len(data)}).encode())
+            self._socket.send(json.dumps({**job, "bytes": len(data)}, allow_nan=False).encode())
         except OSError:
             raise WorkerError(None) from None
 

@@ -88,7 +88,7 @@ def _report_ended(workers: dict[int, socket.socket]) -> None:
         while (ended := os.waitpid(-1, os.WNOHANG))[0]:
             pid, status = ended
             with workers.pop(pid) as worker, contextlib.suppress(OSError):  # the owner may be gone
-                worker.send(json.dumps({"status": os.waitstatus_to_exitcode(status)}).encode())
+                worker.send(json.dumps({"status": os.waitstatus_to_exitcode(status)}, allow_nan=False).encode())
 
 
 # --- a worker --------------------------------------------------------------------------------------------------------
@@ -103,9 +103,9 @@ def _run_worker(connection: socket.socket, mailbox: int) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libtiff and aborts print; the owner tells errors in one line
         fcntl.fcntl(connection, fcntl.F_SETOWN, os.getpid())
         fcntl.fcntl(connection, fcntl.F_SETFL, fcntl.fcntl(connection, fcntl.F_GETFL) | os.O_ASYNC)
-        connection.send(json.dumps({"pid": os.getpid()}).encode())
+        connection.send(json.dumps({"pid": os.getpid()}, allow_nan=False).encode())
         while message := connection.recv(MESSAGE_BYTES):
-            connection.send(json.dumps(_reply(json.loads(message), mailbox, connection)).encode())
+            connection.send(json.dumps(_reply(json.loads(message), mailbox, connection), allow_nan=False).encode())
     finally:
         os._exit(0)
 

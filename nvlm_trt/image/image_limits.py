@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar
 
-from pydantic import Field, PositiveInt
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from nvlm_trt.errors import TooLargeError
@@ -24,11 +24,11 @@ class ImageLimits(CheckedFields):
     REMEDY: ClassVar[str] = f"use a positive number, for max_pixels at most {PILLOW_CEILING}, Pillow's ceiling"
 
     max_pixels: Annotated[int, Field(gt=0, le=PILLOW_CEILING)] = 64_000_000  # width x height in the header
-    max_bytes: PositiveInt = 32 << 20  # of the encoded image
-    max_images: PositiveInt = 16
+    max_bytes: Annotated[int, Field(gt=0, le=1 << 40)] = 32 << 20  # of the encoded image
+    max_images: Annotated[int, Field(gt=0, le=1 << 16)] = 16
     # of one image, from its bytes to its tiles; nvlm_trt.image.decoder keeps both
     max_decode_seconds: Annotated[float, Field(gt=0, le=_MOST_SECONDS)] = 5.0  # CPU time
-    max_decode_memory: PositiveInt = 2 << 30  # bytes
+    max_decode_memory: Annotated[int, Field(gt=0, le=1 << 46)] = 2 << 30  # bytes
 
     def check_count(self, images: int) -> None:
         """Check the number of images of a request. Raises TooLargeError."""

@@ -66,7 +66,7 @@ def main() -> None:
         # the builder lets other threads run
         threading.Thread(target=_end_with_input, daemon=True).start()
         threading.Thread(target=_end_without_progress, daemon=True).start()
-        json.dump(asdict(fulfil(order)), answers)
+        json.dump(asdict(fulfil(order)), answers, allow_nan=False)
 
 
 def _end_with_input() -> None:

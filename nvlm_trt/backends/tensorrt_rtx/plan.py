@@ -70,7 +70,7 @@ def _run(order: PlanOrder) -> PlanAnswer:
         assert process.stdout is not None
         try:
             with contextlib.suppress(BrokenPipeError):  # it is dead already, and gives no answer
-                process.stdin.write(json.dumps(asdict(order)).encode() + b"\n")
+                process.stdin.write(json.dumps(asdict(order), allow_nan=False).encode() + b"\n")
                 process.stdin.flush()
             answer = process.stdout.read()
             if not answer:
