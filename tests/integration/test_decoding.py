@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import psutil
 import pytest
 from live_server import ServerByName, ask_raw, make_image, metric, wait_until, wait_until_idle
+from tritonclient.grpc import service_pb2_grpc
 
 from lab import bombs
 from nvlm_trt.errors import RequestError
@@ -105,6 +108,33 @@ def test_others_are_answered_beside_20_bombs_and_cancelling_ends_them(patient: T
     asyncio.run(asyncio.wait_for(attack(), WAIT))
     wait_until(lambda: not decoding(patient), "no image is decoded")
     wait_until_idle(patient)
+
+
+def test_images_of_nvlm_do_not_wait_for_those_of_the_ensemble(patient: TritonServer) -> None:
+    with (
+        grpc.insecure_channel(patient.address.removeprefix("grpc://")) as channel,
+        Client(patient.address) as client,
+        ThreadPoolExecutor(6) as pool,
+    ):
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        request = infer_request("What?", images=[ENDLESS], model="nvlm_ensemble")
+        calls = [stub.ModelStreamInfer(iter([request])) for _ in range(6)]
+        waiting = [pool.submit(list, call) for call in calls]
+        try:
+            wait_until(lambda: bool(decoding(patient)), "a bomb is decoded")
+            started = time.monotonic()
+            assert client.generate("What?", images=[make_image(5)], sampling=SHORT).token_ids
+            assert time.monotonic() - started < WAIT
+            assert not any(call.done() for call in waiting)
+        finally:
+            for call in calls:
+                call.cancel()
+
+
+def test_image_encoder_takes_no_encoded_images(patient: TritonServer) -> None:
+    request = infer_request(None, images=[make_image(1)], model="image_encoder")
+    with pytest.raises(RequestError, match="image: encoded, but only nvlm calls this model; send it to nvlm or"):
+        ask_raw(patient, request)
 
 
 def decoding(server: TritonServer) -> list[psutil.Process]:
