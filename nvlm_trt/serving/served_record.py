@@ -1,4 +1,4 @@
-"""What a server says about the engine that it has loaded."""
+"""Describes the engine that a server has loaded, as the server tells its clients."""
 
 from __future__ import annotations
 
