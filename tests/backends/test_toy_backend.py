@@ -267,6 +267,9 @@ def test_a_stage_that_cannot_be_opened_closes_the_one_before(built: Engine) -> N
     closed: list[str] = []
 
     class Watched(AbacusBackend):
+        def __enter__(self) -> Watched:
+            return self
+
         def __exit__(self, *_: Any) -> None:
             closed.append(",".join(self.stages))
 
