@@ -290,7 +290,12 @@ def test_closing_ends_the_workers() -> None:
 
 
 def servers(owner: psutil.Process) -> list[psutil.Process]:
-    return [child for child in owner.children() if any("decoding_worker" in word for word in child.cmdline())]
+    found = []
+    for child in owner.children():
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            if any("decoding_worker" in word for word in child.cmdline()):
+                found.append(child)
+    return found
 
 
 def busy_workers(server: psutil.Process | None = None) -> list[psutil.Process]:

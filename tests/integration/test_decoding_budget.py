@@ -39,7 +39,7 @@ def start(path: Path, seconds: float) -> Iterator[TritonServer]:
     with TritonServer(path, ServerOptions(repository=RepositoryOptions(image_limits=limits))) as server:
         yield server
         running = processes(server)
-        assert any("decoding_worker" in word for process in running for word in process.cmdline())
+        assert any(map(is_worker, running))
     wait_until(lambda: not any(process.is_running() for process in running), "all processes have ended")
 
 
@@ -138,9 +138,14 @@ def test_image_encoder_takes_no_encoded_images(patient: TritonServer) -> None:
 
 
 def decoding(server: TritonServer) -> list[psutil.Process]:
-    """Lists the workers that decode: a worker that waits is asleep, and its parent is a Python process."""
-    return [
-        process
-        for process in processes(server)
-        if any("decoding_worker" in word for word in process.cmdline()) and process.status() == psutil.STATUS_RUNNING
-    ]
+    """Lists the processes that decode: workers that wait are asleep."""
+    return [process for process in processes(server) if is_worker(process, psutil.STATUS_RUNNING)]
+
+
+def is_worker(process: psutil.Process, *states: str) -> bool:
+    """Returns whether this is a decoding worker, or the server of some, in one of `states` if there are any."""
+    try:
+        named = any("decoding_worker" in word for word in process.cmdline())
+        return named and (not states or process.status() in states)
+    except psutil.Error:  # it has just ended
+        return False
