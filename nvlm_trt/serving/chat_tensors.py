@@ -19,6 +19,7 @@ from nvlm_trt.prompt.conversation import parse_messages
 MODEL = "nvlm"
 ENSEMBLE = "nvlm_ensemble"
 IMAGE_ENCODER = "image_encoder"
+PACKED_ONLY = "2"  # the version of `tiling` that takes packed tiles from `nvlm` only
 
 # Triton streams only the message of an error, so the message begins with the kind of error.
 _INVALID_REQUEST = "invalid request: "

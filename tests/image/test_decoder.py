@@ -21,6 +21,7 @@ from PIL import Image
 
 from lab import bombs
 from nvlm_trt.errors import ImageError, RequestError
+from nvlm_trt.image import decoder as decoder_module
 from nvlm_trt.image import decoding_process, fork_server
 from nvlm_trt.image.decoder import ImageDecoder
 from nvlm_trt.image.decoding import ImageLimits, load_image
@@ -180,14 +181,16 @@ def test_slow_images_come_through_one_after_another() -> None:
 
 @pytest.fixture
 def aborting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Makes workers that abort, or wait for ever, when an image begins so."""
+    """Makes workers that abort, wait or raise an error when an image begins so."""
     patch = """
-import os, signal
+import os, time
 from nvlm_trt.image import decoding_worker
 load = decoding_worker.load_image
 def faulty(data, limits=None):
     if data.startswith(b"abort"):
         os.abort()
+    if data.startswith(b"wait"):
+        time.sleep(1000)
     if data.startswith(b"defect"):
         raise ZeroDivisionError
     return load(data, limits)
@@ -214,13 +217,23 @@ def test_a_crash_is_one_line_and_the_next_image_is_decoded(decoder: ImageDecoder
 
 
 @pytest.mark.usefixtures("aborting")
+def test_a_worker_that_stands_still_is_given_up(decoder: ImageDecoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoder_module, "_STALLED_SECONDS", 0.2)
+    monkeypatch.setattr(decoder_module, "_STALLED_FACTOR", 0)
+    with pytest.raises(ImageError, match="decoding got no CPU time; send it again"):
+        tiles(decoder, b"wait")
+
+
+@pytest.mark.usefixtures("aborting")
 def test_a_server_that_was_killed_is_started_again(decoder: ImageDecoder) -> None:
     assert len(tiles(decoder, encoded(noise()))) == 7
     server = decoding_process.FORK_SERVER._process
     assert server is not None
-    for process in (*psutil.Process(server.pid).children(), server):
+    workers = psutil.Process(server.pid).children()
+    for process in (*workers, server):
         process.send_signal(signal.SIGKILL)
     server.wait(WAIT)
+    wait_for(lambda: not any(worker.is_running() for worker in workers))
     assert len(tiles(decoder, encoded(noise()))) == 7
 
 
@@ -277,7 +290,12 @@ def test_closing_ends_the_workers() -> None:
 
 
 def servers(owner: psutil.Process) -> list[psutil.Process]:
-    return [child for child in owner.children() if any("decoding_worker" in word for word in child.cmdline())]
+    found = []
+    for child in owner.children():
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            if any("decoding_worker" in word for word in child.cmdline()):
+                found.append(child)
+    return found
 
 
 def busy_workers(server: psutil.Process | None = None) -> list[psutil.Process]:

@@ -20,6 +20,7 @@ from nvlm_trt.serving.triton.server import TritonServer
 
 ServerByName = Callable[[str], TritonServer]
 MAX_QUEUE = 12
+REPORT_SECONDS = 0.3  # more than a server takes to report
 ENDLESS = {"max_tokens": 3000, "ignore_eos": True}
 
 
@@ -71,6 +72,7 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float = 20) ->
 
 def wait_until_idle(server: TritonServer) -> None:
     """Waits until the metrics count all requests that have ended, the two requests of the server's start included."""
+    time.sleep(REPORT_SECONDS)  # the page may still show the time before the last request
     wait_until(lambda: metric(server, "nvlm_finished_requests_total") >= 2, "the first requests are counted")
     wait_until(lambda: metric(server, "nvlm_open_requests") == 0, "no open requests")
     wait_until(lambda: metric(server, "nvlm_active_slots") == 0, "no active slots")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +25,6 @@ from nvlm_trt.serving.triton.server import ServerOptions, TritonServer
 
 DOCS = Path(__file__).parents[2] / "docs"
 SLOTS = 8
-REPORT_SECONDS = 0.3  # more than the server takes to report
 Series = dict[tuple[str, str], float]  # (name, value of the label, if there is one) -> value
 
 
@@ -61,7 +59,6 @@ def growth(server: TritonServer, before: Series, requests: int) -> Series:
     wait_until(lambda: ended(read(server)) - ended(before) >= requests, "all requests are counted")
     page, last = read(server), before
     while page != last:  # observations follow a little later
-        time.sleep(REPORT_SECONDS)
         page, last = read(server), page
     return {key: value - before[key] for key, value in page.items() if value != before[key]}
 

@@ -16,6 +16,7 @@ from nvlm_trt.errors import ServerError
 from nvlm_trt.image.decoder import default_workers
 from nvlm_trt.image.decoding import ImageLimits
 from nvlm_trt.machine import available_cores
+from nvlm_trt.serving.chat_tensors import PACKED_ONLY
 from nvlm_trt.serving.served_record import ServedRecord
 
 # Images whose tiles are sent through the ensemble at once. Each blocks one of the python backend's threads, which also
@@ -28,7 +29,7 @@ _BATCHED_IMAGES = 4
 _BATCHING_DELAY_US = 1000
 
 ENGINE_LINK = "engine"  # to the engine directory, in the directory that the server runs in
-
+_VERSIONS = {"tiling": ("1", PACKED_ONLY)}  # of one code; other models have version 1
 _VISION_ENCODER = "vision_encoder"  # the name of the model; its folder in triton_repo may have another name
 
 
@@ -51,12 +52,13 @@ def render_repository(
     DrainChannel."""
     values = _template_values(engine, placement, drain_descriptor, options)
     for name, model in _sources(placement.vision_model).items():
-        version = directory / name / "1"
-        version.mkdir(parents=True)
         template = string.Template((model / "config.pbtxt").read_text(encoding="utf-8"))
+        for version in _VERSIONS.get(name, ("1",)):
+            folder = directory / name / version
+            folder.mkdir(parents=True)
+            for source in (model / "1").glob("*.py"):
+                shutil.copy(source, folder)
         (directory / name / "config.pbtxt").write_text(template.substitute(values), encoding="utf-8")
-        for source in (model / "1").glob("*.py"):
-            shutil.copy(source, version)
     for name, file in placement.files.items():
         (directory / _VISION_ENCODER / "1" / name).symlink_to(file)
 

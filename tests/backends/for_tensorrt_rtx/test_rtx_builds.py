@@ -43,7 +43,7 @@ def built(checkpoint: Directory, tmp_path_factory: pytest.TempPathFactory) -> Bu
         calibration = folder / f"{architecture}-int8" / "calibration.json"
         options = QuantizationOptions(
             calibration=calibration if calibration.exists() else None,
-            calibration_samples=None if calibration.exists() else 2,
+            calibration_samples=None if calibration.exists() else 14,  # of each task, so that some have several tiles
             gate=None,
         )
         return build_engine(

@@ -17,7 +17,7 @@ import pytest
 pytest.importorskip("tensorrt_rtx_bindings", reason="needs TensorRT-RTX: pip install 'nvlm-trt[tensorrt-rtx]'")
 pytest.importorskip("triton", reason="needs triton: pip install 'nvlm-trt[test]'")
 
-from rtx_machine import Here, Machine
+from rtx_paper_gpu import Here, Machine
 
 from lab.gpu_check import report, rtx, rtx_checks, rtx_engines, rtx_kernels, rtx_numbers, rtx_plans
 from lab.gpu_check.record import MEASURED, NOT_RUN, PASSED, WRONG, Check, NotAvailableError, Record, perform

@@ -23,7 +23,7 @@ from nvlm_trt.backends.opening import open_backend
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import EngineError, ImageError, QueueFullError, RequestError
 from nvlm_trt.image.decoding import load_image
-from nvlm_trt.image.tiling import normalise_tiles, tile_image
+from nvlm_trt.image.tiling import cut_tiles, normalise_tiles, tile_image
 from nvlm_trt.runtime.request import Request as RuntimeRequest
 from nvlm_trt.runtime.request import State
 from nvlm_trt.serving.triton.drain_channel import ENCODED, IDLE, DrainChannel
@@ -31,7 +31,7 @@ from nvlm_trt.serving.triton.models.answer_sender import AnswerSender, Event
 from nvlm_trt.serving.triton.models.chat import ChatModel
 from nvlm_trt.serving.triton.models.chat_request import read_chat
 from nvlm_trt.serving.triton.models.image_encoder import ImageEncoder
-from nvlm_trt.serving.triton.models.packed_tiles import unpack_tiles
+from nvlm_trt.serving.triton.models.packed_tiles import pack_tiles, unpack_tiles
 from nvlm_trt.serving.triton.models.responses import Responses
 from nvlm_trt.serving.triton.models.tiling import TilingModel
 from nvlm_trt.serving.triton.models.vision_encoder import VisionEncoderModel
@@ -257,10 +257,12 @@ def test_errors_have_their_codes(error: Exception, code: str, message: str) -> N
 
 def tiling(image_type: str = "TYPE_FP32") -> TilingModel:
     model = TilingModel(fake_pb_utils())
-    model.initialize(
-        arguments(image_type=image_type, tile_size=56, max_tiles=6, max_pixels=10**6, max_bytes=10**6, max_images=2)
-    )
+    model.initialize(tiling_arguments(image_type))
     return model
+
+
+def tiling_arguments(image_type: str = "TYPE_FP32") -> dict[str, str]:
+    return arguments(image_type=image_type, tile_size=56, max_tiles=6, max_pixels=10**6, max_bytes=10**6, max_images=2)
 
 
 @pytest.mark.parametrize("image_type", ["TYPE_FP32", "TYPE_FP16", "TYPE_BF16"])
@@ -292,6 +294,29 @@ def test_tiling_refuses(inputs: dict[str, np.ndarray], message: str) -> None:
     assert refused.error().code == TritonError.INVALID_ARG
     assert message in refused.error().message()
     assert not answered.has_error()
+
+
+def test_tiles_that_nvlm_has_cut_are_not_cut_again() -> None:
+    model = TilingModel(fake_pb_utils())
+    model.initialize({**tiling_arguments(), "model_version": "2"})
+    cut = [cut_tiles(load_image(data), 56, 6) for data in (png(168, 112), png(56, 56))]
+    packed, encoded = model.execute(
+        [Request(image=strings(*map(pack_tiles, cut))), Request(image=strings(png(168, 112)))]
+    )
+    assert packed.tensors["tiles_per_image"].as_numpy().tolist() == [7, 1]
+    expected = normalise_tiles(np.concatenate(cut))
+    np.testing.assert_array_equal(packed.tensors["pixel_values"].as_numpy(), expected)
+    assert "only nvlm calls this model" in encoded.error().message()
+
+
+@pytest.mark.parametrize("count", [0, 8])
+@pytest.mark.parametrize("edge", [56, 57])
+def test_packed_tiles_have_to_fit(count: int, edge: int) -> None:
+    packed = pack_tiles(np.zeros((count, 3, edge, edge), np.uint8))
+    with pytest.raises(ImageError, match="packed tiles that do not fit"):
+        unpack_tiles(packed, 56, 7)
+    with pytest.raises(ImageError, match="packed tiles that do not fit"):
+        unpack_tiles(pack_tiles(np.zeros((1, 3, 56, 56), np.uint8))[:-1], 56, 7)
 
 
 def test_vision_encoder_gives_each_request_its_tokens(engine: Callable[[str], Path]) -> None:

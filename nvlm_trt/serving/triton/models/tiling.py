@@ -11,6 +11,7 @@ from nvlm_trt.errors import ImageError, NvlmError, RequestError
 from nvlm_trt.image.decoder import ImageDecoder
 from nvlm_trt.image.tiling import normalise_tiles
 from nvlm_trt.limits import EngineLimits
+from nvlm_trt.serving.chat_tensors import ENSEMBLE, MODEL, PACKED_ONLY
 from nvlm_trt.serving.sent_images import image_files
 from nvlm_trt.serving.triton.models.inputs import input_array, refuse_parameters
 from nvlm_trt.serving.triton.models.packed_tiles import unpack_tiles
@@ -21,7 +22,8 @@ from nvlm_trt.serving.triton.models.responses import Responses
 class TilingModel:
     """A python model without state. Decodes and resizes one image at a time, in another process.
 
-    `nvlm` sends the tiles of an image that it has decoded, packed, in the place of the image."""
+    `nvlm` sends the tiles of an image that it has decoded, packed, in the place of the image. One version takes nothing
+    else: its instances are never busy with decoding."""
 
     def __init__(self, pb_utils: Any) -> None:
         self._pb_utils = pb_utils
@@ -29,6 +31,7 @@ class TilingModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         parameters = read_parameters(args)
+        self._packed_only = args.get("model_version") == PACKED_ONLY
         self._image_type = parameters["image_type"]
         self._tile_size = int(parameters["tile_size"])
         self._engine_limits = EngineLimits(max_tiles=int(parameters["max_tiles"]))
@@ -76,6 +79,8 @@ class TilingModel:
         return tiles
 
     def _decode(self, data: bytes, max_tiles: int) -> npt.NDArray[np.uint8]:
+        if self._packed_only:
+            raise ImageError(f"image: encoded, but only {MODEL} calls this model; send it to {MODEL} or {ENSEMBLE}")
         with self._decoder.turn() as turn:
             return turn.tiles(data, self._tile_size, max_tiles)  # [tiles, 3, E, E]
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import psutil
 import pytest
 from live_server import ServerByName, ask_raw, make_image, metric, wait_until, wait_until_idle
+from tritonclient.grpc import service_pb2_grpc
 
 from lab import bombs
 from nvlm_trt.errors import RequestError
@@ -36,7 +39,7 @@ def start(path: Path, seconds: float) -> Iterator[TritonServer]:
     with TritonServer(path, ServerOptions(repository=RepositoryOptions(image_limits=limits))) as server:
         yield server
         running = processes(server)
-        assert any("decoding_worker" in word for process in running for word in process.cmdline())
+        assert any(map(is_worker, running))
     wait_until(lambda: not any(process.is_running() for process in running), "all processes have ended")
 
 
@@ -107,10 +110,42 @@ def test_others_are_answered_beside_20_bombs_and_cancelling_ends_them(patient: T
     wait_until_idle(patient)
 
 
+def test_images_of_nvlm_do_not_wait_for_those_of_the_ensemble(patient: TritonServer) -> None:
+    with (
+        grpc.insecure_channel(patient.address.removeprefix("grpc://")) as channel,
+        Client(patient.address) as client,
+        ThreadPoolExecutor(6) as pool,
+    ):
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        request = infer_request("What?", images=[ENDLESS], model="nvlm_ensemble")
+        calls = [stub.ModelStreamInfer(iter([request])) for _ in range(6)]
+        waiting = [pool.submit(list, call) for call in calls]
+        try:
+            wait_until(lambda: bool(decoding(patient)), "a bomb is decoded")
+            started = time.monotonic()
+            assert client.generate("What?", images=[make_image(5)], sampling=SHORT).token_ids
+            assert time.monotonic() - started < WAIT
+            assert not any(call.done() for call in waiting)
+        finally:
+            for call in calls:
+                call.cancel()
+
+
+def test_image_encoder_takes_no_encoded_images(patient: TritonServer) -> None:
+    request = infer_request(None, images=[make_image(1)], model="image_encoder")
+    with pytest.raises(RequestError, match="image: encoded, but only nvlm calls this model; send it to nvlm or"):
+        ask_raw(patient, request)
+
+
 def decoding(server: TritonServer) -> list[psutil.Process]:
-    """Lists the workers that decode: a worker that waits is asleep, and its parent is a Python process."""
-    return [
-        process
-        for process in processes(server)
-        if any("decoding_worker" in word for word in process.cmdline()) and process.status() == psutil.STATUS_RUNNING
-    ]
+    """Lists the processes that decode: workers that wait are asleep."""
+    return [process for process in processes(server) if is_worker(process, psutil.STATUS_RUNNING)]
+
+
+def is_worker(process: psutil.Process, *states: str) -> bool:
+    """Returns whether this is a decoding worker, or the server of some, in one of `states` if there are any."""
+    try:
+        named = any("decoding_worker" in word for word in process.cmdline())
+        return named and (not states or process.status() in states)
+    except psutil.Error:  # it has just ended
+        return False
