@@ -130,7 +130,7 @@ def publish(output: Path | str, overwrite: bool = False) -> Iterator[Path]:
         if not is_replaceable(output, MANIFEST):
             raise EngineError(f"{output} is not an engine directory, so it is not overwritten; choose another --output")
 
-    with published_directory(output, refuse) as staging:
+    with published_directory(output, refuse, overwrite) as staging:
         yield staging
 
 

@@ -24,7 +24,7 @@ def make_owned_folder(path: Path) -> int:
             # a file system without locks: nobody can take the folder for abandoned there
             with contextlib.suppress(OSError):
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if os.stat(path).st_ino == os.fstat(descriptor).st_ino:
+            if _is_at(descriptor, path):
                 return descriptor
         except FileNotFoundError:
             pass
@@ -42,7 +42,13 @@ def abandoned(folders: Iterable[Path]) -> Iterator[Path]:
             if os.fstat(descriptor).st_uid != os.getuid():
                 continue
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails if the owner runs
-            yield folder
+            if _is_at(descriptor, folder):  # else it is removed already, and its owner has made another of that name
+                yield folder
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open folder still has this name."""
+    return os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(descriptor))
 
 
 @contextlib.contextmanager

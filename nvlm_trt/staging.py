@@ -102,7 +102,7 @@ def is_replaceable(target: Path, mark: str) -> bool:
 
 
 @contextlib.contextmanager
-def published_directory(target: Path, refuse: Refuse) -> Iterator[Path]:
+def published_directory(target: Path, refuse: Refuse, overwrite: bool) -> Iterator[Path]:
     """Yield an empty temporary sibling of `target`; rename it to `target` on success, remove it on any failure.
 
     Calls `refuse` first, and again before the rename: another process may have written `target` meanwhile."""
@@ -110,21 +110,22 @@ def published_directory(target: Path, refuse: Refuse) -> Iterator[Path]:
         refuse()
         with temporary_sibling(target) as staging:
             yield staging
-            replace_directory(staging, target, refuse)
+            replace_directory(staging, target, refuse, overwrite)
 
 
-def replace_directory(staging: Path, target: Path, refuse: Refuse) -> None:
+def replace_directory(staging: Path, target: Path, refuse: Refuse, overwrite: bool) -> None:
     """Rename `staging` to `target`, unless `refuse` raises. An older `target` is removed by the caller's
-    `temporary_sibling`, whose name it gets."""
+    `temporary_sibling`, whose name it gets; without `overwrite` nothing but an empty folder is replaced, however late
+    it appears."""
     staging.chmod(0o755)
     while True:
         refuse()
-        if os.path.lexists(target):
+        if overwrite and os.path.lexists(target):
             if _swap(staging, target):
                 return
         else:
             try:
-                os.rename(staging, target)  # replaces an empty folder at most
+                os.rename(staging, target)
                 return
             except OSError as error:
                 if error.errno not in _OCCUPIED or not os.path.lexists(target):

@@ -72,6 +72,24 @@ def test_a_build_does_not_replace_what_another_has_published(tmp_path: Path) -> 
     assert (tmp_path / "engine" / MANIFEST).read_text() == "early"
 
 
+def test_a_directory_that_appears_after_the_last_check_is_not_replaced(tmp_path: Path) -> None:
+    checks = []
+
+    def refuse() -> None:
+        checks.append((tmp_path / "out").exists())
+        if checks == [False]:
+            make(tmp_path / "out")
+            (tmp_path / "out" / "early").touch()
+        elif checks[-1]:
+            raise EngineError("exists")
+
+    (tmp_path / "new").mkdir()
+    with pytest.raises(EngineError, match="exists"):
+        staging.replace_directory(tmp_path / "new", tmp_path / "out", refuse, overwrite=False)
+    assert (tmp_path / "out" / "early").exists()
+    assert checks == [False, True]
+
+
 def test_a_build_does_not_replace_an_empty_folder_that_appeared(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="exists"), publish(tmp_path / "engine"):
         (tmp_path / "engine").mkdir()
@@ -176,7 +194,7 @@ def test_a_build_returns_the_engine_that_it_has_made(
 ) -> None:
     """Another build with --overwrite may be published at any moment."""
 
-    def replaced(directory: Path, target: Path, refuse: object) -> None:
+    def replaced(directory: Path, target: Path, *_: object) -> None:
         os.rename(directory, target)
         (target / MANIFEST).write_text("another engine")
 

@@ -55,7 +55,7 @@ def write_checkpoint(
     Raises CheckpointError when the tensors are not those of the layout or when `directory` exists (with `overwrite`:
     when it is not a checkpoint), EngineError when the disk is full. Leaves nothing half-written behind."""
     directory = Path(directory).absolute()
-    with published_directory(directory, lambda: _check_target(directory, overwrite)) as staging:
+    with published_directory(directory, lambda: _check_target(directory, overwrite), overwrite) as staging:
         text = json.dumps(config_to_hf(config), indent=2, allow_nan=False)
         (staging / "config.json").write_text(text + "\n", encoding="utf-8")
         for path in files:

@@ -37,7 +37,7 @@ def tinydocs(
     chosen = [task.strip() for task in tasks.split(",")] if tasks is not None else [*TASKS, *TEXT_TASKS]
     samples = generate(split, chosen, count)  # type: ignore[arg-type]  # it checks split and tasks
     total = len(chosen) * count
-    publishing = published_directory(output, lambda: _check_output(output, overwrite))
+    publishing = published_directory(output, lambda: _check_output(output, overwrite), overwrite)
     with publishing as staging, terminal.progress() as progress:
         (staging / "images").mkdir()
         with (staging / SAMPLES_FILE).open("w", encoding="utf-8") as file:
