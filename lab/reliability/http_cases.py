@@ -23,7 +23,7 @@ _PATHS = (
     "/v2/models/nvlm",
     "/v2/nothing",
     "/",
-    "/v2/models/" + "x" * 5000,
+    "/v2/models/" + "x" * 1000,  # tritonserver closes the connection at some of 5,000
     "/%00/%ff",
 )
 # RapidJSON, in tritonserver, reads JSON recursively. Deeper nesting is in lab.reliability.kinds.foreign: it ends
