@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -131,7 +131,8 @@ def build_engine(
             if is_quantised:
                 manifest.accuracy_gate = gate.check(directory, precisions) if gate else NOT_MEASURED
         save_manifest(staging, manifest)
-    return Engine.open(output)
+        engine = Engine.open(staging)  # opened before other builds can replace it
+    return replace(engine, path=Path(output))
 
 
 @dataclass

@@ -32,7 +32,7 @@ class EngineSource:
 
     def write_model_files(self, directory: Path) -> None:
         """Write config.json and the tokenizer's files."""
-        config_json = json.dumps(config_to_hf(self.config), indent=2) + "\n"
+        config_json = json.dumps(config_to_hf(self.config), indent=2, allow_nan=False) + "\n"
         (directory / "config.json").write_text(config_json, encoding="utf-8")
         for name in TOKENIZER_FILES:
             if (self.checkpoint_dir / name).exists():

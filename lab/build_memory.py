@@ -132,12 +132,12 @@ def write_sparse_checkpoint(directory: Path, config: NvlmConfig) -> None:
     directory.mkdir()
     write_byte_tokenizer(directory, config.max_tiles)
     config = replace(config, image_token_id=Tokenizer.from_directory(directory).image_token_id)
-    (directory / "config.json").write_text(json.dumps(config_to_hf(config)), encoding="utf-8")
+    (directory / "config.json").write_text(json.dumps(config_to_hf(config), allow_nan=False), encoding="utf-8")
     entries, end = {}, 0
     for name, shape in checkpoint_layout(config).items():
         begin, end = end, end + BYTES["checkpoint"] * math.prod(shape)
         entries[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
-    header = json.dumps(entries).encode()
+    header = json.dumps(entries, allow_nan=False).encode()
     with (directory / WEIGHTS_FILE).open("wb") as file:
         file.write(struct.pack("<Q", len(header)) + header)
         file.truncate(8 + len(header) + end)

@@ -84,7 +84,7 @@ def engines_folder(work: Path) -> Path:
         shutil.rmtree(folder)
     if not folder.exists():
         folder.mkdir(parents=True)
-        mark.write_text(json.dumps(here, indent=2) + "\n", encoding="utf-8")
+        mark.write_text(json.dumps(here, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return folder
 
 

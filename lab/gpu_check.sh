@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Checks a machine with a GPU: kernels against the reference and against torch, tile_resample against Pillow, TensorRT if
-# it is installed. Writes docs/gpu_report.md and .json in at most 9 minutes; --help lists the other options.
+# it is installed, TensorRT-RTX likewise. Writes docs/gpu_report.md and .json in at most 9 minutes; --help lists the
+# other options. scripts/pack_rtx.sh packs TensorRT-RTX for a machine that has no package index.
 #   lab/gpu_check.sh [OPTION ...]
 # Needs torch, triton and numpy; the package need not be installed. PYTHON names the interpreter: .venv's by default, or
 # python3.

@@ -38,7 +38,9 @@ class Origin:
         facts = machine()
         if facts[LOAD] > BUSY:
             print(f"note: the machine is busy (load {facts[LOAD]:.1f}); its numbers will scatter", file=sys.stderr)
-        return cls(facts, code_state(), versions(packages), json.loads(json.dumps(settings, default=str)))
+        return cls(
+            facts, code_state(), versions(packages), json.loads(json.dumps(settings, default=str, allow_nan=False))
+        )
 
     def difference(self, record: Mapping[str, Any]) -> str | None:
         """Names the first part in which a run's JSON record differs from this origin; None if nothing differs.

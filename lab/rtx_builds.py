@@ -4,9 +4,9 @@
 
 Builds random checkpoints of the presets `small` in every precision, and slices of the presets `72b`: two layers of the
 LLM, two of the vision encoder, gated cross-attention in front of the first LLM layer, a smaller vocabulary. A process
-of its own builds each engine once, without the smoke test, the gate and a real calibration, which measure ONNX Runtime.
-Memory is the highest sum of the resident memory of that process and its children, sampled ten times a second: the
-pages of mapped weights count. The engine is removed afterwards.
+of its own builds each engine once, without the gate and a real calibration, which measure ONNX Runtime, and without the
+smoke test, except in the rows `tried`. Memory is the highest sum of the resident memory of that process and its
+children, sampled ten times a second: the pages of mapped weights count. The engine is removed afterwards.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from lab.code_state import ROOT
 from lab.common import parser, run
 from lab.rounds import Contender, Rounds
 from nvlm_trt.backends.tensorrt_rtx import SPEC
+from nvlm_trt.backends.tensorrt_rtx.memory import builder_memory
 from nvlm_trt.backends.tensorrt_rtx.record import record_of
 from nvlm_trt.checkpoint.random_checkpoint import write_random_checkpoint
 from nvlm_trt.checkpoint.reader import Checkpoint
@@ -45,6 +46,7 @@ SLICES = ("nvlm-d-72b", "nvlm-x-72b", "nvlm-h-72b")
 SLICE_LAYERS = 2
 SLICE_VOCABULARY = 16384
 SLICE_PRECISIONS = ("bf16", "fp8", "int4-weight-only")
+TRIED = ("bf16", "int4-weight-only")  # precisions in which the engines of SMALL are tried, too
 SAMPLING_SECONDS = 0.1
 PEAK, PLANNED = "peak GB", "planned GB"
 
@@ -54,10 +56,10 @@ from pathlib import Path
 # the first to go if memory runs out
 open("/proc/self/oom_score_adj", "w").write("1000")
 from nvlm_trt.builders.engine_build import QuantizationOptions, build_engine
-checkpoint, output, precision, calibration = sys.argv[1:]
+checkpoint, output, precision, calibration, tried = sys.argv[1:]
 options = QuantizationOptions(Path(calibration), gate=None)
 build_engine(
-    checkpoint, output, precision=precision, smoke_test=False, quantization=options, backend="tensorrt-rtx"
+    checkpoint, output, precision=precision, smoke_test=bool(tried), quantization=options, backend="tensorrt-rtx"
 )
 """
 
@@ -70,11 +72,12 @@ def options() -> argparse.ArgumentParser:
 
 
 def measure(arguments: argparse.Namespace, rounds: Rounds) -> None:
-    contenders = {
-        f"{preset} {precision}": contender(arguments.work, preset, precision)
-        for preset in arguments.presets
-        for precision in arguments.precisions or precisions_of(preset)
-    }
+    contenders = {}
+    for preset in arguments.presets:
+        for precision in arguments.precisions or precisions_of(preset):
+            for tried in (False, True) if preset in SMALL and precision in TRIED else (False,):
+                name = f"{preset} {precision}{', tried' if tried else ''}"
+                contenders[name] = contender(arguments.work, preset, precision, tried)
     # a warm-up would build everything twice
     rounds.run(contenders, arguments.rounds, warm_up=False)
     rounds.report(slice_layers=SLICE_LAYERS, slice_vocabulary=SLICE_VOCABULARY)
@@ -93,7 +96,7 @@ def config_of(preset: str) -> NvlmConfig:
     return replace(config, vision=replace(config.vision, num_layers=SLICE_LAYERS), llm=llm)
 
 
-def contender(work: Path, preset: str, precision: str) -> Contender:
+def contender(work: Path, preset: str, precision: str, tried: bool) -> Contender:
     def measured() -> Mapping[str, float]:
         checkpoint = work / "checkpoints" / f"rtx-{preset}"
         if not checkpoint.exists():
@@ -102,12 +105,14 @@ def contender(work: Path, preset: str, precision: str) -> Contender:
             calibration, output = Path(folder) / CALIBRATION, Path(folder) / "engine"
             write_calibration(calibration, checkpoint)
             started = time.perf_counter()
-            peak = peak_of_build([checkpoint, output, precision, calibration])
+            peak = peak_of_build([checkpoint, output, precision, calibration, "tried" if tried else ""])
             seconds = time.perf_counter() - started
             engine = Engine.open(output)
             with Checkpoint.open(checkpoint) as opened:
                 chosen = engine.manifest.precision
-                planned = plan_engine(opened.config, engine.limits, chosen, SPEC, tag_length=5).host_building
+                expected = plan_engine(opened.config, engine.limits, chosen, SPEC, tag_length=5)
+            stages = [stage.weights for stage in expected.stages.values()]
+            planned = expected.host_building if tried else builder_memory(max(stages))
             plans = sum(path.stat().st_size for path in output.glob("*.plan"))
             fused = all(record_of(engine).fused.values())
             shutil.rmtree(output)
@@ -131,7 +136,9 @@ def peak_of_build(build: list[Path | str]) -> int:
         peak = max(peak, resident(watched))
         time.sleep(SAMPLING_SECONDS)
     if process.returncode:
-        raise EngineError(f"the build of {json.dumps(list(map(str, build)))} ended with status {process.returncode}")
+        raise EngineError(
+            f"the build of {json.dumps(list(map(str, build)), allow_nan=False)} ended with status {process.returncode}"
+        )
     return peak
 
 

@@ -74,7 +74,7 @@ class RunFile:
         """Writes the record to `path`, all of it or nothing."""
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(json.dumps(self.record, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(self.record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         os.replace(temporary, path)
 
     def origin_line(self) -> str:

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from nvlm_trt.errors import RequestError
+from nvlm_trt.bounds import MAX_COUNT, MAX_SEED
+from nvlm_trt.errors import ParameterError
 
 Role = Literal["system", "user", "assistant"]
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -63,23 +64,23 @@ _StopStrings = Annotated[tuple[_StopString, ...], BeforeValidator(_as_tuple), Fi
 
 
 class SamplingParams(BaseModel):
-    """Says how the tokens of one request are chosen. Raises RequestError that names the wrong value.
+    """Says how the tokens of one request are chosen. Raises ParameterError that names the wrong value.
 
     The descriptions complete the sentence "it is ..." of that error."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
     # cut at the engine's max_seq_len
-    max_tokens: int = Field(256, ge=1, description="an integer of at least 1")
+    max_tokens: int = Field(256, ge=1, le=MAX_COUNT, description=f"an integer of at least 1, at most {MAX_COUNT}")
     # 0: greedy; top_k, top_p and min_p then change nothing
     temperature: float = Field(0.0, ge=0, le=100, description="a number from 0 to 100")
-    top_k: int = Field(0, ge=0, description="an integer of at least 0 (0: off)")
+    top_k: int = Field(0, ge=0, le=MAX_COUNT, description=f"an integer of at least 0 (0: off), at most {MAX_COUNT}")
     top_p: float = Field(1.0, gt=0, le=1, description="a number above 0, at most 1")
     min_p: float = Field(0.0, ge=0, le=1, description="a number from 0 to 1")
     # for all ids in prompt and answer
     repetition_penalty: float = Field(1.0, ge=0.01, le=100, description="a number from 0.01 to 100")
     # None: sampling gives another answer every time
-    seed: int | None = Field(None, ge=0, lt=1 << 64, description="none or an integer from 0 to 2**64 - 1")
+    seed: int | None = Field(None, ge=0, le=MAX_SEED, description="none or an integer from 0 to 2**64 - 1")
     # a single string is accepted too; the answer ends before a stop string
     stop: _StopStrings = Field((), description=f"up to {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_LENGTH} characters")
     # alternatives reported beside each token; 0: no logprobs at all
@@ -96,17 +97,17 @@ class SamplingParams(BaseModel):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SamplingParams:
-        """Reads parameters as a client sends them. Raises RequestError for an unknown key."""
+        """Reads parameters as a client sends them. Raises ParameterError for an unknown key."""
         return cls(**values)
 
 
-def _sampling_error(values: Mapping[str, Any], name: str) -> RequestError:
+def _sampling_error(values: Mapping[str, Any], name: str) -> ParameterError:
     known = SamplingParams.model_fields
     unknown = next((key for key in values if key not in known), None)
     if unknown is not None:
-        return RequestError(f"unknown sampling parameter {reprlib.repr(unknown)}; known are {', '.join(known)}")
+        return ParameterError(f"unknown sampling parameter {reprlib.repr(unknown)}; known are {', '.join(known)}")
     allowed = known[name].description
-    return RequestError(f"sampling parameter {name} = {reprlib.repr(values[name])} is not allowed; it is {allowed}")
+    return ParameterError(f"sampling parameter {name} = {reprlib.repr(values[name])} is not allowed; it is {allowed}")
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ class Usage:
     image_tiles: int
     cross_tokens: int  # cross-attended tokens: image tokens, with NVLM-H also tile tags
     cached_images: int  # images whose features were in the cache
-    encode_s: float  # tiling, encoding and cross-attention keys and values of the images
+    encode_s: float  # decoding, encoding and cross-attention keys and values of the images
     queue_s: float  # from submission until the request has a slot, encoding included
     ttft_s: float | None  # from submission to the first token; None: no token was generated
     total_s: float  # from submission to the end

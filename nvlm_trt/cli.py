@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-import io
+import contextlib
 import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from nvlm_trt import terminal
+from nvlm_trt import standard_streams, terminal
+from nvlm_trt.bounds import MAX_SEED, MAX_TOKENS
 from nvlm_trt.commands.bench import bench
 from nvlm_trt.commands.build import build
+from nvlm_trt.commands.decode_budget import DecodeMemoryOption, DecodeSecondsOption, image_limits
 from nvlm_trt.commands.evaluate import evaluate
 from nvlm_trt.commands.plan import plan
 from nvlm_trt.commands.tiles import tiles
 from nvlm_trt.commands.tinydocs import tinydocs
-from nvlm_trt.errors import NvlmError, RequestError
+from nvlm_trt.errors import NvlmError
 from nvlm_trt.extras import require
 from nvlm_trt.model.preset_names import PRESET_NAMES
+from nvlm_trt.standard_streams import OutputError
+from nvlm_trt.termination import tidy_on_termination
+
+_SIGPIPE_STATUS = 141  # as of a program that SIGPIPE ends
+# typer uses click or its own copy of click
+_ClickException: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
 app = typer.Typer(
     name="nvlm-trt",
@@ -35,7 +43,9 @@ EngineArgument = Annotated[Path, typer.Argument(help="Engine directory that `nvl
 CheckpointOption = Annotated[Path, typer.Option(help="Checkpoint directory in HF layout.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an existing directory of that name.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads per engine; default: all usable cores.")]
+ThreadsOption = Annotated[
+    int | None, typer.Option(min=1, max=4096, help="CPU threads per engine; default: all usable cores.")
+]
 
 
 @app.callback()
@@ -50,7 +60,7 @@ def main_options(
 def init_checkpoint(
     directory: Annotated[Path, typer.Argument(help="Directory to write.")],
     preset: Annotated[str, typer.Option(help=f"One of {', '.join(PRESET_NAMES)}.")],
-    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the random weights.")] = 0,
     overwrite: OverwriteOption = False,
 ) -> None:
     """Write a valid checkpoint with random weights, config and tokenizer.
@@ -73,8 +83,8 @@ app.command()(plan)
 def verify(
     engine: EngineArgument,
     checkpoint: CheckpointOption,
-    tokens: Annotated[int, typer.Option(min=1, help="Greedy tokens to compare.")] = 64,
-    tolerance: Annotated[float, typer.Option(min=0, help="Largest absolute difference allowed.")] = 1e-3,
+    tokens: Annotated[int, typer.Option(min=1, max=MAX_TOKENS, help="Greedy tokens to compare.")] = 64,
+    tolerance: Annotated[float, typer.Option(min=0, max=1e6, help="Largest absolute difference allowed.")] = 1e-3,
     image: Annotated[Path | None, typer.Option(help="Image to compare on; default: one drawn for the purpose.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -87,7 +97,7 @@ def verify(
     with terminal.progress() as progress:
         report = verify_engine(engine, checkpoint, image, tokens, tolerance, progress)
     if as_json:
-        print(json.dumps(report.to_dict(), indent=2))
+        print(json.dumps(report.to_dict(), indent=2, allow_nan=False))
     else:
         terminal.parity_table(report)
     if not report.passed:
@@ -101,15 +111,21 @@ def serve(
     grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free port.")] = 8001,
     http_port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free port.")] = 8000,
     metrics_port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free port.")] = 8002,
+    max_decode_seconds: DecodeSecondsOption = None,
+    max_decode_memory: DecodeMemoryOption = None,
 ) -> None:
     """Serve an engine through Triton until SIGINT or SIGTERM; running requests are finished first.
+
+    A request has at most 16 images of 32 MiB each and 32 MiB of text; larger ones are refused.
 
     Example: nvlm-trt serve engines/nvlm-h --grpc-port 8001
     """
     from nvlm_trt.serving.foreground import run_in_foreground
+    from nvlm_trt.serving.triton.repository import RepositoryOptions
     from nvlm_trt.serving.triton.server import ServerOptions
 
-    options = ServerOptions(host=host, grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port)
+    repository = RepositoryOptions(image_limits=image_limits(max_decode_seconds, max_decode_memory))
+    options = ServerOptions(host, grpc_port, http_port, metrics_port, repository)
     raise typer.Exit(run_in_foreground(engine, options))
 
 
@@ -129,6 +145,8 @@ def ask(
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; repeat for several.")] = None,
     max_tiles: Annotated[int | None, typer.Option(help="Tiles per image, thumbnail not counted.")] = None,
+    max_decode_seconds: DecodeSecondsOption = None,
+    max_decode_memory: DecodeMemoryOption = None,
     threads: ThreadsOption = None,
     stats: Annotated[bool, typer.Option("--stats", help="Report tiles, time to first token and tokens/s.")] = False,
     as_json: JsonOption = False,
@@ -140,6 +158,7 @@ def ask(
     if (engine is None) == (url is None):
         raise NvlmError("name either an engine or a server: pass one of --engine DIR and --url grpc://host:port")
     from nvlm_trt.api import Message, SamplingParams
+    from nvlm_trt.image.image_file import naming_files, read_image_file
 
     sampling = SamplingParams(
         max_tokens=max_tokens,
@@ -153,18 +172,23 @@ def ask(
     )
     messages = [Message("system", system)] if system else []
     messages.append(Message("user", question))
-    images = tuple(_read_image(path) for path in image or ())
+    paths = image or []
+    images = tuple(read_image_file(path) for path in paths)
     if engine is not None:
         from nvlm_trt.api import ChatRequest
-        from nvlm_trt.runtime.pipeline import Pipeline
+        from nvlm_trt.image.fork_server import FORK_SERVER
+        from nvlm_trt.runtime.pipeline import Pipeline, RuntimeOptions
 
-        with Pipeline.open(engine, threads=threads) as pipeline:
+        if images:
+            FORK_SERVER.start()  # while the engine is loaded
+        options = RuntimeOptions(image_limits=image_limits(max_decode_seconds, max_decode_memory))
+        with naming_files(paths), Pipeline.open(engine, threads=threads, options=options) as pipeline:
             stream = pipeline.generate(ChatRequest(messages, images, sampling, max_tiles))
             terminal.print_answer(stream, stats=stats, as_json=as_json)
     else:
         from nvlm_trt.serving.client import Client
 
-        with Client(str(url)) as client:
+        with naming_files(paths), Client(str(url)) as client:
             stream = client.stream(messages=messages, images=images, sampling=sampling, max_tiles=max_tiles)
             terminal.print_answer(stream, stats=stats, as_json=as_json)
 
@@ -175,30 +199,65 @@ app.command()(tinydocs)
 app.add_typer(bench, name="bench")
 
 
-def _read_image(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise RequestError(f"cannot read image {path} ({error.strerror}); name a readable image file") from None
-
-
 def main() -> None:
     """Run a command and print its error in one line."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # an answer may hold characters that the terminal's encoding lacks
+    standard_streams.prepare()
     try:
-        app()
+        status = _run()
+        sys.stdout.flush()
+    except OutputError as error:
+        if error.is_pipe:
+            status = _SIGPIPE_STATUS
+        else:
+            _print_error(str(error))
+            status = 2
+    sys.exit(status)
+
+
+def _run() -> int:
+    try:
+        with tidy_on_termination():
+            return int(app(standalone_mode=False) or 0)
+    except _ClickException as error:
+        _show_usage_error(error)
+        return error.exit_code
+    except typer.Abort:
+        _print_error("aborted")
+        return 1
+    except OutputError:
+        raise
     except NvlmError as error:
         if _debugging():
             raise
-        terminal.error(str(error))
-        sys.exit(2)
+        _print_error(str(error))
+        return 2
+    except MemoryError as error:
+        if _debugging():
+            raise
+        _print_error(f"out of memory ({error}); `nvlm-trt plan` shows what an engine needs, smaller limits need less")
+        return 2
     except Exception as error:
         if _debugging():
             raise
         detail = " ".join(str(error).split()) or "no message"
-        terminal.error(f"internal: {type(error).__name__}: {detail}; `nvlm-trt --debug ...` shows the traceback")
-        sys.exit(1)
+        _print_error(f"internal: {type(error).__name__}: {detail}; `nvlm-trt --debug ...` shows the traceback")
+        return 1
+
+
+def _show_usage_error(error: Any) -> None:
+    """Print a wrong option in one line; without any argument, the help."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        return
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "nvlm-trt"
+    message = " ".join(error.format_message().split()).rstrip(".")
+    _print_error(f"{message[:1].lower()}{message[1:]}; see `{command} --help`")
+
+
+def _print_error(message: str) -> None:
+    with contextlib.suppress(OSError):  # standard error cannot be written either
+        terminal.error(message)
 
 
 def _debugging() -> bool:

@@ -18,11 +18,13 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from nvlm_trt import strict_json
+from nvlm_trt.bounded_file import CONFIG_BYTES, read_bounded
 from nvlm_trt.errors import EngineError
 from nvlm_trt.limits import EngineLimits
 from nvlm_trt.model.config import NvlmConfig
 from nvlm_trt.model.hf_config import read_config
-from nvlm_trt.staging import replace_directory, storage_errors, temporary_sibling
+from nvlm_trt.staging import is_replaceable, published_directory
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
@@ -89,24 +91,47 @@ class Engine:
     @property
     def digest(self) -> str:
         """Identify the weights and their precision. Every key of the image cache holds this digest."""
-        parts = [self.manifest.checkpoint_digest, json.dumps(self.manifest.precision, sort_keys=True)]
+        parts = [self.manifest.checkpoint_digest, json.dumps(self.manifest.precision, sort_keys=True, allow_nan=False)]
         if self.manifest.calibration:  # static scales are part of the weights
             scales = self.manifest.files.get(CALIBRATION)
-            parts += [json.dumps(self.manifest.calibration, sort_keys=True), scales.sha256 if scales else ""]
+            parts += [
+                json.dumps(self.manifest.calibration, sort_keys=True, allow_nan=False),
+                scales.sha256 if scales else "",
+            ]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    @property
+    def fingerprint(self) -> str:
+        """Identify all files of the engine, their meaning and its limits. Verifying an engine does not change it, nor
+        does the version of nvlm-trt that reads the engine."""
+        manifest = self.manifest
+        parts = [
+            {name: record.sha256 for name, record in manifest.files.items()},
+            manifest.limits.model_dump(),
+            manifest.precision,
+            manifest.backend,
+            manifest.checkpoint_digest,
+        ]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 @contextlib.contextmanager
 def publish(output: Path | str, overwrite: bool = False) -> Iterator[Path]:
-    """Yield an empty temporary sibling of `output`; rename it to `output` on success, remove it on any failure."""
+    """Yield an empty temporary sibling of `output`; rename it to `output` on success, remove it on any failure.
+
+    Without `overwrite`, an `output` that another build has published meanwhile is an error too."""
     output = Path(output).absolute()
-    if output.exists() and not overwrite:
-        raise EngineError(f"{output} exists; choose another --output or pass --overwrite")
-    if output.exists() and not (output / MANIFEST).exists() and any(output.iterdir()):
-        raise EngineError(f"{output} is not an engine directory, so it is not overwritten; choose another --output")
-    with storage_errors(output), temporary_sibling(output) as staging:
+
+    def refuse() -> None:
+        if not os.path.lexists(output):
+            return
+        if not overwrite:
+            raise EngineError(f"{output} exists; choose another --output or pass --overwrite")
+        if not is_replaceable(output, MANIFEST):
+            raise EngineError(f"{output} is not an engine directory, so it is not overwritten; choose another --output")
+
+    with published_directory(output, refuse) as staging:
         yield staging
-        replace_directory(staging, output)
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
@@ -132,10 +157,12 @@ def tool_versions(*packages: str) -> dict[str, str]:
 def _read_manifest(path: Path) -> Manifest:
     file = path / MANIFEST
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        raw = strict_json.loads(read_bounded(file, CONFIG_BYTES).decode())
     except (FileNotFoundError, NotADirectoryError):
         raise EngineError(f"{path} is not an engine directory (no {MANIFEST}); run `nvlm-trt build`") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise EngineError(f"cannot read {file} ({error.strerror}); rebuild the engine with `nvlm-trt build`") from None
+    except (ValueError, RecursionError) as error:
         raise EngineError(f"{file} is not JSON ({error}); rebuild the engine with `nvlm-trt build`") from None
     raw = _upgraded(raw) if isinstance(raw, dict) else {}
     version = raw.get("schema_version")

@@ -21,12 +21,24 @@ class DeviceMemoryError(EngineError):
     """The device has too little memory for an engine whose files are in order."""
 
 
+class NotFiniteError(EngineError):
+    """A model computes NaN or infinity."""
+
+
 class ImageError(NvlmError):
     """The bytes of an image cannot be decoded, or the image exceeds a limit."""
 
 
 class RequestError(NvlmError):
     """A request is invalid (prompt, sampling parameter) or exceeds a limit; other requests are not affected."""
+
+
+class ParameterError(RequestError):
+    """A sampling parameter or an option of a request has a wrong name or value."""
+
+
+class TooLargeError(RequestError):
+    """A request has more tokens or images than the engine or the server holds."""
 
 
 class QueueFullError(NvlmError):

@@ -72,7 +72,7 @@ def print_answer(stream: Iterable[Delta], stats: bool, as_json: bool) -> None:
             "usage": asdict(usage) if usage else None,
             "ttft_s": ttft_s,
         }
-        print(json.dumps(answer, indent=2))
+        print(json.dumps(answer, indent=2, allow_nan=False))
         return
     print(flush=True)
     if stats and usage is not None:

@@ -76,7 +76,7 @@ def main() -> None:
             "test_scenes": SIZES.test_scenes,
             "scores": scores,
         }
-        (options.work / f"ablation-{name}.json").write_text(json.dumps(document, indent=2) + "\n")
+        (options.work / f"ablation-{name}.json").write_text(json.dumps(document, indent=2, allow_nan=False) + "\n")
 
 
 def train_variant(run: Run, name: str, variant: Variant, sizes: Sizes = SIZES) -> dict[str, float]:

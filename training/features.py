@@ -30,7 +30,9 @@ def scene_features(
         told = [[[[tiles.start, tiles.stop] for tiles in s.images], [asdict(q) for q in s.questions]] for s in made]
         partial = path.with_suffix(".partial")
         save_file(
-            {"features": torch.cat(parts), "labels": torch.from_numpy(labels)}, partial, {"scenes": json.dumps(told)}
+            {"features": torch.cat(parts), "labels": torch.from_numpy(labels)},
+            partial,
+            {"scenes": json.dumps(told, allow_nan=False)},
         )
         partial.replace(path)
     with safe_open(path, "pt") as file:

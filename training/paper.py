@@ -49,7 +49,7 @@ def main() -> None:
         "text_only": {stage: text_only(run, stage) for stage in ("language", *(f"tune-{name}" for name in MODELS))},
         "architectures": compare_architectures(options.scores),
     }
-    (ROOT / "docs" / "paper.json").write_text(json.dumps(document, indent=2) + "\n")
+    (ROOT / "docs" / "paper.json").write_text(json.dumps(document, indent=2, allow_nan=False) + "\n")
     draw(document, ROOT / "docs" / "images" / "paper.png")
     template = (Path(__file__).parent / "paper.md").read_text(encoding="utf-8")
     (ROOT / "docs" / "paper.md").write_text(fill_in(template, document), encoding="utf-8")

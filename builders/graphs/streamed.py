@@ -11,6 +11,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from nvlm_trt.backends.base import FloatArray
+from nvlm_trt.checkpoint.finite import first_not_finite
+from nvlm_trt.errors import EngineError
 
 Array = npt.NDArray[Any]
 
@@ -18,6 +20,7 @@ _BLOCK_ELEMENTS = 1 << 20  # 4 MB of float32: a block stays in the CPU's cache w
 # A strip is the part of a transposed tensor that is held in memory until the pieces of its rows are written: for the
 # shapes of 72B, a piece has 9 KB or more.
 _STRIP_BYTES = 256 << 20
+_NARROW = {ir.DataType.FLOAT16: "F16", ir.DataType.BFLOAT16: "BF16"}  # float32 does not always fit into them
 _INT4 = ir.DataType.INT4.numpy()  # in NumPy's arrays, a byte holds one
 
 
@@ -62,7 +65,8 @@ class StreamedTensor(ir.LazyTensor):
     def tofile(self, file: BinaryIO) -> None:
         """Write the bytes of `tobytes` to a file that can seek, from its current position on.
 
-        Raises OSError for a full disk, and the errors of reading the blocks."""
+        Raises OSError for a full disk, EngineError for values beyond a 16-bit type, and the errors of reading the
+        blocks."""
         if self._transposed:
             self._write_strips(file)
         else:
@@ -104,7 +108,20 @@ class StreamedTensor(ir.LazyTensor):
         return ir.Tensor(values, dtype=self.dtype, name=self.name)
 
     def _converted(self) -> Iterator[Array]:
-        return (np.asarray(block, self.dtype.numpy()) for block in self._blocks())
+        for block in self._blocks():
+            with np.errstate(over="ignore"):  # reported below
+                converted = np.asarray(block, self.dtype.numpy())
+            self._check_range(converted)
+            yield converted
+
+    def _check_range(self, converted: Array) -> None:
+        """Raise EngineError for values that became infinite in a 16-bit type."""
+        kind = _NARROW.get(self.dtype)
+        if kind and first_not_finite(np.ascontiguousarray(converted).view(np.uint16).reshape(-1), kind) >= 0:
+            raise EngineError(
+                f"{self.name} has values that are not finite in {self.dtype.name.lower()}; choose another "
+                "floating-point type with --precision"
+            )
 
 
 def _bytes(values: Array) -> memoryview:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Final, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from nvlm_trt.bounded_file import CALIBRATION_BYTES, open_regular, read_bounded
 from nvlm_trt.engine import CALIBRATION
 from nvlm_trt.errors import EngineError
 
@@ -78,8 +79,10 @@ class Calibration(_Record):
     def save(self, path: Path) -> None:
         """Write one line per layer, so that a person can compare two files."""
         head = self.model_dump(exclude={"linears"})
-        lines = [f"{json.dumps(name)}: {linear.model_dump_json()}" for name, linear in self.linears.items()]
-        text = json.dumps(head)[:-1] + ', "linears": {\n' + ",\n".join(lines) + "\n}}\n"
+        lines = [
+            f"{json.dumps(name, allow_nan=False)}: {linear.model_dump_json()}" for name, linear in self.linears.items()
+        ]
+        text = json.dumps(head, allow_nan=False)[:-1] + ', "linears": {\n' + ",\n".join(lines) + "\n}}\n"
         path.write_text(text, encoding="utf-8")
 
 
@@ -88,7 +91,7 @@ def is_calibration(path: Path) -> bool:
 
     Raises EngineError for a file that cannot be read."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return _MARK in file.read(_HEAD_BYTES)
     except OSError as error:
         raise EngineError(
@@ -100,7 +103,7 @@ def is_calibration(path: Path) -> bool:
 def read_calibration(path: Path) -> Calibration:
     """Read a saved calibration. Raises EngineError for an incomplete file, another version or impossible scales."""
     try:
-        return Calibration.model_validate_json(path.read_bytes())
+        return Calibration.model_validate_json(read_bounded(path, CALIBRATION_BYTES))
     except OSError as error:
         raise EngineError(f"cannot read calibration {path} ({error.strerror}); {_REMEDY}") from None
     except ValidationError as error:

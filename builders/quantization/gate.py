@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nvlm_trt.builders.quantization.build_samples import document_samples, read_first_samples
-from nvlm_trt.errors import EngineError
+from nvlm_trt.errors import EngineError, NotFiniteError
 from nvlm_trt.evaluation.accuracy import EvalOptions, Summary, agreement, evaluate, run_header
 from nvlm_trt.evaluation.answerers import EngineAnswerer
 from nvlm_trt.evaluation.results import ResultsFile
@@ -147,7 +147,13 @@ class AccuracyGate:
 
         header = run_header(self._digest, len(self._samples), answerer, options)
         with ResultsFile(None, header, [sample.name for sample in self._samples]) as results:
-            summary = evaluate(self._samples, answerer, results, options, progress)
+            try:
+                summary = evaluate(self._samples, answerer, results, options, progress, resumable=False)
+            except NotFiniteError:
+                raise EngineError(
+                    f"accuracy gate ({what}): the engine computes logits that are not finite; check the checkpoint's "
+                    "weights, or choose another --precision"
+                ) from None
         return _Answers(summary, results.answers)
 
 

@@ -26,7 +26,7 @@ from lab.code_state import ROOT, code_state
 from lab.gpu_check import report
 from lab.gpu_check.record import NOT_RUN, WRONG, Check, Record, Trial, perform
 
-SECTIONS = ("ceilings", "attention", "attention-speed", "tile_resample", "tensorrt")
+SECTIONS = ("ceilings", "attention", "attention-speed", "tile_resample", "tensorrt", "rtx")
 INTERPRETED = ("attention", "tile_resample")
 PARTS = {"attention": 8}  # processes side by side: nothing is timed there, and the kernels take minutes to compile
 DOCS = ROOT / "docs"
@@ -56,6 +56,8 @@ def _problem(options: argparse.Namespace) -> str | None:
         return "--tune, --interpret and --only exclude each other"
     if options.interpret and not options.output:
         return "--interpret needs --output DIRECTORY: docs/ is for results of a GPU"
+    if options.rtx_engines and not any(options.rtx_engines.glob("*.npz")):
+        return f"--rtx-engines {options.rtx_engines} has no engines; `python -m lab.gpu_check.rtx_engines` writes them"
     missing = [name for name in ("torch", "triton", "numpy") if importlib.util.find_spec(name) is None]
     if missing:
         return f"{sys.executable} lacks {', '.join(missing)}; set PYTHON to a Python that has them"
@@ -92,7 +94,9 @@ def _run_all(options: argparse.Namespace, command: str) -> int:
     with tempfile.TemporaryDirectory() as folder:
         record = Record(Path(folder) / "checks.jsonl")
         for section in _sections(options):
-            run_apart(section, record, started + 60 * options.minutes, options.interpret)
+            more = ["--rtx-minutes", str(options.rtx_minutes)]
+            more += ["--rtx-engines", str(options.rtx_engines.resolve())] if options.rtx_engines else []
+            run_apart(section, record, started + 60 * options.minutes, options.interpret, more)
             found |= {"seconds": time.time() - started, "checks": [asdict(check) for check in record.read()]}
             report.write(directory, stem, found)  # each time: a run may be cut short
         if options.tune:
@@ -104,8 +108,9 @@ def _run_all(options: argparse.Namespace, command: str) -> int:
     return 1 if any(check.status == WRONG for check in checks) else 0
 
 
-def run_apart(section: str, record: Record, end: float, interpret: bool) -> None:
-    """Runs a section in processes of its own, and stops them and their children when the time is up."""
+def run_apart(section: str, record: Record, end: float, interpret: bool, more: Sequence[str] = ()) -> None:
+    """Runs a section in processes of its own, and stops them and their children when the time is up. `more`: arguments
+    of these processes."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     if interpret:
         environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -118,7 +123,7 @@ def run_apart(section: str, record: Record, end: float, interpret: bool) -> None
         for part in range(count):
             command = [sys.executable, "-m", "lab.gpu_check", "--section", section]
             command += ["--record", str(parts[part].path.resolve()), "--deadline", str(end - RESERVE)]
-            command += ["--part", str(part), str(count), *["--interpret"] * interpret]
+            command += ["--part", str(part), str(count), *["--interpret"] * interpret, *more]
             # -m imports from the current directory first
             processes.append(subprocess.Popen(command, env=environment, cwd=ROOT, start_new_session=True))
         for process, part_record in zip(processes, parts, strict=True):
@@ -182,9 +187,13 @@ def trials_of(options: argparse.Namespace, record: Record) -> Iterator[Trial]:
         from lab.gpu_check import tune
 
         return tune.trials(options.deadline)
-    from lab.gpu_check import tensorrt_engines
+    if options.section == "tensorrt":
+        from lab.gpu_check import tensorrt_engines
 
-    return tensorrt_engines.trials()
+        return tensorrt_engines.trials()
+    from lab.gpu_check import rtx
+
+    return rtx.trials(options.rtx_engines, options.rtx_minutes)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -198,6 +207,12 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--tune", action="store_true", help="time alternative block sizes instead: gpu_tune.md, .json")
     parser.add_argument("--interpret", action="store_true", help="without a GPU: small shapes in Triton's interpreter")
     parser.add_argument("--render", type=Path, metavar="JSON", help="write the page of a report's JSON again")
+    parser.add_argument(
+        "--rtx-engines", type=Path, metavar="DIRECTORY", help="engines of rtx_engines.py; built here if absent"
+    )
+    parser.add_argument(
+        "--rtx-minutes", type=float, default=3, help="time limit of the checks of TensorRT-RTX (%(default)s)"
+    )
     parser.add_argument("--minutes", type=float, default=9, help="time limit of the run (%(default)s)")
     for hidden, kind in (
         ("--section", str),

@@ -25,7 +25,10 @@ MATMUL = "matmul TFLOP/s"
 _LAUNCHES = 40  # in one graph: they share the start of the graph, a few microseconds
 _REPLAYS = 20
 _WARM_UP = 1.0  # seconds of work before the ceilings: an idle GPU's clocks are a fraction of a busy one's
-_PACKAGES = ("torch", "triton", "numpy", "pillow", "torchvision", "onnx", "tensorrt", "polygraphy")
+_PACKAGES = (
+    *("torch", "triton", "numpy", "pillow", "torchvision", "onnx"),
+    *("tensorrt", "polygraphy", "tensorrt_rtx_cu13_bindings"),
+)
 
 
 def machine(interpreted: bool) -> dict[str, Value]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 import traceback
 from collections.abc import Callable, Iterable
@@ -54,7 +55,8 @@ class Record:
 
     def add(self, check: Check) -> None:
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(check)) + "\n")
+            values = {name: _finite(value) for name, value in check.values.items()}  # JSON has no infinity
+            file.write(json.dumps(asdict(check) | {"values": values}, allow_nan=False) + "\n")
 
     def read(self) -> list[Check]:
         """Skips a last line that a dying process left half-written."""
@@ -88,6 +90,10 @@ def _performed(section: str, name: str, trial: Callable[[], Result]) -> Check:
         line = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         return Check(section, name, WRONG, note=line, trace=traceback.format_exc())
     return Check(section, name, result.status, result.values, result.note)
+
+
+def _finite(value: Value) -> Value:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _details(check: Check) -> str:

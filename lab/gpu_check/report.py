@@ -20,6 +20,7 @@ SECTIONS = {
     "attention-speed": "Gated cross-attention: time",
     "tile_resample": "tile_resample: results and time",
     "tensorrt": "TensorRT",
+    "rtx": "TensorRT-RTX",
     "tune": "Alternatives, the fastest of each shape first",
 }
 _ORDER = (WRONG, SLOW, PASSED, MEASURED, NOT_RUN)
@@ -41,7 +42,7 @@ def load(path: Path) -> dict[str, Any]:
 def write(directory: Path, stem: str, report: dict[str, Any]) -> None:
     """Replaces STEM.json and STEM.md, each as a whole."""
     directory.mkdir(parents=True, exist_ok=True)
-    for suffix, text in ((".json", json.dumps(report, indent=1) + "\n"), (".md", page(report))):
+    for suffix, text in ((".json", json.dumps(report, indent=1, allow_nan=False) + "\n"), (".md", page(report))):
         temporary = directory / f".{stem}{suffix}.tmp"
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, directory / f"{stem}{suffix}")

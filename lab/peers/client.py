@@ -52,7 +52,7 @@ class Peer:
         """Returns the worker's whole answer. Raises PeerError if the worker has ended."""
         assert self._process.stdin is not None
         asked = {"prompt": prompt.tolist(), "steps": steps, "banned": banned}
-        self._process.stdin.write(json.dumps(asked) + "\n")
+        self._process.stdin.write(json.dumps(asked, allow_nan=False) + "\n")
         self._process.stdin.flush()
         return self._read()
 

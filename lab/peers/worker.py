@@ -22,7 +22,11 @@ def serve(load: Callable[[], tuple[str, Decode]]) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     ready, decode = load()
-    print(json.dumps({"ready": ready}), file=answers, flush=True)
+    print(json.dumps({"ready": ready}, allow_nan=False), file=answers, flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
-        print(json.dumps(decode(asked["prompt"], asked["steps"], asked["banned"])), file=answers, flush=True)
+        print(
+            json.dumps(decode(asked["prompt"], asked["steps"], asked["banned"]), allow_nan=False),
+            file=answers,
+            flush=True,
+        )

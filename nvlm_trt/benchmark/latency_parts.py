@@ -26,7 +26,7 @@ class LatencyParts:
 
     The server reports the times of each request (`usage`), counted from its submission to the batcher. From these:
 
-        waiting         queue_s - encode_s     waits for a thread that encodes images, and for a slot
+        waiting         queue_s - encode_s     waits for a slot
         encoding        encode_s               three parts, below
         prefill         ttft_s - queue_s       the prompt and the first token
         decoding        total_s - ttft_s       the other tokens
@@ -36,8 +36,9 @@ class LatencyParts:
 
         tiling          E * mean of `tiling`
         vision_encoder  E * mean of `vision_encoder`
-        encoding_other  the rest: cross-attention keys and values, passing tensors, waiting for another request's
-                        encoding of the same image; all of the encoding if Triton's metrics are not known
+        encoding_other  the rest: decoding images and waiting for a decoder, cross-attention keys and values, passing
+                        tensors, waiting for another request's encoding of the same image; all of the encoding if
+                        Triton's metrics are not known
 
     Triton's means cover the whole load, warm-up included. If their sum exceeds the encoding, both are scaled down.
     """

@@ -138,7 +138,7 @@ class _LoadProcess:
         if self._reader.done():
             self._fail()
         else:
-            self._stdin.write(json.dumps(message).encode() + b"\n")
+            self._stdin.write(json.dumps(message, allow_nan=False).encode() + b"\n")
 
     async def _read(self) -> None:
         async for line in self._stdout:

@@ -56,10 +56,10 @@ class Report:
         self.document["reason"] = str(outcome.failure) if outcome.failure else None
         self.publish()
 
-    def publish(self) -> None:
-        """Writes the file, if there is one. Raises NvlmError."""
+    def publish(self, overwrite: bool = True) -> None:
+        """Writes the file, if there is one. Raises NvlmError, also for a file that exists unless `overwrite`."""
         if self.path is not None:
-            write_whole(self.path, json.dumps(self.document, indent=2) + "\n")
+            write_whole(self.path, json.dumps(self.document, indent=2, allow_nan=False) + "\n", overwrite)
 
     def _entry(self, point: Point) -> dict[str, Any]:
         metrics, parts = summarize(point.records, self._slo), LatencyParts.of(point.records, point.server)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
+from nvlm_trt import strict_json
+from nvlm_trt.bounded_file import RESULTS_BYTES, read_bounded
 from nvlm_trt.errors import NvlmError, RequestError
+from nvlm_trt.staging import publish_file
 
 KIND, SCHEMA_VERSION = "nvlm-trt bench", 1
 Document = dict[str, Any]
@@ -17,7 +19,7 @@ def read_document(path: Path) -> Document:
     """Reads a result file. Raises RequestError unless it holds results of this schema version."""
     remedy = "name a file that `nvlm-trt bench --output` wrote"
     try:
-        document = json.loads(path.read_bytes())
+        document = strict_json.loads(read_bounded(path, RESULTS_BYTES))
         if document["kind"] != KIND:
             raise ValueError(f"it is of kind {str(document['kind'])[:40]!r}")
         version = document["schema_version"]
@@ -35,16 +37,19 @@ def read_document(path: Path) -> Document:
     return document
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes a temporary file beside `path` and renames it, so that `path` is always whole. Raises NvlmError."""
+def write_whole(path: Path, content: str | bytes, overwrite: bool = True) -> None:
+    """Writes a temporary file beside `path` and renames it, so that `path` is always whole. Raises NvlmError, also for
+    a `path` that exists unless `overwrite`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     data = content.encode() if isinstance(content, str) else content
     try:
         try:
             temporary.write_bytes(data)
-            os.replace(temporary, path)
+            publish_file(temporary, path, overwrite)
         finally:
             temporary.unlink(missing_ok=True)
+    except FileExistsError:
+        raise RequestError(f"{path} exists; choose another file or pass --overwrite") from None
     except OSError as error:
         reason = error.strerror or error
         raise NvlmError(f"cannot write {path} ({reason}); free space there or choose another place") from None

@@ -19,11 +19,13 @@ class Target:
     url: str
     triton: str  # version
     engine: str  # directory, on the server's machine
-    # known only for an engine on this machine
+    # None if the server is of an earlier nvlm-trt, on another machine
     model: str | None = None
     digest: str | None = None
     precision: dict[str, str] | None = None
     limits: dict[str, int] | None = None
+    replaced: bool = False  # the directory holds another engine by now
+    here: bool = True  # the directory may be on this machine
 
     @classmethod
     def connect(cls, url: str) -> Target:
@@ -34,17 +36,21 @@ class Target:
         from nvlm_trt.serving.served_engine import find_served_engine
 
         served = find_served_engine(url)
-        if (engine := served.engine) is None:
+        if (record := served.record) is None:
             return cls(url, served.triton, served.path)
-        limits = engine.limits.model_dump()
-        name, precision = engine.config.name, engine.manifest.precision
-        return cls(url, served.triton, served.path, name, engine.digest, precision, limits)
+        known = (record.model, record.digest, record.precision, record.limits)
+        return cls(url, served.triton, served.path, *known, served.replaced, served.engine is not None)
 
     def tokenizer(self, directory: Path | None) -> Tokenizer:
         """Opens the tokenizer in `directory`, by default the engine's. Raises NvlmError if there is none."""
         if directory is not None:
             return Tokenizer.from_directory(directory)
-        if not Path(self.engine, TOKENIZER_JSON).is_file():
+        if self.replaced:
+            raise RequestError(
+                f"{self.engine} was replaced since {self.url} loaded it, so its tokenizer may be another; restart the "
+                "server, or pass --tokenizer DIR"
+            )
+        if not (self.here and Path(self.engine, TOKENIZER_JSON).is_file()):
             raise RequestError(
                 f"{self.engine}, which {self.url} serves, is not on this machine; pass --tokenizer DIR, an engine or a "
                 f"checkpoint with the same {TOKENIZER_JSON}"

@@ -131,7 +131,7 @@ class Worker:
 
 def _reply(message: dict[str, Any]) -> None:
     # may block while the pipe is full, but not for long: the parent reads all the time
-    sys.stdout.buffer.write(json.dumps(message).encode() + b"\n")
+    sys.stdout.buffer.write(json.dumps(message, allow_nan=False).encode() + b"\n")
     sys.stdout.buffer.flush()
 
 

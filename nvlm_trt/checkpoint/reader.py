@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from nvlm_trt.bounded_file import INDEX_BYTES, read_bounded
 from nvlm_trt.checkpoint.dummy_heads import PROJECTION, padded_shape, real_heads
 from nvlm_trt.checkpoint.safetensors_file import FloatArray, SafetensorsFile, TensorRecord
 from nvlm_trt.checkpoint.writer import INDEX_FILE, WEIGHTS_FILE
@@ -24,12 +25,13 @@ from nvlm_trt.closing import ClosedOnExit
 from nvlm_trt.errors import CheckpointError
 from nvlm_trt.model.config import NvlmConfig
 from nvlm_trt.model.hf_config import config_to_hf, read_config
-from nvlm_trt.model.layout import IGNORED, checkpoint_layout
+from nvlm_trt.model.layout import EMBEDDING, IGNORED, LM_HEAD, checkpoint_layout
 
 # The digest hashes checkpoints up to this size whole (seconds), and samples of larger ones.
 _FULL_DIGEST_BYTES = 4 << 30
 _SAMPLE_BYTES = 4096
 _SAMPLES = 64
+_TIED_ROWS = 256  # compared at a time
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,9 @@ class Checkpoint(ClosedOnExit):
         quantising, which change nearly every element, but not an edit of a few elements between the blocks."""
         records = {name: self._file_of[name].records[name] for name in sorted(self._layout)}
         sampled = sum(record.nbytes for record in records.values()) > _FULL_DIGEST_BYTES
-        digest = hashlib.sha256(json.dumps(config_to_hf(replace(self.config, name="")), sort_keys=True).encode())
+        digest = hashlib.sha256(
+            json.dumps(config_to_hf(replace(self.config, name="")), sort_keys=True, allow_nan=False).encode()
+        )
         for name, record in records.items():
             digest.update(f"\n{name} {record.dtype} {record.shape}\n".encode())
             for block in _samples(self._file_of[name], record) if sampled else self._file_of[name].blocks(record):
@@ -124,6 +128,8 @@ class Checkpoint(ClosedOnExit):
         del self._remaining[name]
         if self._padding and (match := PROJECTION.fullmatch(name)):
             self._check_dummy_heads(match[1])
+        if name == EMBEDDING and self._has_tied_copy:
+            self._check_tied_copy()
         return LazyWeight(name, self._layout[name], self._file_of[name])
 
     def rows(self, name: str, ids: npt.ArrayLike) -> FloatArray:
@@ -164,6 +170,23 @@ class Checkpoint(ClosedOnExit):
                 f"config.json's {self.config.vision.num_heads}, and they are not zero; correct num_attention_heads"
             )
 
+    @property
+    def _has_tied_copy(self) -> bool:
+        """Whether the checkpoint stores lm_head beside the embeddings that it is tied to, as some exports do."""
+        return self.config.llm.tie_word_embeddings and LM_HEAD in self._file_of
+
+    def _check_tied_copy(self) -> None:
+        """Raises CheckpointError unless lm_head equals the embeddings."""
+        table, copy = (LazyWeight(name, self._layout[EMBEDDING], self._file_of[name]) for name in (EMBEDDING, LM_HEAD))
+        for start in range(0, table.shape[0], _TIED_ROWS):
+            stop = min(start + _TIED_ROWS, table.shape[0])
+            differing = (table.rows(start, stop) != copy.rows(start, stop)).any(axis=1)
+            if differing.any():
+                raise CheckpointError(
+                    f"{copy.file.path}: {LM_HEAD} differs from {EMBEDDING} in row {start + int(differing.argmax())}, "
+                    "but config.json says tie_word_embeddings; set it to false, or remove the tensor"
+                )
+
     def _check_shapes(self) -> None:
         missing = [name for name in self._layout if name not in self._file_of]
         if missing:
@@ -171,13 +194,14 @@ class Checkpoint(ClosedOnExit):
                 f"{self.directory} has no tensor {missing[0]}{_others(missing)}, which its config.json asks for; "
                 "restore the missing shard or correct config.json"
             )
-        extra = [name for name in self._file_of if name not in self._layout and not IGNORED.fullmatch(name)]
+        expected = self._layout | ({LM_HEAD: self._layout[EMBEDDING]} if self._has_tied_copy else {})
+        extra = [name for name in self._file_of if name not in expected and not IGNORED.fullmatch(name)]
         if extra:
             raise CheckpointError(
                 f"{self.directory} has the tensor {extra[0]}{_others(extra)}, which a model of its config.json does "
                 "not use; correct config.json or remove the tensor"
             )
-        for name, shape in self._layout.items():
+        for name, shape in expected.items():
             stored = self._file_of[name].records[name].shape
             if stored != padded_shape(name, shape, self._padding):
                 raise CheckpointError(
@@ -209,9 +233,11 @@ def _shard_names(directory: Path) -> list[str]:
 def _weight_map(index: Path) -> dict[str, str]:
     """Reads model.safetensors.index.json -> tensor name: file name."""
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = json.loads(read_bounded(index, INDEX_BYTES).decode())["weight_map"]
         outside = [name for name in weight_map.values() if Path(name).name != name]
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except OSError as error:
+        raise CheckpointError(f"cannot read {index} ({error.strerror}); restore it from the checkpoint") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(f"{index} is not a safetensors index; restore it from the checkpoint") from None
     if outside:
         raise CheckpointError(f"{index} names {outside[0]!r}, which is not a file beside it; restore the index")

@@ -19,6 +19,8 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
+from nvlm_trt.bounded_file import open_regular
+from nvlm_trt.checkpoint.finite import first_not_finite
 from nvlm_trt.errors import CheckpointError
 
 FloatArray = npt.NDArray[np.float32]
@@ -44,9 +46,10 @@ class SafetensorsFile:
         """Raises CheckpointError when the file is absent, truncated, or has a corrupt header."""
         self.path = path
         try:
+            open_regular(path).close()  # safe_open would wait for a pipe
             with safe_open(path, framework="numpy"):
                 pass  # opening is the check
-            self._file: BinaryIO = path.open("rb")
+            self._file: BinaryIO = open_regular(path)
         except FileNotFoundError:
             raise CheckpointError(f"{path} is missing; download or write the checkpoint again") from None
         except (SafetensorError, OSError) as error:
@@ -56,7 +59,7 @@ class SafetensorsFile:
         self.records = _read_header(self._file)
 
     def load(self, name: str) -> FloatArray:
-        """Reads a whole tensor as float32. Raises CheckpointError for a dtype other than BF16, F16 and F32."""
+        """Reads a whole tensor as float32. Raises what `read_floats` raises."""
         record = self.records[name]
         out = np.empty(record.shape, np.float32)
         self.read_floats(name, record, 0, out.reshape(-1))
@@ -92,7 +95,9 @@ class SafetensorsFile:
         self._file.close()
 
     def read_floats(self, name: str, record: TensorRecord, first: int, out: FloatArray) -> None:
-        """Fills the flat `out` with elements [first, first + len(out)) of a tensor."""
+        """Fills the flat `out` with elements [first, first + len(out)) of a tensor.
+
+        Raises CheckpointError for a dtype other than BF16, F16 and F32, and for an element that is not finite."""
         if record.dtype not in _ITEM_BYTES:
             raise CheckpointError(
                 f"{self.path}: {name} is stored as {record.dtype}; convert the checkpoint to BF16, F16 or F32"
@@ -102,11 +107,20 @@ class SafetensorsFile:
         for start in range(0, len(out), step):
             target = out[start : start + step]
             block = self.read_bytes(record, (first + start) * item, len(target) * item)
+            bits = np.frombuffer(block, f"<u{item}")
+            if (fault := first_not_finite(bits, record.dtype)) >= 0:
+                raise self._not_finite(name, record, first + start + fault)
             if record.dtype == "BF16":  # the upper half of a float32
-                bits = np.frombuffer(block, "<u2")
                 np.left_shift(bits, 16, out=target.view(np.uint32), dtype=np.uint32)
             else:
-                target[:] = np.frombuffer(block, "<f2" if record.dtype == "F16" else "<f4")
+                target[:] = bits.view(f"<f{item}")
+
+    def _not_finite(self, name: str, record: TensorRecord, element: int) -> CheckpointError:
+        place = list(map(int, np.unravel_index(element, record.shape)))
+        return CheckpointError(
+            f"{self.path}: {name} has a value at {place} that is not finite (NaN or infinity); restore the file, or "
+            "export the checkpoint from an earlier step of its training"
+        )
 
 
 def _read_header(file: BinaryIO) -> dict[str, TensorRecord]:

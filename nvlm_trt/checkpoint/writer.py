@@ -7,6 +7,7 @@ order. The directory gets its name when it is whole.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 from collections.abc import Iterable
@@ -22,7 +23,7 @@ from nvlm_trt.model.config import NvlmConfig
 from nvlm_trt.model.hf_config import config_to_hf
 from nvlm_trt.model.layout import Shapes, checkpoint_layout
 from nvlm_trt.progress import Progress
-from nvlm_trt.staging import replace_directory, storage_errors, temporary_sibling
+from nvlm_trt.staging import is_replaceable, published_directory
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -54,22 +55,20 @@ def write_checkpoint(
     Raises CheckpointError when the tensors are not those of the layout or when `directory` exists (with `overwrite`:
     when it is not a checkpoint), EngineError when the disk is full. Leaves nothing half-written behind."""
     directory = Path(directory).absolute()
-    _check_target(directory, overwrite)
-    with storage_errors(directory), temporary_sibling(directory) as staging:
-        text = json.dumps(config_to_hf(config), indent=2)
+    with published_directory(directory, lambda: _check_target(directory, overwrite)) as staging:
+        text = json.dumps(config_to_hf(config), indent=2, allow_nan=False)
         (staging / "config.json").write_text(text + "\n", encoding="utf-8")
         for path in files:
             shutil.copyfile(path, staging / path.name)
         _write_tensors(staging, checkpoint_layout(config), tensors, shard_bytes, progress)
-        replace_directory(staging, directory)
 
 
 def _check_target(directory: Path, overwrite: bool) -> None:
-    if not directory.exists():
+    if not os.path.lexists(directory):
         return
     if not overwrite:
         raise CheckpointError(f"{directory} exists; choose another directory or pass --overwrite")
-    if not (directory / "config.json").exists() and (not directory.is_dir() or any(directory.iterdir())):
+    if not is_replaceable(directory, "config.json"):
         raise CheckpointError(f"{directory} is not a checkpoint, so it is not overwritten; choose another directory")
 
 
@@ -116,7 +115,7 @@ def _create_files(directory: Path, layout: Shapes, shard_bytes: int) -> dict[str
             "metadata": {"total_size": sum(shard.nbytes for shard in shards)},
             "weight_map": {tensor: path.name for tensor, (path, _) in places.items()},
         }
-        (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (directory / INDEX_FILE).write_text(json.dumps(index, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return places
 
 
@@ -140,7 +139,7 @@ def _header(shard: _Shard, layout: Shapes) -> bytes:
             "shape": layout[name],
             "data_offsets": [begin, begin + _nbytes(layout[name])],
         }
-    text = json.dumps(entries, separators=(",", ":")).encode()
+    text = json.dumps(entries, separators=(",", ":"), allow_nan=False).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
 

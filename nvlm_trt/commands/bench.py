@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nvlm_trt import terminal
+from nvlm_trt.bounds import MAX_SEED, MAX_TILES
 from nvlm_trt.errors import NvlmError, RequestError
 from nvlm_trt.extras import require
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 _CONCURRENCY = "1,2,4,8"
 _MOST_LOADS = 100
+_MOST_MILLISECONDS = 1e9
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 bench = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
@@ -42,15 +44,16 @@ def measure(
     rate: Annotated[
         str | None, typer.Option(help="Open loop: requests per second, one load per number: 0.5,1,2.")
     ] = None,
-    requests: Annotated[int, typer.Option(min=1, help="Measured requests per load.")] = 64,
+    requests: Annotated[int, typer.Option(min=1, max=1_000_000, help="Measured requests per load.")] = 64,
     warmup: Annotated[
-        int | None, typer.Option(min=0, help="Unmeasured requests first [the load's concurrency; with --rate 8].")
+        int | None,
+        typer.Option(min=0, max=1_000_000, help="Unmeasured requests first [the load's concurrency; with --rate 8]."),
     ] = None,
     prompt_tokens: Annotated[
         str, typer.Option(help="Tokens of the question's text: 64, or 16:128 for any from 16 to 128.")
     ] = "64",
     output_tokens: Annotated[str, typer.Option(help="Tokens of every answer: 64, or 16:128.")] = "64",
-    images: Annotated[int, typer.Option(min=0, help="Images per request.")] = 1,
+    images: Annotated[int, typer.Option(min=0, max=1_000_000, help="Images per request.")] = 1,
     image_size: Annotated[str, typer.Option(help="Pixels; of several, 448x448,1344x896, each image draws one.")] = (
         "1344x896"
     ),
@@ -58,12 +61,16 @@ def measure(
         bool,
         typer.Option("--repeat-images", help="Same images in all requests: the server's cache holds them."),
     ] = False,
-    max_tiles: Annotated[int | None, typer.Option(min=1, help="Most tiles per image, thumbnail not counted.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of texts, lengths, sizes and arrivals.")] = 0,
+    max_tiles: Annotated[
+        int | None, typer.Option(min=1, max=MAX_TILES, help="Most tiles per image, thumbnail not counted.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of texts, lengths, sizes and arrivals.")] = 0,
     slo_ttft: Annotated[float | None, typer.Option(help="Goodput: most milliseconds to the first token.")] = None,
     slo_itl: Annotated[float | None, typer.Option(help="Goodput: most milliseconds per later token.")] = None,
     processes: Annotated[int, typer.Option(min=1, max=64, help="Client processes that share the load.")] = 1,
-    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds after which a request has failed.")] = 1800,
+    timeout: Annotated[
+        float, typer.Option(min=0.001, max=1e7, help="Seconds after which a request has failed.")
+    ] = 1800,
     tokenizer: Annotated[
         Path | None, typer.Option(help="Directory with the model's tokenizer.json [the engine's, if it is here].")
     ] = None,
@@ -111,17 +118,22 @@ def measure(
     _check_outputs({"--output": output, "--csv": csv}, plots, overwrite)
     target = Target.connect(url)
     prompts = PromptWriter(target.tokenizer(tokenizer))
+    if target.replaced:
+        terminal.note(
+            f"note: {target.engine} was replaced since the server loaded it; measured is the engine that was loaded "
+            f"(digest {str(target.digest)[:12]}); restart the server to measure the new one"
+        )
     plan = Plan(url, workload, loads, processes, timeout, _server_metrics(target, metrics_url))
     report = Report(plan, target, slo, output, records)
-    report.publish()  # fails now, before anything is measured, if the file cannot be written
+    report.publish(overwrite)  # fails now, before anything is measured, if the file cannot be written
     with terminal.progress() as progress:
         outcome = run(plan, prompts, report.add, progress)
     report.finish(outcome)
     _print(report.document, as_json)
     if csv:
-        write_whole(csv, to_csv(report.document))
+        write_whole(csv, to_csv(report.document), overwrite)
     if plots:
-        _plot(report.document, plots)
+        _plot(report.document, plots, overwrite)
     _end(report, outcome)
 
 
@@ -140,7 +152,7 @@ def compare(
 
     comparison = compare_results(a, b)
     if as_json:
-        print(json.dumps(comparison.to_dict(), indent=2))
+        print(json.dumps(comparison.to_dict(), indent=2, allow_nan=False))
         return
     print_comparison(comparison)
     for note in comparison.notes:
@@ -160,8 +172,8 @@ def _no_options_before(context: typer.Context) -> None:
 
 
 def _seconds(milliseconds: float | None, option: str) -> float | None:
-    if milliseconds is not None and not 0 < milliseconds < float("inf"):
-        raise RequestError(f"{option} {milliseconds:g} is not a positive number of milliseconds; write 500")
+    if milliseconds is not None and not 0 < milliseconds <= _MOST_MILLISECONDS:
+        raise RequestError(f"{option} {milliseconds:g} is not a positive number of milliseconds up to 1e9; write 500")
     return None if milliseconds is None else milliseconds / 1e3
 
 
@@ -250,7 +262,7 @@ def _print(document: Document, as_json: bool) -> None:
     from nvlm_trt.benchmark.tables import print_results
 
     if as_json:
-        print(json.dumps(document, indent=2))
+        print(json.dumps(document, indent=2, allow_nan=False))
     else:
         print_results(document)
     for point in document["points"]:
@@ -260,14 +272,14 @@ def _print(document: Document, as_json: bool) -> None:
             terminal.note(f"note: {describe(point['load'])}: {error['count']} x {error['status']}: {error['error']}")
 
 
-def _plot(document: Document, directory: Path) -> None:
+def _plot(document: Document, directory: Path, overwrite: bool) -> None:
     from nvlm_trt.benchmark.plots import latency_parts_plot, latency_plot
     from nvlm_trt.benchmark.results_document import write_whole
 
     for name, draw in (("latency.png", latency_plot), ("stages.png", latency_parts_plot)):
         plot = draw(document)
         if plot is not None:
-            write_whole(directory / name, plot)
+            write_whole(directory / name, plot, overwrite)
 
 
 def _end(report: Report, outcome: Outcome) -> None:

@@ -12,10 +12,11 @@ from nvlm_trt.backends.table import DEFAULT_BACKEND, backend_names, backend_summ
 from nvlm_trt.errors import NvlmError
 from nvlm_trt.extras import require
 from nvlm_trt.model.precision import COMPONENTS, needs_calibration, quantised_components
-from nvlm_trt.staging import tidy_on_sigterm
 
 if TYPE_CHECKING:
     from nvlm_trt.builders.engine_build import QuantizationOptions
+
+_MOST_SAMPLES = 1_000_000
 
 
 def build(
@@ -40,7 +41,10 @@ def build(
         ),
     ] = None,
     calibration_samples: Annotated[
-        int | None, typer.Option(min=1, help="Samples to calibrate on [all of a file, 128 of the document tasks].")
+        int | None,
+        typer.Option(
+            min=1, max=_MOST_SAMPLES, help="Samples to calibrate on [all of a file, 128 of the document tasks]."
+        ),
     ] = None,
     smoothquant_alpha: Annotated[
         float | None, typer.Option(help="For int8: how far outliers move into the weights, 0 (off) to 1 [0.5].")
@@ -50,7 +54,8 @@ def build(
         typer.Option(help="JSONL that judges a quantised engine [the document tasks' validation split]."),
     ] = None,
     gate_samples: Annotated[
-        int | None, typer.Option(min=1, help="Samples to judge by [all of a file, 500 of the document tasks].")
+        int | None,
+        typer.Option(min=1, max=_MOST_SAMPLES, help="Samples to judge by [all of a file, 500 of the document tasks]."),
     ] = None,
     max_accuracy_drop: Annotated[
         float | None, typer.Option(help="Points that a quantised engine may score below the unquantised one [1].")
@@ -114,7 +119,7 @@ def build(
         require("eval", "measuring a quantised engine")
     limits = {"max_slots": max_slots, "max_seq_len": max_seq_len, "max_image_tokens": max_image_tokens}
     try:
-        with terminal.progress() as progress, tidy_on_sigterm():
+        with terminal.progress() as progress:
             engine = build_engine(
                 checkpoint,
                 output,

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, get_args
 import typer
 
 from nvlm_trt import terminal
+from nvlm_trt.bounds import MAX_COUNT
+from nvlm_trt.commands.decode_budget import DecodeMemoryOption, DecodeSecondsOption, image_limits
 from nvlm_trt.errors import NvlmError, RequestError
 from nvlm_trt.extras import require
 
@@ -18,9 +20,11 @@ if TYPE_CHECKING:
     from nvlm_trt.evaluation.answerers import Answerer
     from nvlm_trt.evaluation.results import Header, SavedResults
     from nvlm_trt.evaluation.samples import Sample
+    from nvlm_trt.image.decoding import ImageLimits
     from nvlm_trt.progress import Progress
 
 _TINYDOCS_COUNT = 200
+_MOST_TOLERANCE = 1e6
 _NAMED_DIFFERENCES = 5
 # answers of two runs are comparable if these parts of their headers are equal; the models may differ
 _COMPARABLE = ("schema_version", "samples", "options")
@@ -35,17 +39,25 @@ def evaluate(
     ] = None,
     split: Annotated[str | None, typer.Option(help="Split of TinyDocs: train, validation or test [test].")] = None,
     tasks: Annotated[str | None, typer.Option(help="Only these tasks: a,b,c.")] = None,
-    count: Annotated[int | None, typer.Option(min=1, help="Samples per task [TinyDocs 200, of --samples all].")] = None,
+    count: Annotated[
+        int | None, typer.Option(min=1, max=1_000_000, help="Samples per task [TinyDocs 200, of --samples all].")
+    ] = None,
     metric: Annotated[
         str | None,
         typer.Option(help="For lines of --samples that name none: exact, contains, anls or numeric [exact]."),
     ] = None,
     tolerance: Annotated[float, typer.Option(min=0, help="Relative, for the metric numeric; 0.05 as ChartQA.")] = 0.0,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 32,
+    max_tokens: Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="Most tokens of an answer.")] = 32,
     concurrency: Annotated[
         int | None,
-        typer.Option(min=1, help="Samples asked at once [the engine's slots, a server 8, the reference one per core]."),
+        typer.Option(
+            min=1,
+            max=10_000,
+            help="Samples asked at once [the engine's slots, a server 8, the reference one per core].",
+        ),
     ] = None,
+    max_decode_seconds: DecodeSecondsOption = None,
+    max_decode_memory: DecodeMemoryOption = None,
     output: Annotated[
         Path | None, typer.Option(help="Results as JSON; an interrupted run of the same command goes on.")
     ] = None,
@@ -66,14 +78,17 @@ def evaluate(
     from nvlm_trt.evaluation.results import ResultsFile, read_results
     from nvlm_trt.evaluation.samples import digest_of
 
-    if not math.isfinite(tolerance):
-        raise NvlmError(f"--tolerance {tolerance} is not a finite number; 0.05 allows 5 % to either side")
+    if not (math.isfinite(tolerance) and tolerance <= _MOST_TOLERANCE):
+        raise NvlmError(
+            f"--tolerance {tolerance} is not a finite number up to {_MOST_TOLERANCE:g}; 0.05 allows 5 % to either side"
+        )
     options = accuracy.EvalOptions(max_tokens, tolerance)
+    limits = image_limits(max_decode_seconds, max_decode_memory)
     other = read_results(agree_with) if agree_with else None
     with terminal.progress() as progress:
         chosen = _samples(samples, split, tasks, count, metric, progress)
-        digest = digest_of(chosen, progress)
-        answerer = _answerer(engine, url, reference, max_tokens, concurrency)
+        digest = digest_of(chosen, progress, limits)
+        answerer = _answerer(engine, url, reference, max_tokens, concurrency, limits)
         header = accuracy.run_header(digest, len(chosen), answerer, options)
         if other:
             _check_comparable(other, header)
@@ -86,7 +101,7 @@ def evaluate(
             document = accuracy.document(chosen, results, summary, options)
             results.publish(document)
     if as_json:
-        print(json.dumps(document, indent=2))
+        print(json.dumps(document, indent=2, allow_nan=False))
     else:
         terminal.accuracy_table(summary, str(answerer.identity))
     failed = False
@@ -151,7 +166,12 @@ def _first_of_each_task(samples: Sequence[Sample], count: int | None) -> list[Sa
 
 
 def _answerer(
-    engine: Path | None, url: str | None, reference: Path | None, max_tokens: int, concurrency: int | None
+    engine: Path | None,
+    url: str | None,
+    reference: Path | None,
+    max_tokens: int,
+    concurrency: int | None,
+    limits: ImageLimits,
 ) -> Answerer:
     if sum(source is not None for source in (engine, url, reference)) != 1:
         raise NvlmError("name who answers: pass one of --engine DIR, --url grpc://host:port and --reference CHECKPOINT")
@@ -162,7 +182,7 @@ def _answerer(
     from nvlm_trt.evaluation.answerers import EngineAnswerer, ReferenceAnswerer
 
     if engine is not None:
-        return EngineAnswerer(engine, max_tokens, concurrency)
+        return EngineAnswerer(engine, max_tokens, concurrency, limits)
     assert reference is not None
     return ReferenceAnswerer(reference, max_tokens, concurrency)
 

@@ -12,6 +12,7 @@ import typer
 
 from nvlm_trt import terminal
 from nvlm_trt.backends.table import DEFAULT_BACKEND, backend_names, default_precisions, find_backend
+from nvlm_trt.bounds import MAX_TOKENS
 from nvlm_trt.errors import EngineError, NvlmError
 from nvlm_trt.model.preset_names import PRESET_NAMES
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from nvlm_trt.planner.memory import EnginePlan
     from nvlm_trt.planner.roofline import Work
 
+_LEAST_RATE, _MOST_RATE = 1e-6, 1e9
 _PRESET_TAG_LENGTH = 1  # a tile tag is one token of the tokenizer that `nvlm-trt init-checkpoint` writes
 
 
@@ -36,10 +38,10 @@ def plan(
     max_image_tokens: Annotated[
         int | None, typer.Option(min=0, help="Cross-attended tokens per request (X, H) [four images' worth].")
     ] = None,
-    text_tokens: Annotated[int, typer.Option(min=1, help="Text tokens of the prompt.")] = 128,
+    text_tokens: Annotated[int, typer.Option(min=1, max=MAX_TOKENS, help="Text tokens of the prompt.")] = 128,
     tiles: Annotated[
         int | None,
-        typer.Option(min=0, help="Tiles of the prompt's image, thumbnail included [the most]; 0: no image."),
+        typer.Option(min=0, help="Tiles of the prompt's image, thumbnail included [the most that fit]; 0: no image."),
     ] = None,
     bandwidth: Annotated[
         float | None, typer.Option(help="Memory bandwidth in GB/s; with --tflops: shows the least times.")
@@ -56,8 +58,11 @@ def plan(
     spec = find_backend(backend)
     precision = precision or spec.precisions.default
     rates = [rate for rate in (bandwidth, tflops) if rate is not None]
-    if len(rates) == 1 or any(rate <= 0 for rate in rates):
-        raise NvlmError("a time follows from both --bandwidth and --tflops, above 0; give both or none")
+    if len(rates) == 1 or not all(_LEAST_RATE <= rate <= _MOST_RATE for rate in rates):
+        raise NvlmError(
+            f"a time follows from both --bandwidth and --tflops, above 0 ({_LEAST_RATE:g} to {_MOST_RATE:g}); give "
+            "both or none"
+        )
     from nvlm_trt.planner.limits import engine_limits
     from nvlm_trt.planner.memory import plan_engine
     from nvlm_trt.planner.roofline import Roofline
@@ -68,9 +73,7 @@ def plan(
     chosen = {"max_slots": max_slots, "max_seq_len": max_seq_len, "max_image_tokens": max_image_tokens}
     given = {name: value for name, value in chosen.items() if value is not None}
     limits = engine_limits(config, tag_length, given)
-    tiles = config.tiles_per_image if tiles is None else tiles
-    if tiles > config.tiles_per_image:
-        raise EngineError(f"an image has at most {config.tiles_per_image} tiles, not {tiles}; lower --tiles")
+    tiles = _tiles(config, limits, tag_length, text_tokens, tiles)
     planned = plan_engine(config, limits, precisions, spec, tag_length, checkpoint_bytes)
     roofline = Roofline(config, limits, precisions, spec, tag_length)
     prefill = roofline.prefill(text_tokens, tiles)
@@ -91,6 +94,7 @@ def plan(
                     "roofline": {name: {**asdict(work), "seconds": times[name]} for name, work in works.items()},
                 },
                 indent=2,
+                allow_nan=False,
             )
         )
     else:
@@ -118,6 +122,29 @@ def _model(checkpoint: Path | None, preset: str | None) -> tuple[NvlmConfig, int
     with Checkpoint.open(checkpoint) as opened:
         tag_length = PromptEncoder(opened.config, Tokenizer.from_directory(checkpoint)).tag_length
         return opened.config, tag_length, sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
+
+
+def _tiles(config: NvlmConfig, limits: EngineLimits, tag_length: int, text_tokens: int, tiles: int | None) -> int:
+    """Return the tiles of the prompt's image: `tiles`, or as many as fit. Raises EngineError for a prompt that the
+    engine does not hold."""
+    from nvlm_trt.prompt.image_tokens import count_image_tokens
+
+    if tiles is not None and tiles > config.tiles_per_image:
+        raise EngineError(f"an image has at most {config.tiles_per_image} tiles, not {tiles}; lower --tiles")
+    for count in range(config.tiles_per_image, -1, -1) if tiles is None else [tiles]:
+        in_llm, cross = count_image_tokens(config, count, tag_length)
+        if text_tokens + in_llm < limits.max_seq_len and cross <= limits.max_image_tokens:
+            return count
+    if cross > limits.max_image_tokens:
+        raise EngineError(
+            f"{count} tiles have {cross} cross-attended tokens, the engine would hold {limits.max_image_tokens}; lower "
+            "--tiles, or raise --max-image-tokens"
+        )
+    raise EngineError(
+        f"a prompt of {text_tokens} text tokens and {count} tiles has {text_tokens + in_llm} tokens in the LLM, the "
+        f"engine would hold {limits.max_seq_len} with the answer; lower --text-tokens or --tiles, or raise "
+        "--max-seq-len"
+    )
 
 
 def _seconds(work: Work, bandwidth: float | None, tflops: float | None) -> float | None:

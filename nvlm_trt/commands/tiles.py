@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nvlm_trt import terminal
-from nvlm_trt.errors import ImageError, NvlmError, RequestError
+from nvlm_trt.commands.decode_budget import DecodeMemoryOption, DecodeSecondsOption, image_limits
+from nvlm_trt.errors import NvlmError, RequestError
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from nvlm_trt.image.decoding import ImageLimits
 
 # Lossless where the format can be, so that the pixels in the file are those that the encoder sees.
 _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
@@ -35,6 +38,8 @@ def tiles(
     max_tiles: Annotated[int | None, typer.Option(help="Most tiles, thumbnail not counted [6].")] = None,
     engine: Annotated[Path | None, typer.Option(help="Engine directory to take both numbers from.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Checkpoint directory to take both numbers from.")] = None,
+    max_decode_seconds: DecodeSecondsOption = None,
+    max_decode_memory: DecodeMemoryOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file of that name.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
@@ -45,7 +50,7 @@ def tiles(
     options = _save_options(output)
     _check_output(output, image, overwrite)
     tile_size, max_tiles = _tiling(tile_size, max_tiles, engine, checkpoint)
-    loaded = _load(image)
+    loaded = _load(image, image_limits(max_decode_seconds, max_decode_memory))
 
     from nvlm_trt.image.tile_sheet import draw_tile_sheet, layout_sheet
 
@@ -56,7 +61,7 @@ def tiles(
             f"{output}: the sheet has {layout.size[0]} x {layout.size[1]} pixels, {options['format']} holds at most "
             f"{longest} along an edge; write a .png"
         )
-    _save(draw_tile_sheet(loaded, tile_size, max_tiles), output, options)
+    _save(draw_tile_sheet(loaded, tile_size, max_tiles), output, options, overwrite)
     if as_json:
         report = {
             "output": str(output),
@@ -67,7 +72,7 @@ def tiles(
             "tags": layout.tags,
             "sheet_size": layout.size,
         }
-        print(json.dumps(report, indent=2))
+        print(json.dumps(report, indent=2, allow_nan=False))
     else:
         terminal.note(f"wrote {output} ({layout.heading})")
 
@@ -116,24 +121,25 @@ def _tiling(
     return 448 if tile_size is None else tile_size, 6 if max_tiles is None else max_tiles
 
 
-def _load(path: Path) -> Image.Image:
-    from nvlm_trt.image.decoding import load_image
+def _load(path: Path, limits: ImageLimits) -> Image.Image:
+    from nvlm_trt.image.decoder import ImageDecoder
+    from nvlm_trt.image.image_file import naming_files, read_image_file
 
-    try:
-        return load_image(path.read_bytes())
-    except OSError as error:
-        raise RequestError(f"cannot read image {path} ({error.strerror}); name a readable image file") from None
-    except ImageError as error:
-        raise ImageError(f"{path}: {str(error).removeprefix('image: ')}") from None
+    with naming_files([path]), ImageDecoder(limits) as decoder:
+        return decoder.load(read_image_file(path))
 
 
-def _save(sheet: Image.Image, output: Path, options: dict[str, Any]) -> None:
+def _save(sheet: Image.Image, output: Path, options: dict[str, Any], overwrite: bool) -> None:
     """Writes beside `output` and renames: a file of that name is always whole."""
+    from nvlm_trt.staging import publish_file
+
     # named before it exists: an interrupt at any moment leaves no file behind
     temporary = output.with_name(f".{output.name}.{secrets.token_hex(4)}")
     try:
         sheet.save(temporary, **options)
-        os.replace(temporary, output)
+        publish_file(temporary, output, overwrite)
+    except FileExistsError:
+        raise RequestError(f"{output} exists; choose another --output or pass --overwrite") from None
     except OSError as error:
         raise NvlmError(f"cannot write {output} ({error.strerror or error}); choose another --output") from None
     finally:

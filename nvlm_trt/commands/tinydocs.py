@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,7 +20,7 @@ SAMPLES_FILE = "samples.jsonl"
 
 def tinydocs(
     output: Annotated[Path, typer.Option(help="Directory to write images and samples.jsonl to.")],
-    count: Annotated[int, typer.Option(min=1, help="Samples per task.")] = 20,
+    count: Annotated[int, typer.Option(min=1, max=1_000_000, help="Samples per task.")] = 20,
     split: Annotated[str, typer.Option(help="train, validation or test: they differ in seed and fonts.")] = "test",
     tasks: Annotated[str | None, typer.Option(help="Only these tasks: a,b,c.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing directory of that name.")] = False,
@@ -29,25 +30,32 @@ def tinydocs(
     Example: nvlm-trt tinydocs --count 20 --output tinydocs
     """
     from nvlm_trt.evaluation.tinydocs import TASKS, TEXT_TASKS, generate
-    from nvlm_trt.staging import replace_directory, storage_errors, temporary_sibling
+    from nvlm_trt.staging import published_directory
 
     output = output.absolute()
-    if output.exists():
-        if not overwrite:
-            raise NvlmError(f"{output} exists; choose another directory or pass --overwrite")
-        if not (output / SAMPLES_FILE).exists() and (not output.is_dir() or any(output.iterdir())):
-            raise NvlmError(f"{output} holds no {SAMPLES_FILE}, so it is not overwritten; choose another directory")
+    _check_output(output, overwrite)
     chosen = [task.strip() for task in tasks.split(",")] if tasks is not None else [*TASKS, *TEXT_TASKS]
     samples = generate(split, chosen, count)  # type: ignore[arg-type]  # it checks split and tasks
     total = len(chosen) * count
-    with storage_errors(output), temporary_sibling(output) as staging, terminal.progress() as progress:
+    publishing = published_directory(output, lambda: _check_output(output, overwrite))
+    with publishing as staging, terminal.progress() as progress:
         (staging / "images").mkdir()
         with (staging / SAMPLES_FILE).open("w", encoding="utf-8") as file:
             for done, sample in enumerate(samples, start=1):
-                file.write(json.dumps(_write_images(sample, staging)) + "\n")
+                file.write(json.dumps(_write_images(sample, staging), allow_nan=False) + "\n")
                 progress("drawing samples", done, total)
-        replace_directory(staging, output)
     terminal.note(f"wrote {output} ({total} samples of {len(chosen)} tasks, split {split})")
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    from nvlm_trt.staging import is_replaceable
+
+    if not os.path.lexists(output):
+        return
+    if not overwrite:
+        raise NvlmError(f"{output} exists; choose another directory or pass --overwrite")
+    if not is_replaceable(output, SAMPLES_FILE):
+        raise NvlmError(f"{output} holds no {SAMPLES_FILE}, so it is not overwritten; choose another directory")
 
 
 def _write_images(sample: Sample, directory: Path) -> dict[str, object]:

@@ -107,10 +107,12 @@ def evaluate(
     results: ResultsFile,
     options: EvalOptions,
     progress: Progress = no_progress,
+    resumable: bool = True,
 ) -> Summary:
     """Asks the samples that `results` has no answer to, then summarises. Adds each answer to `results` at once.
 
-    Does not load the model if every sample has an answer. Raises the answerer's errors, and says what is kept.
+    Does not load the model if every sample has an answer. Raises the answerer's errors; those of a `resumable` run say
+    what is kept.
     """
     remaining = [sample for sample in samples if sample.name not in results.answers]
     if remaining:
@@ -121,6 +123,8 @@ def evaluate(
                     results.add(sample.name, text, _score(sample, text, options))
                     progress("answering", len(results.answers), len(samples))
         except NvlmError as error:
+            if not resumable:
+                raise
             raise type(error)(f"{error} ({kept(results, len(samples))})") from error
     return summarise(samples, results.answers, options)
 

@@ -20,6 +20,7 @@ from nvlm_trt.engine import Engine
 from nvlm_trt.errors import EngineError, ImageError, NvlmError, RequestError
 from nvlm_trt.evaluation.samples import Sample
 from nvlm_trt.extras import require
+from nvlm_trt.image.decoding import ImageLimits
 from nvlm_trt.machine import available_cores
 
 Answers = Iterator[tuple[Sample, str]]
@@ -62,18 +63,22 @@ class Answerer(Protocol):
 class EngineAnswerer:
     """Answers by an engine in this process."""
 
-    def __init__(self, path: Path, max_tokens: int, concurrency: int | None = None) -> None:
+    def __init__(
+        self, path: Path, max_tokens: int, concurrency: int | None = None, limits: ImageLimits | None = None
+    ) -> None:
         """Runs `concurrency` requests at once, by default as many as the engine has slots."""
         engine = Engine.open(path)
         self.identity = ModelIdentity("engine", engine.config.name, engine.digest)
         self._path = path
         self._sampling = SamplingParams(max_tokens=max_tokens)
         self._concurrency = concurrency or engine.limits.max_slots
+        self._image_limits = limits or ImageLimits()
 
     def __enter__(self) -> EngineAnswerer:
         from nvlm_trt.runtime.pipeline import Pipeline, RuntimeOptions
 
-        self._pipeline = Pipeline.open(self._path, options=RuntimeOptions(max_queue=self._concurrency))
+        options = RuntimeOptions(max_queue=self._concurrency, image_limits=self._image_limits)
+        self._pipeline = Pipeline.open(self._path, options=options)
         return self
 
     def __exit__(

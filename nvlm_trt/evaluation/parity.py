@@ -7,6 +7,7 @@ to end: the tokens that the whole pipeline generates from encoded image bytes an
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from nvlm_trt.engine import Engine, save_manifest
 from nvlm_trt.errors import EngineError
 from nvlm_trt.extras import require
 from nvlm_trt.image.decoding import load_image
+from nvlm_trt.image.image_file import naming_files, read_image_file
 from nvlm_trt.image.tiling import tile_image
 from nvlm_trt.progress import Progress, no_progress
 from nvlm_trt.prompt.encoder import EncodedPrompt, PromptEncoder
@@ -77,10 +79,21 @@ class ParityReport:
 
     def to_dict(self) -> dict[str, Any]:
         stages = [
-            {"name": s.name, "shape": s.shape, "max_abs_diff": s.max_abs_diff, "cosine": s.cosine, "passed": s.passed}
+            {
+                "name": s.name,
+                "shape": s.shape,
+                "max_abs_diff": _finite(s.max_abs_diff),
+                "cosine": s.cosine,
+                "passed": s.passed,
+            }
             for s in self.stages
         ]
-        return {"passed": self.passed, "tolerance": self.tolerance, "stages": stages}
+        return {"passed": self.passed, "tolerance": _finite(self.tolerance), "stages": stages}
+
+
+def _finite(value: float | None) -> float | None:
+    """Return None for infinity, which JSON lacks."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def verify_engine(
@@ -104,7 +117,7 @@ def verify_engine(
             )
     reference = _load_reference(checkpoint)
     report = ParityReport(f"{engine.config.name} on {engine.manifest.backend}", tolerance)
-    data = image.read_bytes() if image is not None else draw_image(engine)
+    data = _read_image(image) if image is not None else draw_image(engine)
     progress("verifying", 0, 3)
     with open_backend(engine) as backend:
         prompt, llm_tokens, cross_kv = _compare_stages(report, engine, backend, reference, data)
@@ -120,6 +133,14 @@ def verify_engine(
     engine.manifest.verification = report.to_dict()
     save_manifest(engine_path, engine.manifest)
     return report
+
+
+def _read_image(path: Path) -> bytes:
+    """Raises ImageError that names the file before the stages are compared."""
+    data = read_image_file(path)
+    with naming_files([path]):
+        load_image(data)
+    return data
 
 
 def _compare_stages(

@@ -15,6 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from nvlm_trt import strict_json
+from nvlm_trt.bounded_file import RESULTS_BYTES, read_bounded
 from nvlm_trt.errors import NvlmError, RequestError
 
 SCHEMA_VERSION = 1
@@ -92,14 +94,14 @@ class ResultsFile:
             return
         with _writing(self._path):
             temporary = self._path.with_name(f".{self._path.name}.tmp")
-            temporary.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
             os.replace(temporary, self._path)
             self.partial.unlink(missing_ok=True)
 
     def _append(self, record: Mapping[str, Any]) -> None:
         if self._file is not None and self.partial is not None:
             with _writing(self.partial):
-                self._file.write(json.dumps(record).encode() + b"\n")
+                self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
                 self._file.flush()
 
     def _take_up(self, path: Path, names: Sequence[str]) -> None:
@@ -128,7 +130,7 @@ def read_results(path: Path) -> SavedResults:
     """Reads a finished results file. Raises RequestError for anything else."""
     remedy = "name a file that `nvlm-trt eval --output` wrote"
     try:
-        document = json.loads(path.read_bytes())
+        document = strict_json.loads(read_bounded(path, RESULTS_BYTES))
         answers = {entry["name"]: entry["answer"] for entry in document["answers"]}
         header = {part: document[part] for part in _NAMES}
     except OSError as error:
@@ -142,7 +144,7 @@ def read_results(path: Path) -> SavedResults:
 def _read_partial(path: Path) -> tuple[SavedResults, int]:
     """Returns the content of FILE.partial and the bytes of its whole lines. Leaves out an incomplete last line."""
     try:
-        data = path.read_bytes()
+        data = read_bounded(path, RESULTS_BYTES)
     except OSError as error:
         raise NvlmError(f"cannot read {path} ({error.strerror}); make it readable or remove it") from None
     whole = data[: data.rfind(b"\n") + 1]
@@ -150,7 +152,7 @@ def _read_partial(path: Path) -> tuple[SavedResults, int]:
     header: Header = {}
     for number, line in enumerate(whole.splitlines(), start=1):
         try:
-            record = json.loads(line)
+            record = strict_json.loads(line)
             if number == 1:
                 header = dict(record)
             else:

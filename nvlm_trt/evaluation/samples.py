@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, overload
 
+from nvlm_trt.bounded_file import open_regular
 from nvlm_trt.errors import ImageError, NvlmError, RequestError
 from nvlm_trt.evaluation.scoring import Metric, number_in
-from nvlm_trt.image.decoding import load_image
+from nvlm_trt.image.decoder import ImageDecoder
+from nvlm_trt.image.image_file import read_image_file
+from nvlm_trt.image.image_limits import ImageLimits
 from nvlm_trt.progress import Progress, no_progress
 from nvlm_trt.prompt.conversation import IMAGE_MARK
 
+_MAX_BYTES, _MAX_LINE_BYTES = 1 << 30, 16 << 20
 _REQUIRED = ("prompt", "answer")
 _KEYS = (*_REQUIRED, "image", "images", "task", "name", "metric")
 
@@ -49,11 +55,7 @@ class ImageFiles(Sequence[bytes]):
     def __getitem__(self, index: int | slice) -> bytes | ImageFiles:
         if isinstance(index, slice):
             return ImageFiles(self.paths[index])
-        path = self.paths[index]
-        try:
-            return path.read_bytes()
-        except OSError as error:
-            raise RequestError(f"cannot read image {path} ({error.strerror}); name a readable image file") from None
+        return read_image_file(self.paths[index])
 
 
 def read_samples(path: Path, metric: Metric = "exact") -> list[Sample]:
@@ -77,7 +79,7 @@ def read_samples(path: Path, metric: Metric = "exact") -> list[Sample]:
     return samples
 
 
-def digest_of(samples: Sequence[Sample], progress: Progress = no_progress) -> str:
+def digest_of(samples: Sequence[Sample], progress: Progress = no_progress, limits: ImageLimits | None = None) -> str:
     """Identifies a set: sha256 of everything in it, the bytes of the images included.
 
     Raises ImageError or RequestError for an image that does not decode. Decodes every image, so that a broken image
@@ -85,25 +87,40 @@ def digest_of(samples: Sequence[Sample], progress: Progress = no_progress) -> st
     """
     digest = hashlib.sha256()
     whole: set[str] = set()  # many questions may be about one image
-    for done, sample in enumerate(samples):
-        progress("checking samples", done, len(samples))
-        keys = []
-        for index, data in enumerate(sample.images):
-            key = hashlib.sha256(data).hexdigest()
-            if key not in whole:
-                _check_image(sample, index, data)
-            whole.add(key)
-            keys.append(key)
-        fields = [sample.name, sample.task, sample.prompt, sample.answer, sample.metric, keys]
-        digest.update(json.dumps(fields).encode() + b"\n")
+    with ImageDecoder(limits) as decoder:
+        for done, sample in enumerate(samples):
+            progress("checking samples", done, len(samples))
+            keys = []
+            for index in range(len(sample.images)):
+                try:
+                    data = sample.images[index]
+                except NvlmError as error:
+                    raise type(error)(f"sample {sample.name}: {error}") from None
+                key = hashlib.sha256(data).hexdigest()
+                if key not in whole:
+                    _check_image(sample, index, data, decoder)
+                whole.add(key)
+                keys.append(key)
+            fields = [sample.name, sample.task, sample.prompt, sample.answer, sample.metric, keys]
+            digest.update(json.dumps(fields, allow_nan=False).encode() + b"\n")
     progress("checking samples", len(samples), len(samples))
     return digest.hexdigest()
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > _MAX_BYTES:
+                raise RequestError(f"samples {path} have {size} bytes, at most {_MAX_BYTES} are read; split the file")
+            for number in itertools.count(1):
+                line = file.readline(_MAX_LINE_BYTES + 1)
+                if len(line) > _MAX_LINE_BYTES:
+                    raise RequestError(
+                        f"{path} line {number}: more than {_MAX_LINE_BYTES} bytes; write one object per line"
+                    )
+                if not line:
+                    return
                 if line.strip():
                     yield number, line
     except OSError as error:
@@ -179,9 +196,9 @@ def _check_answer(sample: Sample) -> None:
         raise RequestError(f"the answer {sample.answer!r} is not a number, which the metric numeric needs")
 
 
-def _check_image(sample: Sample, index: int, data: bytes) -> None:
+def _check_image(sample: Sample, index: int, data: bytes, decoder: ImageDecoder) -> None:
     try:
-        load_image(data)
+        decoder.load(data)
     except ImageError as error:
         name = sample.images.paths[index] if isinstance(sample.images, ImageFiles) else f"image {index + 1}"
         raise ImageError(f"sample {sample.name}: {name}: {str(error).removeprefix('image: ')}") from None

@@ -4,48 +4,36 @@ from __future__ import annotations
 
 import io
 import warnings
-from typing import Annotated, ClassVar
 
-import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
-from pydantic import Field, PositiveInt
-from pydantic.dataclasses import dataclass
+from PIL import Image, ImageFile, UnidentifiedImageError, features
+from PIL.TiffImagePlugin import TiffImageFile
 
-from nvlm_trt.errors import ImageError, RequestError
-from nvlm_trt.validation import STRICT, CheckedFields
+from nvlm_trt.errors import ImageError
+from nvlm_trt.image import jpeg_file, png_file, tiff_file
+from nvlm_trt.image.background import on_white, place_on_white
+from nvlm_trt.image.deep_gray import gray_to_rgb
+from nvlm_trt.image.file_signature import foreign_format, is_avif
+from nvlm_trt.image.first_frame import frame_box, with_alpha
+from nvlm_trt.image.image_limits import ImageLimits as ImageLimits
+from nvlm_trt.image.orientation import upright
+from nvlm_trt.image.png_pixels import decode_png
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+_READS_AVIF = "avif" in features.modules and features.check("avif") is True  # Pillow's wheels since 11.3
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", *(("AVIF",) if _READS_AVIF else ()))
 
 # The bicubic kernel reads 4 source pixels across, so an edge shorter than that is invented, not resampled.
 MIN_EDGE = 4
 # The widest grid is 6:1 at the default max_tiles; beyond 200:1 a tile squeezes one axis more than 30-fold.
 MAX_ASPECT = 200
 
-# Pillow raises above this number of pixels. It warns above half of it, and for damaged metadata: our checks decide.
-_PILLOW_CEILING = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)
+# Pillow raises above PILLOW_CEILING pixels. It warns above half of it, and for damaged metadata: our checks decide.
 for _category in (Image.DecompressionBombWarning, UserWarning):
     warnings.filterwarnings("ignore", category=_category, module=r"PIL\.")
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class ImageLimits(CheckedFields):
-    """Bounds of the images of a request."""
-
-    PREFIX: ClassVar[str] = "image limit "
-    REMEDY: ClassVar[str] = f"use a positive integer, for max_pixels at most {_PILLOW_CEILING}, Pillow's ceiling"
-
-    max_pixels: Annotated[int, Field(gt=0, le=_PILLOW_CEILING)] = 64_000_000  # width x height in the header
-    max_bytes: PositiveInt = 32 << 20  # of the encoded image
-    max_images: PositiveInt = 16
-
-    def check_count(self, images: int) -> None:
-        """Check the number of images of a request. Raises RequestError."""
-        if images > self.max_images:
-            raise RequestError(f"the request has {images} images, at most {self.max_images} are allowed; send fewer")
-
-
 def load_image(data: bytes, limits: ImageLimits | None = None) -> Image.Image:
-    """Decodes to mode RGB: applies the EXIF orientation, puts transparency on white, takes an animation's first frame.
+    """Decodes to mode RGB what a browser shows on a white page: applies the EXIF orientation, puts transparency on
+    white, takes an animation's first frame. docs/triton.md lists the rules.
 
     Raises ImageError for anything that is not a whole image within `limits`, in one of FORMATS: Pillow's other formats
     are seldom asked for and seldom fuzzed.
@@ -55,24 +43,62 @@ def load_image(data: bytes, limits: ImageLimits | None = None) -> Image.Image:
         raise ImageError("image: 0 bytes; send an encoded image")
     if len(data) > limits.max_bytes:
         raise ImageError(f"image: {len(data)} bytes encoded, at most {limits.max_bytes} are allowed; compress it")
-    # Pillow's parsers answer hostile bytes with many exception types (SyntaxError, struct.error, KeyError, ...)
+    if data.startswith(png_file.SIGNATURE):
+        return _load_png(data, limits)
+    if foreign := foreign_format(data):
+        raise ImageError(f"image: {foreign.name}, not a readable format; {foreign.remedy}")
+    data, inverted = _prepared(data)
+    with _open(data, limits) as image:
+        _check_size(image.width, image.height, limits)
+        try:
+            return _decode(image, inverted)
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise _corrupt(error) from None
+
+
+def _load_png(data: bytes, limits: ImageLimits) -> Image.Image:
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        png = png_file.read_png(data)
+    except ValueError as error:
+        raise _corrupt(error) from None
+    _check_size(*png.size, limits)
+    try:
+        return decode_png(png)
+    except MemoryError:  # the budget is at fault, not the image
+        raise
+    except Exception as error:
+        raise _corrupt(error) from None
+
+
+def _prepared(data: bytes) -> tuple[bytes, bool]:
+    """Returns the file as Pillow reads it rightly, and whether its gray values are inverted."""
+    if data.startswith(tiff_file.SIGNATURES):
+        return tiff_file.as_pillow_reads(data)
+    if data.startswith(jpeg_file.SIGNATURE):
+        return jpeg_file.without_metadata(data), False
+    return with_alpha(data), False
+
+
+def _open(data: bytes, limits: ImageLimits) -> ImageFile.ImageFile:
+    """Reads the header. Pillow's parsers answer hostile bytes with many types of exception."""
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    except MemoryError:
+        raise
     except UnidentifiedImageError:
+        if is_avif(data) and not _READS_AVIF:
+            raise ImageError(
+                "image: an AVIF image, which this Pillow does not read; convert it to PNG or JPEG, or install Pillow "
+                "11.3 or newer where nvlm-trt decodes it"
+            ) from None
         known = ", ".join(FORMATS)
         raise ImageError(f"image: not a readable, non-empty {known}; convert it to PNG or JPEG") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ImageError(f"image: more than the {limits.max_pixels} pixels allowed; scale it down") from None
     except Exception as error:
         raise ImageError(f"image: header is corrupt ({_one_line(error)}); save it again") from None
-    with image:
-        _check_size(image.width, image.height, limits)
-        try:
-            image.load()
-            _make_upright(image)
-            return _to_rgb(image)
-        except Exception as error:
-            raise ImageError(f"image: truncated or corrupt ({_one_line(error)}); save it again") from None
 
 
 def _check_size(width: int, height: int, limits: ImageLimits) -> None:
@@ -87,47 +113,28 @@ def _check_size(width: int, height: int, limits: ImageLimits) -> None:
         raise ImageError(f"{size}, one edge is more than {MAX_ASPECT} times the other; crop or pad it")
 
 
-def _make_upright(image: Image.Image) -> None:
-    """Applies the EXIF orientation in place. Ignores a damaged EXIF block, as viewers do: the pixels are whole."""
-    try:
-        ImageOps.exif_transpose(image, in_place=True)
-    except Exception:
-        return
+def _decode(image: ImageFile.ImageFile, inverted: bool) -> Image.Image:
+    """Decodes an opened image to an upright RGB image on white. Raises many exceptions for corrupt pixel data."""
+    box = frame_box(image)
+    if isinstance(image, TiffImageFile):
+        tiff_file.correct_planes(image)
+    image.load()
+    gray = tiff_file.gray_values(image)
+    if gray is not None:
+        rgb = gray_to_rgb(*gray, inverted=inverted)
+    elif image.format == "BMP" and image.mode == "RGBA" and image.getchannel("A").getextrema() == (0, 0):
+        rgb = image.convert("RGB")  # many programs leave the fourth byte of each pixel empty
+    else:
+        rgb = on_white(image)
+    if box != (0, 0, *image.size):
+        rgb = place_on_white(rgb.crop(box), image.size, box)
+    if isinstance(image, TiffImageFile):  # Pillow has applied its orientation
+        return rgb
+    return upright(rgb, image.info.get("exif", b""))
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":
-        return _deep_gray_to_rgb(image)
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    if image.mode in ("La", "PA"):
-        image = image.convert("LA" if image.mode == "La" else "RGBA")
-    rgba = image.convert("RGBA")
-    white = Image.new("RGB", rgba.size, "white")
-    white.paste(rgba, mask=rgba)
-    return white
-
-
-def _deep_gray_to_rgb(image: Image.Image) -> Image.Image:
-    """Converts modes I;16*, I and F: Pillow's own convert clips at 255, which turns most of a 16-bit scan white.
-
-    65535 is white in I;16, and in I within 0..65535 (so Pillow reads 16-bit PGM); 1 is white in F within 0..1. Other
-    32-bit values have no agreed white: the image's own smallest .. largest value become black .. white.
-    """
-    values = np.asarray(image)  # [height, width] uint16, int32 or float32
-    transparent = image.info.get("transparency")  # the grey value that a PNG's tRNS makes transparent
-    hole = values == transparent if isinstance(transparent, int) else None
-    finite = np.nan_to_num(values.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
-    low, high = float(finite.min()), float(finite.max())
-    white = 1.0 if image.mode == "F" else 65535.0
-    if low < 0 or high > white:
-        finite -= low
-        white = (high - low) or 1.0
-    finite *= 255.0 / white
-    gray = np.rint(finite, out=finite).astype(np.uint8)
-    if hole is not None:
-        gray[hole] = 255
-    return Image.fromarray(gray).convert("RGB")
+def _corrupt(error: Exception) -> ImageError:
+    return ImageError(f"image: truncated or corrupt ({_one_line(error)}); save it again")
 
 
 def _one_line(error: Exception) -> str:

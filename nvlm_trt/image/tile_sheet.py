@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
+from nvlm_trt.bounds import MAX_TILES
 from nvlm_trt.errors import RequestError
 from nvlm_trt.image.tiling import choose_grid, tile_image, tile_pixels
 from nvlm_trt.prompt.tokenizer import THUMBNAIL_TAG, tile_tag
@@ -15,8 +16,6 @@ from nvlm_trt.prompt.tokenizer import THUMBNAIL_TAG, tile_tag
 Box = tuple[int, int, int, int]  # left, top, right, bottom, as Pillow has them
 Size = tuple[int, int]  # width, height
 
-# tests/image/test_tiling.py checks the tiling rule up to here; the number of candidate grids grows with the square.
-MAX_TILES = 64
 # As many pixels as an image may have; normalised, at 12 bytes each, they take 768 MB.
 _MAX_PIXELS = 64_000_000
 

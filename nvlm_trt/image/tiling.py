@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from nvlm_trt.bounds import MAX_TILES
 from nvlm_trt.errors import RequestError
 
 # ImageNet statistics of RGB in 0..1
@@ -44,21 +45,31 @@ def tile_count(width: int, height: int, tile_size: int, max_tiles: int) -> int:
 
 
 def tile_image(image: Image.Image, tile_size: int, max_tiles: int) -> npt.NDArray[np.float32]:
-    """RGB image -> normalised pixels [tiles, 3, tile_size, tile_size], row by row, then the thumbnail.
+    """RGB image -> normalised pixels [tiles, 3, tile_size, tile_size], row by row, then the thumbnail."""
+    return normalise_tiles(cut_tiles(image, tile_size, max_tiles))
+
+
+def cut_tiles(image: Image.Image, tile_size: int, max_tiles: int) -> npt.NDArray[np.uint8]:
+    """RGB image -> pixels [tiles, 3, tile_size, tile_size], row by row, then the thumbnail.
 
     Stretches the image over the grid with Pillow's antialiased bicubic. A single tile is its own thumbnail.
     """
     assert image.mode == "RGB", image.mode
     columns, rows = choose_grid(image.width, image.height, tile_size, max_tiles)
     regular = columns * rows
-    pixels = np.empty((regular + (regular > 1), 3, tile_size, tile_size), np.float32)
+    tiles = np.empty((regular + (regular > 1), 3, tile_size, tile_size), np.uint8)
 
     # [rows, E, columns, E, 3] -> [rows, columns, 3, E, E]
     canvas = _resize(image, columns * tile_size, rows * tile_size).reshape(rows, tile_size, columns, tile_size, 3)
-    pixels[:regular].reshape(rows, columns, 3, tile_size, tile_size)[...] = canvas.transpose(0, 2, 4, 1, 3)
+    tiles[:regular].reshape(rows, columns, 3, tile_size, tile_size)[...] = canvas.transpose(0, 2, 4, 1, 3)
     if regular > 1:
-        pixels[-1] = _resize(image, tile_size, tile_size).transpose(2, 0, 1)  # [E, E, 3] -> [3, E, E]
+        tiles[-1] = _resize(image, tile_size, tile_size).transpose(2, 0, 1)  # [E, E, 3] -> [3, E, E]
+    return tiles
 
+
+def normalise_tiles(tiles: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """RGB tiles [tiles, 3, E, E] of `cut_tiles` -> the pixels that the vision encoder takes."""
+    pixels = tiles.astype(np.float32)
     pixels /= 255
     pixels -= _MEAN[:, None, None]
     pixels /= _STD[:, None, None]
@@ -84,10 +95,9 @@ def image_key(data: bytes, tile_size: int, max_tiles: int, engine_digest: str) -
 
 @functools.lru_cache(maxsize=64)
 def _candidate_grids(max_tiles: int) -> tuple[tuple[int, int], ...]:
-    if max_tiles < 1:
-        raise RequestError(f"max_tiles {max_tiles} must be at least 1; NVLM-1.0 has 6")
-    sides = range(1, max_tiles + 1)
-    grids = ((columns, rows) for columns in sides for rows in sides if columns * rows <= max_tiles)
+    if not 1 <= max_tiles <= MAX_TILES:
+        raise RequestError(f"max_tiles {max_tiles} must be at least 1 and at most {MAX_TILES}; NVLM-1.0 has 6")
+    grids = ((columns, rows) for columns in range(1, max_tiles + 1) for rows in range(1, max_tiles // columns + 1))
     return tuple(sorted(grids, key=lambda grid: grid[0] * grid[1]))
 
 

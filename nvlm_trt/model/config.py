@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, WrapValidator
+from pydantic import Field, NonNegativeInt, WrapValidator
 from pydantic.dataclasses import dataclass
 
+from nvlm_trt.bounds import MAX_TILES, MAX_TOKENS
 from nvlm_trt.errors import ConfigError
 from nvlm_trt.validation import STRICT, CheckedFields
 
@@ -27,7 +28,15 @@ def _as_given(value: float, validate: Callable[[float], float]) -> float:
     return value
 
 
-PositiveNumber = Annotated[float, Field(gt=0, allow_inf_nan=False), WrapValidator(_as_given)]
+# Bounds, far above every known model, keep a corrupt config.json from taking all memory before anything is checked.
+_Width = Annotated[int, Field(gt=0, le=1 << 20)]
+_Layers = Annotated[int, Field(gt=0, le=1 << 10)]
+_Heads = Annotated[int, Field(gt=0, le=1 << 12)]
+_Pixels = Annotated[int, Field(gt=0, le=1 << 12)]
+_VocabSize = Annotated[int, Field(gt=0, le=1 << 24)]
+_MAX_PATCHES = 256  # along an edge of a tile
+_Epsilon = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False), WrapValidator(_as_given)]
+_RopeTheta = Annotated[float, Field(gt=0, le=1e15, allow_inf_nan=False), WrapValidator(_as_given)]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -42,14 +51,14 @@ class VisionConfig(CheckedFields):
         "qk_norm": "qk_normalization",
     }
 
-    hidden_size: PositiveInt
-    num_layers: PositiveInt
-    num_heads: PositiveInt
-    intermediate_size: PositiveInt
-    image_size: PositiveInt = 448
-    patch_size: PositiveInt = 14
+    hidden_size: _Width
+    num_layers: _Layers
+    num_heads: _Heads
+    intermediate_size: _Width
+    image_size: _Pixels = 448
+    patch_size: _Pixels = 14
     norm_type: Literal["rms_norm", "layer_norm"] = "rms_norm"
-    norm_eps: PositiveNumber = 1e-6
+    norm_eps: _Epsilon = 1e-6
     qk_norm: bool = True
     qkv_bias: bool = False
 
@@ -63,6 +72,12 @@ class VisionConfig(CheckedFields):
             raise ConfigError(
                 f"vision_config: image_size {self.image_size} is not a multiple of twice patch_size "
                 f"{self.patch_size}, which pixel shuffle needs; correct config.json"
+            )
+
+        if self.grid > _MAX_PATCHES:
+            raise ConfigError(
+                f"vision_config: image_size {self.image_size} has {self.grid} patches of patch_size {self.patch_size} "
+                f"along an edge, at most {_MAX_PATCHES} are supported; correct config.json"
             )
 
     @property
@@ -88,17 +103,17 @@ class LlmConfig(CheckedFields):
     }
 
     family: LlmFamily
-    hidden_size: PositiveInt
-    num_layers: PositiveInt
-    num_heads: PositiveInt
-    num_kv_heads: PositiveInt
-    intermediate_size: PositiveInt
-    vocab_size: PositiveInt
-    rope_theta: PositiveNumber
-    norm_eps: PositiveNumber = 1e-6
-    max_position_embeddings: PositiveInt = 32768
+    hidden_size: _Width
+    num_layers: _Layers
+    num_heads: _Heads
+    num_kv_heads: _Heads
+    intermediate_size: _Width
+    vocab_size: _VocabSize
+    rope_theta: _RopeTheta
+    norm_eps: _Epsilon = 1e-6
+    max_position_embeddings: Annotated[int, Field(gt=0, le=MAX_TOKENS)] = 32768
     tie_word_embeddings: bool = False
-    head_dim: NonNegativeInt = 0  # 0: hidden_size / num_heads
+    head_dim: Annotated[int, Field(ge=0, le=1 << 14)] = 0  # 0: hidden_size / num_heads
 
     def __post_init__(self) -> None:
         if self.head_dim == 0:
@@ -129,7 +144,7 @@ class CrossAttentionConfig(CheckedFields):
 
     PREFIX: ClassVar[str] = "cross_attention_config."
 
-    interval: PositiveInt
+    interval: _Layers
     ffn: bool = True  # a tanh-gated FFN after the gated attention, as in Flamingo
     qk_norm: bool = False  # RMSNorm over head_dim on q and k
 
@@ -145,10 +160,10 @@ class NvlmConfig(CheckedFields):
     vision: VisionConfig
     llm: LlmConfig
     cross_attention: CrossAttentionConfig | None = None
-    max_tiles: PositiveInt = 6
+    max_tiles: Annotated[int, Field(gt=0, le=MAX_TILES)] = 6
     pixel_shuffle: Literal["v1", "v2"] = "v2"
     image_token_id: NonNegativeInt | None = None  # None: looked up in the tokenizer by IMAGE_TOKEN
-    projector_hidden_size: PositiveInt | None = None  # None: the LLM's intermediate_size, as NVLM-D-72B does
+    projector_hidden_size: _Width | None = None  # None: the LLM's intermediate_size, as NVLM-D-72B does
 
     def __post_init__(self) -> None:
         if (self.architecture == "D") != (self.cross_attention is None):

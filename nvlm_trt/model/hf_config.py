@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from nvlm_trt.bounded_file import CONFIG_BYTES, TOKENIZER_BYTES, read_bounded
 from nvlm_trt.errors import ConfigError
 from nvlm_trt.model.config import (
     IMAGE_TOKEN,
@@ -66,10 +67,12 @@ def read_config(directory: Path) -> NvlmConfig:
     Raises ConfigError for a file that is missing, malformed or asks for something that is not supported."""
     path = Path(directory) / "config.json"
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
+        raw = json.loads(read_bounded(path, CONFIG_BYTES).decode())
+    except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"no config.json in {directory}; name a checkpoint directory in HF layout") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"cannot read {path} ({error.strerror}); restore it from the checkpoint") from None
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON ({error}); restore it from the checkpoint") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} does not hold a JSON object; restore it from the checkpoint")
@@ -230,13 +233,15 @@ def _plain_rope(section: Mapping[str, Any]) -> Mapping[str, Any]:
     engine is built for longer sequences."""
     flat = {key: value for key, value in section.items() if key != "rope_parameters"}
     scaling = section.get("rope_scaling")
-    if isinstance(scaling, Mapping) and scaling.get("rope_type", scaling.get("type")) == "dynamic":
-        flat["rope_scaling"] = None
+    if isinstance(scaling, Mapping):
+        kinds = {scaling[key] for key in ("rope_type", "type") if isinstance(scaling.get(key), str)}
+        if kinds == {"dynamic"} or (kinds == {"default"} and scaling.keys() <= {"rope_type", "type"}):
+            flat["rope_scaling"] = None
     rope = section.get("rope_parameters")
     if rope is None:
         return flat
-    known = {"rope_type", "rope_theta", "partial_rotary_factor"}
-    kind = rope.get("rope_type", "default") if isinstance(rope, Mapping) else None
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, Mapping) else None
     if kind not in ("default", "dynamic") or set(rope) - known - ({"factor"} if kind == "dynamic" else set()):
         raise ConfigError(f"llm_config.rope_parameters {rope} is not supported; only rope_type 'default' is")
     return flat | {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
@@ -265,11 +270,13 @@ def _section(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 def _image_token_from_tokenizer(directory: Path) -> int:
     path = directory / "tokenizer.json"
     try:
-        added = json.loads(path.read_text(encoding="utf-8")).get("added_tokens", [])
+        added = json.loads(read_bounded(path, TOKENIZER_BYTES).decode()).get("added_tokens", [])
         ids = {token["content"]: int(token["id"]) for token in added}
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"no tokenizer.json in {directory}; copy the one the model was trained with") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"cannot read {path} ({error.strerror}); restore it from the checkpoint") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON ({error}); restore it from the checkpoint") from None
     except (AttributeError, KeyError, TypeError, ValueError):
         raise ConfigError(f"{path} is not a tokenizer of HF layout; restore it from the checkpoint") from None

@@ -12,6 +12,7 @@ from nvlm_trt.model.config import NvlmConfig
 Shapes = dict[str, tuple[int, ...]]
 
 EMBEDDING = "language_model.model.embed_tokens.weight"
+LM_HEAD = "language_model.lm_head.weight"
 
 # Some exports carry these tensors; no NVLM model reads them.
 IGNORED = re.compile(r"vision_model\.(pooler|head|post_layernorm)\..*|.*\.rotary_emb\.inv_freq|.*\.position_ids")

@@ -11,6 +11,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
+from nvlm_trt.bounded_file import TOKENIZER_BYTES, read_bounded
 from nvlm_trt.errors import ConfigError, RequestError
 from nvlm_trt.model.config import IMAGE_TOKEN
 from nvlm_trt.prompt.detokenizer import IncrementalDecoder, TokenBytes, byte_level_alphabet
@@ -68,7 +69,9 @@ class Tokenizer:
         if not path.is_file():
             raise ConfigError(f"no {TOKENIZER_JSON} in {directory}; copy the one the model was trained with")
         try:
-            raw = tokenizers.Tokenizer.from_file(str(path))
+            raw = tokenizers.Tokenizer.from_buffer(read_bounded(path, TOKENIZER_BYTES))
+        except OSError as error:
+            raise ConfigError(f"cannot read {path} ({error.strerror}); restore it from the checkpoint") from None
         except Exception as error:  # the bindings raise bare Exception
             detail = " ".join(str(error).split())
             raise ConfigError(f"{path} is not a tokenizer ({detail}); restore it from the checkpoint") from None
@@ -171,4 +174,4 @@ def write_tokenizer_files(raw: tokenizers.Tokenizer, directory: Path | str, max_
         "chat_template": _CHAT_TEMPLATE,
     }
     path = Path(directory) / TOKENIZER_FILES[1]
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(config, indent=2, allow_nan=False) + "\n", encoding="utf-8")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 
 from cachetools import LRUCache
 
 from nvlm_trt.backends.base import ImageFeatures
+from nvlm_trt.lane import AbandonedError, IsOver, never
+
+_POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -36,22 +39,26 @@ class ImageCache:
         self._misses = 0
         self._lock = threading.Lock()
 
-    def get(self, key: str, encode: Callable[[], ImageFeatures]) -> tuple[ImageFeatures, bool]:
+    def get(self, key: str, encode: Callable[[], ImageFeatures], is_over: IsOver = never) -> tuple[ImageFeatures, bool]:
         """Return (features, True if `encode` was not called). An error of `encode` is raised in every thread that waits
-        for the image."""
-        with self._lock:
-            if key in self._features:
-                self._hits += 1
-                return self._features[key], True
-            shared = self._in_progress.get(key)
-            if shared is None:
-                own = self._in_progress[key] = Future()
-        if shared is not None:
-            features = shared.result()
+        for the image, but if `encode` raises AbandonedError, the next thread encodes the image.
+
+        Raises AbandonedError soon after `is_over` returns True while it waits for another thread."""
+        while True:
             with self._lock:
-                self._hits += 1
-            return features, True
-        return self._encode(key, encode, own), False
+                if key in self._features:
+                    self._hits += 1
+                    return self._features[key], True
+                shared = self._in_progress.get(key)
+                if shared is None:
+                    own = self._in_progress[key] = Future()
+            if shared is None:
+                return self._encode(key, encode, own), False
+            features = _wait(shared, is_over)
+            if features is not None:
+                with self._lock:
+                    self._hits += 1
+                return features, True
 
     def metrics(self) -> ImageCacheMetrics:
         with self._lock:
@@ -75,3 +82,14 @@ class ImageCache:
                 self._features[key] = features
         in_progress.set_result(features)
         return features
+
+
+def _wait(shared: Future[ImageFeatures], is_over: IsOver) -> ImageFeatures | None:
+    """Return what another thread encodes, or None if that thread has abandoned it."""
+    while not wait([shared], _POLL_SECONDS).done:
+        if is_over():
+            raise AbandonedError
+    try:
+        return shared.result()
+    except AbandonedError:
+        return None

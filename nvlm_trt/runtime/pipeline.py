@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import time
@@ -10,12 +11,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from nvlm_trt.api import ChatRequest, Delta
 from nvlm_trt.backends.base import BackendArray, ImageFeatures
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import ImageError, RequestError
-from nvlm_trt.image.decoding import ImageLimits, load_image
-from nvlm_trt.image.tiling import image_key, tile_image
+from nvlm_trt.image.decoder import ImageDecoder
+from nvlm_trt.image.decoding import ImageLimits
+from nvlm_trt.image.tiling import image_key, normalise_tiles
+from nvlm_trt.lane import AbandonedError, IsOver, Lane
 from nvlm_trt.prompt.conversation import lift_images
 from nvlm_trt.prompt.encoder import PromptDraft, PromptEncoder
 from nvlm_trt.prompt.image_tokens import count_image_tokens
@@ -28,15 +34,16 @@ from nvlm_trt.runtime.text_generator import GeneratorMetrics, GeneratorOptions, 
 # Qwen2's tokenizer normalises to NFC, which joins at most this many characters into one.
 _NFC_JOINS = 4
 
-# encoded bytes, max_tiles -> image tokens [tiles, T, hidden] on the host or a device
-EncodeImage = Callable[[bytes, int], Any]
+# RGB tiles [tiles, 3, E, E] of an image -> image tokens [tiles, T, hidden] on the host or a device
+EncodeTiles = Callable[[npt.NDArray[np.uint8]], Any]
 
 
 @dataclass(frozen=True)
 class RuntimeOptions(GeneratorOptions):
     image_cache_bytes: int = 512 << 20
     image_limits: ImageLimits = field(default_factory=ImageLimits)
-    encode_workers: int = 1  # requests whose images are encoded at the same time
+    encode_workers: int = 1  # images whose tiles are encoded at the same time
+    decode_workers: int | None = None  # quick images, and slow ones, that are decoded at the same time; None: by cores
 
 
 @dataclass(frozen=True)
@@ -53,27 +60,32 @@ class Pipeline:
         engine: Engine,
         generator: TextGenerator,
         tokenizer: Tokenizer,
-        encode_image: EncodeImage | None = None,
+        encode_tiles: EncodeTiles | None = None,
         options: RuntimeOptions | None = None,
     ) -> None:
-        """Take over `generator`. `encode_image` replaces tiling and encoding in this process."""
-        self._options = options or RuntimeOptions()
+        """Take over `generator`. `encode_tiles` replaces the vision encoder in this process."""
+        self._options = options = options or RuntimeOptions()
         self._engine = engine
         self._generator = generator
         self._prompt_encoder = PromptEncoder(engine.config, tokenizer)
         # a longer text is refused without tokenising it: a character has at least one byte, a token at most
         # `longest_token` bytes
         self._max_characters = _NFC_JOINS * engine.limits.max_seq_len * tokenizer.longest_token
-        self._encode_image = encode_image
-        self._image_cache = ImageCache(self._options.image_cache_bytes)
-        self._encoders = ThreadPoolExecutor(self._options.encode_workers, thread_name_prefix="nvlm-encoder")
+        self._encode_elsewhere = encode_tiles
+        self._image_cache = ImageCache(options.image_cache_bytes)
+        self._decoder = ImageDecoder(options.image_limits, options.decode_workers)
+        self._encoding = Lane(options.encode_workers)
+        # A thread for each request that waits for its images, and for each that was cancelled while its tiles are
+        # encoded: a request whose images are all cached waits for no other.
+        threads = options.max_queue + options.encode_workers
+        self._preparing = ThreadPoolExecutor(threads, thread_name_prefix="nvlm-images")
 
     @classmethod
     def open(
         cls,
         engine_dir: str | os.PathLike[str],
         threads: int | None = None,
-        encode_image: EncodeImage | None = None,
+        encode_tiles: EncodeTiles | None = None,
         options: RuntimeOptions | None = None,
         device: str | None = None,
     ) -> Pipeline:
@@ -81,9 +93,9 @@ class Pipeline:
         engine = Engine.open(os.fspath(engine_dir))
         tokenizer = Tokenizer.from_directory(engine.path)
         generator = open_generator(
-            engine, tokenizer, options or RuntimeOptions(), encode_image is None, threads, device
+            engine, tokenizer, options or RuntimeOptions(), encode_tiles is None, threads, device
         )
-        return cls(engine, generator, tokenizer, encode_image, options)
+        return cls(engine, generator, tokenizer, encode_tiles, options)
 
     def generate(self, chat: ChatRequest) -> Iterator[Delta]:
         """Stream one answer; its last delta has a finish_reason. Closing the iterator cancels the request.
@@ -118,7 +130,7 @@ class Pipeline:
         if images:
             self._generator.submit(request)
             text_tokens = len(shortest.input_ids) - shortest.placeholders
-            self._encoders.submit(self._prepare, request, draft, images, chat.max_tiles, text_tokens)
+            self._preparing.submit(self._prepare, request, draft, images, chat.max_tiles, text_tokens)
         else:
             request.provide(shortest)
             self._generator.submit(request)
@@ -138,7 +150,8 @@ class Pipeline:
     def close(self, drain: bool = True) -> None:
         """Refuse new requests, finish the submitted ones (cancel them unless `drain`), then free the engine."""
         self._generator.finish(drain)
-        self._encoders.shutdown(cancel_futures=True)
+        self._preparing.shutdown(cancel_futures=True)
+        self._decoder.close()
         self._generator.close(drain)
 
     def __enter__(self) -> Pipeline:
@@ -163,9 +176,11 @@ class Pipeline:
     def _prepare(
         self, request: Request, draft: PromptDraft, images: Sequence[Any], max_tiles: int | None, text_tokens: int
     ) -> None:
-        """Provide a request with its prompt and features, unless it is cancelled first. Runs on an encoder's thread."""
+        """Provide a request with its prompt and features, unless it is cancelled first. Runs on a thread of its own."""
         try:
             self._encode_images(request, draft, images, max_tiles, text_tokens)
+        except AbandonedError:
+            return
         except Exception as error:
             request.fail(error)
 
@@ -179,7 +194,7 @@ class Pipeline:
         for index, image in enumerate(images):
             if request.is_over:
                 return
-            of_image, is_cached = self._features(image, max_tiles or self._engine.limits.max_tiles, index)
+            of_image, is_cached = self._features(image, max_tiles or self._engine.limits.max_tiles, index, request)
             features.append(of_image)
             cached += is_cached
             tiles[index] = of_image.tiles
@@ -196,18 +211,29 @@ class Pipeline:
         self._engine.limits.check_prompt(text_tokens + placeholders, placeholders)
         self._engine.limits.check_cross_tokens(cross_tokens)
 
-    def _features(self, image: Any, max_tiles: int, index: int) -> tuple[ImageFeatures, bool]:
+    def _features(self, image: Any, max_tiles: int, index: int, request: Request) -> tuple[ImageFeatures, bool]:
         if not isinstance(image, bytes):
             return self._generator.features(image), False
         key = image_key(image, self._engine.config.vision.image_size, max_tiles, self._engine.digest)
+
+        def is_over() -> bool:
+            return request.is_over
+
         try:
-            return self._image_cache.get(key, lambda: self._generator.features(self._encode(image, max_tiles)))
+            return self._image_cache.get(key, lambda: self._encode(image, max_tiles, is_over), is_over)
         except ImageError as error:
             raise ImageError(f"image {index + 1}: {str(error).removeprefix('image: ')}") from error
 
-    def _encode(self, data: bytes, max_tiles: int) -> BackendArray:
-        """Tile and encode an image file into image tokens [tiles, T, hidden]."""
-        if self._encode_image is not None:
-            return self._generator.import_tokens(self._encode_image(data, max_tiles))
-        image = load_image(data, self._options.image_limits)
-        return self._generator.encode(tile_image(image, self._engine.config.vision.image_size, max_tiles))
+    def _encode(self, data: bytes, max_tiles: int, is_over: IsOver) -> ImageFeatures:
+        """Decode, tile and encode an image file. Raises AbandonedError soon after `is_over` returns True, but not while
+        the tiles are encoded."""
+        with contextlib.ExitStack() as encoding:
+            with self._decoder.turn(is_over) as turn:
+                tiles = turn.tiles(data, self._engine.config.vision.image_size, max_tiles)  # [tiles, 3, E, E]
+                # entered before the decoder's turn ends: decoded images do not pile up before the encoder
+                encoding.enter_context(self._encoding.turn(is_over))
+            if self._encode_elsewhere is None:
+                image_tokens = self._generator.encode(normalise_tiles(tiles))  # [tiles, T, hidden]
+            else:
+                image_tokens = self._generator.import_tokens(self._encode_elsewhere(tiles))
+            return self._generator.features(image_tokens)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from nvlm_trt.api import SamplingParams, TokenLogprob
 from nvlm_trt.backends.base import FloatArray, IntArray
-from nvlm_trt.errors import EngineError
+from nvlm_trt.errors import NotFiniteError
 
 _BLOCK = 512
 
@@ -28,9 +28,11 @@ class Sampler:
 
     def sample(self, logits: FloatArray) -> tuple[int, TokenLogprob | None]:
         """Draw the next token from logits [vocab], which are not changed. Return it, and its logprobs if the request
-        asks for them. Raises EngineError for logits that are not finite."""
+        asks for them. Raises NotFiniteError for logits that are not finite."""
         if not np.isfinite(logits).all():
-            raise EngineError("the model produced logits that are not finite; check the engine with `nvlm-trt verify`")
+            raise NotFiniteError(
+                "the model produced logits that are not finite; check the engine with `nvlm-trt verify`"
+            )
         token_id = self._draw(logits) if self._params.temperature else self._most_probable(logits)
         if self._params.repetition_penalty != 1:
             self._seen.add(token_id)

@@ -11,17 +11,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from nvlm_trt import strict_json
 from nvlm_trt.api import Delta, Message, SamplingParams, TokenLogprob, Usage
-from nvlm_trt.errors import ImageError, NvlmError, QueueFullError, RequestError, ServerError
+from nvlm_trt.errors import ImageError, NvlmError, ParameterError, QueueFullError, RequestError, ServerError
 from nvlm_trt.prompt.conversation import parse_messages
 
 MODEL = "nvlm"
 ENSEMBLE = "nvlm_ensemble"
 IMAGE_ENCODER = "image_encoder"
+PACKED_ONLY = "2"  # the version of `tiling` that takes packed tiles from `nvlm` only
 
 # Triton streams only the message of an error, so the message begins with the kind of error.
 _INVALID_REQUEST = "invalid request: "
 _QUEUE_FULL = "queue full: "
+# Triton's own words: once it exits or before it has loaded its models, and for a request that no region may hold
+_NOT_READY = re.compile(r"has no available versions|Server not ready")
+_TOO_LARGE = re.compile(r"Failed to increase the shared memory pool .*File too large")
 _OF_AN_ENSEMBLE = re.compile(rf"^in ensemble '(?:{ENSEMBLE}|{IMAGE_ENCODER})', ")
 
 
@@ -41,19 +46,19 @@ def parse_sampling(data: bytes | None) -> SamplingParams:
         return SamplingParams()
     values = _json(data, "sampling_parameters")
     if not isinstance(values, dict):
-        raise RequestError('sampling_parameters must be a JSON object, {"temperature": 0.7} for example')
+        raise ParameterError('sampling_parameters must be a JSON object, {"temperature": 0.7} for example')
     return SamplingParams.from_dict(values)
 
 
 def encode_delta(delta: Delta) -> dict[str, npt.NDArray[Any]]:
     """Encode a delta as output tensors: token_ids [tokens] int32, the others [1] strings, possibly empty."""
-    logprobs = json.dumps([asdict(item) for item in delta.logprobs]) if delta.logprobs else ""
+    logprobs = json.dumps([asdict(item) for item in delta.logprobs], allow_nan=False) if delta.logprobs else ""
     return {
         "text": _string(delta.text),
         "token_ids": np.array(delta.token_ids, np.int32),
         "logprobs": _string(logprobs),
         "finish_reason": _string(delta.finish_reason or ""),
-        "usage": _string(json.dumps(asdict(delta.usage)) if delta.usage else ""),
+        "usage": _string(json.dumps(asdict(delta.usage), allow_nan=False) if delta.usage else ""),
     }
 
 
@@ -84,6 +89,10 @@ def decode_error(message: str) -> NvlmError:
     for prefix, kind in ((_INVALID_REQUEST, RequestError), (_QUEUE_FULL, QueueFullError)):
         if message.startswith(prefix):
             return kind(message.removeprefix(prefix))
+    if _NOT_READY.search(message):
+        return ServerError("the server is stopping, or not ready yet; send the request to another one")
+    if _TOO_LARGE.search(message):
+        return RequestError("the request is larger than the server takes; send fewer or smaller images")
     return ServerError(message)
 
 
@@ -104,6 +113,6 @@ def _text(data: bytes, name: str) -> str:
 
 def _json(data: bytes, name: str) -> Any:
     try:
-        return json.loads(_text(data, name))
+        return strict_json.loads(_text(data, name))
     except (ValueError, RecursionError) as error:  # an integer of thousands of digits also raises ValueError
         raise RequestError(f"{name} is not JSON ({error}); send valid JSON") from None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
 
@@ -16,9 +15,11 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from nvlm_trt.api import Answer, Delta, EncodedImage, Message, SamplingParams, merge_deltas
 from nvlm_trt.closing import ClosedOnExit
 from nvlm_trt.errors import RequestError, ServerError
+from nvlm_trt.image.image_file import read_image_file
 from nvlm_trt.prompt.conversation import lift_images
 from nvlm_trt.serving.chat_tensors import MODEL
 from nvlm_trt.serving.grpc_messages import delta_of, infer_request
+from nvlm_trt.serving.served_record import ServedRecord
 
 Messages = Sequence[Message | Mapping[str, Any]]
 Sampling = SamplingParams | Mapping[str, Any]
@@ -85,8 +86,9 @@ class Client(ClosedOnExit):
         except grpc.RpcError:
             return False
 
-    def served_engine(self) -> tuple[str, str]:
-        """Return Triton's version, and the path of the engine directory on the server's machine.
+    def served_engine(self) -> tuple[str, str, ServedRecord | None]:
+        """Return Triton's version, the path of the engine directory on the server's machine, and the record of the
+        engine that the server has loaded; None: the server is of an earlier nvlm-trt, which gives none.
 
         Raises ServerError if the server cannot be reached or does not serve an nvlm-trt engine."""
         try:
@@ -99,7 +101,8 @@ class Client(ClosedOnExit):
             raise ServerError(f"{self._url} does not serve an nvlm-trt engine; name a server of ours") from None
         if "engine" not in parameters:
             raise ServerError(f"{self._url} does not serve an nvlm-trt engine; name a server of ours")
-        return version, parameters["engine"].string_value
+        record = parameters["engine_record"].string_value if "engine_record" in parameters else None
+        return version, parameters["engine"].string_value, ServedRecord.from_json(record) if record else None
 
     def close(self) -> None:
         self._channel.close()
@@ -194,7 +197,7 @@ def _request(
     beside: Sequence[EncodedImage] = _as_list(images)
     if messages is not None and all(isinstance(message, Message) for message in messages):
         messages, beside = lift_images(cast("Sequence[Message]", messages), beside)
-    encoded = [image if isinstance(image, bytes) else _read_file(Path(image)) for image in beside]
+    encoded = [image if isinstance(image, bytes) else read_image_file(image) for image in beside]
     return infer_request(prompt, messages, encoded, sampling, max_tiles)
 
 
@@ -202,13 +205,6 @@ def _as_list(images: Iterable[EncodedImage]) -> list[EncodedImage]:
     if isinstance(images, (bytes, str, os.PathLike)):
         raise RequestError("`images` is a single image; pass a list of images")
     return list(images)
-
-
-def _read_file(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise RequestError(f"cannot read image {path} ({error.strerror}); name a readable image file") from None
 
 
 def _answer(deltas: Sequence[Delta]) -> Answer:

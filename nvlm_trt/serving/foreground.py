@@ -11,12 +11,15 @@ from typing import Any
 
 from nvlm_trt.errors import NvlmError
 from nvlm_trt.serving.triton.server import ServerOptions, TritonServer
+from nvlm_trt.termination import TERMINATION_SIGNALS
 
 _POLL_SECONDS = 0.2
 
 
 class StopSignals:
-    """Turns SIGINT and SIGTERM into events: the first signal sets `stop`, the second `hurry`."""
+    """Turns SIGINT, SIGTERM and SIGHUP into events: the first signal sets `stop`, the second `hurry`.
+
+    SIGHUP stays ignored where it is: under nohup."""
 
     def __init__(self) -> None:
         self.stop = threading.Event()
@@ -24,7 +27,9 @@ class StopSignals:
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, *TERMINATION_SIGNALS):
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
@@ -41,7 +46,7 @@ class StopSignals:
 
 
 def run_in_foreground(engine: str | os.PathLike[str], options: ServerOptions | None = None) -> int:
-    """Serves until SIGINT or SIGTERM, finishes the open requests and returns 0.
+    """Serves until SIGINT, SIGTERM or SIGHUP, finishes the open requests and returns 0.
 
     Raises what `TritonServer.start` raises, and ServerError if the server or one of its models dies.
     """

@@ -28,19 +28,24 @@ def infer_request(
 ) -> service_pb2.ModelInferRequest:
     """Make a request. Image parts of `messages` hold no images. The server checks the content, not this function.
 
-    Raises RequestError for a max_tiles that does not fit its tensor.
+    Raises RequestError for what cannot be sent: a max_tiles that does not fit its tensor, and values that JSON lacks.
     """
     request = service_pb2.ModelInferRequest(model_name=model, id=request_id)
     if prompt is not None:
         _add_strings(request, "prompt", [prompt.encode(errors="surrogatepass")])
     if messages is not None:
         turns = [_json_message(message) if isinstance(message, Message) else dict(message) for message in messages]
-        _add_strings(request, "messages", [json.dumps(turns).encode()])
+        _add_strings(request, "messages", [_json("messages", turns)])
     if images:
         _add_strings(request, "image", images)
     if sampling is not None:
         values = sampling.model_dump() if isinstance(sampling, SamplingParams) else dict(sampling)
-        _add_strings(request, "sampling_parameters", [json.dumps(values).encode()])
+        try:
+            encoded = _json("sampling", values)
+        except RequestError:
+            SamplingParams.from_dict(values)  # names the parameter
+            raise
+        _add_strings(request, "sampling_parameters", [encoded])
     if max_tiles is not None:
         try:
             packed = struct.pack("<i", max_tiles)
@@ -64,6 +69,13 @@ def delta_of(response: service_pb2.ModelStreamInferResponse) -> Delta | None:
     return decode_delta(
         {output.name: _array(output.datatype, raw) for output, raw in zip(outputs, contents, strict=True)}
     )
+
+
+def _json(name: str, value: Any) -> bytes:
+    try:
+        return json.dumps(value, allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(f"{name} cannot be sent as JSON ({error}); pass numbers, strings, lists and dicts") from None
 
 
 def _json_message(message: Message) -> dict[str, Any]:

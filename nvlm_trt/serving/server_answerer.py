@@ -52,10 +52,8 @@ class ServerAnswerer:
 
 
 def _served_model(url: str) -> ModelIdentity:
-    """Identify the served engine by its digest if its directory is on this machine, else by its path.
-
-    An engine that is rebuilt elsewhere under the same path keeps its identity."""
+    """Identify the served engine by the digest that the server reports, and that of an earlier nvlm-trt by its path."""
     served = find_served_engine(url)
-    if served.engine is not None:
-        return ModelIdentity("server", served.engine.config.name, served.engine.digest)
+    if served.record is not None:
+        return ModelIdentity("server", served.record.model, served.record.digest)
     return ModelIdentity("server", served.path, hashlib.sha256(served.path.encode()).hexdigest())

@@ -230,7 +230,7 @@ def test_plan(spec: BackendSpec, run_cli: RunCli) -> None:
 
 def test_triton_repository(built: Engine, tmp_path: Path) -> None:
     placement = placement_of(built)
-    render_repository(built, placement, tmp_path / "models", tmp_path / "draining", RepositoryOptions())
+    render_repository(built, placement, tmp_path / "models", 7, RepositoryOptions())
     configs = {
         folder.name: text_format.Parse((folder / "config.pbtxt").read_text(), model_config_pb2.ModelConfig())
         for folder in (tmp_path / "models").iterdir()
@@ -267,10 +267,16 @@ def test_a_stage_that_cannot_be_opened_closes_the_one_before(built: Engine) -> N
     closed: list[str] = []
 
     class Watched(AbacusBackend):
+        def __enter__(self) -> Watched:
+            return self
+
         def __exit__(self, *_: Any) -> None:
             closed.append(",".join(self.stages))
 
-    broken = dataclasses.replace(SPEC, name="broken", open=lambda *_: AbacusBackend(built, 1 / 0))  # type: ignore[arg-type]
+    def fail(*_: Any) -> AbacusBackend:
+        raise ZeroDivisionError
+
+    broken = dataclasses.replace(SPEC, name="broken", open=fail)
     watched = dataclasses.replace(SPEC, name="watched", open=lambda engine, stages, _: Watched(engine, stages))
     built.manifest.backend, built.manifest.runtimes = "broken", {"vision_encoder": "watched"}
     save_manifest(built.path, built.manifest)

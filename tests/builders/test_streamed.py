@@ -16,6 +16,7 @@ from stages import ArrayTensor
 
 from nvlm_trt.builders.graphs import streamed
 from nvlm_trt.builders.graphs.streamed import StreamedTensor, blocks_of
+from nvlm_trt.errors import EngineError
 
 DTYPES = {
     np.float32: ir.DataType.FLOAT,
@@ -132,3 +133,15 @@ def test_blocks_are_of_a_million_elements_or_of_a_row() -> None:
 
     assert sizes(blocks_of(Counted(3000, 1 << 10))) == [1024, 1024, 952]
     assert sizes(blocks_of(Counted(2, 1 << 21), Counted(1, 5))) == [1, 1, 1]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("dtype", "value"), [(np.float16, 7e4), (np.float16, -1e30), (ml_dtypes.bfloat16, 3.4e38)])
+def test_a_value_beyond_a_narrow_type_is_an_error(tmp_path: Path, dtype: type, value: float, transposed: bool) -> None:
+    values = np.ones((3, 4), np.float32)
+    values[2, 3] = value
+    tensor = StreamedTensor("w", DTYPES[dtype], (3, 4), lambda: blocks_of(ArrayTensor(values)), transposed)
+    with (tmp_path / "data").open("wb") as file, pytest.raises(EngineError, match="w has values that are not finite"):
+        tensor.tofile(file)
+    values[2, 3] = 65504
+    tensor.tobytes()

@@ -125,7 +125,12 @@ class TestRoundTrip:
         }[dtype]
         directory = tmp_path_factory.mktemp("dtype")
         write_checkpoint(directory / "c", CONFIG, random_tensors().items())
-        table = np.resize(values, (32, 16))
+        finite = np.isfinite(values.astype(np.float32))
+        if not finite.all():
+            edit(directory / "c", lambda tensors: tensors.update({EMBEDDING: np.resize(values, (32, 16))}))
+            with Checkpoint.open(directory / "c") as checkpoint, pytest.raises(CheckpointError, match="not finite"):
+                checkpoint.take(EMBEDDING).load()
+        table = np.resize(np.where(finite, values, values.dtype.type(1)), (32, 16))
         edit(directory / "c", lambda tensors: tensors.update({EMBEDDING: table}))
         with Checkpoint.open(directory / "c") as checkpoint:
             loaded = checkpoint.take(EMBEDDING).load()

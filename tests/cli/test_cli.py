@@ -74,6 +74,38 @@ def test_bad_requests(run: Run, engine, options: tuple[object, ...], fragment: s
     assert_one_line_error(run("ask", "hello", "--engine", engine("nvlm-d-tiny"), *options), fragment)
 
 
+@pytest.mark.parametrize(
+    ("content", "fragment"),
+    [
+        (IMAGE.read_bytes()[:-300], "truncated or corrupt"),
+        (b"<!DOCTYPE html>", "an HTML page, not a readable format"),
+        (b"version https://git-lfs.github.com/spec/v1", "`git lfs pull`"),
+        (b"", "0 bytes"),
+    ],
+)
+def test_errors_of_images_name_the_file(run: Run, engine, tmp_path: Path, content: bytes, fragment: str) -> None:
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(content)
+    ask = ("ask", "hello", "--engine", engine("nvlm-d-tiny"), "--image", IMAGE, "--image", bad)
+    assert_one_line_error(run(*ask), str(bad), fragment)
+    assert_one_line_error(run("tiles", bad, "--output", tmp_path / "tiles.png"), str(bad), fragment)
+    samples = tmp_path / "samples.jsonl"
+    samples.write_text(json.dumps({"image": str(bad), "prompt": "a", "answer": "b"}))
+    assert_one_line_error(run("eval", "--samples", samples, "--engine", engine("nvlm-d-tiny")), str(bad), fragment)
+
+
+@pytest.mark.parametrize("command", ["ask", "tiles", "eval"])
+def test_device_is_not_read_as_an_image(run: Run, engine, tmp_path: Path, command: str) -> None:
+    samples = tmp_path / "samples.jsonl"
+    samples.write_text(json.dumps({"image": "/dev/zero", "prompt": "a", "answer": "b"}))
+    arguments = {
+        "ask": ("ask", "hello", "--engine", engine("nvlm-d-tiny"), "--image", "/dev/zero"),
+        "tiles": ("tiles", "/dev/zero", "--output", tmp_path / "tiles.png"),
+        "eval": ("eval", "--samples", samples, "--engine", engine("nvlm-d-tiny")),
+    }
+    assert_one_line_error(run(*arguments[command]), "/dev/zero")
+
+
 def test_forty_images(run: Run, engine) -> None:
     images = [argument for _ in range(40) for argument in ("--image", IMAGE)]
     assert_one_line_error(run("ask", "hello", "--engine", engine("nvlm-d-tiny"), *images), "40")

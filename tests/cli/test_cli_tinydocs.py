@@ -71,12 +71,15 @@ def test_what_exists_is_kept_unless_told(tmp_path: Path) -> None:
     assert line.keys() == {"name", "task", "prompt", "answer", "metric"}
 
 
-def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)], ids=str
+)
+def test_an_interrupt_leaves_nothing(tmp_path: Path, number: signal.Signals, status: int) -> None:
     process = subprocess.Popen([*COMMAND, "--count", "5000", "--output", str(tmp_path / "out")], stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
     while not list(tmp_path.iterdir()):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) != 0
+    process.send_signal(number)
+    assert process.wait(timeout=60) == status
     assert list(tmp_path.iterdir()) == []

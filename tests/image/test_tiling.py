@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable
 from fractions import Fraction
 
@@ -168,3 +169,16 @@ def test_keys_are_equal_only_for_equal_fields(
     first: tuple[bytes, int, int, str], second: tuple[bytes, int, int, str]
 ) -> None:
     assert (image_key(*first) == image_key(*second)) == (first == second)
+
+
+@pytest.mark.parametrize("max_tiles", [0, -1, 65, 10**6, 10**30])
+def test_a_number_of_tiles_that_cannot_be(max_tiles: int) -> None:
+    with pytest.raises(RequestError, match=f"max_tiles {max_tiles} .* at most 64"):
+        choose_grid(100, 100, 448, max_tiles)
+
+
+def test_the_most_tiles_take_no_time() -> None:
+    started = time.perf_counter()
+    for width in range(1000, 2000, 10):
+        choose_grid(width, 1000, 448, 64)
+    assert time.perf_counter() - started < 1

@@ -20,6 +20,7 @@ from nvlm_trt.serving.triton.server import TritonServer
 
 ServerByName = Callable[[str], TritonServer]
 MAX_QUEUE = 12
+REPORT_SECONDS = 0.3  # more than a server takes to report
 ENDLESS = {"max_tokens": 3000, "ignore_eos": True}
 
 
@@ -37,13 +38,22 @@ class HasMetrics(Protocol):
 
 
 def metric(server: HasMetrics, name: str) -> float:
-    """Reads a metric, summed over its labels."""
+    """Reads a metric, summed over its labels unless `name` has them all."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(server.metrics_address) as response:
         text = response.read().decode()
-    values = re.findall(rf"^{name}(?:{{.*}})? (\S+)$", text, re.MULTILINE)
+    values = re.findall(rf"^{re.escape(name)}(?:{{.*}})? (\S+)$", text, re.MULTILINE)
     assert values, f"{name} is not among the metrics"
     return sum(map(float, values))
+
+
+def is_ready_over_http(address: str) -> bool:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(address + "/v2/health/ready", timeout=5) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
 
 
 def ask_raw(server: TritonServer, request: service_pb2.ModelInferRequest) -> list[Delta]:
@@ -62,6 +72,7 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float = 20) ->
 
 def wait_until_idle(server: TritonServer) -> None:
     """Waits until the metrics count all requests that have ended, the two requests of the server's start included."""
+    time.sleep(REPORT_SECONDS)  # the page may still show the time before the last request
     wait_until(lambda: metric(server, "nvlm_finished_requests_total") >= 2, "the first requests are counted")
     wait_until(lambda: metric(server, "nvlm_open_requests") == 0, "no open requests")
     wait_until(lambda: metric(server, "nvlm_active_slots") == 0, "no active slots")

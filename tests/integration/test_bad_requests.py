@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import struct
 import urllib.error
 import urllib.request
@@ -187,3 +188,50 @@ def test_protocols_that_reach_into_the_server_are_closed(server: TritonServer) -
             urllib.request.urlopen(server.http_address + path)
     assert client.is_model_ready("nvlm")
     assert np.isfinite(client.get_inference_statistics("nvlm").model_stats[0].last_inference)
+
+
+BESIDE: dict[str, tuple[dict[str, Any], str]] = {
+    "a sampling parameter": ({"max_tokens": 5}, "'max_tokens' has no effect there; put it into the input sampling_par"),
+    "an unknown one": ({"heat": "1"}, "unknown request parameter 'heat'"),
+    "a timeout": ({"timeout": 1_000_000}, "'timeout' is not supported"),
+    "a sequence": ({"sequence_id": 7}, "'sequence_id'"),
+    "the start of a sequence": ({"sequence_start": True}, "'sequence_start'"),
+}
+
+
+@pytest.mark.parametrize("model", ["nvlm", "nvlm_ensemble"])
+@pytest.mark.parametrize("kind", BESIDE)
+def test_a_parameter_beside_the_inputs_is_explained(kind: str, model: str, server: TritonServer) -> None:
+    parameters, expected = BESIDE[kind]
+    request = infer_request("Hi", images=[make_image(1)], model=model)
+    for name, value in parameters.items():
+        field = {bool: "bool_param", int: "int64_param", str: "string_param"}[type(value)]
+        setattr(request.parameters[name], field, value)
+    assert_invalid(server, request, expected)
+
+
+def test_what_triton_itself_honours_is_no_error(server: TritonServer) -> None:
+    request = infer_request("Hi", sampling={"max_tokens": 1})
+    request.parameters["triton_enable_empty_final_response"].bool_param = True
+    assert ask_raw(server, request)
+
+
+@pytest.mark.parametrize("path", ["generate", "generate_stream"])
+@pytest.mark.parametrize(
+    "beside", [{"max_tokens": 5}, {"parameters": {"max_tokens": 5}}, {"parameters": {"timeout": 5}}, {"priority": 3}]
+)
+def test_a_parameter_over_http_is_explained(path: str, beside: dict[str, Any], server: TritonServer) -> None:
+    url = f"{server.http_address}/v2/models/nvlm/{path}"
+
+    def post(**body: Any) -> bytes:
+        request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        return opener.open(request, timeout=60).read()
+
+    with pytest.raises(urllib.error.HTTPError) as raised:
+        post(prompt="Hi", **beside)
+    name = next(iter(beside.get("parameters", beside)))
+    assert raised.value.code == 400
+    assert f"request parameter '{name}'" in raised.value.read().decode()
+    if path == "generate_stream":
+        assert b"finish_reason" in post(prompt="Hi", sampling_parameters='{"max_tokens": 1}')

@@ -21,8 +21,7 @@ from nvlm_trt.api import ChatRequest, Message, SamplingParams
 from nvlm_trt.backends.opening import open_backend
 from nvlm_trt.backends.spec import TritonPlacement
 from nvlm_trt.engine import Engine
-from nvlm_trt.image.decoding import load_image
-from nvlm_trt.image.tiling import tile_image
+from nvlm_trt.image.tiling import normalise_tiles
 from nvlm_trt.runtime.pipeline import Pipeline
 from nvlm_trt.serving.client import Client
 from nvlm_trt.serving.triton import server as server_module
@@ -55,10 +54,10 @@ class TritonPythonModel:
 
 
 def render_for_a_cpu(
-    engine: Engine, placement: TritonPlacement, directory: Path, drain_file: Path, options: RepositoryOptions
+    engine: Engine, placement: TritonPlacement, directory: Path, drain_descriptor: int, options: RepositoryOptions
 ) -> None:
     placed = placement_of(for_tensorrt(engine, "bf16"))
-    render_repository(engine, placed, directory, drain_file, options)
+    render_repository(engine, placed, directory, drain_descriptor, options)
     for model in ("vision_encoder", "nvlm"):
         config = directory / model / "config.pbtxt"
         text = re.sub(r"kind: KIND_GPU count: 1[^}]*", "kind: KIND_CPU count: 1 ", config.read_text())
@@ -90,11 +89,10 @@ def test_answers_are_those_of_tokens_in_bfloat16(served: tuple[Path, TritonServe
     opened = Engine.open(path)
     with open_backend(opened, ["vision_encoder"], threads=1) as encoder:
 
-        def encode(data: bytes, max_tiles: int) -> np.ndarray:
-            pixels = tile_image(load_image(data), opened.config.vision.image_size, max_tiles)
-            return rounded(encoder.to_host(encoder.encode(rounded(pixels))))
+        def encode(tiles: np.ndarray) -> np.ndarray:
+            return rounded(encoder.to_host(encoder.encode(rounded(normalise_tiles(tiles)))))
 
-        with Pipeline.open(path, encode_image=encode) as pipeline:
+        with Pipeline.open(path, encode_tiles=encode) as pipeline:
             expected = [token for delta in pipeline.generate(chat) for token in delta.token_ids]
     with Client(server.address) as client:
         answers = [client.generate("What is this?", images=[image], sampling=GREEDY) for _ in range(2)]

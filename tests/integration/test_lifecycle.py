@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from live_server import ENDLESS, make_image, metric, wait_until
+from live_server import ENDLESS, is_ready_over_http, make_image, metric, wait_until
 
 from nvlm_trt.engine import Manifest, write_manifest
 from nvlm_trt.errors import EngineError, ServerError
@@ -42,13 +43,14 @@ class ServeCommand:
             env=os.environ | {"TMPDIR": str(directory)},
             start_new_session=True,
         )
-        self.address = self.metrics_address = ""
+        self.address = self.http_address = self.metrics_address = ""
 
     def wait_until_ready(self) -> None:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert line, self.end()
         (self.address,) = re.findall(r"grpc://[^ )]+", line)
+        (self.http_address,) = re.findall(r"HTTP (http://[^ ,]+)", line)
         (self.metrics_address,) = re.findall(r"http://[^ )]+/metrics", line)
 
     def descendants(self) -> list[psutil.Process]:
@@ -99,7 +101,8 @@ def test_a_signal_lets_running_requests_finish(serve: Callable[..., ServeCommand
     processes = command.descendants()
     assert len(processes) >= 5  # the server, its three python models, the guard
     with Client(command.address) as client, ThreadPoolExecutor(8) as pool:
-        streams = [client.stream("Tell me", images=[make_image(i)], sampling=LONG) for i in range(4)]
+        longer = LONG | {"max_tokens": 1000}  # they run until the others are accepted
+        streams = [client.stream("Tell me", images=[make_image(i)], sampling=longer) for i in range(4)]
         for stream in streams:
             next(stream)
         asked = [
@@ -112,6 +115,57 @@ def test_a_signal_lets_running_requests_finish(serve: Callable[..., ServeCommand
         assert [list(stream)[-1].finish_reason for stream in streams] == ["length"] * 4
         assert [len(future.result().token_ids) for future in asked] == [LONG["max_tokens"]] * 8
     assert command.end() == (0, "")
+    assert_all_gone(processes, command.directory)
+
+
+def test_a_server_that_drains_is_not_ready(serve: Callable[..., ServeCommand]) -> None:
+    """Over HTTP at once, over gRPC as soon as no image is left to encode."""
+    command = serve()
+    command.wait_until_ready()
+    with Client(command.address) as client:
+        assert client.ready()
+        assert is_ready_over_http(command.http_address)
+        stream = client.stream("Tell me", sampling=LONG | {"max_tokens": 2000})
+        next(stream)
+        command.signal(signal.SIGTERM)
+        wait_until(lambda: not is_ready_over_http(command.http_address), "readiness over HTTP is false")
+        wait_until(lambda: not client.ready(), "readiness over gRPC is false")
+        with pytest.raises(ServerError, match="the server is stopping"):
+            client.generate("Too late?", sampling={"max_tokens": 1})
+        assert metric(command, "nvlm_open_requests") == 1
+        assert list(stream)[-1].finish_reason == "length"
+    assert command.end() == (0, "")
+
+
+def test_a_server_stops_well_without_its_temporary_folder(serve: Callable[..., ServeCommand]) -> None:
+    """Something removes files of /tmp that are days old."""
+    command = serve()
+    command.wait_until_ready()
+    processes = command.descendants()
+    (folder,) = command.directory.glob("nvlm-trt-*")
+    shutil.rmtree(folder)
+    with Client(command.address) as client:
+        streams = [client.stream("Tell me", images=[make_image(i)], sampling=LONG) for i in range(2)]
+        for stream in streams:
+            next(stream)
+        command.signal(signal.SIGTERM)
+        wait_until(lambda: is_rejected(client), "new requests are rejected")
+        assert [list(stream)[-1].finish_reason for stream in streams] == ["length"] * 2
+    assert command.end() == (0, "")
+    assert_all_gone(processes, command.directory)
+
+
+@pytest.mark.parametrize("last", [signal.SIGTERM, signal.SIGKILL], ids=str)
+def test_a_killed_guard_is_replaced(serve: Callable[..., ServeCommand], last: signal.Signals) -> None:
+    command = serve()
+    command.wait_until_ready()
+    processes = command.descendants()
+    (guard,) = (process for process in processes if "nvlm_trt.serving.triton.guard" in process.cmdline())
+    guard.kill()
+    wait_until(lambda: len({*command.descendants()} - {*processes}) == 1, "there is another guard")
+    processes = command.descendants()
+    command.signal(last)
+    command.end()
     assert_all_gone(processes, command.directory)
 
 
@@ -192,7 +246,22 @@ def test_a_port_in_use_is_named(serve: Callable[..., ServeCommand]) -> None:
     )
 
 
-def test_an_engine_that_cannot_be_loaded_is_explained(engine: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_start_that_fails_leaves_nothing(
+    engine: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "models"))
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("nvlm_trt.serving.triton.server.render_repository", full_disk)
+    with pytest.raises(ServerError, match=r"cannot start tritonserver \(No space left on device: .*models\)"):
+        TritonServer(engine(ENGINE)).start()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_engine_that_cannot_be_loaded_is_explained(
+    engine: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The file is no graph, but its hash matches the manifest: only the process of the model finds the fault."""
     broken = tmp_path / "engine"
     shutil.copytree(engine(ENGINE), broken)
@@ -200,6 +269,8 @@ def test_an_engine_that_cannot_be_loaded_is_explained(engine: Callable[[str], Pa
     manifest = Manifest.model_validate_json((broken / "manifest.json").read_text())
     (broken / "manifest.json").unlink()
     write_manifest(broken, manifest)
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     server = TritonServer(broken)
     with pytest.raises(
         ServerError, match="could not load model nvlm: engine file .*decoder.onnx cannot be loaded"
@@ -207,6 +278,7 @@ def test_an_engine_that_cannot_be_loaded_is_explained(engine: Callable[[str], Pa
         server.start()
     assert "\n" not in str(raised.value)
     assert server.log_tail
+    assert list((tmp_path / "temporary").iterdir()) == []
 
 
 def test_a_truncated_engine_is_not_started(engine: Callable[[str], Path], tmp_path: Path) -> None:

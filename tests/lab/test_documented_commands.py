@@ -51,10 +51,8 @@ def test_every_documented_command_takes_its_options() -> None:
     for module, arguments in found:
         options = importlib.import_module(module).options()
         words = shlex.split(arguments.replace("[", "").replace("]", ""))
-        if "--work" in words:
+        if words:
             options.parse_args(words)
-        else:
-            assert words == [], (module, arguments)
 
 
 def test_the_documented_command_measures_in_a_fresh_clone(tmp_path: Path) -> None:

@@ -276,6 +276,27 @@ def test_dynamic_rope_scaling_changes_nothing_within_max_position_embeddings() -
     assert config_from_hf(changed("llm_config.rope_parameters", version_5, raw)) == config_from_hf(PUBLISHED_D_72B)
 
 
+@pytest.mark.parametrize(
+    "scaling", [None, {"rope_type": "default"}, {"type": "default"}, {"rope_type": "default", "type": "default"}]
+)
+def test_default_rope_scaling_is_none(scaling: dict[str, str] | None) -> None:
+    assert config_from_hf(changed("llm_config.rope_scaling", scaling)) == config_from_hf(PUBLISHED_D_72B)
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "default", "type": "yarn"},
+        {"rope_type": "default", "mrope_section": [16, 24, 24]},
+        {"rope_type": "linear", "factor": 2.0},
+        {"rope_type": ["default"]},
+    ],
+)
+def test_other_rope_scaling_is_refused(scaling: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="rope_scaling"):
+        config_from_hf(changed("llm_config.rope_scaling", scaling))
+
+
 def test_x_and_h_need_a_cross_attention_config() -> None:
     raw = config_to_hf(PRESETS["nvlm-x-tiny"])
     for section, word in [(None, "cross_attention_config"), ({}, "interval"), ({"interval": 2, "gate": 1}, "gate")]:
@@ -403,3 +424,39 @@ class TestReadConfig:
     def test_a_file_is_not_a_directory(self, directory: Path) -> None:
         with pytest.raises(ConfigError, match=r"config\.json"):
             read_config(directory / "tokenizer.json")
+
+
+NUMBERS = [
+    *("max_dynamic_patch", "image_token_id", "projector_hidden_size", "cross_attention_config.interval"),
+    *(f"vision_config.{key}" for key in ("hidden_size", "num_hidden_layers", "num_attention_heads")),
+    *(f"vision_config.{key}" for key in ("intermediate_size", "image_size", "patch_size", "layer_norm_eps")),
+    *(f"llm_config.{key}" for key in ("hidden_size", "num_hidden_layers", "num_attention_heads")),
+    *(f"llm_config.{key}" for key in ("num_key_value_heads", "head_dim", "intermediate_size", "vocab_size")),
+    *(f"llm_config.{key}" for key in ("rope_theta", "rms_norm_eps", "max_position_embeddings")),
+]
+
+
+@pytest.mark.parametrize("value", [10**9, 10**30, 1e30, float("inf")])
+@pytest.mark.parametrize("path", NUMBERS)
+def test_a_number_beyond_every_model_is_refused_by_name(path: str, value: float) -> None:
+    if path == "llm_config.rope_theta" and value == 10**9:
+        return  # Llama 3.1 has 500000, and longer contexts have more
+    raw = config_to_hf(replace(PRESETS["nvlm-x-tiny"], image_token_id=3))
+    raw["force_image_size"] = value if path == "vision_config.image_size" else raw["force_image_size"]
+    with pytest.raises(ConfigError, match=path) as caught:
+        config_from_hf(changed(path, value, raw))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+def test_a_tile_has_few_enough_patches() -> None:
+    vision = PRESETS["nvlm-d-72b"].vision
+    with pytest.raises(ConfigError, match="292 patches of patch_size 14"):
+        replace(vision, image_size=14 * 292)
+
+
+def test_every_preset_is_within_the_bounds() -> None:
+    for preset in PRESETS.values():
+        assert replace(preset, max_tiles=64).max_tiles == 64
+        with pytest.raises(ConfigError, match="max_dynamic_patch = 65"):
+            replace(preset, max_tiles=65)

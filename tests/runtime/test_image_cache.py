@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from nvlm_trt.backends.base import ImageFeatures
 from nvlm_trt.errors import ImageError
+from nvlm_trt.lane import AbandonedError
 from nvlm_trt.runtime.image_cache import ImageCache
 
 
@@ -101,3 +102,45 @@ def test_a_failed_encoding_reaches_everyone_who_waits_and_is_not_kept() -> None:
                 future.result(30)
     got, was_cached = cache.get("a", lambda: features(1))
     assert (got.nbytes, was_cached) == (4, False)
+
+
+def test_an_abandoned_encoding_is_taken_over_by_the_next_who_waits() -> None:
+    cache = ImageCache(1000)
+    first_runs, may_end = threading.Event(), threading.Event()
+
+    def abandon() -> ImageFeatures:
+        first_runs.set()
+        assert may_end.wait(30)
+        raise AbandonedError
+
+    with ThreadPoolExecutor(3) as pool:
+        leader = pool.submit(cache.get, "a", abandon)
+        assert first_runs.wait(30)
+        followers = [pool.submit(cache.get, "a", lambda: features(1)) for _ in range(2)]
+        may_end.set()
+        with pytest.raises(AbandonedError):
+            leader.result(30)
+        results = [future.result(30) for future in followers]
+    assert all(got is results[0][0] for got, _ in results)
+    assert sorted(was_cached for _, was_cached in results) == [False, True]
+
+
+def test_who_waits_for_another_can_give_up() -> None:
+    cache = ImageCache(1000)
+    first_runs, may_end, over = threading.Event(), threading.Event(), threading.Event()
+
+    def encode() -> ImageFeatures:
+        first_runs.set()
+        assert may_end.wait(30)
+        return features(1)
+
+    with ThreadPoolExecutor(2) as pool:
+        leader = pool.submit(cache.get, "a", encode)
+        assert first_runs.wait(30)
+        follower = pool.submit(cache.get, "a", encode, over.is_set)
+        over.set()
+        with pytest.raises(AbandonedError):
+            follower.result(30)
+        assert not leader.done()
+        may_end.set()
+        assert leader.result(30)[1] is False

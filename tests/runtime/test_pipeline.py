@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from PIL import Image
@@ -19,7 +20,7 @@ from nvlm_trt.backends.opening import open_backend
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import EngineError, ImageError, NvlmError, QueueFullError, RequestError
 from nvlm_trt.image.decoding import load_image
-from nvlm_trt.image.tiling import tile_image
+from nvlm_trt.image.tiling import normalise_tiles
 from nvlm_trt.prompt.encoder import PromptEncoder
 from nvlm_trt.prompt.image_tokens import split_tiles
 from nvlm_trt.prompt.tokenizer import Tokenizer
@@ -47,19 +48,17 @@ def chat(
 
 
 class CountingEncoder:
-    """Tiles and encodes as the pipeline does by itself, and counts the images."""
+    """Encodes as the pipeline does by itself, and counts the images."""
 
     def __init__(self, directory: Path) -> None:
-        engine = Engine.open(directory)
-        self._tile_size = engine.config.vision.image_size
-        self._backend = open_backend(engine, ["vision_encoder"], threads=1)
+        self._backend = open_backend(Engine.open(directory), ["vision_encoder"], threads=1)
         self.calls = 0
         self.before: Callable[[], None] = lambda: None
 
-    def __call__(self, data: bytes, max_tiles: int) -> BackendArray:
+    def __call__(self, tiles: npt.NDArray[np.uint8]) -> BackendArray:
         self.calls += 1
         self.before()
-        return self._backend.encode(tile_image(load_image(data), self._tile_size, max_tiles))
+        return self._backend.encode(normalise_tiles(tiles))
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +71,7 @@ def pipeline(engine: DirectoryByName, encoder: CountingEncoder) -> Iterator[Pipe
     """NVLM-H, 8 slots, with a queue of three that tests can fill."""
     encoder.calls, encoder.before = 0, lambda: None
     engine_dir = engine("nvlm-h-tiny")
-    with Pipeline.open(engine_dir, threads=1, encode_image=encoder, options=RuntimeOptions(max_queue=3)) as opened:
+    with Pipeline.open(engine_dir, threads=1, encode_tiles=encoder, options=RuntimeOptions(max_queue=3)) as opened:
         yield opened
 
 

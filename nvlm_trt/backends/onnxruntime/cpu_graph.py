@@ -9,6 +9,8 @@ from google.protobuf.message import DecodeError
 from onnx import GraphProto, ModelProto, NodeProto
 from onnx.parser import parse_function
 
+from nvlm_trt.bounded_file import GRAPH_BYTES, read_bounded
+
 # Multiplies the first row of each matrix twice where a single row would be left: the kernel for two rows or more gives
 # the same bits for any number of rows. Each thread takes 128 rows, so 129 rows leave a single row too.
 _PAIRED = """
@@ -39,7 +41,7 @@ def rewritten(path: Path, saturates: bool, single_rows_differ: bool) -> ModelPro
 
     Returns None if the file needs no change, or cannot be read: ONNX Runtime then says why."""
     try:
-        content = path.read_bytes()  # without weights: small
+        content = read_bounded(path, GRAPH_BYTES)  # without weights: small
         integer_products = saturates and b"MatMulIntegerToFloat" in content
         small_weights = single_rows_differ and b"MatMulNBits" in content
         if not (integer_products or small_weights):

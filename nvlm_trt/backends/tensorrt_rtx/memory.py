@@ -1,9 +1,25 @@
-"""Estimates the host memory of a build with TensorRT-RTX."""
+"""Estimates the host memory of a build with TensorRT-RTX, from measurements (`python -m lab.rtx_builds`)."""
 
 from __future__ import annotations
 
+# NVIDIA's builder and the process that waits for it, with their libraries; and the weights of a stage: mapped from the
+# graph's file, in the plan, and some of them in the builder's own layouts. 21 builds of the small sizes and nine slices
+# of the 72B sizes took between 0.87 and 1.1 times what follows from these two numbers.
+_LIBRARIES = 1.35e9
+_COPIES = 2.4
+
+
+def builder_memory(largest_stage: int) -> int:
+    """Return the bytes that building the plans takes at its peak; `largest_stage`: bytes of a stage's weights."""
+    return int(_LIBRARIES + _COPIES * largest_stage)
+
+
+def trial_memory(parameters: int) -> int:
+    """Return the bytes that ONNX Runtime takes to try an engine on the CPU: every parameter as it is stored, at most in
+    16 bits, and in float32; and the process with its libraries."""
+    return int(0.3e9 + 6 * parameters)
+
 
 def host_building(largest_stage: int, parameters: int, calibrated: bool) -> int:
-    """Return the bytes that a build takes at its peak: the builder on the largest stage, or the engine that ONNX
-    Runtime tries, which has every parameter in float32."""
-    return max(int(3.5 * largest_stage), 4 * parameters)
+    """Return the bytes that a build without a GPU takes at its peak. A calibration takes no more than a trial."""
+    return max(builder_memory(largest_stage), trial_memory(parameters))

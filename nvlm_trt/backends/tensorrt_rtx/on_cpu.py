@@ -6,12 +6,11 @@ float32: ONNX Runtime has no kernels for bfloat16 on a CPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, helper
+from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, TensorProto, helper
 
 from nvlm_trt.backends.base import BackendArray, FloatArray
 from nvlm_trt.backends.onnxruntime.backend import OnnxRuntimeBackend
@@ -38,7 +37,30 @@ def widen_file(path: Path) -> None:
 def widen(model: ModelProto) -> None:
     """Make every tensor in half precision float32, except the stored weights, which a Cast converts: ONNX Runtime
     computes the Casts once, when it loads the model."""
-    graph = model.graph
+    _widen(model.graph)
+    for function in model.functions:
+        _widen(function)
+
+
+def _widen(body: GraphProto | FunctionProto) -> None:
+    """Widen a graph or function, and the branches in it."""
+    for node in body.node:
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.name == "to" and attribute.i in _HALF:
+                attribute.i = TensorProto.FLOAT
+            elif attribute.type == AttributeProto.TENSOR and attribute.t.data_type in _HALF:
+                array = onnx.numpy_helper.to_array(attribute.t).astype(np.float32)
+                attribute.t.CopyFrom(onnx.numpy_helper.from_array(array, attribute.t.name))
+            elif attribute.type == AttributeProto.GRAPH:
+                _widen(attribute.g)
+    if isinstance(body, GraphProto):
+        _widen_values(body)
+
+
+def _widen_values(graph: GraphProto) -> None:
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        if value.type.tensor_type.elem_type in _HALF:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT
     casts = []
     for tensor in graph.initializer:
         if tensor.data_type in _HALF:
@@ -48,23 +70,3 @@ def widen(model: ModelProto) -> None:
     nodes = [*casts, *graph.node]
     del graph.node[:]
     graph.node.extend(nodes)
-    for value in (*graph.input, *graph.output, *graph.value_info):
-        if value.type.tensor_type.elem_type in _HALF:
-            value.type.tensor_type.elem_type = TensorProto.FLOAT
-    for node in _nodes(graph, *model.functions):
-        for attribute in node.attribute:
-            if node.op_type == "Cast" and attribute.name == "to" and attribute.i in _HALF:
-                attribute.i = TensorProto.FLOAT
-            if attribute.type == AttributeProto.TENSOR and attribute.t.data_type in _HALF:
-                array = onnx.numpy_helper.to_array(attribute.t).astype(np.float32)
-                attribute.t.CopyFrom(onnx.numpy_helper.from_array(array, attribute.t.name))
-
-
-def _nodes(*bodies: GraphProto | onnx.FunctionProto) -> Iterator[NodeProto]:
-    """Yield the nodes of graphs and functions, and of the branches in them."""
-    for body in bodies:
-        for node in body.node:
-            yield node
-            for attribute in node.attribute:
-                if attribute.type == AttributeProto.GRAPH:
-                    yield from _nodes(attribute.g)

@@ -5,6 +5,7 @@ Nothing here has run on a GPU (docs/tensorrt.md).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from pathlib import Path
@@ -57,13 +58,14 @@ class RtxRuntime:
         """Write the runtime caches. A cache that cannot be written costs the next start its compilation, no more."""
         self._configs.clear()
         for path, cache in self._caches:
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                temporary = path.with_name(f"{path.name}.{os.getpid()}")
-                temporary.write_bytes(memoryview(cache.serialize()))
-                os.replace(temporary, path)
-            except OSError:
-                continue
+            temporary = path.with_name(f"{path.name}.{os.getpid()}")
+            with contextlib.suppress(OSError):
+                try:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    temporary.write_bytes(memoryview(cache.serialize()))
+                    os.replace(temporary, path)
+                finally:
+                    temporary.unlink(missing_ok=True)
         self._caches.clear()
 
     def _check_validity(self, plan: Path) -> None:
@@ -94,7 +96,7 @@ class RtxRuntime:
         config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED  # `LoadedPlan` records decoding steps itself
         path = self._cache_path(plan)
         cache = config.create_runtime_cache()
-        if path.exists():
+        with contextlib.suppress(OSError):  # there is none, or it cannot be read
             cache.deserialize(path.read_bytes())
         config.set_runtime_cache(cache)
         self._caches.append((path, cache))

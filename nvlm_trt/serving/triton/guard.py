@@ -24,6 +24,11 @@ def main(group: int, directory: str, prefix: str) -> None:
     if sys.stdin.read().strip() != "stopped":
         with contextlib.suppress(ProcessLookupError):
             os.killpg(group, signal.SIGKILL)
+    remove_files(Path(directory), prefix)
+
+
+def remove_files(directory: Path, prefix: str) -> None:
+    """Remove what a server that has ended leaves. Does nothing where somebody has removed it before."""
     shutil.rmtree(directory, ignore_errors=True)
     for region in SHARED_MEMORY.glob(f"{prefix}*"):
         region.unlink(missing_ok=True)

@@ -33,7 +33,8 @@ class TritonInstall:
     libraries: Path
 
     def prepare(self, directory: Path) -> tuple[Path, dict[str, str]]:
-        """Makes a backend directory in `directory`. Returns it and the environment to start the server with.
+        """Makes a backend directory in `directory`. Returns it and the environment to start the server with, in
+        `directory`.
 
         Raises ServerError if the stub does not fit this Python.
         """
@@ -56,7 +57,9 @@ class TritonInstall:
     def _environment(self, *libraries: Path) -> dict[str, str]:
         environment = dict(os.environ)
         inherited = environment.get("LD_LIBRARY_PATH")
-        paths = [str(self.libraries), *map(str, libraries), *([inherited] if inherited else [])]
+        # also by name, from the folder that the server is started in: a colon in a path would end it
+        named = [library.name for library in libraries]
+        paths = [str(self.libraries), *named, *map(str, libraries), *([inherited] if inherited else [])]
         environment["LD_LIBRARY_PATH"] = os.pathsep.join(paths)
         # The stub imports the packages of the first python3 on PATH; this makes it a virtualenv's.
         executables = str(Path(sys.executable).absolute().parent)

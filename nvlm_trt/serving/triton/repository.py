@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.resources
 import json
-import os
 import shutil
 import string
 from dataclasses import dataclass, field
@@ -14,23 +13,24 @@ from nvlm_trt.backends.opening import backend_of
 from nvlm_trt.backends.spec import TritonPlacement
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import ServerError
+from nvlm_trt.image.decoder import default_workers
 from nvlm_trt.image.decoding import ImageLimits
 from nvlm_trt.machine import available_cores
+from nvlm_trt.serving.chat_tensors import PACKED_ONLY
+from nvlm_trt.serving.served_record import ServedRecord
 
-# Images that are sent through the ensemble at once. Each blocks one of the python backend's threads, which also answer
-# requests: there must be fewer images than threads, or no request is ever answered.
+# Images whose tiles are sent through the ensemble at once. Each blocks one of the python backend's threads, which also
+# answer requests: there must be fewer images than threads, or no request is ever answered.
 ENCODE_WORKERS = 8
 BACKEND_THREADS = 64
 
 # Images with the most tiles that fit into one batch. With more, a request waits longer than batching saves.
 _BATCHED_IMAGES = 4
 _BATCHING_DELAY_US = 1000
-_MAX_TILING_INSTANCES = 4
 
+ENGINE_LINK = "engine"  # to the engine directory, in the directory that the server runs in
+_VERSIONS = {"tiling": ("1", PACKED_ONLY)}  # of one code; other models have version 1
 _VISION_ENCODER = "vision_encoder"  # the name of the model; its folder in triton_repo may have another name
-
-_SHARED_MEMORY = Path("/dev/shm")
-_SHARED_MEMORY_SLACK = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -46,17 +46,19 @@ def placement_of(engine: Engine) -> TritonPlacement:
 
 
 def render_repository(
-    engine: Engine, placement: TritonPlacement, directory: Path, drain_file: Path, options: RepositoryOptions
+    engine: Engine, placement: TritonPlacement, directory: Path, drain_descriptor: int, options: RepositoryOptions
 ) -> None:
-    """Write the models into the empty `directory`. While `drain_file` exists, `nvlm` accepts no new request."""
-    values = _template_values(engine, placement, drain_file, options)
+    """Write the models into the empty `directory`. `nvlm` inherits `drain_descriptor`, the model's end of a
+    DrainChannel."""
+    values = _template_values(engine, placement, drain_descriptor, options)
     for name, model in _sources(placement.vision_model).items():
-        version = directory / name / "1"
-        version.mkdir(parents=True)
         template = string.Template((model / "config.pbtxt").read_text(encoding="utf-8"))
+        for version in _VERSIONS.get(name, ("1",)):
+            folder = directory / name / version
+            folder.mkdir(parents=True)
+            for source in (model / "1").glob("*.py"):
+                shutil.copy(source, folder)
         (directory / name / "config.pbtxt").write_text(template.substitute(values), encoding="utf-8")
-        for source in (model / "1").glob("*.py"):
-            shutil.copy(source, version)
     for name, file in placement.files.items():
         (directory / _VISION_ENCODER / "1" / name).symlink_to(file)
 
@@ -76,14 +78,17 @@ def check_backend(engine: Engine, placement: TritonPlacement, backends: Path) ->
 
 
 def _template_values(
-    engine: Engine, placement: TritonPlacement, drain_file: Path, options: RepositoryOptions
+    engine: Engine, placement: TritonPlacement, drain_descriptor: int, options: RepositoryOptions
 ) -> dict[str, str]:
     cores = available_cores()
     config, limits = engine.config, options.image_limits
     return {
         # a JSON string is a protobuf text string, quotes and escapes included
-        "engine": json.dumps(str(engine.path.absolute()), ensure_ascii=False),
-        "drain_file": json.dumps(str(drain_file), ensure_ascii=False),
+        "engine": json.dumps(str(engine.path.absolute()), ensure_ascii=False, allow_nan=False),
+        "engine_link": ENGINE_LINK,
+        "engine_fingerprint": engine.fingerprint,
+        "engine_record": json.dumps(ServedRecord.of(engine).to_json(), ensure_ascii=False, allow_nan=False),
+        "drain_descriptor": str(drain_descriptor),
         "image_type": placement.image_type,
         "decoder_kind": placement.decoder_kind,
         "cpu_only_inputs": "no" if placement.decoder_kind == "KIND_GPU" else "yes",
@@ -94,14 +99,16 @@ def _template_values(
         "max_tiles": str(engine.limits.max_tiles),
         "max_batch_tiles": str(max_batch_tiles(engine, placement)),
         "batching_delay_us": str(_BATCHING_DELAY_US),
-        # an image is decoded and resized on one core; half of the cores are left to the encoder and the decoder
-        "tiling_instances": str(max(1, min(_MAX_TILING_INSTANCES, cores // 2))),
+        # of nvlm; the instances of tiling, which decode one image each, are as many
+        "decode_workers": str(default_workers()),
         "threads": str(options.threads or cores),
         "max_queue": str(options.max_queue),
         "encode_workers": str(ENCODE_WORKERS),
         "max_pixels": str(limits.max_pixels),
         "max_bytes": str(limits.max_bytes),
         "max_images": str(limits.max_images),
+        "max_decode_seconds": str(limits.max_decode_seconds),
+        "max_decode_memory": str(limits.max_decode_memory),
     }
 
 
@@ -111,19 +118,3 @@ def _sources(vision_model: str) -> dict[str, Path]:
     folders = {folder.name: folder for folder in root.iterdir() if (folder / "config.pbtxt").is_file()}
     models = {name: folder for name, folder in folders.items() if not name.startswith(_VISION_ENCODER)}
     return {**models, _VISION_ENCODER: folders[vision_model]}
-
-
-def check_shared_memory(engine: Engine, placement: TritonPlacement) -> None:
-    """Raise ServerError if shared memory is too small for the models to pass each other full batches of tiles."""
-    tile_bytes = 3 * engine.config.vision.image_size**2 * 4
-    needed = 3 * max_batch_tiles(engine, placement) * tile_bytes + _SHARED_MEMORY_SLACK
-    try:
-        status = os.statvfs(_SHARED_MEMORY)
-    except OSError:
-        return
-    free = status.f_bavail * status.f_frsize
-    if free < needed:
-        raise ServerError(
-            f"{_SHARED_MEMORY} has {free >> 20} MiB free, Triton's models need about {needed >> 20} MiB to pass tiles "
-            "on; enlarge it (docker run --shm-size=1g)"
-        )

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import http.client
+import contextlib
 import os
-import re
-import secrets
 import signal
 import tempfile
 import threading
@@ -21,23 +19,25 @@ from nvlm_trt.errors import NvlmError, ServerError
 from nvlm_trt.serving.client import Client
 from nvlm_trt.serving.triton.canary import run_canary
 from nvlm_trt.serving.triton.command import triton_command
+from nvlm_trt.serving.triton.drain_channel import DrainChannel
+from nvlm_trt.serving.triton.http_probe import get
 from nvlm_trt.serving.triton.install import TritonInstall, find_triton
 from nvlm_trt.serving.triton.ports import choose_ports, listen_address, port_in_use
 from nvlm_trt.serving.triton.process import TritonProcess
+from nvlm_trt.serving.triton.process_limits import check_descriptors, too_few_descriptors
 from nvlm_trt.serving.triton.repository import (
+    ENGINE_LINK,
     RepositoryOptions,
     check_backend,
-    check_shared_memory,
     placement_of,
     render_repository,
 )
+from nvlm_trt.serving.triton.server_folder import ServerFolder
+from nvlm_trt.serving.triton.shared_memory import SharedMemory, largest_request
+from nvlm_trt.serving.triton.stopping import EXIT_SECONDS, stop_process
 
 _PORT_ATTEMPTS = 5
 _POLL_SECONDS = 0.1
-_HTTP_SECONDS = 5
-_EXIT_SECONDS = 10
-# longer than `nvlm` takes to report a request that it has just accepted
-_QUIET_SECONDS = 0.3
 _TAIL_LINES = 20
 _LOOPBACK = {"0.0.0.0": "127.0.0.1"}
 
@@ -52,6 +52,7 @@ class ServerOptions:
     metrics_port: int = 0
     repository: RepositoryOptions = field(default_factory=RepositoryOptions)
     startup_seconds: float = 600
+    answer_seconds: float = 900  # from request to last token, over gRPC; then the connection ends
     drain_seconds: float = 30  # for open requests when the server is stopped
 
     @property
@@ -67,7 +68,7 @@ class TritonServer:
         self._options = options or ServerOptions()
         self._listen = self._host = ""  # IPv4 addresses: to listen on, and to reach it from this machine
         self._grpc_port = self._http_port = self._metrics_port = 0
-        self._directory = Path()
+        self._channel: DrainChannel | None = None
         self._process: TritonProcess | None = None
         self._stopping = threading.Event()
         self._failure: str | None = None
@@ -107,11 +108,13 @@ class TritonServer:
         check_backend(engine, placement, install.backends)
         self._listen = listen_address(self._options.host)
         self._host = _LOOPBACK.get(self._listen, self._listen)
-        check_shared_memory(engine, placement)
+        memory = SharedMemory(engine, placement, self._options.repository.image_limits)
+        memory.check()
+        check_descriptors()
         give_up = give_up or threading.Event()
         try:
             for attempt in range(1, _PORT_ATTEMPTS + 1):
-                self._launch(engine, placement, install)
+                self._launch(engine, placement, install, memory)
                 if self._wait_until_loaded(give_up, retry_ports=attempt < _PORT_ATTEMPTS):
                     break
                 self.kill()
@@ -141,11 +144,9 @@ class TritonServer:
         if self._process is None:
             return
         self._stopping.set()
-        hurry = hurry or threading.Event()
-        if self._failure is None:
-            self._drain(hurry)
-            if not hurry.is_set():
-                self._process.terminate(_EXIT_SECONDS)
+        if self._failure is None and self._channel is not None:
+            seconds, hurry = self._options.drain_seconds, hurry or threading.Event()
+            stop_process(self._process, self._channel, self._host, self._http_port, seconds, hurry)
         self.kill()
 
     def kill(self) -> None:
@@ -154,20 +155,46 @@ class TritonServer:
         if self._process is not None:
             self._process.kill()
             self._process = None
+        if self._channel is not None:
+            self._channel.close()
 
     # --- starting ----------------------------------------------------------------------------------------------------
 
-    def _launch(self, engine: Engine, placement: TritonPlacement, install: TritonInstall) -> None:
+    def _launch(self, engine: Engine, placement: TritonPlacement, install: TritonInstall, memory: SharedMemory) -> None:
         options = self._options
         self._grpc_port, self._http_port, self._metrics_port = ports = choose_ports(self._listen, options.ports)
-        self._directory = Path(tempfile.mkdtemp(prefix="nvlm-trt-"))
-        shm_prefix = f"nvlm_trt_{secrets.token_hex(4)}_"
-        models = self._directory / "models"
-        render_repository(engine, placement, models, self._drain_file, options.repository)
-        backends, environment = install.prepare(self._directory)
-        command = triton_command(install.executable, models, backends, self._listen, ports, shm_prefix)
         self._stopping.clear()
-        self._process = TritonProcess(command, environment, self._directory, shm_prefix)
+        try:
+            folder = ServerFolder.make()
+            with contextlib.ExitStack() as undo:
+                undo.callback(folder.remove)
+                self._channel = channel = DrainChannel()
+                undo.callback(channel.close)
+                models = folder.path / "models"
+                # The server runs in its folder and has paths from there. Triton writes paths into a shell command
+                # without quotes, and Python in its models cannot open a path of other characters than ASCII.
+                render_repository(engine, placement, models, channel.descriptor, options.repository)
+                (folder.path / ENGINE_LINK).symlink_to(engine.path.absolute())
+                backends, environment = install.prepare(folder.path)
+                command = triton_command(
+                    install.executable,
+                    Path(models.name),
+                    Path(backends.name),
+                    self._listen,
+                    ports,
+                    folder.shm_prefix,
+                    answer_seconds=options.answer_seconds,
+                    exit_seconds=options.drain_seconds + EXIT_SECONDS,
+                    request_bytes=largest_request(options.repository.image_limits),
+                )
+                self._process = TritonProcess(command, environment, folder, channel, memory.most_per_model)
+                undo.pop_all()
+        except OSError as error:
+            where = error.filename or tempfile.gettempdir()
+            raise ServerError(
+                f"cannot start tritonserver ({error.strerror}: {where}); free space there or set TMPDIR to another "
+                "folder"
+            ) from error
 
     def _wait_until_loaded(self, give_up: threading.Event, retry_ports: bool) -> bool:
         """Waits until all models are loaded.
@@ -177,8 +204,10 @@ class TritonServer:
         assert self._process is not None
         deadline = time.monotonic() + self._options.startup_seconds
         while self._process.exit_status is None:
-            if self._get(self._http_port, "/v2/health/ready") is not None:
+            if get(self._host, self._http_port, "/v2/health/ready") is not None:
                 return True
+            if self._process.log.out_of_descriptors:
+                raise too_few_descriptors()
             if time.monotonic() > deadline:
                 raise ServerError(f"the server was not ready within {self._options.startup_seconds:.0f} s; see its log")
             if give_up.wait(_POLL_SECONDS):
@@ -203,13 +232,14 @@ class TritonServer:
         return True
 
     def _exit_reason(self, process: TritonProcess) -> str:
+        process.log.settle()
         reason = process.load_error()
         if reason:
             return f"the server could not load {reason}"
         status = process.exit_status or 0
         if status < 0:
             return f"tritonserver was ended by {signal.Signals(-status).name}; start it again"
-        last = process.log_tail(1)
+        last = process.log.tail(1)
         return f"tritonserver ended with status {status}: {last[0] if last else 'it printed nothing'}"
 
     # --- while it runs -----------------------------------------------------------------------------------------------
@@ -230,47 +260,10 @@ class TritonServer:
                 self._keep_log_tail()
                 process.kill()
                 return
+            process.keep_guarded()
 
     def _keep_log_tail(self) -> None:
         """Keeps the last lines of the log, which `kill` removes with the server's directory."""
         process = self._process
         if process is not None:
-            self.log_tail = process.log_tail(_TAIL_LINES) or self.log_tail
-
-    # --- stopping ----------------------------------------------------------------------------------------------------
-
-    @property
-    def _drain_file(self) -> Path:
-        return self._directory / "draining"
-
-    def _drain(self, hurry: threading.Event) -> None:
-        """Waits until no request is open.
-
-        Triton's own exit unloads the ensemble first, so requests whose images are not encoded yet would fail.
-        """
-        self._drain_file.touch()
-        deadline = time.monotonic() + self._options.drain_seconds
-        quiet_since = time.monotonic()
-        while time.monotonic() < deadline and time.monotonic() - quiet_since < _QUIET_SECONDS:
-            if hurry.wait(_POLL_SECONDS):
-                return
-            if self._open_requests():
-                quiet_since = time.monotonic()
-
-    def _open_requests(self) -> int:
-        metrics = self._get(self._metrics_port, "/metrics") or ""
-        match = re.search(r"^nvlm_open_requests\S* (\d+)", metrics, re.MULTILINE)
-        return int(match[1]) if match else 0
-
-    def _get(self, port: int, path: str) -> str | None:
-        """Returns the body of a successful answer, else None. http.client ignores the environment's proxy."""
-        connection = http.client.HTTPConnection(self._host, port, timeout=_HTTP_SECONDS)
-        try:
-            connection.request("GET", path)
-            response = connection.getresponse()
-            body = response.read().decode(errors="replace")
-            return body if response.status == http.HTTPStatus.OK else None
-        except (OSError, http.client.HTTPException):
-            return None
-        finally:
-            connection.close()
+            self.log_tail = process.log.tail(_TAIL_LINES) or self.log_tail

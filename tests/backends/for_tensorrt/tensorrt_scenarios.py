@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from backend_steps import run_steps
 from tensorrt_on_cpu import Machine
 
-from nvlm_trt.backends.base import ImageFeatures
 from nvlm_trt.backends.opening import open_backend
 from nvlm_trt.backends.tensorrt import build as tensorrt_engine
 from nvlm_trt.builders.engine_build import QuantizationOptions, build_engine
@@ -115,28 +115,3 @@ def ask_with_tokens_on_the_device(checkpoint: Path, output: Path, pixels: np.nda
             for from_array, from_device in zip(*results, strict=True):
                 np.testing.assert_array_equal(from_array, from_device)
     return machine.events
-
-
-def run_steps(engine: Engine, steps: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Prefill three slots, decode them twice as one batch, move a slot, decode two."""
-    answers: dict[str, np.ndarray] = {}
-    with open_backend(engine) as backend:
-        tokens: Any = backend.encode(steps["pixels"])
-        answers["image tokens"] = backend.to_host(tokens)
-        flat = tokens.reshape(-1, backend.config.llm.hidden_size)
-        if backend.config.cross_layers:
-            cross_kv: Any = backend.cross_kv(tokens)  # type: ignore[attr-defined]  # of the thumbnail, too
-            answers["cross kv"] = backend.to_host(cross_kv)
-            backend.write_cross_kv(1, 0, ImageFeatures(flat[:0], cross_kv, len(tokens)))
-        for slot, prompt in enumerate(steps["prompts"]):
-            images = flat[: int((prompt == backend.config.image_token_id).sum())]
-            ranges = steps["ranges"][slot]
-            answers[f"prefill {slot}"] = backend.prefill(slot, 0, prompt, images, ranges)
-        lengths = np.array([len(prompt) for prompt in steps["prompts"]])
-        last = np.stack([ranges[-1] for ranges in steps["ranges"]])
-        for i in range(2):
-            answers[f"decode {i}"] = backend.decode(steps["next"], lengths + i, last).copy()
-        backend.move_slot(2, 0, int(lengths[2]) + 2, 0)
-        moved = np.array([lengths[2], lengths[1]]) + 2
-        answers["moved"] = backend.decode(steps["next"][[2, 1]], moved, last[[2, 1]]).copy()
-    return answers

@@ -23,9 +23,11 @@ from nvlm_trt.builders.source import EngineSource
 from nvlm_trt.checkpoint.reader import Checkpoint
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import ServerError
+from nvlm_trt.image.decoding import ImageLimits
 from nvlm_trt.progress import no_progress
-from nvlm_trt.serving.triton.repository import RepositoryOptions, check_shared_memory, placement_of, render_repository
+from nvlm_trt.serving.triton.repository import RepositoryOptions, placement_of, render_repository
 from nvlm_trt.serving.triton.server import TritonServer
+from nvlm_trt.serving.triton.shared_memory import SharedMemory
 
 Directory = Callable[[str], Path]
 Configs = dict[str, model_config_pb2.ModelConfig]
@@ -37,7 +39,7 @@ ONNX_TYPES = {
 
 
 def render(engine: Engine, directory: Path) -> Configs:
-    render_repository(engine, placement_of(engine), directory, directory / "draining", RepositoryOptions())
+    render_repository(engine, placement_of(engine), directory, 7, RepositoryOptions())
     return {
         folder.name: text_format.Parse((folder / "config.pbtxt").read_text(), model_config_pb2.ModelConfig())
         for folder in directory.iterdir()
@@ -120,7 +122,7 @@ def test_the_ensemble_connects_the_models_as_for_onnx_runtime(opened: Engine, tm
             ]
             assert shapes[0] == shapes[1], name
     engine = for_tensorrt(opened, "bf16")
-    check_shared_memory(engine, placement_of(engine))
+    SharedMemory(engine, placement_of(engine), ImageLimits()).check()
 
 
 def test_refuses_plans_without_weights(opened: Engine, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import tensorrt_scenarios as scenarios
 import torch
+from backend_steps import run_steps, three_prompts
 from command_line import Run, assert_one_line_error
 
 from nvlm_trt.backends.tensorrt import SPEC
@@ -33,33 +34,14 @@ pytest.importorskip("polygraphy", reason="needs polygraphy: pip install 'nvlm-tr
 Directory = Callable[[str], Path]
 
 
-def steps(engine: Engine) -> dict[str, object]:
-    """A text prompt of 5 tokens, one of 37 with an image (three chunks of 16), one of 2."""
-    rng, config = np.random.default_rng(0), engine.config
-    prompts = [rng.integers(0, 256, length) for length in (5, 37, 2)]
-    ranges = [np.zeros((len(prompt), 2), np.int32) for prompt in prompts]
-    tokens = config.tokens_per_tile
-    if config.cross_layers:
-        ranges[1][10:] = [0, tokens]
-    else:
-        prompts[1][8 : 8 + min(tokens, 20)] = config.image_token_id
-    edge = config.vision.image_size
-    return {
-        "pixels": rng.standard_normal((1, 3, edge, edge), dtype=np.float32),
-        "prompts": prompts,
-        "ranges": ranges,
-        "next": rng.integers(0, 256, 3),
-    }
-
-
 @pytest.mark.parametrize("architecture", ["d", "x", "h"])
 def test_answers_as_the_engine_for_onnx_runtime(
     tensorrt_process: ProcessPoolExecutor, checkpoint: Directory, tmp_path: Path, architecture: str
 ) -> None:
     source = checkpoint(f"nvlm-{architecture}-tiny")
     portable = build_engine(source, tmp_path / "portable", scenarios.LIMITS, smoke_test=False)
-    given = steps(portable)
-    expected = scenarios.run_steps(portable, given)
+    given = three_prompts(portable)
+    expected = run_steps(portable, given)
     answers = tensorrt_process.submit(scenarios.ask, source, tmp_path / "engine", given).result()
     assert answers.keys() == expected.keys()
     for name, values in expected.items():
@@ -169,8 +151,8 @@ def test_builds_heads_that_the_plugin_lacks_with_masked_attention(
 ) -> None:
     source = checkpoint("nvlm-x-tiny")
     portable = build_engine(source, tmp_path / "portable", scenarios.LIMITS, smoke_test=False)
-    given = steps(portable)
-    expected = scenarios.run_steps(portable, given)
+    given = three_prompts(portable)
+    expected = run_steps(portable, given)
     arguments = [source, tmp_path / "engine", given]
     answers = tensorrt_process.submit(scenarios.ask_with_a_plugin_of_wider_heads, *arguments).result()
     assert record_of(Engine.open(tmp_path / "engine")).plugin is None

@@ -6,15 +6,17 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from nvlm_trt.builders.engine_build import QuantizationOptions, build_engine
 from nvlm_trt.builders.quantization.calibration import read_calibration
 from nvlm_trt.builders.quantization.gate import AccuracyError, GateOptions
 from nvlm_trt.engine import Engine
-from nvlm_trt.errors import EngineError, RequestError
+from nvlm_trt.errors import EngineError, NotFiniteError, RequestError
 from nvlm_trt.evaluation.answerers import EngineAnswerer
 from nvlm_trt.evaluation.samples import Sample
+from nvlm_trt.runtime.sampling import Sampler
 
 Directory = Callable[[str], Path]
 NAME = "nvlm-x-tiny"
@@ -84,6 +86,21 @@ def test_publishes_unmeasured_if_told(checkpoint: Directory, tmp_path: Path, abs
     engine = build(checkpoint, tmp_path / "engine", absurd_calibration, None, "decoder=int8")
     assert engine.manifest.accuracy_gate == {"result": "not measured"}
     assert [path.name for path in tmp_path.iterdir()] == ["engine"]
+
+
+def test_logits_that_are_not_finite_have_the_advice_of_a_build(
+    checkpoint: Directory, tmp_path: Path, known_answers: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sample(self: Sampler, logits: np.ndarray) -> None:
+        raise NotFiniteError("the model produced logits that are not finite; check the engine with `nvlm-trt verify`")
+
+    monkeypatch.setattr(Sampler, "sample", sample)
+    options = QuantizationOptions(gate=GateOptions(known_answers))
+    with pytest.raises(EngineError, match=r"^accuracy gate \(fp32\): .* not finite; check the checkpoint") as caught:
+        build_engine(checkpoint(NAME), tmp_path / "engine", precision="int8-weight-only", quantization=options)
+    assert "--output" not in str(caught.value)
+    assert "verify" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_says_so_when_fp32_knows_nothing(

@@ -61,7 +61,10 @@ class InferenceResponse:
 
 
 class Request:
-    def __init__(self, sender: ResponseSender | None = None, **inputs: np.ndarray) -> None:
+    """`beside`: the parameters, timeout, sequence and flags of the request, by the names of the methods."""
+
+    def __init__(self, sender: ResponseSender | None = None, beside: Any = None, **inputs: np.ndarray) -> None:
+        self.beside = {"parameters": "{}", "timeout": 0, "correlation_id": 0, "flags": 0, **(beside or {})}
         self.inputs = {name: Tensor(name, array) for name, array in inputs.items()}
         self._sender = sender
 
@@ -70,6 +73,18 @@ class Request:
 
     def request_id(self) -> str:
         return "a request"
+
+    def parameters(self) -> str:
+        return self.beside["parameters"]
+
+    def timeout(self) -> int:
+        return self.beside["timeout"]
+
+    def correlation_id(self) -> int | str:
+        return self.beside["correlation_id"]
+
+    def flags(self) -> int:
+        return self.beside["flags"]
 
 
 class ResponseSender:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,12 +23,15 @@ from nvlm_trt.backends.opening import open_backend
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import EngineError, ImageError, QueueFullError, RequestError
 from nvlm_trt.image.decoding import load_image
-from nvlm_trt.image.tiling import tile_image
+from nvlm_trt.image.tiling import cut_tiles, normalise_tiles, tile_image
 from nvlm_trt.runtime.request import Request as RuntimeRequest
+from nvlm_trt.runtime.request import State
+from nvlm_trt.serving.triton.drain_channel import ENCODED, IDLE, DrainChannel
 from nvlm_trt.serving.triton.models.answer_sender import AnswerSender, Event
 from nvlm_trt.serving.triton.models.chat import ChatModel
 from nvlm_trt.serving.triton.models.chat_request import read_chat
 from nvlm_trt.serving.triton.models.image_encoder import ImageEncoder
+from nvlm_trt.serving.triton.models.packed_tiles import pack_tiles, unpack_tiles
 from nvlm_trt.serving.triton.models.responses import Responses
 from nvlm_trt.serving.triton.models.tiling import TilingModel
 from nvlm_trt.serving.triton.models.vision_encoder import VisionEncoderModel
@@ -92,11 +96,11 @@ def test_image_tokens_of_several_images_are_split() -> None:
 class Asked:
     """One request that an AnswerSender answers."""
 
-    def __init__(self, answers: AnswerSender) -> None:
+    def __init__(self, answers: AnswerSender, stream: bool = True, image_bytes: int = 0) -> None:
         self.sender = ResponseSender()
         self.request = RuntimeRequest(SamplingParams(), print, print)
         self.put: Callable[[Event], None]
-        answers.answer(self.sender, self._submit)
+        answers.answer(self.sender, self._submit, stream, image_bytes)
 
     def _submit(self, put: Callable[[Event], None]) -> RuntimeRequest:
         self.put = put
@@ -165,6 +169,38 @@ def test_an_answer_that_cannot_be_sent_ends_alone(answers: AnswerSender) -> None
     wait_until(lambda: answers.open_requests == 0)
 
 
+@pytest.mark.parametrize("ends_with", ["stop", "error"])
+def test_an_answer_that_is_not_streamed_is_one_response(answers: AnswerSender, ends_with: str) -> None:
+    asked = Asked(answers, stream=False)
+    for text in "abc":
+        asked.put(Delta(text, [ord(text)]))
+        wait_until(answers._events.empty)
+    assert not asked.sender.sent
+    stop = Delta("d", [100], finish_reason="stop", usage=USAGE)
+    asked.put(stop if ends_with == "stop" else EngineError("it failed"))
+    wait_until(lambda: asked.sender.ended)
+    ((response, flags),) = asked.sender.sent
+    assert response is not None
+    assert flags == FINAL
+    if ends_with == "stop":
+        assert response.tensors["text"].as_numpy().tolist() == [b"abcd"]
+        assert response.tensors["token_ids"].as_numpy().tolist() == [97, 98, 99, 100]
+        assert response.tensors["finish_reason"].as_numpy().tolist() == [b"stop"]
+    else:
+        assert response.error().message() == "it failed"  # type: ignore[union-attr]
+
+
+def test_an_answer_that_is_not_streamed_can_be_cancelled(answers: AnswerSender, late: list[int]) -> None:
+    asked = Asked(answers, stream=False)
+    asked.put(Delta("a", [97]))
+    asked.sender.cancelled = True
+    wait_until(lambda: asked.request.cancelled)
+    asked.put(Delta("", [], finish_reason="cancelled"))
+    wait_until(lambda: asked.sender.ended)
+    assert asked.sender.sent == [(None, FINAL)]
+    assert late == [0]
+
+
 def test_a_request_that_is_refused_at_once_is_not_open(answers: AnswerSender) -> None:
     def refuse(put: Callable[[Event], None]) -> RuntimeRequest:
         raise QueueFullError("full")
@@ -182,6 +218,13 @@ def test_closing_sends_what_was_handed_over() -> None:
         each.put(Delta("a", [97], finish_reason="stop"))
     sender.close()
     assert all(each.sender.ended for each in asked)
+
+
+def test_images_that_wait_are_counted_until_they_are_encoded(answers: AnswerSender) -> None:
+    asked = Asked(answers, image_bytes=7)
+    assert (answers.encoding_requests, answers.held_image_bytes) == (1, 7)
+    asked.request.state = State.READY
+    assert (answers.encoding_requests, answers.held_image_bytes) == (0, 0)
 
 
 def test_empty_tensors_are_made_once() -> None:
@@ -214,10 +257,12 @@ def test_errors_have_their_codes(error: Exception, code: str, message: str) -> N
 
 def tiling(image_type: str = "TYPE_FP32") -> TilingModel:
     model = TilingModel(fake_pb_utils())
-    model.initialize(
-        arguments(image_type=image_type, tile_size=56, max_tiles=6, max_pixels=10**6, max_bytes=10**6, max_images=2)
-    )
+    model.initialize(tiling_arguments(image_type))
     return model
+
+
+def tiling_arguments(image_type: str = "TYPE_FP32") -> dict[str, str]:
+    return arguments(image_type=image_type, tile_size=56, max_tiles=6, max_pixels=10**6, max_bytes=10**6, max_images=2)
 
 
 @pytest.mark.parametrize("image_type", ["TYPE_FP32", "TYPE_FP16", "TYPE_BF16"])
@@ -249,6 +294,29 @@ def test_tiling_refuses(inputs: dict[str, np.ndarray], message: str) -> None:
     assert refused.error().code == TritonError.INVALID_ARG
     assert message in refused.error().message()
     assert not answered.has_error()
+
+
+def test_tiles_that_nvlm_has_cut_are_not_cut_again() -> None:
+    model = TilingModel(fake_pb_utils())
+    model.initialize({**tiling_arguments(), "model_version": "2"})
+    cut = [cut_tiles(load_image(data), 56, 6) for data in (png(168, 112), png(56, 56))]
+    packed, encoded = model.execute(
+        [Request(image=strings(*map(pack_tiles, cut))), Request(image=strings(png(168, 112)))]
+    )
+    assert packed.tensors["tiles_per_image"].as_numpy().tolist() == [7, 1]
+    expected = normalise_tiles(np.concatenate(cut))
+    np.testing.assert_array_equal(packed.tensors["pixel_values"].as_numpy(), expected)
+    assert "only nvlm calls this model" in encoded.error().message()
+
+
+@pytest.mark.parametrize("count", [0, 8])
+@pytest.mark.parametrize("edge", [56, 57])
+def test_packed_tiles_have_to_fit(count: int, edge: int) -> None:
+    packed = pack_tiles(np.zeros((count, 3, edge, edge), np.uint8))
+    with pytest.raises(ImageError, match="packed tiles that do not fit"):
+        unpack_tiles(packed, 56, 7)
+    with pytest.raises(ImageError, match="packed tiles that do not fit"):
+        unpack_tiles(pack_tiles(np.zeros((1, 3, 56, 56), np.uint8))[:-1], 56, 7)
 
 
 def test_vision_encoder_gives_each_request_its_tokens(engine: Callable[[str], Path]) -> None:
@@ -287,14 +355,15 @@ def test_image_encoder_asks_the_ensemble_and_keeps_the_kind_of_its_errors() -> N
 # --- the model that clients call ---------------------------------------------------------------------------------
 
 
-def test_chat_model(engine: Callable[[str], Path], tmp_path: Path) -> None:
+def test_chat_model(engine: Callable[[str], Path]) -> None:
     """Answers about an image that another model encodes, refuses a request, and drains."""
-    path, drain_file = engine("nvlm-h-tiny"), tmp_path / "draining"
+    path, channel = engine("nvlm-h-tiny"), DrainChannel()
     with open_backend(Engine.open(path), ["vision_encoder"], threads=1) as backend:
 
         def run(request: SimpleNamespace) -> InferenceResponse:
-            (image,), (most,) = (tensor.as_numpy() for tensor in request.inputs)
-            tokens = backend.to_host(backend.encode(tile_image(load_image(image), 56, int(most))))
+            (packed,), (most,) = (tensor.as_numpy() for tensor in request.inputs)
+            tiles = unpack_tiles(packed, 56, int(most) + 1)
+            tokens = backend.to_host(backend.encode(normalise_tiles(tiles)))
             return InferenceResponse([Tensor("image_tokens", tokens)])
 
         pb_utils = fake_pb_utils(run)
@@ -302,11 +371,20 @@ def test_chat_model(engine: Callable[[str], Path], tmp_path: Path) -> None:
         model = ChatModel(pb_utils)
         limits = {"max_pixels": 10**6, "max_bytes": 10**6, "max_images": 2}
         model.initialize(
-            arguments(engine=path, threads=1, max_queue=4, encode_workers=2, drain_file=drain_file, **limits)
+            arguments(
+                engine=path,
+                threads=1,
+                max_queue=4,
+                encode_workers=2,
+                drain_descriptor=os.dup(channel.descriptor),
+                **limits,
+            )
         )
         sender, refused, drained = ResponseSender(), ResponseSender(), ResponseSender()
         sampling = strings(b'{"max_tokens": 5, "ignore_eos": true}')
         image = strings(png(168, 112))
+        too_much, most = ResponseSender(), 2 * 2 * 10**6  # bytes of the largest two requests
+        model.execute([Request(too_much, prompt=strings(b"Hi"), image=strings(bytes(most + 1)))])
         model.execute(
             [
                 Request(sender, prompt=strings(b"What is it?"), image=image, sampling_parameters=sampling),
@@ -314,14 +392,30 @@ def test_chat_model(engine: Callable[[str], Path], tmp_path: Path) -> None:
             ]
         )
         wait_until(lambda: sender.ended and FakeFamily.values.get("nvlm_generated_tokens_total") == 5)
-        drain_file.touch()
+        wait_until(lambda: len(FakeFamily.observed.get("nvlm_request_image_tiles", ())) == 1)
+        wait_until(lambda: FakeFamily.values["nvlm_refused_requests_total"] == 2)
+        channel.tell()
+        assert all(channel.wait_for(message, give_up=lambda: False) for message in (ENCODED, IDLE))
         model.execute([Request(drained, prompt=strings(b"Hi"))])
         model.finalize()
     last = sender.sent[-1][0]
     assert last is not None
     usage = json.loads(last.tensors["usage"].as_numpy()[0])
     assert (usage["completion_tokens"], usage["image_tiles"]) == (5, 7)
-    for sent, message in ((refused, "the prompt is empty"), (drained, "the server is stopping")):
+    assert FakeFamily.observed["nvlm_request_image_tiles"] == [7]
+    assert FakeFamily.observed["nvlm_request_prompt_tokens"] == [usage["prompt_tokens"]]
+    assert FakeFamily.observed["nvlm_request_queue_time_seconds"] == [usage["queue_s"]]
+    assert len(FakeFamily.observed["nvlm_inter_token_latency_seconds"]) == 4
+    (first,), (whole,) = (
+        FakeFamily.observed[f"nvlm_{name}_seconds"] for name in ("time_to_first_token", "e2e_request_latency")
+    )
+    assert usage["ttft_s"] <= first < whole
+    assert whole == pytest.approx(first + sum(FakeFamily.observed["nvlm_inter_token_latency_seconds"]))
+    for sent, message in (
+        (too_much, "the images that wait to be encoded have 0 MiB"),
+        (refused, "the prompt is empty"),
+        (drained, "the server is stopping"),
+    ):
         ((response, flags),) = sent.sent
         assert flags == FINAL
         assert response is not None
@@ -331,16 +425,21 @@ def test_chat_model(engine: Callable[[str], Path], tmp_path: Path) -> None:
 class FakeFamily:
     """A metric family whose values can be read."""
 
-    COUNTER, GAUGE = "counter", "gauge"
+    COUNTER, GAUGE, HISTOGRAM = "counter", "gauge", "histogram"
     values: dict[str, float] = {}  # noqa: RUF012
+    observed: dict[str, list[float]] = {}  # noqa: RUF012
     _lock = threading.Lock()
 
     def __init__(self, name: str, description: str, kind: str) -> None:
-        assert kind == (self.COUNTER if name.endswith("_total") else self.GAUGE)
+        if kind != self.HISTOGRAM:
+            assert kind == (self.COUNTER if name.endswith("_total") else self.GAUGE)
         self._name = name
 
-    def Metric(self, labels: dict[str, str]) -> Any:  # noqa: N802
-        return SimpleNamespace(increment=self._add, set=self._set)
+    def Metric(self, labels: dict[str, str], buckets: list[float] | None = None) -> Any:  # noqa: N802
+        return SimpleNamespace(increment=self._add, set=self._set, observe=self._observe)
+
+    def _observe(self, value: float) -> None:
+        self.observed.setdefault(self._name, []).append(value)
 
     def _add(self, value: float) -> None:
         with self._lock:

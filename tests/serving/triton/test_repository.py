@@ -14,13 +14,15 @@ from nvlm_trt.engine import Engine
 from nvlm_trt.errors import ServerError
 from nvlm_trt.image.decoding import ImageLimits
 from nvlm_trt.machine import available_cores
-from nvlm_trt.serving.triton import repository
+from nvlm_trt.serving.chat_tensors import PACKED_ONLY
+from nvlm_trt.serving.triton import shared_memory
+from nvlm_trt.serving.triton.models.parameters import image_limits
 from nvlm_trt.serving.triton.repository import (
     RepositoryOptions,
-    check_shared_memory,
     placement_of,
     render_repository,
 )
+from nvlm_trt.serving.triton.shared_memory import SharedMemory
 
 MODELS = {"tiling", "vision_encoder", "nvlm", "image_encoder", "nvlm_ensemble"}
 ENSEMBLES = {
@@ -37,7 +39,7 @@ def opened(engine: Callable[[str], Path]) -> Engine:
 
 def render(engine: Engine, directory: Path, options: RepositoryOptions | None = None) -> Configs:
     placement = placement_of(engine)
-    render_repository(engine, placement, directory, directory / "draining", options or RepositoryOptions())
+    render_repository(engine, placement, directory, 7, options or RepositoryOptions())
     return {
         folder.name: text_format.Parse((folder / "config.pbtxt").read_text(), model_config_pb2.ModelConfig())
         for folder in directory.iterdir()
@@ -97,9 +99,27 @@ def test_paths_and_options_arrive_as_they_are(opened: Engine, tmp_path: Path) ->
         assert parameter(configs[name], "engine") == str(odd)
         assert parameter(configs[name], "threads") == "3"
     assert parameter(configs["nvlm"], "max_queue") == "5"
-    assert parameter(configs["nvlm"], "drain_file") == str(tmp_path / "models" / "draining")
+    assert parameter(configs["nvlm"], "drain_descriptor") == "7"
     for name in ("tiling", "nvlm"):
         assert (parameter(configs[name], "max_pixels"), parameter(configs[name], "max_images")) == ("7", "2")
+
+
+def test_the_budget_of_an_image_arrives_as_it_is(opened: Engine, tmp_path: Path) -> None:
+    limits = ImageLimits(max_decode_seconds=0.25, max_decode_memory=3 << 30)
+    configs = render(opened, tmp_path, RepositoryOptions(image_limits=limits))
+    for name in ("tiling", "nvlm"):
+        parameters = {key: value.string_value for key, value in configs[name].parameters.items()}
+        assert image_limits(parameters) == limits
+    assert parameter(configs["nvlm"], "decode_workers") == str(configs["tiling"].instance_group[0].count)
+
+
+def test_only_nvlm_uses_the_version_of_tiling_that_never_decodes(opened: Engine, tmp_path: Path) -> None:
+    configs = render(opened, tmp_path)
+    assert configs["tiling"].version_policy.HasField("all")
+    versions = {name: configs[name].ensemble_scheduling.step[0].model_version for name in ENSEMBLES}
+    assert versions == {"image_encoder": int(PACKED_ONLY), "nvlm_ensemble": 1}
+    for version in ("1", PACKED_ONLY):
+        assert (tmp_path / "tiling" / version / "model.py").is_file()
 
 
 def test_threads_are_the_cores_at_hand(opened: Engine, tmp_path: Path) -> None:
@@ -107,7 +127,8 @@ def test_threads_are_the_cores_at_hand(opened: Engine, tmp_path: Path) -> None:
 
 
 def test_too_little_shared_memory_is_an_error(opened: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_shared_memory(opened, placement_of(opened))
-    monkeypatch.setattr(repository, "_SHARED_MEMORY_SLACK", 1 << 60)
+    memory = SharedMemory(opened, placement_of(opened), ImageLimits())
+    memory.check()
+    monkeypatch.setattr(shared_memory, "_SHARED_MEMORY_SLACK", 1 << 60)
     with pytest.raises(ServerError, match="--shm-size"):
-        check_shared_memory(opened, placement_of(opened))
+        memory.check()

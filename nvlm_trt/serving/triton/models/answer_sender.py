@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from nvlm_trt.api import Delta, merge_deltas
-from nvlm_trt.runtime.request import Request
+from nvlm_trt.runtime.request import Request, State
 from nvlm_trt.serving.triton.models.responses import Responses
 
 # The server is asked this often whether the client of a request without deltas to send (queued, encoding, prefilling)
@@ -28,6 +28,8 @@ class _Answer:
     """A request whose answer is not complete. After its submission, only the sender's thread writes to it."""
 
     response_sender: Any
+    image_bytes: int
+    held: list[Event] | None = None  # the events up to now, if the client gets them all in one response
     request: Request | None = None  # None until the request is submitted: it cannot be cancelled before
     cancelled: bool = False
     asked: float = field(default_factory=time.monotonic)  # when the server was last asked for a cancellation
@@ -56,10 +58,21 @@ class AnswerSender:
     def open_requests(self) -> int:
         return len(self._open)
 
-    def answer(self, response_sender: Any, submit: Submit) -> None:
-        """Submit a request by calling `submit`, and send its events through `response_sender`. `submit` receives the
-        function to call with each event."""
-        answer = _Answer(response_sender)
+    @property
+    def encoding_requests(self) -> int:
+        """Count the open requests whose images are still to be encoded."""
+        return len(self._encoding())
+
+    @property
+    def held_image_bytes(self) -> int:
+        """Count the bytes of the images that are still to be encoded."""
+        return sum(answer.image_bytes for answer in self._encoding())
+
+    def answer(self, response_sender: Any, submit: Submit, stream: bool = True, image_bytes: int = 0) -> None:
+        """Submit a request by calling `submit`, and send its events through `response_sender`: as they come, or if not
+        `stream` in one response. `submit` receives the function to call with each event. The request's images have
+        `image_bytes`."""
+        answer = _Answer(response_sender, image_bytes, None if stream else [])
         self._open.add(answer)
         try:
             answer.request = submit(lambda event: self._put(answer, event))
@@ -72,6 +85,10 @@ class AnswerSender:
         self._events.put(None)
         self._thread.join()
         self._responses.close()
+
+    def _encoding(self) -> list[_Answer]:
+        answers = list(self._open)  # a copy: other threads change the set
+        return [answer for answer in answers if answer.request is None or answer.request.state is State.ENCODING]
 
     # --- the text generator's thread ---------------------------------------------------------------------------------
 
@@ -111,20 +128,20 @@ class AnswerSender:
         ended = isinstance(last, Exception) or last.finish_reason is not None
         with self._dropping(answer):
             if not self._is_cancelled(answer):
-                self._send(answer, events)
+                self._send(answer, events if answer.held is None else _hold(answer.held, events, ended))
             elif ended:
                 answer.response_sender.send(flags=self._pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
             if ended:
                 self._open.discard(answer)
 
     def _send(self, answer: _Answer, events: list[Event]) -> None:
-        """Send one response for all deltas, then one for the error if there is one."""
+        """Send one response for all deltas, then one for the error if there is one. Without events, send nothing."""
         final = self._pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
         deltas = [event for event in events if isinstance(event, Delta)]
         if deltas:
             delta = merge_deltas(deltas)
             answer.response_sender.send(self._responses.of_delta(delta), flags=final if delta.finish_reason else 0)
-        last = events[-1]
+        last = events[-1] if events else None
         if isinstance(last, Exception):
             answer.response_sender.send(self._responses.of_error(last), flags=final)
 
@@ -158,3 +175,11 @@ class AnswerSender:
             if answer.request is not None:
                 answer.request.cancel()
             self._pb_utils.Logger.log_error(f"a request is dropped: {traceback.format_exc()}")
+
+
+def _hold(held: list[Event], events: list[Event], ended: bool) -> list[Event]:
+    """Add the events to those held. Return what one response at the end holds: all deltas, or the error alone."""
+    held += events
+    if not ended:
+        return []
+    return held[-1:] if isinstance(held[-1], Exception) else held

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import os
 import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
-from nvlm_trt.errors import ServerError
+from nvlm_trt.errors import QueueFullError
 from nvlm_trt.runtime.pipeline import Pipeline, RuntimeOptions
-from nvlm_trt.serving.triton.models.answer_sender import AnswerSender
-from nvlm_trt.serving.triton.models.chat_request import read_chat
+from nvlm_trt.runtime.request import Request as PipelineRequest
+from nvlm_trt.serving.triton.models.answer_sender import AnswerSender, Event
+from nvlm_trt.serving.triton.models.chat_request import read_chat, reads_stream
+from nvlm_trt.serving.triton.models.draining import Draining
 from nvlm_trt.serving.triton.models.image_encoder import ImageEncoder
 from nvlm_trt.serving.triton.models.metrics import ModelMetrics
-from nvlm_trt.serving.triton.models.parameters import image_limits, read_parameters
+from nvlm_trt.serving.triton.models.observed_request import ObservedRequest
+from nvlm_trt.serving.triton.models.parameters import image_limits, open_engine, read_parameters
 from nvlm_trt.serving.triton.models.responses import Responses
 
 _REPORT_SECONDS = 0.1
+# Encoded images are held until they are encoded: at most as many bytes as this number of the largest requests has.
+_HELD_REQUESTS = 2
 
 
 class ChatModel:
@@ -26,23 +33,31 @@ class ChatModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         parameters = read_parameters(args)
-        self._drain_file = parameters["drain_file"]
+        self._image_limits = limits = image_limits(parameters)
+        self._most_held_bytes = _HELD_REQUESTS * limits.max_images * limits.max_bytes
         self._pipeline = Pipeline.open(
-            parameters["engine"],
+            open_engine(parameters).path,
             threads=int(parameters["threads"]),
-            encode_image=ImageEncoder(self._pb_utils).encode,
+            encode_tiles=ImageEncoder(self._pb_utils).encode_tiles,
             options=RuntimeOptions(
                 max_queue=int(parameters["max_queue"]),
                 encode_workers=int(parameters["encode_workers"]),
-                image_limits=image_limits(parameters),
+                decode_workers=int(parameters["decode_workers"]) if "decode_workers" in parameters else None,
+                image_limits=self._image_limits,
             ),
         )
         self._responses = Responses(self._pb_utils)
         self._metrics = ModelMetrics(self._pb_utils)
         self._answers = AnswerSender(self._pb_utils, self._responses, self._metrics.add_late_tokens)
+        self._draining = Draining(int(parameters["drain_descriptor"]), self._answers)
         self._closing = threading.Event()
-        self._reporter = threading.Thread(target=self._report, name="nvlm-reporter", daemon=True)
-        self._reporter.start()
+        # two threads: thousands of observations must not delay the number of open requests, on which draining waits
+        self._reporters = [
+            threading.Thread(target=self._report, name="nvlm-reporter", daemon=True),
+            threading.Thread(target=self._send_observations, name="nvlm-observations", daemon=True),
+        ]
+        for reporter in self._reporters:
+            reporter.start()
 
     def execute(self, requests: list[Any]) -> None:
         """Start the requests and return. Another thread sends the answers."""
@@ -51,6 +66,7 @@ class ChatModel:
             try:
                 self._start(request, sender)
             except Exception as error:
+                self._metrics.add_refusal(error)
                 final = self._pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
                 sender.send(self._responses.of_error(error), flags=final)
 
@@ -59,14 +75,37 @@ class ChatModel:
         self._closing.set()
         self._pipeline.close()
         self._answers.close()
-        self._reporter.join()
+        self._draining.finish()
+        for reporter in self._reporters:
+            reporter.join()
 
     def _start(self, request: Any, sender: Any) -> None:
-        if os.path.exists(self._drain_file):
-            raise ServerError("the server is stopping; send the request to another one")
-        chat = read_chat(self._pb_utils, request, self._pipeline.import_tokens)
-        request_id = request.request_id()
-        self._answers.answer(sender, lambda put: self._pipeline.submit(chat, put, put, request_id=request_id))
+        arrived = time.monotonic()
+        with self._draining.admit():
+            chat = read_chat(self._pb_utils, request, self._pipeline.import_tokens, self._image_limits)
+            request_id = request.request_id()
+            image_bytes = sum(len(image) for image in chat.images if isinstance(image, bytes))
+            self._check_held(image_bytes)
+
+            def submit(put: Callable[[Event], None]) -> PipelineRequest:
+                observed = ObservedRequest(self._metrics, put, arrived)
+                return self._pipeline.submit(chat, observed, observed, request_id=request_id)
+
+            self._answers.answer(sender, submit, reads_stream(self._pb_utils, request), image_bytes)
+
+    def _send_observations(self) -> None:
+        while not self._closing.wait(_REPORT_SECONDS):
+            while self._metrics.observations.send() and not self._closing.is_set():
+                pass
+
+    def _check_held(self, image_bytes: int) -> None:
+        """Raise QueueFullError if the images of the waiting requests and of one more take too much memory."""
+        held = self._answers.held_image_bytes
+        if held + image_bytes > self._most_held_bytes:
+            raise QueueFullError(
+                f"the images that wait to be encoded have {held >> 20} MiB, at most {self._most_held_bytes >> 20} are "
+                "held; try again later"
+            )
 
     def _report(self) -> None:
         while not self._closing.wait(_REPORT_SECONDS):

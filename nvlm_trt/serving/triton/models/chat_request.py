@@ -10,25 +10,39 @@ import numpy as np
 from nvlm_trt.api import ChatRequest
 from nvlm_trt.backends.base import BackendArray
 from nvlm_trt.errors import RequestError
+from nvlm_trt.image.decoding import ImageLimits
 from nvlm_trt.serving.chat_tensors import parse_conversation, parse_sampling
-from nvlm_trt.serving.triton.models.inputs import input_array
+from nvlm_trt.serving.sent_images import image_files
+from nvlm_trt.serving.triton.models.inputs import input_array, refuse_parameters
 
 ImportTokens = Callable[[Any], BackendArray]
 
 
-def read_chat(pb_utils: Any, request: Any, import_tokens: ImportTokens) -> ChatRequest:
-    """Read the tensors of a request. Raises RequestError for faulty messages, sampling parameters or image tokens."""
-    images = input_array(pb_utils, request, "image")  # [images] bytes
+def read_chat(
+    pb_utils: Any, request: Any, import_tokens: ImportTokens, image_limits: ImageLimits | None = None
+) -> ChatRequest:
+    """Read the tensors of a request.
+
+    Raises RequestError for faulty messages, sampling parameters or image tokens, and for parameters beside the tensors,
+    ImageError for faulty base64."""
+    refuse_parameters(request)
+    images = input_array(pb_utils, request, "image")  # [images] bytes: files, or their base64 text
     max_tiles = input_array(pb_utils, request, "max_tiles")  # [1]
     encoded = _image_tokens(pb_utils, request, import_tokens)
     if images is not None and encoded:
         raise RequestError("`image_tokens` are sent by the ensemble's earlier steps only; send images as `image`")
     return ChatRequest(
         messages=parse_conversation(_string(pb_utils, request, "prompt"), _string(pb_utils, request, "messages")),
-        images=encoded if images is None else images.tolist(),
+        images=encoded if images is None else image_files(images.tolist(), image_limits or ImageLimits()),
         sampling=parse_sampling(_string(pb_utils, request, "sampling_parameters")),
         max_tiles=None if max_tiles is None else int(max_tiles[0]),
     )
+
+
+def reads_stream(pb_utils: Any, request: Any) -> bool:
+    """Return whether the client reads a stream. Without it, the answer is one response."""
+    stream = input_array(pb_utils, request, "stream")  # [1]
+    return stream is None or bool(stream[0])
 
 
 def _image_tokens(pb_utils: Any, request: Any, import_tokens: ImportTokens) -> list[Any]:

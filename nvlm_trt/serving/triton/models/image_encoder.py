@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from nvlm_trt.errors import EngineError, ImageError, RequestError
 from nvlm_trt.serving.chat_tensors import IMAGE_ENCODER, decode_error
+from nvlm_trt.serving.triton.models.packed_tiles import pack_tiles
 
 
 class ImageEncoder:
@@ -15,6 +17,10 @@ class ImageEncoder:
 
     def __init__(self, pb_utils: Any) -> None:
         self._pb_utils = pb_utils
+
+    def encode_tiles(self, tiles: npt.NDArray[np.uint8]) -> Any:
+        """Encode the RGB tiles [tiles, 3, E, E] of one image as `encode` does."""
+        return self.encode(pack_tiles(tiles), max(1, len(tiles) - 1))  # the thumbnail is not counted
 
     def encode(self, data: bytes, max_tiles: int) -> Any:
         """Encode an image file into Triton's tensor of image tokens [tiles, T, hidden], on the device of the vision

@@ -1,13 +1,56 @@
-"""Reads the input tensors of a Triton request."""
+"""Reads the input tensors of a Triton request, and refuses its parameters: none has an effect."""
 
 from __future__ import annotations
 
+import json
+import reprlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy.typing as npt
+
+from nvlm_trt.api import SamplingParams
+from nvlm_trt.errors import RequestError
+
+_INPUTS = ("prompt", "messages", "image", "max_tiles", "sampling_parameters")
+_SEQUENCE_FLAGS = {1: "sequence_start", 2: "sequence_end"}  # TRITONSERVER_REQUEST_FLAG_SEQUENCE_...
 
 
 def input_array(pb_utils: Any, request: Any, name: str) -> npt.NDArray[Any] | None:
     """Read an input tensor in host memory; None if the request lacks it."""
     tensor = pb_utils.get_input_tensor_by_name(request, name)
     return None if tensor is None else tensor.as_numpy()
+
+
+def refuse_parameters(request: Any) -> None:
+    """Raise RequestError for a parameter of the request: it stands beside the inputs, where no model looks for it.
+
+    Triton keeps `priority` of a gRPC request to itself, so that one cannot be refused."""
+    name = next(_parameters(request), None)
+    if name is None:
+        return
+    shown = reprlib.repr(name)
+    known = ", ".join(SamplingParams.model_fields)
+    if name in SamplingParams.model_fields:
+        raise RequestError(
+            f"request parameter {shown} has no effect there; put it into the input sampling_parameters, a JSON object "
+            f"of {known}"
+        )
+    if name == "timeout":
+        raise RequestError("request parameter 'timeout' is not supported; cancel the request, or give it a deadline")
+    raise RequestError(
+        f"unknown request parameter {shown}; a request has the inputs {', '.join(_INPUTS)}, and sampling_parameters is "
+        f"a JSON object of {known}"
+    )
+
+
+def _parameters(request: Any) -> Iterator[str]:
+    """Yield the names of the parameters of a request, and of the KServe parameters that Triton has taken out."""
+    yield from json.loads(request.parameters() or "{}")
+    if request.timeout():
+        yield "timeout"
+    if request.correlation_id():
+        yield "sequence_id"
+    for flag, name in _SEQUENCE_FLAGS.items():
+        if request.flags() & flag:
+            yield name

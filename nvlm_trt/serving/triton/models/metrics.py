@@ -6,6 +6,8 @@ import threading
 from typing import Any
 
 from nvlm_trt.runtime.pipeline import PipelineMetrics
+from nvlm_trt.serving.triton.models.error_reason import REASONS, error_reason
+from nvlm_trt.serving.triton.models.histograms import Observations
 
 _DESCRIPTIONS = {
     "nvlm_active_slots": "Requests being decoded",
@@ -19,6 +21,8 @@ _DESCRIPTIONS = {
     "nvlm_generated_tokens_total": "Tokens generated",
     "nvlm_late_tokens_total": "Tokens generated for requests after their cancellation was noticed",
     "nvlm_finished_requests_total": "Requests that ended, by reason",
+    "nvlm_refused_requests_total": "Requests that were refused on arrival, by reason",
+    "nvlm_failed_requests_total": "Requests that ended with an error after they were accepted, by reason",
 }
 
 
@@ -34,11 +38,22 @@ class ModelMetrics:
         self._metrics: dict[tuple[str, str], Any] = {}
         self._sent: dict[tuple[str, str], float] = {}
         self._late_tokens = 0
+        self._refused = dict.fromkeys(REASONS, 0)
+        self._failed = dict.fromkeys(REASONS, 0)
         self._lock = threading.Lock()
+        self.observations = Observations(pb_utils)
 
     def add_late_tokens(self, tokens: int) -> None:
         with self._lock:
             self._late_tokens += tokens
+
+    def add_refusal(self, error: Exception) -> None:
+        with self._lock:
+            self._refused[error_reason(error)] += 1
+
+    def add_failure(self, error: Exception) -> None:
+        with self._lock:
+            self._failed[error_reason(error)] += 1
 
     def report(self, pipeline: PipelineMetrics, open_requests: int) -> None:
         """Send the values that have changed, and no others: every value is a round trip to the server."""
@@ -54,6 +69,9 @@ class ModelMetrics:
         self._set("nvlm_late_tokens_total", self._late_tokens)
         for reason, count in generator.requests_finished.items():
             self._set("nvlm_finished_requests_total", count, reason)
+        for reason in REASONS:
+            self._set("nvlm_refused_requests_total", self._refused[reason], reason)
+            self._set("nvlm_failed_requests_total", self._failed[reason], reason)
         self._set("nvlm_open_requests", open_requests)
 
     def _set(self, name: str, value: float, reason: str = "") -> None:

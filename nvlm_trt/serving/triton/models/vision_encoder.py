@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 
 from nvlm_trt.backends.opening import open_backend
-from nvlm_trt.engine import Engine
 from nvlm_trt.errors import NvlmError
-from nvlm_trt.serving.triton.models.parameters import read_parameters
+from nvlm_trt.serving.triton.models.parameters import open_engine, read_parameters
 
 
 class VisionEncoderModel:
@@ -20,7 +19,7 @@ class VisionEncoderModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         parameters = read_parameters(args)
-        engine = Engine.open(parameters["engine"])
+        engine = open_engine(parameters)
         self._backend = open_backend(engine, ["vision_encoder"], threads=int(parameters["threads"]))
 
     def execute(self, requests: list[Any]) -> list[Any]:

@@ -1,4 +1,5 @@
-"""Makes doubles of TensorRT's classes that accept only members and arguments (number, names, types) of the real ones.
+"""Makes doubles of TensorRT's and TensorRT-RTX's classes that accept only members and arguments (number, names, types)
+of the real ones.
 
 The Python bindings state their signatures in docstrings ("write(self: ..., data: ..., size: ...) -> int"), one for each
 overload; a double checks every call against them before it answers.
@@ -8,7 +9,9 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 
@@ -26,7 +29,8 @@ class Double:
         if isinstance(getattr(self._kind, name), property):
             assert name in self._answers, f"{self._kind.__name__}.{name} was read; say what it is"
             return self._answers[name]
-        return checked(getattr(self._kind, name), self._answers.get(name, lambda *_, **__: True))
+        answer = self._answers.get(name, lambda *_, **__: True)
+        return checked(getattr(self._kind, name), answer, sys.modules[self._kind.__module__])
 
     def __iter__(self) -> Iterator[Any]:
         """Iterates over nothing: a network is iterated only to ask its layers for their precision, which is gone."""
@@ -42,16 +46,17 @@ class Double:
 
 def constructor(kind: type, make: Callable[..., Any]) -> Callable[..., Any]:
     """Replaces a class: checks the arguments of its `__init__`."""
-    return checked(kind.__init__, make)
+    return checked(kind.__init__, make, sys.modules[kind.__module__])
 
 
-def checked(real: Any, answer: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps `answer`: it is called only with arguments that one of the overloads of `real` takes."""
+def checked(real: Any, answer: Callable[..., Any], bindings: ModuleType) -> Callable[..., Any]:
+    """Wraps `answer`: it is called only with arguments that one of the overloads of `real` takes, a member of a class
+    of `bindings`."""
     overloads = signatures(real.__doc__ or "")
     assert overloads, f"{real} states no signature"
 
     def call(*arguments: Any, **keywords: Any) -> Any:
-        problems = [problem(overload, arguments, keywords) for overload in overloads]
+        problems = [problem(overload, arguments, keywords, bindings) for overload in overloads]
         if all(problems):
             raise AssertionError(f"{getattr(real, '__name__', real)}: {'; '.join(map(str, problems))}")
         return answer(*arguments, **keywords)
@@ -65,7 +70,7 @@ def signatures(docstring: str) -> list[ast.arguments]:
     for line in docstring.splitlines():
         match = re.match(r"\s*(?:\d+\. )?(\w+)\((.*)\)(?: -> .*)?$", line)
         if match and match.group(2) != "*args, **kwargs":
-            parameters = re.sub(r"= <[^>]*>", "= None", match.group(2))
+            parameters = re.sub(r"= <[^>]*>", "= None", match.group(2)).replace("::", ".")  # a class of C++
             try:
                 parsed = ast.parse(f"def f({parameters}): pass").body[0]
             except SyntaxError:
@@ -75,7 +80,9 @@ def signatures(docstring: str) -> list[ast.arguments]:
     return found
 
 
-def problem(overload: ast.arguments, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> str | None:
+def problem(
+    overload: ast.arguments, arguments: tuple[Any, ...], keywords: dict[str, Any], bindings: ModuleType
+) -> str | None:
     """Says why an overload does not take the arguments; None if it takes them."""
     parameters = [a for a in overload.args if a.arg != "self"]
     if len(arguments) > len(parameters):
@@ -91,14 +98,12 @@ def problem(overload: ast.arguments, arguments: tuple[Any, ...], keywords: dict[
     for parameter in parameters:
         if parameter.arg in given and parameter.annotation is not None:
             wanted = ast.unparse(parameter.annotation)
-            if not fits(given[parameter.arg], wanted):
+            if not fits(given[parameter.arg], wanted, bindings):
                 return f"{parameter.arg} is a {type(given[parameter.arg]).__name__}, not a {wanted}"
     return None
 
 
-def fits(value: Any, annotation: str) -> bool:
-    import tensorrt_bindings.tensorrt as bindings
-
+def fits(value: Any, annotation: str, bindings: ModuleType) -> bool:
     name = annotation.rsplit(".", 1)[-1]
     if name == "SupportsInt":
         return hasattr(value, "__int__")
