@@ -12,6 +12,7 @@ from lab.reliability import values
 from lab.reliability.mutations import mutate
 from lab.reliability.request_case import ANSWER, RequestCase
 from lab.reliability.texts import plain, text
+from lab.reliability.valid_files import valid_files
 
 _STREAM, _SINGLE = "/v2/models/nvlm/generate_stream", "/v2/models/nvlm/generate"
 _PATHS = (
@@ -34,7 +35,10 @@ _DEEPEST = 400
 def _valid(source: random.Random) -> RequestCase:
     sampling = values.valid_sampling(source)
     sampling.pop("logprobs", None)
-    body = {"prompt": plain(source), "sampling_parameters": json.dumps(sampling, ensure_ascii=False)}
+    body: dict[str, Any] = {"prompt": plain(source), "sampling_parameters": json.dumps(sampling, ensure_ascii=False)}
+    if source.random() < 0.3:
+        files = [file for file in valid_files() if file.read]
+        body["image"] = [base64.b64encode(source.choice(files).data).decode()]
     return RequestCase("a valid request over HTTP", path=_STREAM, body=values.dumped(body), expected=ANSWER)
 
 
