@@ -77,13 +77,13 @@ class Load:
             self._streaming[number].set()
 
 
-def answer_tokens(address: str, image: bool = False, question: str = "What is the total?") -> list[int]:
+def answer_tokens(address: str, image: bool = False, seed: int = 0) -> list[int]:
     """Asks one greedy question. Raises BrokenPromise if it is not answered."""
     try:
         with Client(address) as client:
-            images = [small_image(0)] if image else []
+            images = [small_image(seed)] if image else []
             sampling = SamplingParams(max_tokens=8, ignore_eos=True)
-            return list(client.generate(question, images=images, sampling=sampling).token_ids)
+            return list(client.generate("What is the total?", images=images, sampling=sampling).token_ids)
     except NvlmError as error:
         raise BrokenPromise(f"the server does not answer: {error}") from None
 

@@ -14,7 +14,7 @@ from typing import Any
 from lab.code_state import ROOT
 from lab.reliability.load import Load, answer_tokens
 from lab.reliability.promise import NotHere, require
-from lab.reliability.served import Served, as_a_terminal_does
+from lab.reliability.served import Served, as_a_terminal_does, marked_environment
 from lab.reliability.traces import Traces
 
 
@@ -62,7 +62,7 @@ class Place:
         wrapper = process.pop("wrapper", ())
         return subprocess.Popen(
             [*wrapper, *command, "--output", str(output), *arguments],
-            env={**os.environ, "PYTHONPATH": str(ROOT), **traces.environment()},
+            env=marked_environment(traces, {}),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import itertools
 import json
 import random
@@ -38,7 +39,10 @@ class SoakQuestion:
     @property
     def body(self) -> bytes:
         """Writes the request for HTTP."""
-        return json.dumps({"prompt": self.prompt, "sampling_parameters": json.dumps(self.sampling)}).encode()
+        values: dict[str, object] = {"prompt": self.prompt, "sampling_parameters": json.dumps(self.sampling)}
+        if self.images:
+            values["image"] = [base64.b64encode(image).decode() for image in self.images]
+        return json.dumps(values).encode()
 
 
 def questions(seed: int) -> Iterator[SoakQuestion]:
@@ -70,7 +74,8 @@ def _long(source: random.Random, texts: Sequence[str], number: int) -> SoakQuest
 
 def _cached(source: random.Random, texts: Sequence[str], number: int) -> SoakQuestion:
     image = source.randrange(_IMAGES)
-    return SoakQuestion("cached image", f"image {image}", "What is this?", (small_image(image),))
+    transport = source.choice((GRPC, HTTP))
+    return SoakQuestion("cached image", f"image {image}", "What is this?", (small_image(image),), transport=transport)
 
 
 def _new(source: random.Random, texts: Sequence[str], number: int) -> SoakQuestion:

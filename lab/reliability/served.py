@@ -21,6 +21,7 @@ READY_SECONDS = 120.0
 END_SECONDS = 90.0  # the drain's 30 s, Triton's own exit, and a busy machine
 GONE_SECONDS = 30.0
 _POLL_SECONDS = 0.05
+_OWN_VARIABLES = ("ORT_DISABLE_TELEMETRY",)  # the product sets it: what it starts has to do so itself
 
 
 class Served:
@@ -44,7 +45,7 @@ class Served:
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self.process = subprocess.Popen(
                 [*wrapper, sys.executable, "-m", "nvlm_trt.cli", "serve", str(engine), *_ports(arguments), *arguments],
-                env=_environment(self.traces, environment or {}),
+                env=marked_environment(self.traces, environment or {}),
                 **{**_streams(out, err), **process, "preexec_fn": as_a_terminal_does(process.get("preexec_fn"))},
             )
 
@@ -173,10 +174,11 @@ def _ports(arguments: Sequence[str]) -> list[str]:
     return [word for name in names if name not in arguments for word in (name, "0")]
 
 
-def _environment(traces: Traces, added: Mapping[str, str]) -> dict[str, str]:
+def marked_environment(traces: Traces, added: Mapping[str, str]) -> dict[str, str]:
+    """Returns the environment of a user, with the mark of a run. A variable added as "" is left out."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     base = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **traces.environment(), **added}
-    return {name: value for name, value in base.items() if value}
+    return {name: value for name, value in base.items() if value and name not in _OWN_VARIABLES}
 
 
 def _streams(out: IO[bytes], err: IO[bytes]) -> dict[str, Any]:

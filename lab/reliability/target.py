@@ -21,7 +21,6 @@ class ServedTarget:
     def __init__(self, engine: Path, folder: Path) -> None:
         self._engine, self._folder = engine, folder
         self._served: Served | None = None
-        self._roles: dict[str, int] = {}
 
     def __enter__(self) -> ServedTarget:
         return self.start()
@@ -34,7 +33,6 @@ class ServedTarget:
         self.close()
         shutil.rmtree(self._folder, ignore_errors=True)
         self._served = running(self._engine, self._folder)
-        self._roles = self._served.roles()
         return self
 
     @property
@@ -49,7 +47,7 @@ class ServedTarget:
         return self.served.process.poll() is None
 
     def roles(self) -> dict[str, int]:
-        return self._roles
+        return self.served.roles()
 
     def kept(self) -> dict[str, float]:
         """Returns the MiB that the image cache holds on purpose, up to its limit."""

@@ -15,6 +15,7 @@ import psutil
 MARK = "NVLM_TRT_RELIABILITY"  # a variable that every process of a run inherits
 SHARED_MEMORY = Path("/dev/shm")
 _PREFIX = re.compile(r"shm-region-prefix-name=(\w+)")
+_DECODING = "nvlm_trt.image.decoding_worker"
 _STUB = "triton_python_backend_stub"
 _SCAN_SECONDS = 0.2
 _POLL_SECONDS = 0.1
@@ -46,7 +47,7 @@ class Traces:
         return found
 
     def roles(self) -> dict[str, int]:
-        """Returns role -> pid: serve, guard, tritonserver, and the instance name of each python model."""
+        """Returns role -> pid of each part: serve, guard, tritonserver, image server and worker, model instances."""
         return {role: process.pid for process in self.processes() if (role := role_of(process))}
 
     def close(self) -> None:
@@ -91,6 +92,8 @@ def role_of(process: psutil.Process) -> str | None:
         return None
     if not arguments:
         return None
+    if any(_DECODING in argument for argument in arguments[:3]):
+        return "image worker" if _decodes(process.ppid()) else "image server"
     if arguments[0].endswith(_STUB):
         return arguments[-2]
     for part, role in {"nvlm_trt.cli": "serve", "nvlm_trt.serving.triton.guard": "guard"}.items():
@@ -98,6 +101,14 @@ def role_of(process: psutil.Process) -> str | None:
             return role
     name = os.path.basename(arguments[0])
     return name if name == "tritonserver" else None
+
+
+def _decodes(pid: int) -> bool:
+    """Says whether a process runs the module that decodes images."""
+    try:
+        return any(_DECODING in argument for argument in psutil.Process(pid).cmdline()[:3])
+    except psutil.Error:
+        return False
 
 
 def is_alive(process: psutil.Process) -> bool:

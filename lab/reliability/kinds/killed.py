@@ -7,8 +7,9 @@ import signal
 import psutil
 
 from lab.reliability.kind import Kind, kind
+from lab.reliability.load import answer_tokens
 from lab.reliability.place import Place, require_answers
-from lab.reliability.promise import require, wait_until
+from lab.reliability.promise import BrokenPromise, require, wait_until
 
 KINDS: list[Kind] = []
 MODELS = ("nvlm", "tiling", "vision_encoder")
@@ -69,6 +70,23 @@ def _kill_model(model: str) -> Kind:
 
 
 KINDS += [_kill_model(model) for model in MODELS]
+
+
+def _kill_decoding(role: str) -> Kind:
+    def check(place: Place) -> None:
+        served = place.serve()
+        require_answers(served)  # its image starts the processes that decode
+        psutil.Process(served.pid_of(role)).kill()
+        for seed in range(1, 4):
+            try:
+                answer_tokens(served.address, image=True, seed=seed)
+            except BrokenPromise as broken:
+                require(seed == 1, f"an image after the first: {broken}")
+
+    return Kind(f"{role} killed", "the next image fails with one line at most, those after it are answered", check)
+
+
+KINDS += [_kill_decoding(role) for role in ("image server", "image worker")]
 
 
 @kind(KINDS, "a model killed while the server starts", "serve ends with status 2 and one line, nothing is left")

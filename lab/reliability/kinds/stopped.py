@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import psutil
 
 from lab.reliability.kind import Kind, kind
+from lab.reliability.load import answer_tokens
 from lab.reliability.place import Place, require_answers
 from lab.reliability.promise import require
 from lab.reliability.served import Served
@@ -74,6 +75,17 @@ def _for_good(role: str) -> Kind:
         "serve ends within its 30 s of draining and 60 s more; requests end with one line",
         check,
     )
+
+
+@kind(KINDS, "image worker stopped for 3 s", "images wait or fail with one line; those after it are answered")
+def _decoding(place: Place) -> None:
+    served = place.serve()
+    require_answers(served)
+    with stopped(served, "image worker"):
+        time.sleep(_PAUSE_SECONDS)
+        require_answers(served, "while an image worker is stopped")  # these are cached
+    for seed in (1, 2):
+        answer_tokens(served.address, image=True, seed=seed)
 
 
 KINDS += [_pause(role) for role in ("tritonserver", "nvlm", "tiling", "vision_encoder")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
     from nvlm_trt.backends.base import StepBackend
     from nvlm_trt.builders.engine_build import BuildJob, BuildSteps
     from nvlm_trt.engine import Engine
+
+# ONNX Runtime 1.32 writes a telemetry session file to TMPDIR unless this is set before its import, also by `_probe`.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 NAME = "onnxruntime"
 PREFILL_CHUNK = 256

@@ -7,17 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
+import onnxruntime
+from onnxruntime import InferenceSession, IOBinding, SessionOptions
+from onnxruntime.capi import onnxruntime_pybind11_state as runtime_errors
 
 from nvlm_trt.backends.onnxruntime import cpu
 from nvlm_trt.bounded_file import GRAPH_BYTES, read_bounded
 from nvlm_trt.errors import EngineError
-
-# ONNX Runtime 1.32 writes a telemetry session file unless this is set before its import.
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-
-import onnxruntime
-from onnxruntime import InferenceSession, IOBinding, SessionOptions
-from onnxruntime.capi import onnxruntime_pybind11_state as runtime_errors
 
 RUNTIME_ERRORS = (
     runtime_errors.EPFail,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -31,6 +32,7 @@ class ToyTarget:
     """Stands for a server and for the connection to it; its process can leak."""
 
     def __init__(self, leaks: bool = False, differs_after: int | None = None) -> None:
+        self._lock = threading.Lock()  # several clients share the pipe
         self.sent, self._leaks, self._differs_after = 0, leaks, differs_after
         self._process = subprocess.Popen(
             [sys.executable, "-c", LEAKING], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -40,13 +42,14 @@ class ToyTarget:
         return self
 
     def send_grpc(self, *_: object) -> Reply:
-        self.sent += 1
-        if self._leaks:
-            assert self._process.stdin is not None
-            assert self._process.stdout is not None
-            self._process.stdin.write("\n")
-            self._process.stdin.flush()
-            self._process.stdout.readline()
+        with self._lock:
+            self.sent += 1
+            if self._leaks:
+                assert self._process.stdin is not None
+                assert self._process.stdout is not None
+                self._process.stdin.write("\n")
+                self._process.stdin.flush()
+                self._process.stdout.readline()
         changed = self._differs_after is not None and self.sent > self._differs_after
         return Reply((1, 2, 4 if changed else 3))
 
