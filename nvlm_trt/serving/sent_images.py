@@ -19,6 +19,7 @@ _FILE_STARTS = (
     b"BM",
     *(order + version for order in (b"II", b"MM") for version in (b"*\0", b"\0*", b"+\0", b"\0+")),
     *(b"P" + bytes([kind]) for kind in b"0123456fy"),
+    b"\0\0\0",  # AVIF: the size of its first box
 )
 # The first characters of their base64 text, as far as these bytes decide them. No value begins like a file and like the
 # text of one: the two sets of beginnings have nothing in common.

@@ -34,7 +34,7 @@ def test_an_image_over_its_budget_is_one_line(
     run_cli: Run, engine: Callable[[str], Path], bomb: Path, tmp_path: Path, options: tuple[str, ...], fault: str
 ) -> None:
     status, _, told = run_cli("tiles", bomb, "--output", tmp_path / "tiles.png", *options)
-    assert (status, told) == (2, f"error: {bomb}: {fault}\n")
+    assert (status, told) == (2, f"error: image {bomb}: {fault}\n")
     status, _, told = run_cli("ask", "What?", "--image", bomb, "--engine", engine("nvlm-d-tiny"), *options)
     assert (status, told) == (2, f"error: image 1: {fault}\n")
     samples = tmp_path / "samples.jsonl"

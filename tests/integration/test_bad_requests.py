@@ -51,7 +51,7 @@ IMAGES = {
     "truncated": (make_image(1)[:300], "truncated or corrupt"),
     "zero-sized": (png_header(0, 10), ""),
     "one pixel high": (png(300, 1), "300 x 1"),
-    "decompression bomb": (png_header(30_000, 30_000), "64000000 pixels"),
+    "decompression bomb": (png_header(30_000, 30_000), "30000 x 30000 pixels, at most 64000000"),
     "over 64 megapixels": (png_header(9_000, 9_000), "9000 x 9000"),
     "over 32 MiB": (make_image(1) + bytes(32 << 20), "at most 33554432"),
 }
