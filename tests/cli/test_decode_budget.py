@@ -36,7 +36,7 @@ def test_an_image_over_its_budget_is_one_line(
     status, _, told = run_cli("tiles", bomb, "--output", tmp_path / "tiles.png", *options)
     assert (status, told) == (2, f"error: image {bomb}: {fault}\n")
     status, _, told = run_cli("ask", "What?", "--image", bomb, "--engine", engine("nvlm-d-tiny"), *options)
-    assert (status, told) == (2, f"error: image 1: {fault}\n")
+    assert (status, told) == (2, f"error: image {bomb}: {fault}\n")
     samples = tmp_path / "samples.jsonl"
     samples.write_text(json.dumps({"image": bomb.name, "prompt": "What?", "answer": "A bomb"}) + "\n")
     status, _, told = run_cli("eval", "--engine", engine("nvlm-d-tiny"), "--samples", samples, *options)
