@@ -83,6 +83,6 @@ def test_an_interrupt_between_the_renames_keeps_the_target(tmp_path: Path, monke
     monkeypatch.setattr(staging, "_exchange", lambda one, other: False)  # as on a file system that cannot
     monkeypatch.setattr(staging.os, "rename", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        replace_directory(new, target, lambda: None)
+        replace_directory(new, target, lambda: None, overwrite=True)
     assert (target / "file").read_text() == "out"
     assert names(tmp_path) == {"out", "new"}

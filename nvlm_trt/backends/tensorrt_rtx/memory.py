@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 # NVIDIA's builder and the process that waits for it, with their libraries; and the weights of a stage: mapped from the
-# graph's file, in the plan, and some of them in the builder's own layouts. 21 builds of the small sizes and nine slices
-# of the 72B sizes took between 0.87 and 1.1 times what follows from these two numbers.
+# graph's file, in the plan, and some of them in the builder's own layouts. Builds of the small sizes and of slices of the
+# 72B sizes took between 0.87 and 1.11 times what follows from these two numbers (docs/tensorrt_rtx.md).
 _LIBRARIES = 1.35e9
 _COPIES = 2.4
 
