@@ -4,7 +4,8 @@ from __future__ import annotations
 
 # NVIDIA's builder and the process that waits for it, with their libraries; and the weights of a stage: mapped from the
 # graph's file, in the plan, and some of them in the builder's own layouts. Builds of the small sizes and slices of the
-# 72B sizes took between 0.87 and 1.11 times what follows from these two numbers (docs/tensorrt_rtx.md).
+# 72B sizes took between 0.87 and 1.11 times what follows from these two numbers, and a slice of NVLM-X with 4-bit
+# weights 1.31 times (docs/tensorrt_rtx.md).
 _LIBRARIES = 1.35e9
 _COPIES = 2.4
 
