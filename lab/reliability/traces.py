@@ -95,7 +95,7 @@ def role_of(process: psutil.Process) -> str | None:
     if any(_DECODING in argument for argument in arguments[:3]):
         return "image worker" if _decodes(process.ppid()) else "image server"
     if arguments[0].endswith(_STUB):
-        return arguments[-2]
+        return arguments[-2] if len(arguments) > 2 else None
     for part, role in {"nvlm_trt.cli": "serve", "nvlm_trt.serving.triton.guard": "guard"}.items():
         if part in arguments:
             return role
