@@ -37,7 +37,7 @@ from nvlm_trt.engine import CALIBRATION, Engine
 from nvlm_trt.errors import EngineError
 from nvlm_trt.model.config import NvlmConfig
 from nvlm_trt.model.presets import PRESETS
-from nvlm_trt.planner.memory import plan_engine
+from nvlm_trt.planner.memory import plan_engine, stage_weights
 
 RESULT = "rtx_builds.json"
 PACKAGES = ("nvlm-trt", "onnx", "onnx-ir", "numpy", "tensorrt-rtx-cu13-libs")
@@ -48,6 +48,7 @@ SLICE_VOCABULARY = 16384
 SLICE_PRECISIONS = ("bf16", "fp8", "int4-weight-only")
 TRIED = ("bf16", "int4-weight-only")  # precisions in which the engines of SMALL are tried, too
 SAMPLING_SECONDS = 0.1
+TAG_LENGTH = 1  # tokens of a tile tag in the tokenizer of a random checkpoint
 PEAK, PLANNED = "peak GB", "planned GB"
 
 BUILD = """
@@ -109,10 +110,12 @@ def contender(work: Path, preset: str, precision: str, tried: bool) -> Contender
             seconds = time.perf_counter() - started
             engine = Engine.open(output)
             with Checkpoint.open(checkpoint) as opened:
-                chosen = engine.manifest.precision
-                expected = plan_engine(opened.config, engine.limits, chosen, SPEC, tag_length=5)
-            stages = [stage.weights for stage in expected.stages.values()]
-            planned = expected.host_building if tried else builder_memory(max(stages))
+                config, chosen = opened.config, engine.manifest.precision
+            if tried:
+                planned = plan_engine(config, engine.limits, chosen, SPEC, TAG_LENGTH).host_building
+            else:
+                stages = stage_weights(config, engine.limits, chosen, SPEC.memory, TAG_LENGTH)
+                planned = builder_memory(list(stages.values()))
             plans = sum(path.stat().st_size for path in output.glob("*.plan"))
             fused = all(record_of(engine).fused.values())
             shutil.rmtree(output)

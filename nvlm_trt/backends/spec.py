@@ -19,6 +19,17 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class StageWeights:
+    """Counts the bytes of a stage's weights."""
+
+    nbytes: int
+    in_blocks: int  # of `nbytes`: weight-only
+
+    def __add__(self, other: StageWeights) -> StageWeights:
+        return StageWeights(self.nbytes + other.nbytes, self.in_blocks + other.in_blocks)
+
+
+@dataclass(frozen=True)
 class MemoryModel:
     """Tells the planner how a backend holds and runs the stages of an engine."""
 
@@ -30,9 +41,9 @@ class MemoryModel:
     standard_blocks: bool = False
     # precision in the engine's files -> precision of the loaded weights, where the two differ
     loaded_as: Mapping[str, str] = field(default_factory=dict)
-    # (bytes of the largest stage's weights, number of parameters, whether the engine is calibrated) -> bytes of host
-    # memory that a build takes, the engine of its smoke test not counted
-    host_building: Callable[[int, int, bool], int] = lambda largest, parameters, calibrated: 0
+    # (weights of each stage, number of parameters, whether the engine is calibrated) -> bytes of host memory that a
+    # build takes, the engine of its smoke test not counted
+    host_building: Callable[[Sequence[StageWeights], int, bool], int] = lambda stages, parameters, calibrated: 0
 
 
 @dataclass(frozen=True)

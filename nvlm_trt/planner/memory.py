@@ -12,7 +12,8 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from nvlm_trt.backends.spec import BackendSpec, MemoryModel
+from nvlm_trt.backends.base import STAGES
+from nvlm_trt.backends.spec import BackendSpec, MemoryModel, StageWeights
 from nvlm_trt.limits import EngineLimits
 from nvlm_trt.model.config import NvlmConfig
 from nvlm_trt.model.layout import EMBEDDING, checkpoint_layout
@@ -87,26 +88,22 @@ def plan_engine(
     memory = backend.memory
     size = FLOAT_BYTES[floating_type(precisions)]
     parameters, weights = dict.fromkeys(_COMPONENTS, 0), dict.fromkeys(_COMPONENTS, 0)
-    for component, _, count, nbytes in _tensors(config, limits, precisions, tag_length, memory.standard_blocks):
-        parameters[component] += count
-        weights[component] += nbytes
-    stage_weights = dict.fromkeys(("vision_encoder", "cross_kv", "decoder"), 0)
-    loaded = _when_loaded(precisions, memory)
-    for _, stage, _, nbytes in _tensors(config, limits, loaded, tag_length, memory.standard_blocks):
-        stage_weights[stage] += nbytes
+    for tensor in _tensors(config, limits, precisions, tag_length, memory.standard_blocks):
+        parameters[tensor.component] += tensor.parameters
+        weights[tensor.component] += tensor.nbytes
+    weights_of = stage_weights(config, limits, precisions, memory, tag_length)
     self_cache, cross_cache = _caches(config, limits, size)
     activations = _activations(config, limits, size, backend, tag_length)
     stages = {
-        stage: StageMemory(nbytes, self_cache + cross_cache if stage == "decoder" else 0, activations[stage])
-        for stage, nbytes in stage_weights.items()
-        if nbytes
+        stage: StageMemory(stored.nbytes, self_cache + cross_cache if stage == "decoder" else 0, activations[stage])
+        for stage, stored in weights_of.items()
     }
     running = building = sum(stage.total for stage in stages.values())
     if quantised_components(precisions):
         plain = dict.fromkeys(precisions, floating_type(precisions))
         building = max(building, plan_engine(config, limits, plain, backend, tag_length).peak_building)
     total = sum(parameters.values())
-    host = memory.host_building(max(stage_weights.values()), total, needs_calibration(precisions))
+    host = memory.host_building(list(weights_of.values()), total, needs_calibration(precisions))
     return EnginePlan(
         parameters={component: count for component, count in parameters.items() if count},
         weights={component: nbytes for component, nbytes in weights.items() if nbytes},
@@ -121,7 +118,30 @@ def plan_engine(
     )
 
 
+def stage_weights(
+    config: NvlmConfig, limits: EngineLimits, precisions: Mapping[str, str], memory: MemoryModel, tag_length: int
+) -> dict[str, StageWeights]:
+    """Count the weights of each stage when it is loaded. Takes the arguments of `plan_engine`."""
+    stages = dict.fromkeys(STAGES, StageWeights(0, 0))
+    loaded = {component: memory.loaded_as.get(precision, precision) for component, precision in precisions.items()}
+    for tensor in _tensors(config, limits, loaded, tag_length, memory.standard_blocks):
+        stored = StageWeights(tensor.nbytes, tensor.nbytes if tensor.in_blocks else 0)
+        stages[tensor.stage] += stored
+    return {stage: stored for stage, stored in stages.items() if stored.nbytes}
+
+
 # --- memory ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor that the engine stores."""
+
+    component: str
+    stage: str
+    parameters: int
+    nbytes: int
+    in_blocks: bool = False  # weight-only
 
 
 def _tensors(
@@ -130,28 +150,26 @@ def _tensors(
     precisions: Mapping[str, str],
     tag_length: int,
     standard_blocks: bool,
-) -> Iterator[tuple[str, str, int, int]]:
-    """Yield (component, stage, number of parameters, bytes) of each tensor that the engine stores."""
+) -> Iterator[_Tensor]:
+    """Yield each tensor that the engine stores."""
     llm, size = config.llm, FLOAT_BYTES[floating_type(precisions)]
 
-    def stored(name: str, shape: tuple[int, ...], precision: str) -> int:
+    def stored(name: str, shape: tuple[int, ...], component: str, stage: str, parameters: int) -> _Tensor:
+        precision = precisions.get(component, "")
         if precision in WEIGHT_ONLY_BITS and is_linear(name, shape):
-            return _blocked(shape, precision, size if standard_blocks else None)
-        return _stored(name, shape, precision, size)
+            nbytes = _blocked(shape, precision, size if standard_blocks else None)
+            return _Tensor(component, stage, parameters, nbytes, in_blocks=True)
+        return _Tensor(component, stage, parameters, _stored(name, shape, precision, size))
 
     for name, shape in checkpoint_layout(config).items():
-        component, count = component_of_tensor(name), math.prod(shape)
-        yield component, stage_of_tensor(name), count, stored(name, shape, precisions.get(component, ""))
+        yield stored(name, shape, component_of_tensor(name), stage_of_tensor(name), math.prod(shape))
     if llm.tie_word_embeddings and precisions["lm_head"] not in FLOAT_BYTES:  # else lm_head is the embedding table
-        shape = (llm.vocab_size, llm.hidden_size)
-        yield "lm_head", "decoder", 0, stored("lm_head.weight", shape, precisions["lm_head"])
-    yield "decoder", "decoder", 0, limits.max_seq_len * llm.head_dim * size  # cos and sin of every position
+        yield stored("lm_head.weight", (llm.vocab_size, llm.hidden_size), "lm_head", "decoder", 0)
+    positions = limits.max_seq_len * llm.head_dim * size  # cos and sin
+    yield _Tensor("decoder", "decoder", 0, positions)
     if config.architecture == "H":
-        yield "cross_attention", "cross_kv", 0, config.max_tiles * tag_length * llm.hidden_size * size  # tags
-
-
-def _when_loaded(precisions: Mapping[str, str], memory: MemoryModel) -> dict[str, str]:
-    return {component: memory.loaded_as.get(precision, precision) for component, precision in precisions.items()}
+        tags = config.max_tiles * tag_length * llm.hidden_size * size
+        yield _Tensor("cross_attention", "cross_kv", 0, tags)
 
 
 def component_of_tensor(name: str) -> str:

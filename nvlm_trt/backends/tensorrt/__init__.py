@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nvlm_trt.backends.plans import PREFILL_CHUNK
-from nvlm_trt.backends.spec import BackendSpec, MemoryModel, OpenOptions, TritonPlacement
+from nvlm_trt.backends.spec import BackendSpec, MemoryModel, OpenOptions, StageWeights, TritonPlacement
 from nvlm_trt.model.precision import PrecisionTable
 
 if TYPE_CHECKING:
@@ -32,10 +32,10 @@ PRECISIONS = PrecisionTable(NAME, default="bf16", names={
 # fmt: on
 
 
-def _host_building(largest_stage: int, parameters: int, calibrated: bool) -> int:
+def _host_building(stages: Sequence[StageWeights], parameters: int, calibrated: bool) -> int:
     """Estimate the host memory of a build: the builder holds the weights of its network and those of the plan
     (developer guide, "The Build Phase"); a calibration runs on the CPU in fp32."""
-    return max(2 * largest_stage, 4 * parameters if calibrated else 0)
+    return max(*(2 * stage.nbytes for stage in stages), 4 * parameters if calibrated else 0)
 
 
 def _probe() -> str:

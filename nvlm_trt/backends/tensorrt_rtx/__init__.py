@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nvlm_trt.backends.plans import PREFILL_CHUNK
-from nvlm_trt.backends.spec import BackendSpec, MemoryModel, OpenOptions, TritonPlacement
+from nvlm_trt.backends.spec import BackendSpec, MemoryModel, OpenOptions, StageWeights, TritonPlacement
 from nvlm_trt.model.precision import PrecisionTable
 
 if TYPE_CHECKING:
@@ -34,10 +34,10 @@ PRECISIONS = PrecisionTable(NAME, default="bf16", names={
 # fmt: on
 
 
-def _host_building(largest_stage: int, parameters: int, calibrated: bool) -> int:
+def _host_building(stages: Sequence[StageWeights], parameters: int, calibrated: bool) -> int:
     from nvlm_trt.backends.tensorrt_rtx.memory import host_building
 
-    return host_building(largest_stage, parameters, calibrated)
+    return host_building(stages, parameters)
 
 
 def _probe() -> str:
