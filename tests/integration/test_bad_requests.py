@@ -235,3 +235,26 @@ def test_a_parameter_over_http_is_explained(path: str, beside: dict[str, Any], s
     assert f"request parameter '{name}'" in raised.value.read().decode()
     if path == "generate_stream":
         assert b"finish_reason" in post(prompt="Hi", sampling_parameters='{"max_tokens": 1}')
+
+
+NOT_UTF8 = {
+    "a parameter's name": (b'{"prompt": "Hi", "max_tok\xe9ns": 5}', "a request parameter is not UTF-8"),
+    "a parameter's value": (b'{"prompt": "Hi", "max_tokens": "f\xfcnf"}', "request parameter"),
+    "the id": (b'{"prompt": "Hi", "id": "\xff"}', "a request parameter is not UTF-8"),
+    "the sequence": (b'{"prompt": "Hi", "parameters": {"sequence_id": "\xff"}}', "UTF-8"),
+    "an input": (b'{"prompt": "\xff"}', "UTF-8"),
+}
+
+
+@pytest.mark.parametrize("path", ["generate", "generate_stream"])
+@pytest.mark.parametrize("kind", NOT_UTF8)
+def test_text_that_is_not_utf8_is_explained(kind: str, path: str, server: TritonServer) -> None:
+    body, expected = NOT_UTF8[kind]
+    request = urllib.request.Request(
+        f"{server.http_address}/v2/models/nvlm/{path}", body, {"Content-Type": "application/json"}
+    )
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with pytest.raises(urllib.error.HTTPError) as raised:
+        opener.open(request, timeout=60)
+    assert raised.value.code == 400
+    assert expected in raised.value.read().decode()

@@ -46,7 +46,11 @@ def refuse_parameters(request: Any) -> None:
 
 def _parameters(request: Any) -> Iterator[str]:
     """Yield the names of the parameters of a request, and of the KServe parameters that Triton has taken out."""
-    yield from json.loads(request.parameters() or "{}")
+    try:
+        sent = request.parameters()
+    except UnicodeDecodeError:  # tritonserver passes bytes of HTTP on as they are
+        raise RequestError("a request parameter is not UTF-8; send the request in UTF-8") from None
+    yield from json.loads(sent or "{}")
     if request.timeout():
         yield "timeout"
     if request.correlation_id():
