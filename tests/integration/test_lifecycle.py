@@ -193,6 +193,18 @@ def test_a_killed_supervisor_takes_the_server_along(serve: Callable[..., ServeCo
     assert_all_gone(processes, command.directory)
 
 
+def test_a_server_whose_supervisor_and_guard_were_killed_ends(serve: Callable[..., ServeCommand]) -> None:
+    command = serve()
+    command.wait_until_ready()
+    processes = command.descendants()
+    for process in processes:
+        if "nvlm_trt.serving.triton.guard" in process.cmdline():
+            process.kill()
+    command.process.kill()
+    _, alive = psutil.wait_procs(processes, timeout=60)
+    assert not alive
+
+
 @pytest.mark.parametrize(
     ("victim", "reason"),
     [

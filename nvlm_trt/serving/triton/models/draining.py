@@ -1,12 +1,14 @@
-"""Refuses new requests once the supervisor says so, and tells it how far the open ones are."""
+"""Refuses new requests once the supervisor says so or has ended, and tells it how far the open ones are."""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from nvlm_trt.errors import ServerError
 from nvlm_trt.serving.triton.drain_channel import ENCODED, IDLE
@@ -14,18 +16,28 @@ from nvlm_trt.serving.triton.models.answer_sender import AnswerSender
 
 _POLL_SECONDS = 0.02
 _FINISH_SECONDS = 1
+_ORPHAN_SECONDS = 30  # for the open requests of a server without a supervisor
+
+
+def end_server() -> None:
+    """End tritonserver, which leads the process group of its models."""
+    os.kill(os.getpgrp(), signal.SIGTERM)
 
 
 class Draining:
-    """The model's end of a DrainChannel, served by a thread. The end of the supervisor also starts the draining."""
+    """The model's end of a DrainChannel, served by a thread.
 
-    def __init__(self, descriptor: int, answers: AnswerSender) -> None:
+    The end of the supervisor also starts the draining, after which this thread ends the server: the guard, which would
+    do so at once, may have been killed, too."""
+
+    def __init__(self, descriptor: int, answers: AnswerSender, end_server: Callable[[], None] = end_server) -> None:
         self._socket = socket.socket(fileno=descriptor)
         self._answers = answers
+        self._end_server = end_server
         self._admitting = threading.Lock()
         self._begun = False
-        self._thread = threading.Thread(target=self._run, name="nvlm-draining", daemon=True)
-        self._thread.start()
+        self._told = threading.Event()
+        threading.Thread(target=self._run, name="nvlm-draining", daemon=True).start()
 
     @contextlib.contextmanager
     def admit(self) -> Iterator[None]:
@@ -38,16 +50,26 @@ class Draining:
     def finish(self) -> None:
         """Tell the supervisor, if it has asked, that no request is open. Call it when that is so."""
         if self._begun:
-            self._thread.join(_FINISH_SECONDS)
+            self._told.wait(_FINISH_SECONDS)
 
     def _run(self) -> None:
-        self._socket.recv(1)
+        told = self._socket.recv(1)
         with self._admitting:
             self._begun = True
-        with contextlib.suppress(OSError):  # the supervisor has ended
-            while self._answers.encoding_requests:
-                time.sleep(_POLL_SECONDS)
-            self._socket.send(ENCODED)
-            while self._answers.open_requests:
-                time.sleep(_POLL_SECONDS)
-            self._socket.send(IDLE)
+        if told:
+            with contextlib.suppress(OSError):  # the supervisor has ended
+                self._drain()
+                self._socket.recv(1)
+        deadline = time.monotonic() + _ORPHAN_SECONDS
+        while self._answers.open_requests and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+        self._end_server()
+
+    def _drain(self) -> None:
+        while self._answers.encoding_requests:
+            time.sleep(_POLL_SECONDS)
+        self._socket.send(ENCODED)
+        while self._answers.open_requests:
+            time.sleep(_POLL_SECONDS)
+        self._socket.send(IDLE)
+        self._told.set()
