@@ -58,7 +58,8 @@ class BuildJob:
 
     source: EngineSource
     options: Mapping[str, Any]  # options that only this backend has
-    staging: Path  # directory of the engine; temporary engines are its siblings
+    output: Path  # where the engine will be
+    staging: Path  # directory of the engine until then; temporary engines are its siblings
     progress: Progress
 
 
@@ -107,7 +108,9 @@ def build_engine(
     chosen = spec.precisions.parse(precision)
     all_options = {**spec.build_options, **(options or {})}
     spec.check_options(all_options, chosen)
-    spec.probe()
+    runs_here = spec.runs_here(all_options)
+    if runs_here:
+        spec.probe()
     progress = progress or no_progress
     quantization = quantization or QuantizationOptions(gate=None)
     with publish(output, overwrite) as staging:
@@ -115,11 +118,12 @@ def build_engine(
         precisions = {name: chosen[name] for name in components_of(source.config)}
         smoke = SmokeTest(source.prompts, source.limits, source.config)
         spec.check_limits(source.config, source.limits, precisions)
-        steps = spec.build(BuildJob(source, all_options, staging, progress))
+        steps = spec.build(BuildJob(source, all_options, Path(output).absolute(), staging, progress))
         builder = _Builder(spec, source, steps, quantization, progress)
         is_quantised = bool(quantised_components(precisions))
         gate = None
-        if quantization.gate and is_quantised:
+        smoke_test = smoke_test and runs_here
+        if quantization.gate and is_quantised and runs_here:
             unquantised = steps.unquantised(precisions)
             gate = AccuracyGate(quantization.gate, builder.write_trial, staging, progress, unquantised)
         manifest = builder.write(precisions, staging)

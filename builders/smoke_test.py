@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import queue
+
 import numpy as np
 
-from nvlm_trt.api import Message
+from nvlm_trt.api import Delta, Message, SamplingParams
 from nvlm_trt.backends.base import FloatArray, StepBackend
-from nvlm_trt.backends.opening import open_backend
+from nvlm_trt.backends.opening import backend_of, open_backend
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import EngineError
 from nvlm_trt.limits import EngineLimits
 from nvlm_trt.model.config import NvlmConfig
 from nvlm_trt.prompt.encoder import EncodedPrompt, PromptEncoder
+from nvlm_trt.prompt.tokenizer import Tokenizer
+from nvlm_trt.runtime.opening import open_generator
+from nvlm_trt.runtime.request import Request
+from nvlm_trt.runtime.text_generator import GeneratorOptions, TextGenerator
 
 _TOKENS = 4
 
@@ -38,13 +45,35 @@ class SmokeTest:
         """Run both prompts. Raises EngineError if a stage returns numbers that are not finite."""
         edge = engine.config.vision.image_size
         noise = np.random.default_rng(0).standard_normal((self._tiles, 3, edge, edge), dtype=np.float32)
+        inputs = list(zip(self._prompts, (noise[:0], noise), strict=True))
+        if backend_of(engine).open_generator is not None:
+            generator = open_generator(engine, Tokenizer.from_directory(engine.path), GeneratorOptions())
+            with contextlib.closing(generator):
+                for prompt, pixel_values in inputs:
+                    _answer(generator, prompt, pixel_values)
+            return
         with open_backend(engine) as backend:
-            for prompt, pixel_values in zip(self._prompts, (noise[:0], noise), strict=True):
+            for prompt, pixel_values in inputs:
                 _generate(backend, prompt, pixel_values)
 
 
 def _encode(prompts: PromptEncoder, tiles: int) -> EncodedPrompt:
     return prompts.encode([Message("user", "Hello")], [tiles] if tiles else [])
+
+
+def _answer(generator: TextGenerator, prompt: EncodedPrompt, pixel_values: FloatArray) -> None:
+    """Let a generator answer; pixel_values [tiles, 3, E, E] of one image, or no tiles."""
+    images = [generator.features(generator.encode(pixel_values))] if len(pixel_values) else []
+    results: queue.SimpleQueue[Delta | Exception] = queue.SimpleQueue()
+    request = Request(SamplingParams(max_tokens=_TOKENS, ignore_eos=True), results.put, results.put)
+    request.provide(prompt, images)
+    generator.submit(request)
+    while True:
+        result = results.get()
+        if isinstance(result, Exception):
+            raise EngineError(f"smoke test: {result}") from result
+        if result.finish_reason:
+            return
 
 
 def _generate(backend: StepBackend, prompt: EncodedPrompt, pixel_values: FloatArray) -> None:

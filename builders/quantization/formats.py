@@ -69,6 +69,7 @@ class Recipe:
     weight_format: WeightFormat
     factors: Mapping[str, Factors] = field(default_factory=dict)  # SmoothQuant's, by tensor
     calibration: dict[str, Any] | None = None  # for the manifest
+    inputs: Calibration | None = None  # magnitudes after SmoothQuant, of which static scales are made
     skip_unused_blocks: bool = True
 
 
@@ -102,4 +103,4 @@ def quantised(
                 factors, calibration = migrate(checkpoint.config, checkpoint, calibration, precisions, alpha)
         formats |= _with_calibration(calibration, form)
     by_component = ByComponent({component: formats[name] for component, name in precisions.items()})
-    return Recipe(precisions, by_component, factors, record)
+    return Recipe(precisions, by_component, factors, record, calibration)

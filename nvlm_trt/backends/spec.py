@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nvlm_trt.model.precision import PrecisionTable
+from nvlm_trt.progress import Progress
 
 if TYPE_CHECKING:
     from nvlm_trt.backends.base import StepBackend
@@ -20,13 +21,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StageWeights:
-    """Counts the bytes of a stage's weights."""
+    """Counts a stage's weights."""
 
-    nbytes: int
-    in_blocks: int  # of `nbytes`: weight-only
+    nbytes: int = 0
+    in_blocks: int = 0  # bytes, of `nbytes`, of weight-only tensors
+    in_blocks_parameters: int = 0  # numbers of the checkpoint that these tensors hold: a tied lm_head has none
+    largest_in_blocks: int = 0  # numbers that the largest of these tensors holds
 
     def __add__(self, other: StageWeights) -> StageWeights:
-        return StageWeights(self.nbytes + other.nbytes, self.in_blocks + other.in_blocks)
+        return StageWeights(
+            self.nbytes + other.nbytes,
+            self.in_blocks + other.in_blocks,
+            self.in_blocks_parameters + other.in_blocks_parameters,
+            max(self.largest_in_blocks, other.largest_in_blocks),
+        )
 
 
 @dataclass(frozen=True)
@@ -86,6 +94,11 @@ class BackendSpec:
     open: Callable[[Engine, Collection[str], OpenOptions], StepBackend] | None = None  # loads some of STAGES
     open_generator: Callable[[Engine, OpenOptions, GeneratorOptions], TextGenerator] | None = None
     build_options: Mapping[str, Any] = field(default_factory=dict)  # option of `nvlm-trt build` -> its default
+    # returns whether a build with these options ends with an engine that this machine runs; if not, the build needs no
+    # runtime, and nothing tries or judges the engine
+    runs_here: Callable[[Mapping[str, Any]], bool] = lambda options: True
+    # completes an engine of such a build (engine, its new place, whether to overwrite, progress)
+    complete: Callable[[Engine, Path, bool, Progress], Engine] | None = None
     # both raise EngineError for options, or limits, that the backend cannot build in the chosen precisions
     check_options: Callable[[Mapping[str, Any], Mapping[str, str]], None] = lambda options, chosen: None
     check_limits: Callable[[NvlmConfig, EngineLimits, Mapping[str, str]], None] = lambda config, limits, chosen: None

@@ -122,10 +122,12 @@ def stage_weights(
     config: NvlmConfig, limits: EngineLimits, precisions: Mapping[str, str], memory: MemoryModel, tag_length: int
 ) -> dict[str, StageWeights]:
     """Count the weights of each stage when it is loaded. Takes the arguments of `plan_engine`."""
-    stages = dict.fromkeys(STAGES, StageWeights(0, 0))
+    stages = dict.fromkeys(STAGES, StageWeights())
     loaded = {component: memory.loaded_as.get(precision, precision) for component, precision in precisions.items()}
     for tensor in _tensors(config, limits, loaded, tag_length, memory.standard_blocks):
-        stored = StageWeights(tensor.nbytes, tensor.nbytes if tensor.in_blocks else 0)
+        stored = StageWeights(tensor.nbytes)
+        if tensor.in_blocks:
+            stored = StageWeights(tensor.nbytes, tensor.nbytes, tensor.parameters, tensor.in_blocks)
         stages[tensor.stage] += stored
     return {stage: stored for stage, stored in stages.items() if stored.nbytes}
 
@@ -139,9 +141,9 @@ class _Tensor:
 
     component: str
     stage: str
-    parameters: int
+    parameters: int  # of the checkpoint: a tied lm_head has none
     nbytes: int
-    in_blocks: bool = False  # weight-only
+    in_blocks: int = 0  # numbers in a weight-only tensor
 
 
 def _tensors(
@@ -158,7 +160,7 @@ def _tensors(
         precision = precisions.get(component, "")
         if precision in WEIGHT_ONLY_BITS and is_linear(name, shape):
             nbytes = _blocked(shape, precision, size if standard_blocks else None)
-            return _Tensor(component, stage, parameters, nbytes, in_blocks=True)
+            return _Tensor(component, stage, parameters, nbytes, in_blocks=math.prod(shape))
         return _Tensor(component, stage, parameters, _stored(name, shape, precision, size))
 
     for name, shape in checkpoint_layout(config).items():
