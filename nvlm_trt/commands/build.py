@@ -15,13 +15,19 @@ from nvlm_trt.model.precision import COMPONENTS, needs_calibration, quantised_co
 
 if TYPE_CHECKING:
     from nvlm_trt.builders.engine_build import QuantizationOptions
+    from nvlm_trt.engine import Engine
 
 _MOST_SAMPLES = 1_000_000
 
 
 def build(
-    checkpoint: Annotated[Path, typer.Option(help="Checkpoint directory in HF layout.")],
+    context: typer.Context,
     output: Annotated[Path, typer.Option(help="Engine directory to publish.")],
+    checkpoint: Annotated[Path | None, typer.Option(help="Checkpoint directory in HF layout.")] = None,
+    continued: Annotated[
+        Path | None,
+        typer.Option("--continue", help="Instead: complete an engine that was built with --checkpoint-only."),
+    ] = None,
     backend: Annotated[
         str,
         typer.Option(help=f"Runs the engine: {backend_summaries()}."),
@@ -83,6 +89,18 @@ def build(
         str | None,
         typer.Option(help="tensorrt-rtx: GPUs that the plans run on, such as sm86,sm89,sm120 [8.0 and later]."),
     ] = None,
+    tp: Annotated[
+        int | None, typer.Option(min=1, help="tensorrt-llm: GPUs that share each layer (tensor parallelism) [1].")
+    ] = None,
+    pp: Annotated[
+        int | None, typer.Option(min=1, help="tensorrt-llm: GPU groups that share the layers (pipeline) [1].")
+    ] = None,
+    checkpoint_only: Annotated[
+        bool,
+        typer.Option(
+            "--checkpoint-only", help="tensorrt-llm: stop before trtllm-build, which needs NVIDIA's container."
+        ),
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing directory of that name.")] = False,
 ) -> None:
     """Build an engine from a checkpoint, generate a few tokens with it, and publish it.
@@ -91,11 +109,25 @@ def build(
 
     Example: nvlm-trt build --checkpoint checkpoints/nvlm-h --output engines/nvlm-h --precision int8
     """
+    if (checkpoint is None) == (continued is None):
+        raise NvlmError("name what to build from: either --checkpoint DIR, or --continue ENGINE")
+    if continued is not None:
+        _refuse_others(context, "continued", "output", "overwrite")
+        _complete(continued, output, overwrite)
+        return
+    assert checkpoint is not None
     spec = find_backend(backend)
     precisions = spec.precisions.parse(precision)
-    options = {"strip_weights": strip_weights, "weight_streaming": weight_streaming, "target": target}
-    for name, given in options.items():
-        if given and name not in spec.build_options:
+    options = {
+        "strip_weights": strip_weights or None,
+        "weight_streaming": weight_streaming or None,
+        "target": target,
+        "tp": tp,
+        "pp": pp,
+        "checkpoint_only": checkpoint_only or None,
+    }
+    for name in _given(options):
+        if name not in spec.build_options:
             owners = " and ".join(other for other in backend_names() if name in find_backend(other).build_options)
             raise NvlmError(f"{_dashed(name)} belongs to the backend {owners}, not to {spec.name}; leave it out")
     require("build", "building an engine")
@@ -110,6 +142,10 @@ def build(
     }
     if no_gate and _given(judging):
         raise NvlmError("--no-gate measures nothing; leave out --gate, --gate-samples and --max-accuracy-drop")
+    if _given(judging) and not spec.runs_here({**spec.build_options, **_given(options)}):
+        raise NvlmError(
+            f"--{_option(judging)} judges an engine that runs on this machine; leave it out with --checkpoint-only"
+        )
     if _given(judging) and not quantised_components(precisions):
         given = _option(judging)
         raise NvlmError(f"an unquantised engine passes no gate, but --{given} was given; choose a --precision")
@@ -129,14 +165,44 @@ def build(
                 precision=precision,
                 quantization=_options(calibrating, judging, no_gate),
                 backend=backend,
-                options={name: value for name, value in options.items() if name in spec.build_options},
+                options=_given(options),
             )
     except AccuracyError as error:
         for cost in error.costs:
             terminal.note(str(cost))
         raise
+    _note_engine(engine, output)
+
+
+def _refuse_others(context: typer.Context, *allowed: str) -> None:
+    """Raise NvlmError for an option that the user gave beside the allowed ones."""
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if name not in allowed and source is not None and source.name == "COMMANDLINE":
+            raise NvlmError(
+                f"--continue takes what the engine was built with, but {_dashed(name)} was given; leave it out, or "
+                "build from a checkpoint"
+            )
+
+
+def _complete(continued: Path, output: Path, overwrite: bool) -> None:
+    from nvlm_trt.backends.opening import backend_of
+    from nvlm_trt.engine import Engine
+
+    engine = Engine.open(continued, full_check=True)
+    spec = backend_of(engine)
+    if spec.complete is None:
+        raise NvlmError(f"engine {continued} is complete; serve it with `nvlm-trt serve {continued}`")
+    spec.probe()
+    with terminal.progress() as progress:
+        _note_engine(spec.complete(engine, output, overwrite, progress), output)
+
+
+def _note_engine(engine: Engine, output: Path) -> None:
+    from nvlm_trt.backends.opening import backend_of
+
     _note_gate(engine.manifest.accuracy_gate)
-    for line in spec.describe(engine):
+    for line in backend_of(engine).describe(engine):
         terminal.note(line)
     size = sum(record.size for record in engine.manifest.files.values())
     shown = " ".join(f"{name}={value}" for name, value in engine.limits.model_dump().items())
@@ -170,7 +236,7 @@ def _note_gate(record: dict[str, Any] | None) -> None:
     if record is None:
         return
     if record["result"] == "not measured":
-        terminal.note("accuracy gate: not measured (--no-gate)")
+        terminal.note("accuracy gate: not measured")
         return
     unquantised = record["unquantised"]
     scores = f"{100 * record['score']:.2f} points against {100 * record['fp32_score']:.2f} in {unquantised}"
