@@ -22,6 +22,7 @@ from nvlm_trt.model.layout import checkpoint_layout
 from nvlm_trt.model.presets import find_preset
 from nvlm_trt.progress import Progress
 from nvlm_trt.prompt.tokenizer import Tokenizer, write_byte_tokenizer
+from nvlm_trt.temporary import temporary_folder
 
 # Gains of the decoder's layers over the embeddings: enough that the next token depends on the context. The FFN adds
 # most: attention averages over the context, so that it adds nearly the same to every token, and decoding repeats.
@@ -45,7 +46,7 @@ def write_random_checkpoint(
 
     The same config and seed give the same files. A tensor follows from its name, shape and seed: D, X and H of one
     size share vision encoder and LLM. Raises what `write_checkpoint` raises."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=temporary_folder()) as folder:
         write_byte_tokenizer(Path(folder), config.max_tiles)
         config = replace(config, image_token_id=Tokenizer.from_directory(Path(folder)).image_token_id)
         write_checkpoint(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 from nvlm_trt.errors import NvlmError
 from nvlm_trt.serving.triton.server import ServerOptions, TritonServer
+from nvlm_trt.standard_streams import OutputError
 from nvlm_trt.termination import TERMINATION_SIGNALS
 
 _POLL_SECONDS = 0.2
@@ -54,7 +56,11 @@ def run_in_foreground(engine: str | os.PathLike[str], options: ServerOptions | N
     with StopSignals() as signals:
         try:
             if server.start(give_up=signals.stop):
-                print(f"serving at {server.address} (HTTP {server.http_address}, {server.metrics_address})", flush=True)
+                with contextlib.suppress(OutputError):  # nobody reads the line: no reason to end a server
+                    print(
+                        f"serving at {server.address} (HTTP {server.http_address}, {server.metrics_address})",
+                        flush=True,
+                    )
             while not signals.stop.wait(_POLL_SECONDS):
                 server.check()
             server.stop(hurry=signals.hurry)

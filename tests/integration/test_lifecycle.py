@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -191,6 +192,45 @@ def test_a_killed_supervisor_takes_the_server_along(serve: Callable[..., ServeCo
     processes = command.descendants()
     command.process.kill()
     assert_all_gone(processes, command.directory)
+
+
+def test_a_server_whose_line_nobody_reads_serves(serve: Callable[..., ServeCommand]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    ports = ("--grpc-port", str(port), "--http-port", "0", "--metrics-port", "0")
+    command = serve(*ports)
+    assert command.process.stdout is not None
+    command.process.stdout.close()
+    command.process.stdout = None
+
+    def answers() -> bool:
+        with Client(f"grpc://127.0.0.1:{port}") as client:
+            try:
+                return bool(client.generate("Hi", sampling={"max_tokens": 1}).token_ids)
+            except ServerError:
+                return False
+
+    wait_until(answers, "the server answers")
+    command.signal(signal.SIGTERM)
+    assert command.end()[0] == 0
+
+
+def test_a_model_that_dies_while_it_is_loaded_is_told(serve: Callable[..., ServeCommand]) -> None:
+    command = serve()
+
+    def models() -> list[psutil.Process]:
+        found = []
+        for child in command.descendants():
+            with contextlib.suppress(psutil.Error):  # it has ended
+                found += [child] if "/nvlm/1/model.py" in " ".join(child.cmdline()) else []
+        return found
+
+    wait_until(lambda: bool(models()), "the process of nvlm")
+    models()[0].kill()
+    status, errors = command.end()
+    assert status == 2
+    assert "the process of a model has died while the server started" in errors
 
 
 def test_a_server_whose_supervisor_and_guard_were_killed_ends(serve: Callable[..., ServeCommand]) -> None:

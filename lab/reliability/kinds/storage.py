@@ -58,7 +58,7 @@ def _small_shm(place: Place) -> None:
     "requests end; the server answers once there is space, or ends with one line",
 )
 def _shm_fills(place: Place) -> None:
-    served = place.serve(wrapper=_tmpfs(Path("/dev/shm"), "256m"))
+    served = place.serve(wrapper=_tmpfs(Path("/dev/shm"), "768m"))
     filler = _fill(_inside(served, Path("/dev/shm")))
     load = place.load(served, images=True)
     load.ends()

@@ -20,6 +20,7 @@ from nvlm_trt.backends.tensorrt_rtx.build_process import PlanAnswer, PlanOrder
 from nvlm_trt.backends.tensorrt_rtx.options import RtxOptions
 from nvlm_trt.backends.tensorrt_rtx.target import names_of
 from nvlm_trt.errors import EngineError
+from nvlm_trt.temporary import temporary_folder
 
 
 def build_plan(
@@ -59,7 +60,7 @@ def _run(order: PlanOrder) -> PlanAnswer:
     """Let another process fulfil an order. The process ends with this call, however the call ends.
 
     Raises _NoAnswerError if the process ends without an answer."""
-    with tempfile.TemporaryFile() as messages:  # a pipe that nobody reads would fill up
+    with tempfile.TemporaryFile(dir=temporary_folder()) as messages:  # a pipe that nobody reads would fill up
         process = subprocess.Popen(
             [sys.executable, "-m", build_process.__name__],
             stdin=subprocess.PIPE,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from nvlm_trt.serving.triton.drain_channel import DrainChannel
 from nvlm_trt.serving.triton.process_limits import limit_process
-from nvlm_trt.serving.triton.process_watch import is_running, model_processes
+from nvlm_trt.serving.triton.process_watch import dead_children, is_running, model_processes
 from nvlm_trt.serving.triton.server_folder import ServerFolder
 from nvlm_trt.serving.triton.server_log import ServerLog
 from nvlm_trt.serving.triton.stack_limit import large_stacks
@@ -79,6 +79,10 @@ class TritonProcess:
         """Notes the model processes; call it once all models are loaded. Returns the model instances, sorted."""
         self._models = model_processes(self._server.pid)
         return sorted(self._models.values())
+
+    def dead_children(self) -> set[int]:
+        """Returns the ids of the model processes that have ended, noted or not."""
+        return dead_children(self._server.pid)
 
     def dead_models(self) -> list[str]:
         """Returns the noted model instances whose process has ended."""

@@ -10,6 +10,8 @@ import contextlib
 
 import psutil
 
+STUB = "triton_python_backend_stub"  # the program that runs a python model
+
 
 def model_processes(server: int) -> dict[int, str]:
     """Lists the stub processes of tritonserver with pid `server`: pid -> model instance, "vision_encoder_0_0"."""
@@ -19,9 +21,22 @@ def model_processes(server: int) -> dict[int, str]:
             with contextlib.suppress(psutil.Error):  # the child has ended
                 arguments = process.cmdline()
                 # stub, model.py, shared memory and its sizes, parent, backend folder, ..., instance name, runtime
-                if len(arguments) > 2 and arguments[0].endswith("triton_python_backend_stub"):
+                if len(arguments) > 2 and arguments[0].endswith(STUB):
                     stubs[process.pid] = arguments[-2]
     return stubs
+
+
+def dead_children(server: int) -> set[int]:
+    """Return the children of tritonserver that have ended: a stub, or the shell that was about to become one.
+
+    tritonserver waits for no stub, so those stay."""
+    dead = set()
+    with contextlib.suppress(psutil.Error):  # the server has ended
+        for process in psutil.Process(server).children():
+            with contextlib.suppress(psutil.Error):
+                if process.status() == psutil.STATUS_ZOMBIE:
+                    dead.add(process.pid)
+    return dead
 
 
 def is_running(pid: int) -> bool:

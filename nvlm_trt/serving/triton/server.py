@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -35,9 +34,11 @@ from nvlm_trt.serving.triton.repository import (
 from nvlm_trt.serving.triton.server_folder import ServerFolder
 from nvlm_trt.serving.triton.shared_memory import SharedMemory, largest_request
 from nvlm_trt.serving.triton.stopping import EXIT_SECONDS, stop_process
+from nvlm_trt.temporary import temporary_folder
 
 _PORT_ATTEMPTS = 5
 _POLL_SECONDS = 0.1
+_REASON_SECONDS = 10  # for tritonserver to end after one of its models did
 _TAIL_LINES = 20
 _LOOPBACK = {"0.0.0.0": "127.0.0.1"}
 
@@ -190,7 +191,7 @@ class TritonServer:
                 self._process = TritonProcess(command, environment, folder, channel, memory.most_per_model)
                 undo.pop_all()
         except OSError as error:
-            where = error.filename or tempfile.gettempdir()
+            where = error.filename or temporary_folder()
             raise ServerError(
                 f"cannot start tritonserver ({error.strerror}: {where}); free space there or set TMPDIR to another "
                 "folder"
@@ -203,12 +204,18 @@ class TritonServer:
         """
         assert self._process is not None
         deadline = time.monotonic() + self._options.startup_seconds
+        dead_since: dict[int, float] = {}
         while self._process.exit_status is None:
             if get(self._host, self._http_port, "/v2/health/ready") is not None:
                 return True
             if self._process.log.out_of_descriptors:
                 raise too_few_descriptors()
-            if time.monotonic() > deadline:
+            now = time.monotonic()
+            dead_since = {pid: dead_since.get(pid, now) for pid in self._process.dead_children()}
+            # a model that cannot be loaded ends its process, too, and tritonserver then says why and ends
+            if any(now - since > _REASON_SECONDS for since in dead_since.values()):
+                raise ServerError("the process of a model has died while the server started; start it again")
+            if now > deadline:
                 raise ServerError(f"the server was not ready within {self._options.startup_seconds:.0f} s; see its log")
             if give_up.wait(_POLL_SECONDS):
                 return False

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import secrets
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from nvlm_trt.owned_folder import abandoned, make_owned_folder
 from nvlm_trt.serving.triton.guard import remove_files
+from nvlm_trt.temporary import temporary_folder
 
 _NAME = "nvlm-trt-server-"
 
@@ -24,8 +24,8 @@ class ServerFolder:
 
     @classmethod
     def make(cls) -> ServerFolder:
-        """Make the folder. Raises OSError where nothing can be written."""
-        parent = Path(tempfile.gettempdir())
+        """Make the folder. Raises EngineError without a folder for temporary files, OSError if that one is full."""
+        parent = temporary_folder()
         for left in abandoned(sorted(parent.glob(f"{_NAME}*"))):
             remove_files(left, _shm_prefix(left))
         path = parent / f"{_NAME}{secrets.token_hex(4)}"

@@ -10,9 +10,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+import psutil
+
 from nvlm_trt.errors import ServerError
 from nvlm_trt.serving.triton.drain_channel import ENCODED, IDLE
 from nvlm_trt.serving.triton.models.answer_sender import AnswerSender
+from nvlm_trt.serving.triton.process_watch import STUB
 
 _POLL_SECONDS = 0.02
 _FINISH_SECONDS = 1
@@ -20,8 +23,9 @@ _ORPHAN_SECONDS = 30  # for the open requests of a server without a supervisor
 
 
 def end_server() -> None:
-    """End tritonserver, which leads the process group of its models."""
-    os.kill(os.getpgrp(), signal.SIGTERM)
+    """End tritonserver, which leads the process group of its models' processes. Does nothing in any other process."""
+    if psutil.Process().cmdline()[0].endswith(STUB):
+        os.kill(os.getpgrp(), signal.SIGTERM)
 
 
 class Draining:
