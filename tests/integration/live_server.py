@@ -63,7 +63,7 @@ def ask_raw(server: TritonServer, request: service_pb2.ModelInferRequest) -> lis
     return [delta for delta in map(delta_of, responses) if delta is not None]
 
 
-def wait_until(condition: Callable[[], bool], what: str, seconds: float = 20) -> None:
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
