@@ -92,10 +92,12 @@ def _is_one_of(value: Any, functions: dict[Any, Any]) -> bool:
 
 
 def _mark(tensor: Any, kind: str) -> Any:
+    """Add a layer that `kind` names, and one that takes another name if it becomes an output of the network."""
     from tensorrt_llm import functional
 
     network = functional.default_trtnet()
     layer = network.add_identity(tensor.trt_tensor)
     marked = functional._create_tensor(layer.get_output(0), layer)
     marked.trt_tensor.name = f"{kind}{network.num_layers}"
-    return marked
+    after = network.add_identity(marked.trt_tensor)
+    return functional._create_tensor(after.get_output(0), after)
