@@ -41,8 +41,10 @@ def rank_file(rank: int) -> str:
 def checkpoint_config(
     config: NvlmConfig, mapping: Mapping, quantization: LlmQuantization, max_encoder_len: int, dtype: str
 ) -> dict[str, Any]:
-    """Make the config.json that trtllm-build reads. `dtype`: bf16 or fp16. `max_encoder_len`: cross-attended tokens of a
-    request (X, H). Raises EngineError for sizes that `mapping` or `quantization` cannot divide."""
+    """Make the config.json that trtllm-build reads.
+
+    `dtype`: bf16 or fp16. `max_encoder_len`: the most cross-attended tokens of a request (X, H). Raises EngineError for
+    sizes that `mapping` or `quantization` cannot divide."""
     check_layout(config, mapping, quantization)
     llm = config.llm
     layers = combined_layers(config)

@@ -1,7 +1,7 @@
-"""Chooses the quantised form of TensorRT-LLM's linear layers, and finds the scales and the modules that stay as they are.
+"""Chooses the quantised form of TensorRT-LLM's linear layers, with the scales and the modules that stay unquantised.
 
-One algorithm holds for the whole checkpoint. A module's name is matched against patterns to keep the module unquantised,
-and layers are numbered from 0 in every stage.
+One algorithm holds for the whole checkpoint. Patterns of names say which modules stay in floating point; in these names
+the layers of every stage are numbered from 0.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class QuantisedLinear:
-    """Is written as `name`.weight and its scales. The parts are weights stacked by rows, or one weight cut in columns."""
+    """Is written as `name`.weight and its scales. Parts: weights stacked by rows, or one weight cut in columns."""
 
     name: str
     parts: tuple[Part, ...]
