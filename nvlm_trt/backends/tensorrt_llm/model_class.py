@@ -383,8 +383,8 @@ class NvlmForCausalLM(PretrainedModel):  # type: ignore[misc]
         return inputs
 
 
-# A dimension of an input: its name, and [least, usual, largest] for every optimization profile.
-Dimension = tuple[str, list[list[int]]]
+# A dimension of an input: its name, and for every optimization profile its size or [least, usual, largest].
+Dimension = tuple[str, list[Any]]
 
 
 class _CrossAttentionDeclaration:
@@ -398,13 +398,14 @@ class _CrossAttentionDeclaration:
     def inputs(self, max_batch_size: int, max_input_len: int, max_num_tokens: int) -> CrossAttentionInputs:
         """Declare features, their lengths, and the masks."""
         config, with_plugin = self._config, bool(self._plugins.gpt_attention_plugin)
+        dtype = str_dtype_to_trt(config.dtype)
         features = [self._dynamic("encoder_num_tokens", 0, self._limit * max_batch_size)]  # 0: none is in prefill
         if not self._plugins.remove_input_padding:
             features = [self._batch, self._length]
         mask_rows = max(max_batch_size * math.ceil(max_input_len / 128) * 128, max_num_tokens)
         mask_words = math.ceil(self._limit / 256) * 256 // 32
         return CrossAttentionInputs(
-            encoder_output=_input("encoder_output", str_dtype_to_trt(config.dtype), *features, config.hidden_size),
+            encoder_output=_input("encoder_output", dtype, *features, self._fixed("hidden_size", config.hidden_size)),
             encoder_input_lengths=_input("encoder_input_lengths", trt.int32, self._batch),
             mask=_input("cross_attention_mask", trt.bool, *self._rows, self._length),
             packed_mask=_input(
@@ -428,21 +429,23 @@ class _CrossAttentionDeclaration:
 
         Layers with and without such keys are two pools."""
         pools = self._dynamic("num_cross_kv_cache_pools", 1, 2)
-        blocks = self._dynamic(
-            "max_cross_blocks_per_seq", 1, math.ceil(self._limit / self._plugins.tokens_per_block)
-        )
-        layers = len(self._config.mapping.pp_layers(self._config.num_hidden_layers))
+        blocks = self._dynamic("max_cross_blocks_per_seq", 1, math.ceil(self._limit / self._plugins.tokens_per_block))
+        layers = self._config.mapping.pp_layers(self._config.num_hidden_layers)
+        pair = self._fixed("cross_kv", 2)  # keys and values; address of blocks and of scales; pool and place in it
         cache.cross_kv_cache_block_offsets, cache.host_cross_kv_cache_block_offsets = (
-            _input(f"{place}cross_kv_cache_block_offsets", trt.int32, pools, self._batch, 2, blocks)
-            for place in ("", "host_")
+            _input(f"{where_}cross_kv_cache_block_offsets", trt.int32, pools, self._batch, pair, blocks)
+            for where_ in ("", "host_")
         )
-        cache.host_cross_kv_cache_pool_pointers = _input("host_cross_kv_cache_pool_pointers", trt.int64, pools, 2)
-        cache.host_cross_kv_cache_pool_mapping = _input("host_cross_kv_cache_pool_mapping", trt.int32, layers, 2)
+        cache.host_cross_kv_cache_pool_pointers = _input("host_cross_kv_cache_pool_pointers", trt.int64, pools, pair)
+        cache.host_cross_kv_cache_pool_mapping = _input(
+            "host_cross_kv_cache_pool_mapping", trt.int32, self._fixed("cross_kv_layers", len(layers)), pair
+        )
 
     def _flag(self, name: str) -> Tensor:
-        return Tensor(
-            name=name, dtype=trt.bool, shape=[1], dim_range=OrderedDict([("flag", [1] * len(self._batch[1]))])
-        )
+        return _input(name, trt.bool, self._fixed("flag", 1))
+
+    def _fixed(self, name: str, size: int) -> Dimension:
+        return name, [size] * len(self._batch[1])
 
     def _dynamic(self, name: str, least: int, largest: int) -> Dimension:
         return name, [[least, max(least, (largest + 1) // 2), largest]] * len(self._batch[1])
@@ -482,15 +485,10 @@ def _dimension(tensor: Tensor, axis: int) -> Dimension:
     return profiles[0].dimension_names[axis], [[p.min[axis], p.opt[axis], p.max[axis]] for p in profiles]
 
 
-def _input(name: str, dtype: Any, *dimensions: Dimension | int) -> Tensor:
-    """Declare an input of the network; a dimension that is a number never changes."""
-    profiles = max(len(dimension[1]) for dimension in dimensions if not isinstance(dimension, int))
-    ranges = [
-        (f"{name}_{axis}", [dimension] * profiles) if isinstance(dimension, int) else dimension
-        for axis, dimension in enumerate(dimensions)
-    ]
-    sizes = [dimension if isinstance(dimension, int) else -1 for dimension in dimensions]
-    return Tensor(name=name, dtype=dtype, shape=sizes, dim_range=OrderedDict(ranges))
+def _input(name: str, dtype: Any, *dimensions: Dimension) -> Tensor:
+    """Declare an input of the network."""
+    sizes = [ranges[0] if isinstance(ranges[0], int) else -1 for _, ranges in dimensions]
+    return Tensor(name=name, dtype=dtype, shape=sizes, dim_range=OrderedDict(dimensions))
 
 
 MODEL_MAP.update(dict.fromkeys(ARCHITECTURES, NvlmForCausalLM))

@@ -33,8 +33,10 @@ def load_model(checkpoint: Path, rank: int, dtype: str = "float32") -> Any:
     )
 
 
-def build_network(model: Any, prompt_table: int = 0) -> ConditionalNetwork:
-    """Build the network of a model in the phase of prefill. `prompt_table`: the most rows of the prompt table."""
+def build_network(model: Any, prompt_table: int = 0, attention_plugin: str | None = None) -> ConditionalNetwork:
+    """Build the network of a model. `prompt_table`: the most rows of the prompt table.
+
+    Without `attention_plugin` (a dtype) it is the network of prefill alone, over padded rows."""
     import tensorrt_llm.models.modeling_utils as modeling
     from tensorrt_llm.builder import Builder
     from tensorrt_llm.network import net_guard
@@ -46,10 +48,15 @@ def build_network(model: Any, prompt_table: int = 0) -> ConditionalNetwork:
     builder = Builder()
     network = builder.create_network()
     network.plugin_config = PluginConfig()
-    for plugin in ("gpt_attention_plugin", "gemm_plugin", "nccl_plugin"):
-        setattr(network.plugin_config, plugin, None)
-    for feature in ("remove_input_padding", "context_fmha", "use_fp8_context_fmha", "paged_kv_cache"):
-        setattr(network.plugin_config, feature, False)
+    with_plugin = attention_plugin is not None
+    settings: dict[str, Any] = {
+        **dict.fromkeys(("gemm_plugin", "nccl_plugin")),
+        **dict.fromkeys(("remove_input_padding", "context_fmha", "paged_kv_cache"), with_plugin),
+        "gpt_attention_plugin": attention_plugin,
+        "use_fp8_context_fmha": False,  # as the builder sets it for models that are not FP8
+    }
+    for name, value in settings.items():
+        setattr(network.plugin_config, name, value)
     with net_guard(network):
         network.set_named_parameters(model.named_parameters())
         inputs = model.prepare_inputs(
@@ -57,11 +64,13 @@ def build_network(model: Any, prompt_table: int = 0) -> ConditionalNetwork:
             max_input_len=MAX_TOKENS,
             max_seq_len=MAX_TOKENS,
             max_num_tokens=MAX_BATCH * MAX_TOKENS,
-            use_cache=False,
+            use_cache=with_plugin,
             prompt_embedding_table_size=prompt_table,
         )
         model(**inputs)
     network._fill_weights()
+    # the builder checks that dimensions of one name have one range
+    builder._add_optimization_profile(network, builder.create_builder_config(precision="float32"))
     return ConditionalNetwork(network.trt_network, (builder, network, model))
 
 
