@@ -140,7 +140,10 @@ class AttentionPlayer:
             keys = [sequence.keys.get(layer.layer, empty), _rotated(key[:, rows], places, layer.rotary_base)]
             values = [sequence.values.get(layer.layer, empty), value[:, rows]]
             assert keys[0].shape[1] == sequence.done, "tokens of the cache and of the step do not meet"
-            sequence.keys[layer.layer], sequence.values[layer.layer] = np.concatenate(keys, 1), np.concatenate(values, 1)
+            sequence.keys[layer.layer], sequence.values[layer.layer] = (
+                np.concatenate(keys, 1),
+                np.concatenate(values, 1),
+            )
             reads = np.arange(sequence.done + sequence.now) <= places[:, None]
             contexts.append(
                 _attention(

@@ -9,29 +9,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from conditional_network import run_network
 from harness_attention import AttentionPlayer, Sequence, mark_attention
-from harness_models import Question, expected, oracle, question, write_ranks
-from harness_network import MAX_BATCH, MAX_TOKENS, build_network, load_model
-from harness_ranks import mark_collectives
+from harness_models import PROMPT_TABLE, Question, expected, oracle, question, write_ranks
+from harness_network import MAX_BATCH, MAX_TOKENS, build_network, load_model, mark_collectives
 from layer_reading import Array
-
-PROMPT_TABLE = 64
 
 
 class InFlight:
     """The stages of a model, and requests in flight."""
 
-    def __init__(self, architecture: str, directory: Path, pp: int = 1) -> None:
-        self._architecture = architecture
-        checkpoint = write_ranks(architecture, directory, 1, pp)
+    def __init__(self, checkpoint: Path, directory: Path, pp: int = 1) -> None:
+        self._checkpoint = checkpoint
+        ranks = write_ranks(checkpoint, directory, 1, pp)
         mark_collectives()
         self._stages = []
         for rank in range(pp):
             layers = mark_attention()
-            network = build_network(load_model(checkpoint, rank), PROMPT_TABLE, "float32")
+            network = build_network(load_model(ranks, rank), PROMPT_TABLE, "float32")
             self._stages.append((network, layers))
         self._caches: dict[int, list[Sequence]] = {}
 
@@ -54,7 +52,7 @@ class InFlight:
         return result
 
     def _feeds(self, batch: list[tuple[int, Question, int]]) -> dict[str, Array]:
-        config = oracle(self._architecture).config
+        config = oracle(self._checkpoint).config
         hidden = config.llm.hidden_size
         columns = max(len(asked.features) for _, asked, _ in batch)
         table_rows = PROMPT_TABLE // MAX_BATCH
@@ -107,13 +105,13 @@ def _declared(tensor: object, given: Mapping[str, Array]) -> Array:
     return value
 
 
-def inflight_difference(architecture: str, directory: Path, pp: int = 1) -> tuple[float, float]:
+def inflight_difference(checkpoint: Path, directory: Path, pp: int = 1) -> tuple[float, float]:
     """Serve three requests, one of them text only, and one that joins late. Return the largest difference of a logit
     from the oracle's, and the largest logit."""
-    serving = InFlight(architecture, directory, pp)
+    serving = InFlight(checkpoint, directory, pp)
     tokens = 30
     with_tags, text, whole = (
-        question(architecture, tokens, kind, seed) for seed, kind in enumerate(("tags", "none", "all"))
+        question(checkpoint, tokens, kind, seed) for seed, kind in enumerate(("tags", "none", "all"))
     )
     prompt = 24  # the later tokens are "generated": their ranges are the last row of the prompt
     requests = {0: with_tags, 1: text, 2: whole}
@@ -131,7 +129,7 @@ def inflight_difference(architecture: str, directory: Path, pp: int = 1) -> tupl
         found = serving.step([(number, prompts[number], count) for number, count in step])
         for row, (number, count) in enumerate(step):
             read[number] += count
-            wanted = expected(architecture, requests[number], read[number])
+            wanted = expected(checkpoint, requests[number], read[number])
             assert np.isfinite(found[row]).all()
             difference = max(difference, float(np.abs(found[row, : len(wanted)] - wanted).max()))
             largest = max(largest, float(np.abs(wanted).max()))
@@ -142,3 +140,46 @@ def inflight_difference(architecture: str, directory: Path, pp: int = 1) -> tupl
 def _prompt(asked: Question, tokens: int) -> Question:
     """Return the request whose ranges are known up to its prompt's end."""
     return Question(asked.ids, asked.image_tokens, asked.features, asked.ranges[:tokens])
+
+
+def refusals_of_builds(checkpoint: Path, directory: Path) -> dict[str, str]:
+    """Ask our model class for builds that cannot work, and for one that can. Return its messages."""
+    import tensorrt_llm._utils
+    from tensorrt_llm.builder import Builder
+    from tensorrt_llm.network import net_guard
+    from tensorrt_llm.plugin import PluginConfig
+
+    mark_attention()
+    model = load_model(write_ranks(checkpoint, directory), 0)
+    sm_version = tensorrt_llm._utils.get_sm_version
+    # what our message names -> a change of the GPU, of the plugins or of the call
+    builds: dict[str, dict[str, Any]] = {
+        "as it should be": {},
+        "a GPU of SM 100 or later": {"sm": 100},
+        "--context_fmha disable": {"context_fmha": False},
+        "--remove_input_padding disable": {"remove_input_padding": False},
+        "--kv_cache_type other than paged": {"paged_kv_cache": False},
+        "LoRA": {"lora_plugin": "float32"},
+        "--max_beam_width above 1": {"max_beam_width": 2},
+        "speculative decoding": {"max_draft_len": 3},
+        "--gather_context_logits": {"gather_context_logits": True},
+    }
+    messages = {}
+    for name, changes in builds.items():
+        network = Builder().create_network()
+        network.plugin_config = PluginConfig()
+        plugins = {"gpt_attention_plugin": "float32", "paged_kv_cache": True, "use_fp8_context_fmha": False}
+        plugins |= {key: value for key, value in changes.items() if hasattr(network.plugin_config, key)}
+        for key, value in plugins.items():
+            setattr(network.plugin_config, key, value)
+        call = {key: value for key, value in changes.items() if key not in plugins and key != "sm"}
+        tensorrt_llm._utils.get_sm_version = lambda: changes.get("sm", 90)  # noqa: B023 (called in this round)
+        limits = {"max_batch_size": 4, "max_input_len": 64, "max_seq_len": 64, "max_num_tokens": 256}
+        try:
+            with net_guard(network):
+                model.prepare_inputs(**limits, use_cache=True, **call)
+            messages[name] = "accepted"
+        except ValueError as error:
+            messages[name] = str(error)
+    tensorrt_llm._utils.get_sm_version = sm_version
+    return messages

@@ -1,11 +1,12 @@
-"""Asks the trained tiny models, once our PyTorch oracle and once the networks that TensorRT-LLM's front end builds."""
+"""Asks tiny models, once our PyTorch oracle and once the networks that TensorRT-LLM's front end builds."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import torch
 from harness_network import MAX_BATCH
@@ -13,10 +14,12 @@ from harness_ranks import Ranks
 from layer_reading import Array
 
 from nvlm_trt.builders.tensorrt_llm_checkpoint import LlmQuantization, Mapping, write_llm_checkpoint
+from nvlm_trt.progress import no_progress
 from nvlm_trt.reference.model import ReferenceModel
 
-CHECKPOINTS = Path(__file__).parents[3] / "checkpoints"
 TILES = 2
+PROMPT_TABLE = 64
+DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -30,26 +33,26 @@ class Question:
 
 
 @cache
-def oracle(architecture: str) -> ReferenceModel:
-    """Load a trained tiny model, with its weights rounded to bf16 as in the ranks, and computing in float32."""
-    return ReferenceModel.from_checkpoint(CHECKPOINTS / f"nvlm-{architecture.lower()}-tiny", torch.bfloat16).float()
+def oracle(checkpoint: Path) -> ReferenceModel:
+    """Load a model with its weights rounded to bf16 as in the ranks. It computes in float32."""
+    return ReferenceModel.from_checkpoint(checkpoint, torch.bfloat16).float()
 
 
-def question(architecture: str, tokens: int = 24, kind: str = "tags", seed: int = 0) -> Question:
+def question(checkpoint: Path, tokens: int = 24, kind: str = "tags", seed: int = 0) -> Question:
     """Make a request of random tokens. `kind`: "tags" (two tags read their own tiles, later tokens everything), "all"
     (every token reads everything) or "none" (text only)."""
-    config = oracle(architecture).config
+    config = oracle(checkpoint).config
     random = np.random.default_rng(seed)
     hidden, per_tile = config.llm.hidden_size, config.tokens_per_tile
     with_image = kind != "none"
     ids = random.integers(0, 256, tokens)
     embeddings = np.zeros((0, hidden), np.float32)
-    if with_image and architecture in "DH":
+    if with_image and config.architecture in "DH":
         embeddings = random.standard_normal((4, hidden), dtype=np.float32)
         ids[5:9] = config.image_token_id
     ranges = np.zeros((tokens, 2), np.int64)
     features = np.zeros((1, hidden), np.float32)
-    if with_image and architecture in "XH":
+    if with_image and config.architecture in "XH":
         features = random.standard_normal((TILES * per_tile, hidden), dtype=np.float32)
         ranges[:] = (0, len(features)) if kind == "all" else (0, 0)
         if kind == "tags":
@@ -58,9 +61,9 @@ def question(architecture: str, tokens: int = 24, kind: str = "tags", seed: int 
 
 
 @torch.no_grad()
-def expected(architecture: str, asked: Question, tokens: int) -> Array:
+def expected(checkpoint: Path, asked: Question, tokens: int) -> Array:
     """Return the oracle's logits [vocab] after the first `tokens` tokens."""
-    model = oracle(architecture)
+    model = oracle(checkpoint)
     ids = torch.from_numpy(asked.ids)[None, :tokens]
     placeholders = int((ids == model.image_token_id).sum())
     image_tokens = torch.from_numpy(asked.image_tokens[:placeholders]) if placeholders else None
@@ -71,10 +74,10 @@ def expected(architecture: str, asked: Question, tokens: int) -> Array:
     return np.asarray(logits[0, -1])
 
 
-def feeds(architecture: str, asked: list[Question], lengths: list[int]) -> dict[str, Array]:
+def feeds(checkpoint: Path, asked: list[Question], lengths: list[int], dtype: str = "float32") -> dict[str, Array]:
     """Make the inputs of padded requests as TensorRT-LLM's runtime does: the prompt table, and a mask whose rows are
     True behind a request's own cross-attended tokens."""
-    config = oracle(architecture).config
+    config = oracle(checkpoint).config
     batch, width = len(asked), max(lengths)
     hidden, columns = config.llm.hidden_size, max(len(one.features) for one in asked)
     table_rows = max(1, *(len(one.image_tokens) for one in asked))
@@ -96,41 +99,56 @@ def feeds(architecture: str, asked: list[Question], lengths: list[int]) -> dict[
         "position_ids": np.tile(np.arange(width, dtype=np.int32), (batch, 1)),
         "attention_mask": attention,
         "last_token_ids": np.array(lengths, np.int32),
-        "prompt_embedding_table": table,
+        "prompt_embedding_table": table.astype(DTYPES[dtype]),
         "tasks": np.arange(batch, dtype=np.int32)[:, None],
         "prompt_vocab_size": np.array([table_rows], np.int32),
-        "encoder_output": output,
+        "encoder_output": output.astype(DTYPES[dtype]),
         "encoder_input_lengths": np.array([len(one.features) for one in asked], np.int32),
         "cross_attention_mask": mask,
         "skip_cross_attn_blocks": np.array([not any(one.ranges.any() for one in asked)]),
     }
 
 
-def write_ranks(architecture: str, directory: Path, tp: int = 1, pp: int = 1) -> Path:
-    """Write the ranks of a tiny model with the product's writer."""
-    config = oracle(architecture).config
-    source = CHECKPOINTS / f"nvlm-{architecture.lower()}-tiny"
+def write_ranks(checkpoint: Path, directory: Path, tp: int = 1, pp: int = 1) -> Path:
+    """Write the ranks of a model with the product's writer."""
+    config = oracle(checkpoint).config
     limit = TILES * config.tokens_per_tile if config.cross_layers else 0
-    write_llm_checkpoint(source, config, directory, LlmQuantization(), Mapping(tp, pp), limit, lambda *_: None)
+    write_llm_checkpoint(checkpoint, config, directory, LlmQuantization(), Mapping(tp, pp), limit, no_progress)
     return directory
 
 
-def differences(architecture: str, directory: Path, tp: int = 1, pp: int = 1) -> tuple[float, float]:
-    """Ask the ranks of a tiny model, alone and in one batch, in all kinds and after several tokens of the prompt.
+def padded_difference(
+    checkpoint: Path, directory: Path, tp: int = 1, pp: int = 1, dtype: str = "float32"
+) -> tuple[float, float]:
+    """Ask the ranks of a model, alone and in one batch, in all kinds and after several tokens of the prompt.
 
     Return the largest difference of a logit from the oracle's, and the largest logit."""
-    ranks = Ranks(write_ranks(architecture, directory, tp, pp), tp, pp, prompt_table=64 if architecture != "X" else 0)
-    requests = {kind: question(architecture, 24, kind, seed) for seed, kind in enumerate(("tags", "all", "none"))}
+    ranks = Ranks(write_ranks(checkpoint, directory, tp, pp), tp, pp, PROMPT_TABLE, dtype)
+    requests = {kind: question(checkpoint, 24, kind, seed) for seed, kind in enumerate(("tags", "all", "none"))}
     batches = [[("tags", tokens)] for tokens in (3, 4, 7, 24)]
     batches += [[("all", 24)], [("none", 24)], [("tags", 24), ("none", 15), ("all", 9)]]
     assert max(map(len, batches)) <= MAX_BATCH
     difference = largest = 0.0
     for batch in batches:
         asked, lengths = [requests[kind] for kind, _ in batch], [tokens for _, tokens in batch]
-        found = ranks.run(feeds(architecture, asked, lengths))
+        found = ranks.run(feeds(checkpoint, asked, lengths, dtype))
         for row, (one, tokens) in enumerate(zip(asked, lengths, strict=True)):
-            wanted = expected(architecture, one, tokens)
+            wanted = expected(checkpoint, one, tokens)
             assert np.isfinite(found[row]).all()
             difference = max(difference, float(np.abs(found[row, : len(wanted)] - wanted).max()))
             largest = max(largest, float(np.abs(wanted).max()))
     return difference, largest
+
+
+def text_is_untouched(checkpoint: Path, directory: Path) -> bool:
+    """Ask text only, beside a request with an image, with features of zeros and of NaN, and alone with the blocks
+    skipped and not. Return whether the logits are the same bits."""
+    ranks = Ranks(write_ranks(checkpoint, directory), 1, 1, PROMPT_TABLE)
+    text, other = question(checkpoint, 24, "none"), question(checkpoint, 24, "tags")
+    unreadable = replace(text, features=np.full_like(text.features, np.nan))
+    beside = [ranks.run(feeds(checkpoint, [asked, other], [24, 24]))[0] for asked in (text, unreadable)]
+    alone = feeds(checkpoint, [text], [24])
+    assert alone["skip_cross_attn_blocks"].all()
+    not_skipped = {**alone, "skip_cross_attn_blocks": np.array([False])}
+    skipping = [ranks.run(given)[0] for given in (alone, not_skipped)]
+    return all(np.isfinite(a).all() and a.tobytes() == b.tobytes() for a, b in (beside, skipping))

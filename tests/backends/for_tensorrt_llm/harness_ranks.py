@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from harness_network import ALLGATHER, ALLREDUCE, build_network, load_model, mark_collectives
 from conditional_network import ConditionalNetwork, run_network
+from harness_network import ALLGATHER, ALLREDUCE, build_network, load_model, mark_collectives
 from layer_reading import Array
 
 
@@ -19,10 +19,7 @@ class Ranks:
     def __init__(self, checkpoint: Path, tp: int, pp: int, prompt_table: int = 0, dtype: str = "float32") -> None:
         mark_collectives()
         self.stages = [
-            [
-                build_network(load_model(checkpoint, stage * tp + rank, dtype), prompt_table)
-                for rank in range(tp)
-            ]
+            [build_network(load_model(checkpoint, stage * tp + rank, dtype), prompt_table) for rank in range(tp)]
             for stage in range(pp)
         ]
 
