@@ -1,4 +1,4 @@
-"""Runs networks that TensorRT-LLM's front end built: they have conditionals, and layers that our own graphs have not."""
+"""Runs networks of TensorRT-LLM's front end: they have conditionals, and layers that our own graphs have not."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ ARCHITECTURES = ("NVLM_X", "NVLM_H")
 _FIRST_SM_WITHOUT_PACKED_MASKS = 100
 
 
-class NvlmConfig(QWenConfig):  # type: ignore[misc]
+class NvlmConfig(QWenConfig):
     """Holds a checkpoint's config.json: QWenConfig's keys and the cross-attention's. Refuses any other key."""
 
     def __init__(
@@ -135,7 +135,7 @@ class CrossAttentionInputs:
     skip: Tensor | None  # [1] bool: no request of the batch has an image
 
 
-class GatedCrossAttentionLayer(Module):  # type: ignore[misc]
+class GatedCrossAttentionLayer(Module):
     """Computes x + tanh(gate_attn) * attention(norm(x), image), then, with an FFN, x + tanh(gate_ffwd) * mlp(norm(x)).
 
     Selects x itself for a token that sees no image, bit for bit. A row without keys may compute NaN: the selection
@@ -217,7 +217,7 @@ class GatedCrossAttentionLayer(Module):  # type: ignore[misc]
         return y + _gate(self.gate_ffwd) * self.mlp(self.post_layernorm(y))
 
 
-class NvlmModel(Module):  # type: ignore[misc]
+class NvlmModel(Module):
     """Holds embedding, layers and final norm of one pipeline stage. Layers are numbered within the stage."""
 
     def __init__(self, config: NvlmConfig) -> None:
@@ -262,7 +262,7 @@ class NvlmModel(Module):  # type: ignore[misc]
         return self.ln_f(x) if self.mapping.is_last_pp_rank() else send(x, self.mapping.next_pp_rank())
 
 
-class NvlmForCausalLM(PretrainedModel):  # type: ignore[misc]
+class NvlmForCausalLM(PretrainedModel):
     """Builds the network of one rank: `from_checkpoint`, `prepare_inputs`, `forward`, as TensorRT-LLM calls them."""
 
     config_class = NvlmConfig

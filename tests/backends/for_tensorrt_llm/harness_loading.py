@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import re
 import shutil
@@ -11,6 +13,7 @@ from typing import Any
 import torch
 from harness_models import oracle, write_ranks
 from harness_network import load_model
+from harness_signatures import METHODS, SIGNATURES, Signature, functions, members
 from safetensors.torch import load_file, save_file
 
 
@@ -75,3 +78,41 @@ def config_survives_the_engine(checkpoint: Path, directory: Path) -> bool:
 
 
 _COMPLETED = {"mapping", "quantization", "qwen_type"}  # TensorRT-LLM adds keys to these
+
+
+def signature_differences(checkpoint: Path, directory: Path) -> list[str]:
+    """Compare the list of signatures with the package itself. Return what does not fit."""
+    found = []
+    entries = [(module, "", text) for module, text in SIGNATURES.items()]
+    entries += [(module, owner, text) for (module, owner), text in METHODS.items()]
+    for module, owner, text in entries:
+        package = importlib.import_module(module)
+        holder = getattr(package, owner) if owner else package
+        for name, listed in functions(text):
+            real = getattr(holder, name, None)
+            if real is None:
+                found.append(f"{module} {owner} {name} is not there")
+            elif problem := _difference(listed, real, isinstance(inspect.getattr_static(holder, name), staticmethod)):
+                found.append(f"{module} {owner} {name}: {problem}")
+        for name, listed_members in members(text):
+            found += [
+                f"{name} has no {member}" for member in listed_members if not hasattr(getattr(holder, name), member)
+            ]
+    return found
+
+
+def _difference(listed: Signature, real: Any, is_static: bool) -> str | None:
+    try:
+        parameters = inspect.signature(real.__init__ if inspect.isclass(real) else real).parameters
+    except ValueError:  # a partial of a builtin
+        return None
+    is_method = inspect.isclass(real) or ("self" in parameters and not is_static)
+    positional = [p.name for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD][is_method:]
+    if missing := {*listed.positional, *listed.keyword_only} - parameters.keys():
+        return f"has no {sorted(missing)}"
+    required_first = [name for name in listed.positional if name in listed.required]
+    if positional[: len(required_first)] != required_first:
+        return f"takes {positional} in this order"
+    kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    required = {p.name for p in parameters.values() if p.default is p.empty and p.kind not in kinds} - {"self"}
+    return f"requires {sorted(required)}" if required != listed.required else None

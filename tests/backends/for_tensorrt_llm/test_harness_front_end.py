@@ -17,7 +17,7 @@ import harness_loading
 import harness_models
 import pytest
 from child_process import child_process
-from harness_source import VARIABLE, import_tensorrt_llm
+from harness_source import VARIABLE, import_tensorrt_llm, version
 from stages import tiny_config
 
 from nvlm_trt.checkpoint.random_checkpoint import write_random_checkpoint
@@ -25,7 +25,7 @@ from nvlm_trt.checkpoint.random_checkpoint import write_random_checkpoint
 SOURCE = os.environ.get(VARIABLE)
 CHECKPOINTS = Path(__file__).parents[3] / "checkpoints"
 TOLERANCE = 1e-5  # of the largest logit, in float32
-QK_NORM = {"qk_norm": True, "ffn": False, "interval": 2}
+QK_NORM = "X without FFN, with qk-norm"  # a random checkpoint; the others are trained
 
 pytestmark = pytest.mark.skipif(
     not SOURCE, reason=f"set {VARIABLE} to a TensorRT-LLM source tree, or to the folder that holds its tensorrt_llm/"
@@ -48,9 +48,10 @@ def ask(front_end: ProcessPoolExecutor, tmp_path: Path) -> Ask:
 
     def call(function: Callable[..., Any], name: str, *arguments: Any, **keywords: Any) -> Any:
         checkpoint = CHECKPOINTS / f"nvlm-{name.lower()}-tiny"
-        if name == "X without FFN, with qk-norm":
+        if name == QK_NORM:
             checkpoint = tmp_path / "checkpoint"
-            write_random_checkpoint(checkpoint, tiny_config("X", cross_attention=QK_NORM), seed=3)
+            cross = {"qk_norm": True, "ffn": False, "interval": 2}
+            write_random_checkpoint(checkpoint, tiny_config("X", cross_attention=cross), seed=3)
         return front_end.submit(function, checkpoint, tmp_path / "ranks", *arguments, **keywords).result()
 
     return call
@@ -65,7 +66,7 @@ def ask(front_end: ProcessPoolExecutor, tmp_path: Path) -> Ask:
         ("X", 2, 1),
         ("X", 1, 3),
         ("H", 1, 1),
-        ("X without FFN, with qk-norm", 1, 1),
+        (QK_NORM, 1, 1),
     ],
 )
 def test_padded_prompts(ask: Ask, name: str, tp: int, pp: int) -> None:
@@ -82,7 +83,7 @@ def test_bfloat16(ask: Ask, name: str) -> None:
     assert difference < 0.03 * largest
 
 
-@pytest.mark.parametrize(("name", "pp"), [("D", 1), ("X", 1), ("X", 3), ("H", 1), ("X without FFN, with qk-norm", 1)])
+@pytest.mark.parametrize(("name", "pp"), [("D", 1), ("X", 1), ("X", 3), ("H", 1), (QK_NORM, 1)])
 def test_in_flight_batching(ask: Ask, name: str, pp: int) -> None:
     """The network with the attention plugin, whose kernels are played: chunked prompts beside generation."""
     difference, largest = ask(harness_inflight.inflight_difference, name, pp)
@@ -114,6 +115,12 @@ def test_damaged_ranks_are_refused(ask: Ask, name: str) -> None:
     for what, message in ask(harness_loading.refusals_of_tensors, name).items():
         if what != "missing lm_head.weight":
             assert what.split()[1] in message, (what, message)
+
+
+def test_the_signatures_are_the_packages(ask: Ask) -> None:
+    assert SOURCE
+    older = ["tensorrt_llm._utils  get_sm_version is not there"] if version(Path(SOURCE)).startswith("0.") else []
+    assert ask(harness_loading.signature_differences, "X") == older
 
 
 @pytest.mark.parametrize(
