@@ -94,10 +94,12 @@ class SplitModel:
         self.prompt = _prompt(self.config)
         self.calibration = _calibrate(self.reference, self.prompt)
 
-    def quantization(self, precision: str, mapping: Mapping, cross: str | None = None) -> LlmQuantization:
+    def quantization(
+        self, precision: str, mapping: Mapping, cross: str | None = None, alpha: float = ALPHA
+    ) -> LlmQuantization:
         precisions = dict.fromkeys(COMPONENTS, "bf16")
         precisions |= {"decoder": precision, "cross_attention": cross or precision}
-        return llm_quantization(self.checkpoint, self.config, mapping, precisions, self.calibration, ALPHA)
+        return llm_quantization(self.checkpoint, self.config, mapping, precisions, self.calibration, alpha)
 
     def write(self, directory: Path, quantization: LlmQuantization, mapping: Mapping, dtype: str = "bf16") -> None:
         write_llm_checkpoint(

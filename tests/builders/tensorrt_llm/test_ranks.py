@@ -83,6 +83,15 @@ def test_blocks_may_stay_unquantised(tmp_path: Path, split_model: Models, precis
     assert difference(want, model.logits(quantization)) > 1e-3
 
 
+def test_int8_without_smoothquant(tmp_path: Path, split_model: Models) -> None:
+    """Inputs saturate at the calibration's clip; SmoothQuant would have moved the outliers that it cuts."""
+    model, mapping = split_model("D"), Mapping(2, 1)
+    quantization = model.quantization("int8", mapping, alpha=0)
+    assert not quantization.factors
+    model.write(tmp_path, quantization, mapping)
+    assert difference(logits_of(tmp_path, model), model.logits(quantization)) < TOLERANCE
+
+
 def test_fp16(tmp_path: Path, split_model: Models) -> None:
     model = split_model("H")
     model.write(tmp_path, LlmQuantization(), Mapping(2, 1), dtype="fp16")

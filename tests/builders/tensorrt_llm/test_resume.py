@@ -15,7 +15,7 @@ import pytest
 from split_models import MAX_ENCODER_LEN, SplitModel
 
 from nvlm_trt.builders.tensorrt_llm import rank_files
-from nvlm_trt.builders.tensorrt_llm.journal import JOURNAL
+from nvlm_trt.builders.tensorrt_llm.journal import JOURNAL, Journal
 from nvlm_trt.builders.tensorrt_llm.mapping import Mapping
 from nvlm_trt.builders.tensorrt_llm.tensor_file import TensorFile
 from nvlm_trt.builders.tensorrt_llm_checkpoint import LlmQuantization, check_llm_checkpoint, write_llm_checkpoint
@@ -97,7 +97,7 @@ def test_goes_on(tmp_path: Path, split_model: Models, monkeypatch: pytest.Monkey
     _, *done = (directory / JOURNAL).read_text().splitlines()
     assert bool(done) == (fraction > 0)
     with (directory / JOURNAL).open("a") as journal:
-        journal.write("stage 1 lm_head.wei")  # killed in the middle of a line
+        journal.write("stage 1 lm_head.weight")  # killed before the end of the line
     names = written_names(monkeypatch)
     seen: list[float] = []
     write_llm_checkpoint(
@@ -143,7 +143,9 @@ def test_a_killed_writer_goes_on(tmp_path: Path, split_model: Models, monkeypatc
     assert not again(done, names)
 
 
-@pytest.mark.parametrize("change", ["precision", "split", "dtype", "scales", "weights", "a file"])
+@pytest.mark.parametrize(
+    "change", ["precision", "split", "dtype", "scales", "weights", "a missing file", "a shorter file"]
+)
 def test_starts_anew_for_anything_else(
     tmp_path: Path, split_model: Models, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
@@ -175,14 +177,41 @@ def test_starts_anew_for_anything_else(
         calibration = quantization.calibration.model_copy(deep=True)
         next(iter(calibration.linears.values())).abs_max *= 1.01
         quantization = LlmQuantization("FP8", "FP8", calibration=calibration)
-    else:
+    elif change == "a missing file":
         (directory / "rank1.safetensors").unlink()
+    else:
+        os.truncate(directory / "rank1.safetensors", 10_000)
     write_it = partial(write, model, quantization=quantization, mapping=mapping, dtype=dtype)
     write_it(directory=tmp_path / "whole")
     names = written_names(monkeypatch)
     write_it(directory=directory)
     assert contents(directory) == contents(tmp_path / "whole")
     assert "rank0.safetensors transformer.vocab_embedding.weight" in names
+
+
+def test_data_is_safe_before_the_journal_names_it(
+    tmp_path: Path, split_model: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut keeps what was synced, in whatever order the disk likes."""
+    unsafe: set[Path] = set()
+    write_tensor, sync, add = TensorFile.write, TensorFile.sync, Journal.add
+
+    def written(self: TensorFile, *arguments: object) -> int:
+        unsafe.add(self.path)
+        return write_tensor(self, *arguments)
+
+    def synced(self: TensorFile) -> None:
+        sync(self)
+        unsafe.discard(self.path)
+
+    def added(self: Journal, names: list[str]) -> None:
+        assert not unsafe
+        add(self, names)
+
+    monkeypatch.setattr(TensorFile, "write", written)
+    monkeypatch.setattr(TensorFile, "sync", synced)
+    monkeypatch.setattr(Journal, "add", added)
+    write(split_model("D"), tmp_path / "ranks", LlmQuantization())
 
 
 def test_a_finished_directory_is_written_anew(tmp_path: Path, split_model: Models) -> None:
