@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 from layer_meanings import HONEST, Meaning
 from layer_reading import Array, Layer, Tensor
-from network_operators import OPERATORS
+from network_operators import OPERATORS, Operator
 from parsed_network import ParsedNetwork
 
 _HALF = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
@@ -24,6 +24,7 @@ _ROUNDED_ONCE = {
     "NORMALIZATION",
     "REDUCE",
     "ROTARY_EMBEDDING",
+    "SOFTMAX",
     "UNARY",
 }
 
@@ -37,6 +38,7 @@ def run(
     feeds: Mapping[str, Array],
     meaning: Meaning = HONEST,
     adopt: Callable[[str, Array], Array] = lambda name, value: value,
+    operators: Mapping[str, Operator] = OPERATORS,
 ) -> dict[str, Array]:
     """Run every layer. Return name -> value of the network's outputs.
 
@@ -54,7 +56,10 @@ def run(
             continue
         try:
             value = _output(
-                layer, [None if tensor is None else values[tensor.name] for tensor in layer.inputs], meaning
+                operators[layer.kind],
+                layer,
+                [None if tensor is None else values[tensor.name] for tensor in layer.inputs],
+                meaning,
             )
             layer.output.check(value)
         except Exception as error:
@@ -65,8 +70,7 @@ def run(
     return {tensor.name: values[tensor.name] for tensor in parsed.outputs}
 
 
-def _output(layer: Layer, inputs: list[Array | None], meaning: Meaning) -> Array:
-    operator = OPERATORS[layer.kind]
+def _output(operator: Operator, layer: Layer, inputs: list[Array | None], meaning: Meaning) -> Array:
     types = {x.dtype for x in inputs if x is not None and x.dtype in _HALF}
     if layer.kind not in _ROUNDED_ONCE or not types:
         return np.asarray(operator(layer.api, inputs, meaning))

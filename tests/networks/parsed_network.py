@@ -69,7 +69,9 @@ class ParsedNetwork:
     @cached_property
     def layers(self) -> list[Layer]:
         """Every layer, after the layers whose outputs it reads."""
-        layers = [Layer.of(self.network.get_layer(i)) for i in range(self.network.num_layers)]
+        return self._ordered([Layer.of(self.network.get_layer(i)) for i in range(self.network.num_layers)])
+
+    def _ordered(self, layers: list[Layer]) -> list[Layer]:
         maker = {layer.output.name: layer for layer in layers}
         assert len(maker) == len(layers), "two tensors have one name"
         given = {tensor.name for tensor in self.inputs}

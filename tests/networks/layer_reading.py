@@ -1,4 +1,4 @@
-"""Reads the layers of a parsed TensorRT-RTX network: kinds, tensors and the values of constants.
+"""Reads the layers of a TensorRT-RTX network: kinds, tensors and the values of constants.
 
 Importing this module skips the importing tests where TensorRT-RTX's Python bindings are not installed.
 """
@@ -32,19 +32,23 @@ NUMPY: dict[str, Any] = {
     "INT64": np.int64,
     "BOOL": np.bool_,
 }
-# The kinds that the product's graphs become. A network with another kind is refused until an operator runs it.
+# The kinds that the product's graphs become, and those of TensorRT-LLM's front end. A network with another kind is
+# refused, and `network_interpreter.run` refuses the kinds for which it is given no operator.
 LAYERS: dict[str, type] = {
     "ACTIVATION": trt.IActivationLayer,
     "ATTENTION_INPUT": trt.IAttentionInputLayer,
     "ATTENTION_OUTPUT": trt.IAttentionOutputLayer,
     "CAST": trt.ICastLayer,
     "CONCATENATION": trt.IConcatenationLayer,
+    "CONDITIONAL_INPUT": trt.IIfConditionalInputLayer,
+    "CONDITIONAL_OUTPUT": trt.IIfConditionalOutputLayer,
     "CONSTANT": trt.IConstantLayer,
     "CUMULATIVE": trt.ICumulativeLayer,
     "DEQUANTIZE": trt.IDequantizeLayer,
     "ELEMENTWISE": trt.IElementWiseLayer,
     "FILL": trt.IFillLayer,
     "GATHER": trt.IGatherLayer,
+    "IDENTITY": trt.IIdentityLayer,
     "KV_CACHE_UPDATE": trt.IKVCacheUpdateLayer,
     "MATRIX_MULTIPLY": trt.IMatrixMultiplyLayer,
     "NORMALIZATION": trt.INormalizationLayer,
@@ -55,6 +59,7 @@ LAYERS: dict[str, type] = {
     "SHAPE": trt.IShapeLayer,
     "SHUFFLE": trt.IShuffleLayer,
     "SLICE": trt.ISliceLayer,
+    "SOFTMAX": trt.ISoftMaxLayer,
     "SQUEEZE": trt.ISqueezeLayer,
     "UNARY": trt.IUnaryLayer,
     "UNSQUEEZE": trt.IUnsqueezeLayer,
