@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from nvlm_trt import strict_json
-from nvlm_trt.backends.tensorrt_llm.contract import VERSION
+from nvlm_trt.backends.tensorrt_llm.contract import CONTAINER, VERSION
 from nvlm_trt.backends.tensorrt_llm.record import RtllmRecord, record_of
 from nvlm_trt.bounded_file import CONFIG_BYTES, read_bounded
 from nvlm_trt.engine import Engine
@@ -45,8 +45,8 @@ class BuiltConfig(BaseModel):
 
 
 def check_engine_files(engine: Engine) -> RtllmRecord:
-    """Return the record of an engine that can be loaded. Raises EngineError for a checkpoint that was not built yet, for
-    another version, and for engines that were built for other sizes than the manifest says."""
+    """Return the record of an engine that can be loaded. Raises EngineError for a checkpoint that was not built yet,
+    for another version, and for engines that were built for other sizes than the manifest says."""
     record = record_of(engine)
     if record.form == "checkpoint":
         raise EngineError(
@@ -55,8 +55,8 @@ def check_engine_files(engine: Engine) -> RtllmRecord:
         )
     if record.version != VERSION:
         raise EngineError(
-            f"engine {engine.path} was built by TensorRT-LLM {record.version}, this nvlm-trt runs {VERSION}; rebuild it "
-            f"in {record.container}"
+            f"engine {engine.path} was built by TensorRT-LLM {record.version}, this nvlm-trt runs {VERSION}; rebuild "
+            f"it in {CONTAINER}"
         )
     folder = engine.path / ENGINE_FOLDER
     for rank in range(record.ranks):

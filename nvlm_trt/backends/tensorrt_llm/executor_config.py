@@ -37,8 +37,8 @@ def executor_config(
 
 
 def cached_tokens(limits: EngineLimits, record: RtllmRecord) -> int:
-    """Return the tokens that each pool of the KV cache holds: those of all slots, in whole blocks. One number bounds the
-    pools of self-attention and of cross-attention."""
+    """Return the tokens that each pool of the KV cache holds: those of all slots, in whole blocks. One number bounds
+    the pools of self-attention and of cross-attention."""
     longest = max(limits.max_seq_len, record.max_encoder_len)
     return limits.max_slots * -(-longest // _BLOCK) * _BLOCK
 

@@ -74,8 +74,8 @@ class FeatureMaker:
 def digest_of(embeddings: torch.Tensor) -> int:
     """Return a uint64 of embeddings [m, hidden], at least 1; 0 without rows.
 
-    Of the numbers that the LLM reads, not of the image's file: KV that is reused under this digest was computed from the
-    same numbers, wherever they were encoded."""
+    The digest is that of the numbers that the LLM reads, not of the image's file: KV that is reused under it was
+    computed from the same numbers, wherever they were encoded."""
     import torch
 
     if not len(embeddings):

@@ -86,8 +86,8 @@ class RequestMaker:
             return None
         if size > self._record.max_prompt_table:
             raise TooLargeError(
-                f"the images have {size} image embeddings, the engine takes {self._record.max_prompt_table} per request; "
-                "send fewer images, lower max_tiles, or rebuild with a larger --max-seq-len"
+                f"the images have {size} image embeddings, the engine takes {self._record.max_prompt_table} per "
+                "request; send fewer images, lower max_tiles, or rebuild with a larger --max-seq-len"
             )
         if self._config.cross_layers:  # reuses no KV
             return self._bindings.prompt_tuning_config(_joined(rows))

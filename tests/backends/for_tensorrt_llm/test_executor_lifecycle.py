@@ -75,17 +75,28 @@ def test_cancelled_while_it_generates(opened: Opened, executors: list[Any], name
     assert pipeline.metrics().generator.requests_finished["cancelled"] == 1
 
 
-def test_cancelled_between_two_chunks_of_its_prompt(opened: Opened, executors: list[Any]) -> None:
-    pipeline = opened("nvlm-d-tiny")
-    pipeline.generate(chat("warm"))
-    executors[0].paused.set()
+def test_cancelled_between_two_chunks_of_its_prompt(
+    opened: Opened, executors: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline, executor = opened("nvlm-d-tiny"), executors[0]
+    step = executor._step
+
+    def one_chunk(active: list[Any]) -> list[Any]:
+        executor.paused.set()
+        responses: list[Any] = step(active)
+        return responses
+
+    monkeypatch.setattr(executor, "_step", one_chunk)
     listener, request = submit(pipeline, long("A long prompt. " * 25))
-    wait_until(lambda: len(executors[0].received) == 1)
+    wait_until(lambda: executor.steps == [(0, 40)])
     request.cancel()
     assert listener.done.wait(WAIT)  # the executor has not answered yet
     assert listener.deltas[-1].finish_reason == "cancelled"
     assert pipeline.metrics().generator.free_slots == 2
-    executors[0].paused.clear()
+    monkeypatch.setattr(executor, "_step", step)
+    executor.paused.clear()
+    with executor._changed:
+        executor._changed.notify_all()
     deltas = list(pipeline.generate(chat("Next.", max_tokens=3, ignore_eos=True)))
     assert len(tokens_of(deltas)) == 3
     wait_until(lambda: pipeline.metrics().generator.free_slots == 3)
