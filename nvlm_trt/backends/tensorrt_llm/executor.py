@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
-from nvlm_trt.backends.base import BackendArray, FloatArray, ImageFeatures, StepBackend
+from nvlm_trt.backends.base import BackendArray, FloatArray, ImageFeatures
+from nvlm_trt.backends.spec import OpenVision
 from nvlm_trt.backends.tensorrt_llm.contract import Bindings, Executor
 from nvlm_trt.backends.tensorrt_llm.contract import Request as ExecutorRequest
 from nvlm_trt.backends.tensorrt_llm.engine_files import ENGINE_FOLDER, check_engine_files
@@ -28,33 +30,28 @@ class ExecutorGenerator(GeneratorThread):
     """Implements `TextGenerator`. Calls `on_delta` and `on_error` on a thread of its own."""
 
     def __init__(
-        self, engine: Engine, tokenizer: Tokenizer, vision: StepBackend | None, device: str, max_queue: int
+        self, engine: Engine, tokenizer: Tokenizer, open_vision: OpenVision | None, device: str, max_queue: int
     ) -> None:
-        """Load an engine, and take over `vision`, its vision encoder. At most `max_queue` requests wait for a slot.
+        """Load an engine and, with `open_vision`, its vision encoder. At most `max_queue` requests wait for a slot.
 
         Raises EngineError for an engine that this process, or this launch, cannot run."""
-        record = check_engine_files(engine)
-        launch = Launch.of()
-        launch.check(f"engine {engine.path}", record.tp, record.pp)
-        if launch.rank:
-            raise EngineError(
-                f"rank {launch.rank} of this launch serves nobody, rank 0 does; start "
-                f"`python -m nvlm_trt.backends.tensorrt_llm.worker {engine.path}` on it"
-            )
-        check_device(device)
-        self._bindings = import_bindings()
         config = engine.config
         assert config.image_token_id is not None, "read_config takes image_token_id from the tokenizer"
+        record = check_engine_files(engine)
+        check_rank(engine, record)
+        check_device(device)
+        bindings, dtype = import_bindings(), torch_dtype(record.dtype)
         self._vocab_size = config.llm.vocab_size
-        self._images = FeatureMaker(engine, tokenizer, record.dtype, device)
-        self._requests = RequestMaker(
-            self._bindings, config, record, tokenizer.stop_ids, torch_dtype(record.dtype), device
-        )
-        self._executor = load_executor(self._bindings, engine, record)
-        self._vision = vision
+        self._images = FeatureMaker(engine, tokenizer, dtype, device)
+        self._requests = RequestMaker(bindings, config, record, tokenizer.stop_ids, dtype, device)
+        with contextlib.ExitStack() as stack:
+            # before the LLM, which takes what it needs of the memory that is left
+            self._vision = stack.enter_context(open_vision()) if open_vision else None
+            self._executor = load_executor(bindings, engine, record)
+            stack.pop_all()  # `close` closes the vision encoder
         steps = ExecutorSteps(
             self._executor,
-            self._bindings.finish_reason,
+            bindings.finish_reason,
             self._make_request,
             engine.limits,
             config.image_token_id,
@@ -89,6 +86,17 @@ class ExecutorGenerator(GeneratorThread):
 
     def _make_request(self, request: Request, max_tokens: int) -> ExecutorRequest:
         return self._requests.make(request.prompt, request.images, request.sampling, max_tokens)
+
+
+def check_rank(engine: Engine, record: RtllmRecord) -> None:
+    """Raise EngineError for a launch of another size than the engine's, and on every rank but the one that answers."""
+    launch = Launch.of()
+    launch.check(f"engine {engine.path}", record.tp, record.pp)
+    if launch.rank:
+        raise EngineError(
+            f"rank {launch.rank} of this launch serves nobody, rank 0 does; start "
+            f"`python -m nvlm_trt.backends.tensorrt_llm.worker {engine.path}` on it"
+        )
 
 
 def load_executor(bindings: Bindings, engine: Engine, record: RtllmRecord) -> Executor:

@@ -61,11 +61,11 @@ def parameter_class(name: str) -> type:
     """Makes a class that keeps the arguments of its constructor, as attributes."""
     declared = getattr(contract, name).__init__
 
-    def __init__(self: Any, *arguments: Any, **keywords: Any) -> None:
+    def keep(self: Any, *arguments: Any, **keywords: Any) -> None:
         values = bind(declared, self, *arguments, **keywords)
         vars(self).update({key: value for key, value in values.items() if key != "self"})
 
-    return type(name, (), {"__init__": __init__})
+    return type(name, (), {"__init__": keep})
 
 
 def executor_module(executor: type) -> types.ModuleType:

@@ -26,7 +26,9 @@ from nvlm_trt.errors import EngineError, ParameterError
 
 BINDINGS = contract.Bindings.of(executor_module(FakeExecutor))
 VOCAB = 152_064
-CLASSES = [name for name, one in vars(contract).items() if isinstance(one, type) and one.__module__ == contract.__name__]
+CLASSES = [
+    name for name, one in vars(contract).items() if isinstance(one, type) and one.__module__ == contract.__name__
+]
 
 
 def is_installed() -> bool:

@@ -69,7 +69,9 @@ def write_engine_directory(
 
 def rewrite(engine: Engine, **record: Any) -> Engine:
     """Changes the record of an engine, and notes the files as they are now."""
-    manifest = engine.manifest.model_copy(update={"backend_record": {**(engine.manifest.backend_record or {}), **record}})
+    manifest = engine.manifest.model_copy(
+        update={"backend_record": {**(engine.manifest.backend_record or {}), **record}}
+    )
     write_manifest(engine.path, manifest)
     return Engine.open(engine.path)
 
