@@ -154,7 +154,13 @@ class CommunicationMode:
 class ParallelConfig:
     """Says how the ranks of an engine talk."""
 
-    def __init__(self, *, communication_type: Any, communication_mode: Any) -> None:
+    def __init__(
+        self,
+        *,
+        communication_type: Any,
+        communication_mode: Any,
+        device_ids: list[int] | None = None,  # None: rank r runs on GPU r of its node
+    ) -> None:
         raise NotImplementedError
 
 

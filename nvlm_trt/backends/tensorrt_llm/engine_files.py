@@ -31,6 +31,7 @@ class _ModelPart(BaseModel):
 class _BuildPart(BaseModel):
     max_batch_size: int
     max_seq_len: int
+    max_input_len: int  # of a prompt
     max_num_tokens: int
     max_prompt_embedding_table_size: int = 0  # rows of all requests of a batch
     max_encoder_input_len: int = 0
@@ -89,6 +90,7 @@ def _compare(path: Path, built: BuiltConfig, engine: Engine, record: RtllmRecord
     at_least = [
         ("max_batch_size", build.max_batch_size, limits.max_slots),
         ("max_seq_len", build.max_seq_len, limits.max_seq_len),
+        ("max_input_len", build.max_input_len, limits.max_seq_len - 1),
         ("max_num_tokens", build.max_num_tokens, record.max_num_tokens),
         ("max_prompt_embedding_table_size / max_batch_size", table_rows, record.max_prompt_table),
     ]

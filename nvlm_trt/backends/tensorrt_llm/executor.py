@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from typing import Any
 
 from nvlm_trt.backends.base import BackendArray, FloatArray, ImageFeatures
@@ -17,13 +18,15 @@ from nvlm_trt.backends.tensorrt_llm.record import RtllmRecord
 from nvlm_trt.backends.tensorrt_llm.requests import RequestMaker
 from nvlm_trt.backends.tensorrt_llm.runtime import import_bindings
 from nvlm_trt.backends.tensorrt_llm.sampling_config import check_sampling
-from nvlm_trt.backends.tensorrt_llm.steps import ExecutorSteps
+from nvlm_trt.backends.tensorrt_llm.steps import ExecutorSteps, first_line
 from nvlm_trt.backends.tensorrt_llm.torch_device import check_device, torch_dtype
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import EngineError
 from nvlm_trt.prompt.tokenizer import Tokenizer
 from nvlm_trt.runtime.generator_thread import GeneratorThread
 from nvlm_trt.runtime.request import Request
+
+logger = logging.getLogger(__name__)
 
 
 class ExecutorGenerator(GeneratorThread):
@@ -47,7 +50,7 @@ class ExecutorGenerator(GeneratorThread):
         with contextlib.ExitStack() as stack:
             # before the LLM, which takes what it needs of the memory that is left
             self._vision = stack.enter_context(open_vision()) if open_vision else None
-            self._executor = load_executor(bindings, engine, record)
+            self._executor = load_executor(bindings, engine, record, device)
             stack.pop_all()  # `close` closes the vision encoder
         steps = ExecutorSteps(
             self._executor,
@@ -84,8 +87,8 @@ class ExecutorGenerator(GeneratorThread):
         if self._vision:
             self._vision.close()
 
-    def _make_request(self, request: Request, max_tokens: int) -> ExecutorRequest:
-        return self._requests.make(request.prompt, request.images, request.sampling, max_tokens)
+    def _make_request(self, request: Request) -> ExecutorRequest:
+        return self._requests.make(request.prompt, request.images, request.sampling, request.max_tokens)
 
 
 def check_rank(engine: Engine, record: RtllmRecord) -> None:
@@ -99,14 +102,13 @@ def check_rank(engine: Engine, record: RtllmRecord) -> None:
         )
 
 
-def load_executor(bindings: Bindings, engine: Engine, record: RtllmRecord) -> Executor:
+def load_executor(bindings: Bindings, engine: Engine, record: RtllmRecord, device: str) -> Executor:
     """Load the engine of this rank; every rank of the launch does. Raises EngineError if TensorRT-LLM cannot."""
+    config = executor_config(bindings, engine.config, engine.limits, record, device)
+    # decoder only: the gated blocks take features, not the output of an encoder's engine
+    kind = bindings.model_type.DECODER_ONLY
     try:
-        return bindings.executor(
-            engine.path / ENGINE_FOLDER,
-            bindings.model_type.DECODER_ONLY,  # the gated blocks take features, not the output of an encoder's engine
-            executor_config(bindings, engine.config, engine.limits, record),
-        )
+        return bindings.executor(engine.path / ENGINE_FOLDER, kind, config)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise EngineError(f"TensorRT-LLM cannot load engine {engine.path} ({reason})") from None
+        logger.exception("TensorRT-LLM cannot load engine %s", engine.path)
+        raise EngineError(f"TensorRT-LLM cannot load engine {engine.path} ({first_line(error)})") from None

@@ -14,7 +14,6 @@ import torch
 
 from nvlm_trt.backends.tensorrt_llm import contract
 
-FINISH_REASONS = ("NOT_FINISHED", "END_ID", "STOP_WORDS", "LENGTH", "TIMED_OUT", "CANCELLED")
 TENSOR_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool)
 _PARAMETERS = ("SamplingConfig", "OutputConfig", "PromptTuningConfig", "Request", "KvCacheConfig", "ParallelConfig",
                "ExecutorConfig")  # fmt: skip
@@ -68,14 +67,36 @@ def parameter_class(name: str) -> type:
     return type(name, (), {"__init__": keep})
 
 
+class FinishReason(enum.Enum):
+    NOT_FINISHED = enum.auto()
+    END_ID = enum.auto()
+    STOP_WORDS = enum.auto()
+    LENGTH = enum.auto()
+    TIMED_OUT = enum.auto()
+    CANCELLED = enum.auto()
+
+
+class CommunicationType(enum.Enum):
+    MPI = enum.auto()
+
+
+class CommunicationMode(enum.Enum):
+    LEADER = enum.auto()
+    ORCHESTRATOR = enum.auto()
+
+
+class ModelType(enum.Enum):
+    DECODER_ONLY = enum.auto()
+    ENCODER_ONLY = enum.auto()
+    ENCODER_DECODER = enum.auto()
+
+
 def executor_module(executor: type) -> types.ModuleType:
     """Makes the module. `executor` is the class Executor."""
     module: Any = types.ModuleType("tensorrt_llm.bindings.executor")
     for name in _PARAMETERS:
         setattr(module, name, parameter_class(name))
-    module.FinishReason = enum.Enum("FinishReason", FINISH_REASONS)
-    module.CommunicationType = enum.Enum("CommunicationType", ("MPI",))
-    module.CommunicationMode = enum.Enum("CommunicationMode", ("LEADER", "ORCHESTRATOR"))
-    module.ModelType = enum.Enum("ModelType", ("DECODER_ONLY", "ENCODER_ONLY", "ENCODER_DECODER"))
+    for kind in (FinishReason, CommunicationType, CommunicationMode, ModelType):
+        setattr(module, kind.__name__, kind)
     module.Executor = executor
     return module

@@ -46,7 +46,7 @@ def is_installed() -> bool:
     "call",
     [
         lambda: BINDINGS.request([1], 2, sampling_config=BINDINGS.sampling_config(), temperature=1.0),  # type: ignore[call-arg]
-        lambda: BINDINGS.sampling_config(5),  # type: ignore[misc]
+        lambda: BINDINGS.sampling_config(5),  # type: ignore[call-arg]
         lambda: BINDINGS.request([np.int64(1)], 2, sampling_config=1, output_config=2),  # type: ignore[arg-type, list-item]
         lambda: BINDINGS.kv_cache_config(max_tokens=1.5),  # type: ignore[arg-type]
         lambda: BINDINGS.prompt_tuning_config(np.zeros((1, 2))),
@@ -118,7 +118,7 @@ def test_a_package_without_its_executor_says_so(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_class_that_the_bindings_lack_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, contract.VERSION)
-    del sys.modules["tensorrt_llm.bindings.executor"].PromptTuningConfig  # type: ignore[attr-defined]
+    del sys.modules["tensorrt_llm.bindings.executor"].PromptTuningConfig
     monkeypatch.setitem(sys.modules, "tensorrt_llm.bindings", types.ModuleType("tensorrt_llm.bindings"))
     with pytest.raises(EngineError, match="without its executor.*PromptTuningConfig"):
         import_bindings()

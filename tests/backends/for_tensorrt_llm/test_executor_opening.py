@@ -9,8 +9,10 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from google.protobuf import text_format
@@ -26,9 +28,10 @@ from nvlm_trt.backends.tensorrt_llm.worker import work
 from nvlm_trt.engine import Engine, write_manifest
 from nvlm_trt.errors import EngineError
 from nvlm_trt.image.decoding import load_image
-from nvlm_trt.image.tiling import tile_image
+from nvlm_trt.image.tiling import normalise_tiles, tile_image
 from nvlm_trt.reference.model import ReferenceModel
 from nvlm_trt.runtime.pipeline import Pipeline
+from nvlm_trt.serving.triton.models.vision_encoder import VisionEncoderModel
 from nvlm_trt.serving.triton.repository import RepositoryOptions, placement_of, render_repository
 
 Directory = Callable[[str], Path]
@@ -86,6 +89,8 @@ def test_an_engine_that_is_not_what_its_manifest_says(
         ({"version": "1.2.0"}, r"has version 1\.2\.0, the manifest says 1\.2\.1"),
         ({"max_batch_size": 2}, "has max_batch_size 2, the manifest promises 3"),
         ({"max_seq_len": 511}, "has max_seq_len 511, the manifest promises 512"),
+        ({"max_input_len": 1024, "max_num_tokens": 8}, "has max_num_tokens 8, the manifest promises 40"),
+        ({"max_input_len": 510}, "has max_input_len 510, the manifest promises 511"),
         ({"max_encoder_input_len": 5}, "has max_encoder_input_len 5, the manifest promises"),
         ({"tp_size": 2}, "has tp_size 2, the manifest says 1"),
         (None, "is not trtllm-build's config"),
@@ -108,8 +113,8 @@ def test_engines_of_other_sizes_than_the_manifest_promises(
 def test_an_error_of_the_runtime_is_one_line(
     executors: list[Any], written: Directory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fake_executor.FakeExecutor.load_error", "[TensorRT-LLM][ERROR]\n  out of memory\n  frame 1")
-    with pytest.raises(EngineError, match=r"cannot load engine .*out of memory frame 1\)$"):
+    monkeypatch.setattr("fake_executor.FakeExecutor.load_error", "\n[TensorRT-LLM][ERROR] out of memory\n1  frame")
+    with pytest.raises(EngineError, match=r"cannot load engine \S+ \(\[TensorRT-LLM\]\[ERROR\] out of memory\)$"):
         Pipeline.open(written("nvlm-d-tiny"))
 
 
@@ -297,3 +302,31 @@ def test_triton_runs_both_parts_with_our_python_models(
     assert configs["vision_encoder"].output[0].data_type == model_config_pb2.TYPE_FP32
     with pytest.raises(EngineError, match="not built yet"):
         placement_of(rewrite(copied("nvlm-d-tiny"), form="checkpoint"))
+
+
+@pytest.mark.parametrize("name", ["nvlm-d-tiny", "nvlm-h-tiny"])
+def test_answers_are_the_same_through_tritons_vision_encoder(
+    executors: list[Any], written: Directory, opened: Opened, name: str
+) -> None:
+    """`nvlm` opens the engine without its vision encoder, and gets image tokens as float32 from the other model."""
+    parameters = {key: {"string_value": value} for key, value in (("engine", str(written(name))), ("threads", "1"))}
+    pb_utils = SimpleNamespace(
+        get_input_tensor_by_name=lambda request, name: SimpleNamespace(as_numpy=lambda: request[name]),
+        Tensor=lambda name, array: array,
+        InferenceResponse=lambda tensors: tensors,
+    )
+    model = VisionEncoderModel(pb_utils)
+    model.initialize({"model_config": json.dumps({"parameters": parameters})})
+
+    def encode(tiles: Any) -> Any:
+        ((image_tokens,),) = model.execute([{"pixel_values": normalise_tiles(tiles)}])
+        assert image_tokens.dtype == np.float32
+        return image_tokens
+
+    request = chat("What is the total?", RECEIPT.read_bytes(), max_tokens=10, ignore_eos=True)
+    with Pipeline.open(written(name), encode_tiles=encode) as pipeline:
+        apart = tokens_of(list(pipeline.generate(request)))
+        with pytest.raises(AssertionError, match="without its vision encoder"):
+            pipeline._generator.encode(torch.zeros(1, 3, 56, 56).numpy())
+    assert apart == tokens_of(list(opened(name).generate(request)))
+    model.finalize()

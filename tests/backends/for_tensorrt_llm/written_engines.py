@@ -45,6 +45,7 @@ def write_engine_directory(
         },
         "build_config": {
             "max_batch_size": sizes.max_slots, "max_seq_len": sizes.max_seq_len, "max_num_tokens": 40,
+            "max_input_len": sizes.max_seq_len,
             "max_prompt_embedding_table_size": 300 * sizes.max_slots,
             "max_encoder_input_len": sizes.max_image_tokens,
         },
