@@ -156,7 +156,7 @@ class ExecutorSteps:
             self._delivery.fail(request, EngineError(f"TensorRT-LLM refused the request ({message})"))
 
     def _take_tokens(self, number: int, request: Request, result: contract.Result) -> None:
-        (token_ids,) = result.output_token_ids  # one beam
+        token_ids = result.output_token_ids[0] if result.output_token_ids else []  # of the only beam
         request.state = State.DECODING if token_ids else request.state
         for index, token_id in enumerate(token_ids):
             try:

@@ -18,17 +18,23 @@ import torch
 from google.protobuf import text_format
 from safetensors.torch import load_file, save_file
 from test_executor_answers import RECEIPT, Opened, chat, tokens_of
+from test_executor_contract import BINDINGS
 from tritonclient.grpc import model_config_pb2
 from written_engines import rewrite, write_engine_directory
 
 from nvlm_trt.backends.opening import open_backend
 from nvlm_trt.backends.table import find_backend
+from nvlm_trt.backends.tensorrt_llm.contract import CONTAINER, VERSION
+from nvlm_trt.backends.tensorrt_llm.executor_config import executor_config
 from nvlm_trt.backends.tensorrt_llm.launch import Launch
+from nvlm_trt.backends.tensorrt_llm.record import RtllmRecord
 from nvlm_trt.backends.tensorrt_llm.worker import work
 from nvlm_trt.engine import Engine, write_manifest
 from nvlm_trt.errors import EngineError
 from nvlm_trt.image.decoding import load_image
 from nvlm_trt.image.tiling import normalise_tiles, tile_image
+from nvlm_trt.limits import EngineLimits
+from nvlm_trt.model.presets import PRESETS
 from nvlm_trt.reference.model import ReferenceModel
 from nvlm_trt.runtime.pipeline import Pipeline
 from nvlm_trt.serving.triton.models.vision_encoder import VisionEncoderModel
@@ -151,6 +157,32 @@ def test_it_needs_a_gpu(written: Directory) -> None:
         Pipeline.open(written("nvlm-d-tiny"))
     with pytest.raises(EngineError, match="runs on the device 'cuda', not on 'cpu'"):
         Pipeline.open(written("nvlm-d-tiny"), device="cpu")
+
+
+@pytest.mark.parametrize(("ranks", "device", "expected"), [(1, "cuda", None), (1, "cuda:3", [3]), (2, "cuda", None)])
+def test_a_named_gpu_is_the_executors(ranks: int, device: str, expected: list[int] | None) -> None:
+    config, limits, record = PRESETS["nvlm-x-tiny"], EngineLimits(max_slots=2, max_seq_len=100), record_of_ranks(ranks)
+    made: Any = executor_config(BINDINGS, config, limits, record, device)
+    if (ranks, device) == (1, "cuda"):
+        assert made.parallel_config is None
+    else:
+        assert made.parallel_config.device_ids == expected
+    # 100 tokens take two blocks of 64, 200 cross-attended ones take four
+    assert made.kv_cache_config.max_tokens == 2 * 4 * 64
+    assert made.kv_cache_config.cross_kv_cache_fraction == pytest.approx(3 * 200 / (3 * 200 + 6 * 100))
+
+
+def test_no_gpu_is_named_for_several_ranks() -> None:
+    limits = EngineLimits(max_slots=2, max_seq_len=100)
+    with pytest.raises(EngineError, match="runs on 2 GPUs, one per rank, not on 'cuda:1'; name no device"):
+        executor_config(BINDINGS, PRESETS["nvlm-d-tiny"], limits, record_of_ranks(2), "cuda:1")
+
+
+def record_of_ranks(tp: int) -> RtllmRecord:
+    return RtllmRecord(
+        version=VERSION, dtype="bf16", tp=tp, pp=1, form="engine", quantization=None, kv_cache_quantization=None,
+        max_prompt_table=0, max_encoder_len=200, max_num_tokens=40, container=CONTAINER,
+    )  # fmt: skip
 
 
 # --- the vision encoder ----------------------------------------------------------------------------------------------
