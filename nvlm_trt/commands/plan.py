@@ -93,8 +93,8 @@ def plan(
     in_llm, cross = count_image_tokens(config, tiles, tag_length)
     decode = roofline.decode(1, text_tokens + in_llm + 1, cross)
     works = {**{f"prefill {stage}": work for stage, work in prefill.items()}, "decode": decode}
-    rates = {name: _rates(name, precisions, bandwidth, tflops, None if split else device) for name in works}
-    times = {name: work.seconds(*rates[name]) if rates[name] else None for name, work in works.items()}
+    one = None if split else device
+    times = {name: _seconds(name, work, precisions, bandwidth, tflops, one) for name, work in works.items()}
     title = f"{config.name}, {precision}, {backend}: {_shown(limits)}"
     fleet = None
     if split:
@@ -165,14 +165,14 @@ def _check_fleet_options(
         raise NvlmError(f"--memory-share {share:g} is not a share of the memory; give a number above 0, at most 1")
 
 
-def _rates(
-    work: str, precisions: dict[str, str], bandwidth: float | None, tflops: float | None, gpu: Gpu | None
-) -> tuple[float, float] | None:
-    """Return the bytes and the operations per second at which a device does the work of this name, None if unknown."""
+def _seconds(
+    name: str, work: Work, precisions: dict[str, str], bandwidth: float | None, tflops: float | None, gpu: Gpu | None
+) -> float | None:
+    """Compute the least time of the work of this name at a data sheet's rates, or at the user's. None: unknown."""
     if gpu is not None:
-        component = {"prefill vision_encoder": "vision_encoder", "prefill cross_kv": "cross_attention"}
-        return gpu.bandwidth.value, gpu.rate(precisions[component.get(work, "decoder")])
-    return (bandwidth * 1e9, tflops * 1e12) if bandwidth and tflops else None
+        components = {"prefill vision_encoder": "vision_encoder", "prefill cross_kv": "cross_attention"}
+        return work.seconds(gpu.bandwidth.value, gpu.rate(precisions[components.get(name, "decoder")]))
+    return work.seconds(bandwidth * 1e9, tflops * 1e12) if bandwidth and tflops else None
 
 
 def _gpu_record(gpu: Gpu) -> dict[str, object]:
