@@ -50,6 +50,17 @@ class TritonPlacement:
 
 
 @dataclass(frozen=True)
+class ServerImage:
+    """Tells `nvlm-trt deploy` what a container needs in order to serve an engine."""
+
+    base: str = "python:3.12-slim"  # the image that the container's is made from
+    extra: str | None = None  # of nvlm-trt
+    packages: tuple[str, ...] = ()  # pip's requirements beside nvlm-trt
+    index: str | None = None  # a package index for `packages`, beside the public one
+    capability: int | None = None  # compute capability of the GPU that alone runs the engine: 90 for 9.0
+
+
+@dataclass(frozen=True)
 class OpenOptions:
     """Options for opening an engine."""
 
@@ -79,5 +90,6 @@ class BackendSpec:
     check_options: Callable[[Mapping[str, Any], Mapping[str, str]], None] = lambda options, chosen: None
     check_limits: Callable[[NvlmConfig, EngineLimits, Mapping[str, str]], None] = lambda config, limits, chosen: None
     placement: Callable[[Engine], TritonPlacement] = lambda engine: TritonPlacement()
+    image: Callable[[Engine], ServerImage] = lambda engine: ServerImage()
     # returns the lines that `nvlm-trt build` prints about an engine that it has published
     describe: Callable[[Engine], Sequence[str]] = lambda engine: ()

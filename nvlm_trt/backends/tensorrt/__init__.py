@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from nvlm_trt.backends.plans import PREFILL_CHUNK
-from nvlm_trt.backends.spec import BackendSpec, MemoryModel, OpenOptions, TritonPlacement
+from nvlm_trt.backends.spec import BackendSpec, MemoryModel, OpenOptions, ServerImage, TritonPlacement
 from nvlm_trt.model.precision import PrecisionTable
 
 if TYPE_CHECKING:
@@ -78,6 +78,15 @@ def _placement(engine: Engine) -> TritonPlacement:
     return placement(engine)
 
 
+def _image(engine: Engine) -> ServerImage:
+    from nvlm_trt.backends.tensorrt.record import record_of
+
+    record = record_of(engine)
+    packages = (f"tensorrt=={record.version}",)  # the Python API of the container's TensorRT
+    index = "https://pypi.nvidia.com"
+    return ServerImage(record.container, "tensorrt", packages, index, record.capability)
+
+
 SPEC = BackendSpec(
     name=NAME,
     summary="tensorrt (the GPU of this machine, docs/tensorrt.md)",
@@ -92,4 +101,5 @@ SPEC = BackendSpec(
     check_options=_check_options,
     check_limits=_check_limits,
     placement=_placement,
+    image=_image,
 )
