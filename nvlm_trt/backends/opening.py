@@ -49,13 +49,18 @@ def open_backend(
     return _open(engine, stages, options)
 
 
-def _open(engine: Engine, stages: Collection[str], options: OpenOptions) -> StepBackend:
-    spec = backend_of(engine, next(iter(stages)))
+def check_device(engine: Engine, spec: BackendSpec, options: OpenOptions) -> None:
+    """Raise EngineError for a device that is not the backend's."""
     if options.device and options.device.split(":")[0] != spec.device:
         raise EngineError(
             f"engine {engine.path} runs on the device {spec.device!r}, not on {options.device!r}; open it with "
             f"{spec.device!r}"
         )
+
+
+def _open(engine: Engine, stages: Collection[str], options: OpenOptions) -> StepBackend:
+    spec = backend_of(engine, next(iter(stages)))
+    check_device(engine, spec, options)
     if spec.open is None:
         raise EngineError(f"the backend {spec.name} of engine {engine.path} batches by itself and runs no single steps")
     return spec.open(engine, stages, options)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from nvlm_trt.engine import Engine
     from nvlm_trt.limits import EngineLimits
     from nvlm_trt.model.config import NvlmConfig
+    from nvlm_trt.prompt.tokenizer import Tokenizer
     from nvlm_trt.runtime.text_generator import GeneratorOptions, TextGenerator
 
 
@@ -72,8 +73,8 @@ class OpenOptions:
 class BackendSpec:
     """Describes one backend. Its functions import the runtime when they are called, not before.
 
-    A backend either runs single steps (`open`), from which the batcher makes a text generator, or batches by itself
-    (`open_generator`)."""
+    A backend runs single steps (`open`), from which the batcher makes a text generator, or it batches by itself
+    (`open_generator`): then `open` loads no more than its vision encoder, if it has one."""
 
     name: str
     summary: str  # completes "runs the engine: ..." in --help
@@ -84,7 +85,10 @@ class BackendSpec:
     probe: Callable[[], str]  # returns the runtime's name and version; raises EngineError that says how to install it
     build: Callable[[BuildJob], BuildSteps]  # raises EngineError if this machine cannot build
     open: Callable[[Engine, Collection[str], OpenOptions], StepBackend] | None = None  # loads some of STAGES
-    open_generator: Callable[[Engine, OpenOptions, GeneratorOptions], TextGenerator] | None = None
+    # the third argument is the vision encoder, which the text generator closes; None: others encode the images
+    open_generator: (
+        Callable[[Engine, Tokenizer, StepBackend | None, OpenOptions, GeneratorOptions], TextGenerator] | None
+    ) = None
     build_options: Mapping[str, Any] = field(default_factory=dict)  # option of `nvlm-trt build` -> its default
     # both raise EngineError for options, or limits, that the backend cannot build in the chosen precisions
     check_options: Callable[[Mapping[str, Any], Mapping[str, str]], None] = lambda options, chosen: None

@@ -16,6 +16,7 @@ _ROOMS = {
     "onnxruntime": "nvlm_trt.backends.onnxruntime",
     "tensorrt": "nvlm_trt.backends.tensorrt",
     "tensorrt-rtx": "nvlm_trt.backends.tensorrt_rtx",
+    "tensorrt-llm": "nvlm_trt.backends.tensorrt_llm",
 }
 _added: dict[str, BackendSpec] = {}
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from nvlm_trt.backends.opening import backend_of, open_backend
+import contextlib
+
+from nvlm_trt.backends.opening import backend_of, check_device, open_backend
 from nvlm_trt.backends.spec import OpenOptions
 from nvlm_trt.engine import Engine
 from nvlm_trt.prompt.tokenizer import Tokenizer
@@ -21,7 +23,16 @@ def open_generator(
     """Load an engine, without its vision encoder unless `encodes_images`. Raises EngineError."""
     spec = backend_of(engine)
     if spec.open_generator is not None:
-        return spec.open_generator(engine, OpenOptions(threads, device), options)
+        own = OpenOptions(threads, device)
+        check_device(engine, spec, own)
+        with contextlib.ExitStack() as stack:
+            # before the LLM: a runtime that batches by itself fills the memory that is left
+            vision = open_backend(engine, ["vision_encoder"], threads) if encodes_images else None
+            if vision:
+                stack.enter_context(vision)
+            generator = spec.open_generator(engine, tokenizer, vision, own, options)
+            stack.pop_all()  # `generator` closes both
+            return generator
     stages = ["cross_kv", "decoder", *(["vision_encoder"] if encodes_images else [])]
     backend = open_backend(engine, stages, threads=threads, device=device)
     return Batcher(backend, tokenizer, options.max_queue, options.prefill_chunk or spec.prefill_chunk)
