@@ -28,7 +28,8 @@ def deploy(
     output: Annotated[Path | None, typer.Option(help="Folder to write [deploy-TARGET].")] = None,
     replicas: Annotated[int, typer.Option(min=1, max=_MOST, help="Servers, each with a copy of the engine.")] = 1,
     max_replicas: Annotated[
-        int | None, typer.Option(min=1, max=_MOST, help="Most servers of the autoscaler (kubernetes) [twice --replicas].")
+        int | None,
+        typer.Option(min=1, max=_MOST, help="Most servers of the autoscaler (kubernetes) [twice --replicas]."),
     ] = None,
     nodes: Annotated[
         int | None, typer.Option(min=1, max=_MOST, help="Machines of one server [as few as hold its GPUs].")
@@ -40,7 +41,9 @@ def deploy(
         str | None, typer.Option(help="Where the autoscaler reads metrics (kubernetes) [a service in `monitoring`].")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder of that name.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the files as one JSON object, and write none.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the files as one JSON object, and write none.")
+    ] = False,
 ) -> None:
     """Write the files that deploy an engine: a compose file, Kubernetes manifests or a Slurm script, and a Dockerfile.
 
@@ -74,6 +77,10 @@ def deploy(
     write(files, output, overwrite)
     terminal.note(f"wrote {output}: {', '.join(files)}")
     layout = deployment.layout
-    if described.tp > layout.ranks_per_node:
-        terminal.note(f"tp {described.tp} crosses nodes: every layer waits for the network; fewer --nodes are faster")
-    terminal.note(f"next, once {deployment.image} is built from {output}/Dockerfile: {_NEXT[target].format(output=output)}")
+    if described.needs.tp > layout.ranks_per_node:
+        terminal.note(
+            f"tp {described.needs.tp} crosses nodes: every layer waits for the network; fewer --nodes are faster"
+        )
+    terminal.note(
+        f"next, once {deployment.image} is built from {output}/Dockerfile: {_NEXT[target].format(output=output)}"
+    )

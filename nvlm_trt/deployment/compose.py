@@ -24,14 +24,18 @@ def compose_file(deployment: Deployment) -> dict[str, Any]:
     has."""
     layout, options = deployment.layout, deployment.options
     if layout.nodes > 1:
-        raise EngineError(f"compose runs on one machine, not on {layout.nodes} nodes; choose --target kubernetes or slurm")
+        raise EngineError(
+            f"compose runs on one machine, not on {layout.nodes} nodes; choose --target kubernetes or slurm"
+        )
     gpus = layout.replicas * deployment.gpus_per_node
     if gpus > options.gpus_per_node:
         raise EngineError(
             f"{layout.replicas} replicas take {gpus} GPUs, the machine has {options.gpus_per_node}; choose fewer "
             "--replicas, more --gpus-per-node, or --target kubernetes"
         )
-    names = [f"{deployment.name}-{number}" if layout.replicas > 1 else deployment.name for number in range(layout.replicas)]
+    names = [
+        f"{deployment.name}-{number}" if layout.replicas > 1 else deployment.name for number in range(layout.replicas)
+    ]
     return {"name": deployment.name, "services": {name: _service(deployment, i) for i, name in enumerate(names)}}
 
 
@@ -48,9 +52,7 @@ def _service(deployment: Deployment, number: int) -> dict[str, Any]:
         "user": f"{USER}:{USER}",
         "environment": {"HOME": "/tmp"},
         # nobody outside the machine reaches the server without a proxy in front of it
-        "ports": [
-            f"127.0.0.1:{port + number * _PORT_STEP}:{port}" for port in (HTTP_PORT, GRPC_PORT, METRICS_PORT)
-        ],
+        "ports": [f"127.0.0.1:{port + number * _PORT_STEP}:{port}" for port in (HTTP_PORT, GRPC_PORT, METRICS_PORT)],
         "volumes": [
             {"type": "bind", "source": str(engine.path), "target": ENGINE_FOLDER, "read_only": True},
             {"type": "tmpfs", "target": "/tmp", "tmpfs": {"size": 2048 * _MIB, "mode": 0o1777}},

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nvlm_trt.backends.opening import backend_of
-from nvlm_trt.backends.spec import ServerImage
+from nvlm_trt.backends.spec import ServerNeeds
 from nvlm_trt.engine import Engine
-from nvlm_trt.errors import EngineError
 from nvlm_trt.image.image_limits import ImageLimits
 from nvlm_trt.planner.memory import plan_engine
 from nvlm_trt.serving.triton.repository import placement_of
@@ -33,9 +32,7 @@ class DeployedEngine:
     fingerprint: str
     path: Path
     nbytes: int  # of its files
-    image: ServerImage
-    tp: int
-    pp: int
+    needs: ServerNeeds
     on_gpu: bool
     slots: int
     shared_memory: int  # bytes of /dev/shm
@@ -43,21 +40,13 @@ class DeployedEngine:
 
     @classmethod
     def of(cls, engine: Engine) -> DeployedEngine:
-        """Describe a published engine. Raises EngineError for one that cannot be served yet, and what the backend
-        raises for an engine without a record."""
+        """Describe a published engine. Raises EngineError for one that cannot be served."""
         manifest = engine.manifest
         spec = backend_of(engine)
-        record = manifest.backend_record or {}
-        image = spec.image(engine)
-        if record.get("form") == "checkpoint":
-            raise EngineError(
-                f"engine {engine.path} has no plans yet; run `nvlm-trt build --continue {engine.path} --output ENGINE` "
-                f"in {record.get('container', image.base)}, and deploy that one"
-            )
-        tp, pp = (int(record.get(name, 1)) for name in ("tp", "pp"))
+        needs = spec.server_needs(engine)
         placement = placement_of(engine)
         shared = _PYTHON_MODELS * SharedMemory(engine, placement, ImageLimits()).most_per_model
-        shared += _NCCL_SHARED_MEMORY if tp * pp > 1 else 0
+        shared += _NCCL_SHARED_MEMORY if needs.tp * needs.pp > 1 else 0
         devices = {spec.memory.device, backend_of(engine, "vision_encoder").memory.device}
         plan = plan_engine(engine.config, engine.limits, _all_precisions(engine), spec, _MOST_TAG)
         weights = plan.peak_running if "host" in devices else 0
@@ -68,9 +57,7 @@ class DeployedEngine:
             fingerprint=engine.fingerprint,
             path=engine.path.absolute(),
             nbytes=sum(file.size for file in manifest.files.values()),
-            image=image,
-            tp=tp,
-            pp=pp,
+            needs=needs,
             on_gpu="gpu" in devices,
             slots=engine.limits.max_slots,
             shared_memory=_whole_gib(shared),
@@ -80,7 +67,7 @@ class DeployedEngine:
     @property
     def ranks(self) -> int:
         """Count the processes that run the engine together, each with a GPU of its own."""
-        return self.tp * self.pp
+        return self.needs.tp * self.needs.pp
 
 
 def _all_precisions(engine: Engine) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from dataclasses import dataclass
 
 from nvlm_trt.deployment.deployed_engine import DeployedEngine
@@ -64,11 +65,18 @@ class Deployment:
         """Return the seconds that a start may take: reading the engine, then loading it."""
         return math.ceil(self.engine.nbytes / _READ_RATE + ServerOptions().startup_seconds)
 
-    def serve_command(self, grpc_port: int = GRPC_PORT, host: str = "0.0.0.0") -> list[str]:
-        """Return the command that serves the engine on one rank, with ports from `grpc_port` - 1 to `grpc_port` + 1."""
-        ports = {"grpc": grpc_port, "http": grpc_port - 1, "metrics": grpc_port + 1}
-        named = [word for name, port in ports.items() for word in (f"--{name}-port", str(port))]
-        return ["nvlm-trt", "serve", ENGINE_FOLDER, "--host", host, *named]
+    def serve_command(self) -> list[str]:
+        """Return the command that serves the engine, in a network of its own."""
+        ports = {"--http-port": HTTP_PORT, "--grpc-port": GRPC_PORT, "--metrics-port": METRICS_PORT}
+        named = [word for name, port in ports.items() for word in (name, str(port))]
+        return ["nvlm-trt", "serve", ENGINE_FOLDER, "--host", "0.0.0.0", *named]
+
+    def rank_script(self, serve: str) -> str:
+        """Return the shell script of every rank: rank 0 runs `serve`, others the backend's worker. A worker ignores
+        SIGTERM, which launchers send to all ranks: rank 0 still needs it for the open requests, and ends it then."""
+        worker = f"python3 -m {self.engine.needs.worker} {ENGINE_FOLDER}"
+        is_first = '[ "${OMPI_COMM_WORLD_RANK:-$SLURM_PROCID}" = 0 ]'
+        return f"if {is_first}; then exec {serve}; else trap '' TERM; exec {worker}; fi"
 
     @property
     def mpirun(self) -> list[str]:
@@ -77,6 +85,8 @@ class Deployment:
         return ["mpirun", "--bind-to", "none", "--mca", "odls_base_sigkill_timeout", str(self.drain_seconds)]
 
     def command(self) -> list[str]:
-        """Return the command of a container that runs all ranks on one node."""
-        ranks = self.engine.ranks
-        return self.serve_command() if ranks == 1 else [*self.mpirun, "-n", str(ranks), *self.serve_command()]
+        """Return the command of a container that runs all ranks."""
+        serve = self.serve_command()
+        if self.engine.ranks == 1:
+            return serve
+        return [*self.mpirun, "-n", str(self.engine.ranks), "bash", "-c", self.rank_script(shlex.join(serve))]

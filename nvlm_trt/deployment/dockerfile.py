@@ -9,15 +9,15 @@ from nvlm_trt.deployment.launch_script import LAUNCH_SCRIPT
 def dockerfile(deployment: Deployment, launches: bool) -> str:
     """Render the Dockerfile. Its context is the folder that it is in, with the wheel of nvlm-trt beside it. `launches`:
     whether containers start ranks in other containers."""
-    image = deployment.engine.image
+    needs = deployment.engine.needs
     wheel = f"nvlm_trt-{deployment.version}-py3-none-any.whl"
-    extra = f"[{image.extra}]" if image.extra else ""
-    index = f" --extra-index-url {image.index}" if image.index else ""
-    packages = "".join(f" '{package}'" for package in image.packages)
+    extra = f"[{needs.extra}]" if needs.extra else ""
+    index = f" --extra-index-url {needs.index}" if needs.index else ""
+    packages = "".join(f" '{package}'" for package in needs.packages)
     lines = [
         f"# Makes the image of the server of {deployment.engine.model}: pip wheel --no-deps --wheel-dir . CHECKOUT",
         f"# puts nvlm-trt here, then: docker build --tag {deployment.image} .",
-        f"FROM {image.base}",
+        f"FROM {needs.container}",
         f"COPY {wheel} /tmp/",
         f"RUN pip install --no-cache-dir{index} '/tmp/{wheel}{extra}'{packages} && rm /tmp/{wheel}",
     ]

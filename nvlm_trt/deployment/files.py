@@ -71,7 +71,9 @@ def write(files: Mapping[str, str], output: Path, overwrite: bool) -> None:
         if not overwrite:
             raise EngineError(f"{output} exists; choose another --output or pass --overwrite")
         if not is_replaceable(output, RECORD):
-            raise EngineError(f"{output} is not a deployment's folder, so it is not overwritten; choose another --output")
+            raise EngineError(
+                f"{output} is not a deployment's folder, so it is not overwritten; choose another --output"
+            )
 
     with published_directory(output.absolute(), refuse, overwrite) as staging:
         for name, content in files.items():

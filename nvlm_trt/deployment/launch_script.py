@@ -37,7 +37,7 @@ for ((index = 1; index < LWS_GROUP_SIZE; index++)); do
   hosts+=,$$worker:$ranks
 done
 exec $mpirun -n $$((LWS_GROUP_SIZE * $ranks)) --host "$$hosts" --mca plm_rsh_args "$$ssh_options" \\
-  $serve
+  bash -c $script
 """)
 
 
@@ -48,5 +48,5 @@ def launch_script(deployment: Deployment) -> str:
         port=SSH_PORT,
         ranks=deployment.layout.ranks_per_node,
         mpirun=shlex.join(deployment.mpirun),
-        serve=shlex.join(deployment.serve_command()),
+        script=shlex.quote(deployment.rank_script(shlex.join(deployment.serve_command()))),
     )

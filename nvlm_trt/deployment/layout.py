@@ -19,15 +19,15 @@ class Layout:
     @classmethod
     def of(cls, engine: DeployedEngine, replicas: int, nodes: int | None, gpus_per_node: int) -> Layout:
         """Lay out the ranks; without `nodes`, on as few nodes as hold them. Raises EngineError if they do not fit."""
-        built = f"engine {engine.path} has {engine.ranks} rank{'s' * (engine.ranks > 1)} (tp {engine.tp} x pp {engine.pp})"
-        fitting = [n for n in range(1, engine.ranks + 1) if engine.ranks % n == 0 and engine.ranks // n <= gpus_per_node]
+        ranks, needs = engine.ranks, engine.needs
+        fitting = [count for count in range(1, ranks + 1) if ranks % count == 0 and ranks // count <= gpus_per_node]
         nodes = fitting[0] if nodes is None else nodes
+        if nodes not in fitting and ranks == 1:
+            raise EngineError(f"engine {engine.path} runs on one node, not on {nodes}; --replicas makes more servers")
         if nodes not in fitting:
-            remedy = "use --replicas for more servers" if engine.ranks == 1 else f"choose --nodes {_listed(fitting)}"
             raise EngineError(
-                f"{built}, which do not spread evenly over {nodes} nodes of {gpus_per_node} GPUs; {remedy}"
-                if engine.ranks > 1
-                else f"{built}, which runs on one node, not on {nodes}; {remedy}"
+                f"engine {engine.path} has {ranks} ranks (tp {needs.tp} x pp {needs.pp}), which {nodes} nodes of "
+                f"{gpus_per_node} GPUs do not hold evenly; choose --nodes {_listed(fitting)}"
             )
         return cls(replicas, nodes, engine.ranks // nodes)
 

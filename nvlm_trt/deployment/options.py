@@ -28,7 +28,7 @@ class DeployOptions:
     def __post_init__(self) -> None:
         if self.name is not None and not _NAME.fullmatch(self.name):
             raise EngineError(
-                f"--name {self.name!r} is not a name for Kubernetes; use up to 40 of a-z, 0-9 and hyphens, a letter first"
+                f"--name {self.name!r} is not a DNS label; use up to 40 of a-z, 0-9 and hyphens, and a letter first"
             )
         if self.image is not None and not _IMAGE.fullmatch(self.image):
             raise EngineError(f"--image {self.image!r} is not the name of an image; use registry/name:tag")

@@ -30,17 +30,20 @@ set -euo pipefail
 # $image, where every node finds it: a file that `enroot import` made, or the name of an image in a registry
 image=$${NVLM_TRT_IMAGE:?set NVLM_TRT_IMAGE to the image of the server}
 engine=$${NVLM_TRT_ENGINE:-$engine}
-port=$$(($port + $step * SLURM_ARRAY_TASK_ID))
-echo "$name $$SLURM_ARRAY_TASK_ID will serve at grpc://$$(scontrol show hostnames "$$SLURM_JOB_NODELIST" | head -n 1):$$port"
+export port=$$(($port + $step * SLURM_ARRAY_TASK_ID))
+echo "$name $$SLURM_ARRAY_TASK_ID: grpc://$$(scontrol show hostnames "$$SLURM_JOB_NODELIST" | head -n 1):$$port"
 
 exec srun --mpi=pmix --kill-on-bad-exit=1 --container-image="$$image" --container-mounts="$$engine:$folder:ro" \\
-  nvlm-trt serve $folder --host 0.0.0.0 --grpc-port "$$port" --http-port $$((port - 1)) --metrics-port $$((port + 1))
+  bash -c $ranks_command
 """)
 
 
 def batch_script(deployment: Deployment) -> str:
     """Render the script."""
     engine, layout = deployment.engine, deployment.layout
+    # the shell of each rank computes the ports
+    ports = '--http-port "$((port - 1))" --grpc-port "$port" --metrics-port "$((port + 1))"'
+    serve = f"nvlm-trt serve {ENGINE_FOLDER} --host 0.0.0.0 {ports}"
     gpus = f"#SBATCH --gpus-per-node={deployment.gpus_per_node}\n" if engine.on_gpu else ""
     return _TEMPLATE.substitute(
         script=BATCH_SCRIPT,
@@ -58,4 +61,5 @@ def batch_script(deployment: Deployment) -> str:
         port=GRPC_PORT,
         step=_PORT_STEP,
         folder=ENGINE_FOLDER,
+        ranks_command=shlex.quote(deployment.rank_script(serve) if engine.ranks > 1 else f"exec {serve}"),
     )

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from nvlm_trt.backends.plans import PREFILL_CHUNK
-from nvlm_trt.backends.spec import BackendSpec, MemoryModel, OpenOptions, ServerImage, TritonPlacement
+from nvlm_trt.backends.spec import BackendSpec, MemoryModel, OpenOptions, ServerNeeds, TritonPlacement
 from nvlm_trt.model.precision import PrecisionTable
 
 if TYPE_CHECKING:
@@ -78,13 +78,13 @@ def _placement(engine: Engine) -> TritonPlacement:
     return placement(engine)
 
 
-def _image(engine: Engine) -> ServerImage:
+def _server_needs(engine: Engine) -> ServerNeeds:
     from nvlm_trt.backends.tensorrt.record import record_of
 
     record = record_of(engine)
     packages = (f"tensorrt=={record.version}",)  # the Python API of the container's TensorRT
     index = "https://pypi.nvidia.com"
-    return ServerImage(record.container, "tensorrt", packages, index, record.capability)
+    return ServerNeeds(record.container, "tensorrt", packages, index, record.capability)
 
 
 SPEC = BackendSpec(
@@ -101,5 +101,5 @@ SPEC = BackendSpec(
     check_options=_check_options,
     check_limits=_check_limits,
     placement=_placement,
-    image=_image,
+    server_needs=_server_needs,
 )

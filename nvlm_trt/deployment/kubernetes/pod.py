@@ -57,7 +57,7 @@ def pod_template(deployment: Deployment, command: list[str], serves: bool = True
 
 def _placement(deployment: Deployment) -> dict[str, Any]:
     """Choose nodes by the labels of NVIDIA's GPU feature discovery, for an engine of one compute capability."""
-    capability = deployment.engine.image.capability
+    capability = deployment.engine.needs.capability
     if not deployment.engine.on_gpu:
         return {}
     tolerations = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]

@@ -30,8 +30,12 @@ def scaled_object(deployment: Deployment) -> dict[str, Any]:
             "cooldownPeriod": 300,
             "triggers": [
                 # without requests the quantile is NaN, which the comparison drops
-                _trigger(deployment, f"(histogram_quantile(0.9, {waited}) > 0) or vector(0)", f"{QUEUE_SECONDS:g}", "Value"),
-                _trigger(deployment, f"sum({QUEUED}{{{pods}}}) or vector(0)", str(deployment.engine.slots), "AverageValue"),
+                _trigger(
+                    deployment, f"(histogram_quantile(0.9, {waited}) > 0) or vector(0)", f"{QUEUE_SECONDS:g}", "Value"
+                ),
+                _trigger(
+                    deployment, f"sum({QUEUED}{{{pods}}}) or vector(0)", str(deployment.engine.slots), "AverageValue"
+                ),
             ],
         },
     }
