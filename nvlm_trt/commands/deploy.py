@@ -17,7 +17,7 @@ _TARGETS = ("compose", "kubernetes", "slurm")
 _MOST = 1024
 _NEXT = {
     "compose": "docker compose --file {output}/compose.yaml up --build --wait",
-    "kubernetes": "kubectl apply --kustomize {output}",
+    "kubernetes": "kubectl apply --kustomize {output} (docs/deploy.md)",
     "slurm": "NVLM_TRT_IMAGE=... sbatch {output}/serve.sbatch",
 }
 

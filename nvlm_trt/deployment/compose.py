@@ -13,6 +13,7 @@ from nvlm_trt.deployment.deployment import (
     USER,
     Deployment,
 )
+from nvlm_trt.deployment.launch_script import container_command
 from nvlm_trt.errors import EngineError
 
 _PORT_STEP = 10  # between the ports of two replicas
@@ -45,16 +46,17 @@ def _service(deployment: Deployment, number: int) -> dict[str, Any]:
         "import urllib.request as r; "
         f"r.build_opener(r.ProxyHandler({{}})).open('http://127.0.0.1:{HTTP_PORT}{READY_PATH}', timeout=5)"
     )
+    source = str(engine.path).replace("$", "$$")  # compose puts variables in the place of $NAME
     service: dict[str, Any] = {
         "image": deployment.image,
         "build": {"context": "."},
-        "command": deployment.command(),
+        "command": container_command(deployment),
         "user": f"{USER}:{USER}",
         "environment": {"HOME": "/tmp"},
         # nobody outside the machine reaches the server without a proxy in front of it
         "ports": [f"127.0.0.1:{port + number * _PORT_STEP}:{port}" for port in (HTTP_PORT, GRPC_PORT, METRICS_PORT)],
         "volumes": [
-            {"type": "bind", "source": str(engine.path), "target": ENGINE_FOLDER, "read_only": True},
+            {"type": "bind", "source": source, "target": ENGINE_FOLDER, "read_only": True},
             {"type": "tmpfs", "target": "/tmp", "tmpfs": {"size": 2048 * _MIB, "mode": 0o1777}},
         ],
         "read_only": True,

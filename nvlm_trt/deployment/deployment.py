@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 from dataclasses import dataclass
 
 from nvlm_trt.deployment.deployed_engine import DeployedEngine
@@ -76,17 +75,4 @@ class Deployment:
         SIGTERM, which launchers send to all ranks: rank 0 still needs it for the open requests, and ends it then."""
         worker = f"python3 -m {self.engine.needs.worker} {ENGINE_FOLDER}"
         is_first = '[ "${OMPI_COMM_WORLD_RANK:-$SLURM_PROCID}" = 0 ]'
-        return f"if {is_first}; then exec {serve}; else trap '' TERM; exec {worker}; fi"
-
-    @property
-    def mpirun(self) -> list[str]:
-        """Return mpirun with the options of every launch. Ranks are bound to no core, because rank 0 has tritonserver's
-        threads; mpirun gives them time to drain when it is told to stop, and not its usual second."""
-        return ["mpirun", "--bind-to", "none", "--mca", "odls_base_sigkill_timeout", str(self.drain_seconds)]
-
-    def command(self) -> list[str]:
-        """Return the command of a container that runs all ranks."""
-        serve = self.serve_command()
-        if self.engine.ranks == 1:
-            return serve
-        return [*self.mpirun, "-n", str(self.engine.ranks), "bash", "-c", self.rank_script(shlex.join(serve))]
+        return f"if {is_first}; then {serve}; else trap '' TERM; exec {worker}; fi"

@@ -8,7 +8,7 @@ from nvlm_trt.deployment.launch_script import LAUNCH_SCRIPT
 
 def dockerfile(deployment: Deployment, launches: bool) -> str:
     """Render the Dockerfile. Its context is the folder that it is in, with the wheel of nvlm-trt beside it. `launches`:
-    whether containers start ranks in other containers."""
+    whether a container starts several ranks."""
     needs = deployment.engine.needs
     wheel = f"nvlm_trt-{deployment.version}-py3-none-any.whl"
     extra = f"[{needs.extra}]" if needs.extra else ""
@@ -21,15 +21,16 @@ def dockerfile(deployment: Deployment, launches: bool) -> str:
         f"COPY {wheel} /tmp/",
         f"RUN pip install --no-cache-dir{index} '/tmp/{wheel}{extra}'{packages} && rm /tmp/{wheel}",
     ]
-    if launches:
+    if deployment.layout.nodes > 1 and launches:
         lines += [
-            "# mpirun starts the ranks of other nodes over ssh",
+            "# mpirun starts the ranks of other pods over ssh",
             "RUN apt-get update && apt-get install -y --no-install-recommends openssh-server openssh-client \\",
             " && rm -rf /var/lib/apt/lists/*",
-            f"COPY --chmod=755 {LAUNCH_SCRIPT} /usr/local/bin/{LAUNCH_SCRIPT}",
         ]
+    if launches:
+        lines.append(f"COPY --chmod=755 {LAUNCH_SCRIPT} /usr/local/bin/{LAUNCH_SCRIPT}")
     lines += [
-        "# sshd takes a user with a name and a shell" if launches else "# nothing runs as root",
+        "# nothing runs as root; ssh takes a user with a name and a shell",
         f"RUN getent passwd {USER} >/dev/null || useradd --uid {USER} --user-group --shell /bin/bash server",
         f"USER {USER}",
     ]

@@ -25,16 +25,14 @@ def _compose(deployment: Deployment) -> dict[str, str]:
 
 
 def _kubernetes(deployment: Deployment) -> dict[str, str]:
-    files = {name: to_yaml(manifest) for name, manifest in manifests(deployment).items()}
-    if deployment.layout.nodes > 1:
-        files[LAUNCH_SCRIPT] = launch_script(deployment)
-    return files
+    return {name: to_yaml(manifest) for name, manifest in manifests(deployment).items()}
 
 
 def _slurm(deployment: Deployment) -> dict[str, str]:
     return {BATCH_SCRIPT: batch_script(deployment)}
 
 
+_LAUNCHED = ("compose", "kubernetes")  # containers start their ranks themselves; Slurm's srun does it
 TARGETS: Mapping[str, Callable[[Deployment], dict[str, str]]] = {
     "compose": _compose,
     "kubernetes": _kubernetes,
@@ -54,8 +52,10 @@ def render(deployment: Deployment, target: str) -> dict[str, str]:
         "layout": asdict(deployment.layout),
         "options": asdict(deployment.options),
     }
+    launches = engine.ranks > 1 and target in _LAUNCHED
     return {
-        "Dockerfile": dockerfile(deployment, launches=target == "kubernetes" and deployment.layout.nodes > 1),
+        "Dockerfile": dockerfile(deployment, launches),
+        **({LAUNCH_SCRIPT: launch_script(deployment)} if launches else {}),
         **TARGETS[target](deployment),
         RECORD: json.dumps(record, indent=2, allow_nan=False) + "\n",
     }

@@ -27,7 +27,7 @@ $gpus#SBATCH --cpus-per-task=$cpus
 #SBATCH --output=%x-%A-%a.log
 set -euo pipefail
 
-# $image, where every node finds it: a file that `enroot import` made, or the name of an image in a registry
+# where every node finds the image $image: a file that `enroot import` made, or a name in a registry
 image=$${NVLM_TRT_IMAGE:?set NVLM_TRT_IMAGE to the image of the server}
 engine=$${NVLM_TRT_ENGINE:-$engine}
 export port=$$(($port + $step * SLURM_ARRAY_TASK_ID))
@@ -43,7 +43,7 @@ def batch_script(deployment: Deployment) -> str:
     engine, layout = deployment.engine, deployment.layout
     # the shell of each rank computes the ports
     ports = '--http-port "$((port - 1))" --grpc-port "$port" --metrics-port "$((port + 1))"'
-    serve = f"nvlm-trt serve {ENGINE_FOLDER} --host 0.0.0.0 {ports}"
+    serve = f"exec nvlm-trt serve {ENGINE_FOLDER} --host 0.0.0.0 {ports}"
     gpus = f"#SBATCH --gpus-per-node={deployment.gpus_per_node}\n" if engine.on_gpu else ""
     return _TEMPLATE.substitute(
         script=BATCH_SCRIPT,
@@ -61,5 +61,5 @@ def batch_script(deployment: Deployment) -> str:
         port=GRPC_PORT,
         step=_PORT_STEP,
         folder=ENGINE_FOLDER,
-        ranks_command=shlex.quote(deployment.rank_script(serve) if engine.ranks > 1 else f"exec {serve}"),
+        ranks_command=shlex.quote(deployment.rank_script(serve) if engine.ranks > 1 else serve),
     )

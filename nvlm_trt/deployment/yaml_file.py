@@ -6,7 +6,7 @@ from typing import Any
 
 
 def to_yaml(*documents: dict[str, Any]) -> str:
-    """Write documents of one file. A text that could be read as another type is quoted."""
+    """Write documents of one file. A text that could be read as another type is quoted; no text is folded."""
     import yaml
 
     class Dumper(yaml.SafeDumper):
@@ -17,6 +17,6 @@ def to_yaml(*documents: dict[str, Any]) -> str:
             return super().increase_indent(flow, False)  # items of a list are indented
 
     return "---\n".join(
-        yaml.dump(document, Dumper=Dumper, sort_keys=False, default_flow_style=False, width=120)
+        yaml.dump(document, Dumper=Dumper, sort_keys=False, default_flow_style=False, width=1000)
         for document in documents
     )

@@ -6,7 +6,7 @@ from typing import Any
 
 from nvlm_trt.deployment.deployment import Deployment
 from nvlm_trt.deployment.kubernetes.pod import labels, pod_template
-from nvlm_trt.deployment.launch_script import LAUNCH_SCRIPT
+from nvlm_trt.deployment.launch_script import container_command
 
 LEADER = {"leaderworkerset.sigs.k8s.io/worker-index": "0"}  # LeaderWorkerSet sets this label
 
@@ -38,13 +38,13 @@ def _deployment(deployment: Deployment) -> dict[str, Any]:
             # a surge would need free GPUs, so an old pod goes before the new one comes
             "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 0, "maxUnavailable": 1}},
             "progressDeadlineSeconds": deployment.start_seconds + 60 + deployment.stop_seconds,
-            "template": pod_template(deployment, deployment.command()),
+            "template": pod_template(deployment, container_command(deployment)),
         },
     }
 
 
 def _leader_worker_set(deployment: Deployment) -> dict[str, Any]:
-    command = [LAUNCH_SCRIPT]
+    command = container_command(deployment)
     return {
         "apiVersion": "leaderworkerset.x-k8s.io/v1",
         "kind": "LeaderWorkerSet",
