@@ -78,9 +78,11 @@ def deploy(
     terminal.note(f"wrote {output}: {', '.join(files)}")
     layout = deployment.layout
     if described.needs.tp > layout.ranks_per_node:
+        terminal.note(f"tp {described.needs.tp} crosses nodes: each layer waits for the network; take fewer --nodes")
+    if target == "kubernetes" and layout.nodes > 1:
         terminal.note(
-            f"tp {described.needs.tp} crosses nodes: every layer waits for the network; fewer --nodes are faster"
+            f"the pods need a key pair: ssh-keygen -t ed25519 -N '' -f id_ed25519; kubectl create secret generic "
+            f"{deployment.name}-ssh --from-file=id_ed25519 --from-file=id_ed25519.pub"
         )
-    terminal.note(
-        f"next, once {deployment.image} is built from {output}/Dockerfile: {_NEXT[target].format(output=output)}"
-    )
+    started = _NEXT[target].format(output=output)
+    terminal.note(f"next, once {deployment.image} is built from {output}/Dockerfile: {started}")
