@@ -72,6 +72,9 @@ class OpenOptions:
     device: str | None = None  # "cpu", "cuda", "cuda:1"; None: the device of the backend
 
 
+OpenVision = Callable[[], "StepBackend"]
+
+
 @dataclass(frozen=True)
 class BackendSpec:
     """Describes one backend. Its functions import the runtime when they are called, not before.
@@ -88,9 +91,9 @@ class BackendSpec:
     probe: Callable[[], str]  # returns the runtime's name and version; raises EngineError that says how to install it
     build: Callable[[BuildJob], BuildSteps]  # raises EngineError if this machine cannot build
     open: Callable[[Engine, Collection[str], OpenOptions], StepBackend] | None = None  # loads some of STAGES
-    # the third argument is the vision encoder, which the text generator closes; None: others encode the images
+    # the third argument opens the vision encoder, which the text generator closes; None: others encode the images
     open_generator: (
-        Callable[[Engine, Tokenizer, StepBackend | None, OpenOptions, GeneratorOptions], TextGenerator] | None
+        Callable[[Engine, Tokenizer, OpenVision | None, OpenOptions, GeneratorOptions], TextGenerator] | None
     ) = None
     build_options: Mapping[str, Any] = field(default_factory=dict)  # option of `nvlm-trt build` -> its default
     # both raise EngineError for options, or limits, that the backend cannot build in the chosen precisions

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 
 from nvlm_trt.backends.opening import backend_of, check_device, open_backend
 from nvlm_trt.backends.spec import OpenOptions
@@ -25,14 +25,8 @@ def open_generator(
     if spec.open_generator is not None:
         own = OpenOptions(threads, device)
         check_device(engine, spec, own)
-        with contextlib.ExitStack() as stack:
-            # before the LLM: a runtime that batches by itself fills the memory that is left
-            vision = open_backend(engine, ["vision_encoder"], threads) if encodes_images else None
-            if vision:
-                stack.enter_context(vision)
-            generator = spec.open_generator(engine, tokenizer, vision, own, options)
-            stack.pop_all()  # `generator` closes both
-            return generator
+        open_vision = functools.partial(open_backend, engine, ["vision_encoder"], threads) if encodes_images else None
+        return spec.open_generator(engine, tokenizer, open_vision, own, options)
     stages = ["cross_kv", "decoder", *(["vision_encoder"] if encodes_images else [])]
     backend = open_backend(engine, stages, threads=threads, device=device)
     return Batcher(backend, tokenizer, options.max_queue, options.prefill_chunk or spec.prefill_chunk)

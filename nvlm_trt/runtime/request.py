@@ -62,6 +62,7 @@ class Request:
         self.cached = 0  # tokens in the KV cache
         self.prompt: EncodedPrompt  # set when the state becomes READY
         self.images: Sequence[ImageFeatures] = ()
+        self.max_tokens: int  # of the answer in this engine; set when the request is admitted
         self._cached_images = 0
         self._encode_s = 0.0
         self._ending = threading.Lock()  # a request may end while another thread provides its images
@@ -134,7 +135,7 @@ class Request:
         self._stop_ids: Collection[int] = () if sampling.ignore_eos else tokenizer.stop_ids
         self._text = TextStream(IncrementalDecoder(tokenizer), sampling.stop)
         self._last_id = -1
-        self._max_tokens = min(sampling.max_tokens, limits.max_seq_len - len(prompt.input_ids))
+        self.max_tokens = min(sampling.max_tokens, limits.max_seq_len - len(prompt.input_ids))
         self._admitted = time.monotonic()
         self.state = State.PREFILLING
 
@@ -181,7 +182,7 @@ class Request:
         text = self._text.push(token_id)
         if self._text.stopped:
             return text, "stop"
-        if self._generated >= self._max_tokens:
+        if self._generated >= self.max_tokens:
             return text + self._text.flush(), "length"
         return text, None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
-from nvlm_trt.backends.spec import BackendSpec, MemoryModel, OpenOptions, ServerNeeds, TritonPlacement
+from nvlm_trt.backends.spec import BackendSpec, MemoryModel, OpenOptions, OpenVision, ServerNeeds, TritonPlacement
 from nvlm_trt.model.precision import PrecisionTable
 
 if TYPE_CHECKING:
@@ -55,13 +55,13 @@ def _open(engine: Engine, stages: Collection[str], options: OpenOptions) -> Step
 def _open_generator(
     engine: Engine,
     tokenizer: Tokenizer,
-    vision: StepBackend | None,
+    open_vision: OpenVision | None,
     options: OpenOptions,
     generator_options: GeneratorOptions,
 ) -> TextGenerator:
     from nvlm_trt.backends.tensorrt_llm.executor import ExecutorGenerator
 
-    return ExecutorGenerator(engine, tokenizer, vision, options.device or DEVICE, generator_options.max_queue)
+    return ExecutorGenerator(engine, tokenizer, open_vision, options.device or DEVICE, generator_options.max_queue)
 
 
 def _placement(engine: Engine) -> TritonPlacement:

@@ -5,9 +5,9 @@ passes. mypy checks every call of this backend against them; the tests bind ever
 with the real package where that is installed.
 
 Provenance. Every name was READ in the source of the bindings (cpp/tensorrt_llm/nanobind/executor: request.cpp,
-executor.cpp, executorConfig.cpp, bindings.cpp), in a state of the 1.2 line: `Request` has cache_salt_id already. The tag
-1.2.1 itself was not read. A comment says where the meaning of a line comes from: READ in the C++ source of that line, or
-UNCONFIRMED, which no source that was read says. Nothing of it has run.
+executor.cpp, executorConfig.cpp, bindings.cpp), in a state of the 1.2 line: `Request` has cache_salt_id already. The
+tag 1.2.1 itself was not read. A comment says where the meaning of a line comes from: READ in the C++ source of that
+state, or UNCONFIRMED, which no source that was read says. Nothing of it has run.
 """
 
 from __future__ import annotations
@@ -154,7 +154,13 @@ class CommunicationMode:
 class ParallelConfig:
     """Says how the ranks of an engine talk."""
 
-    def __init__(self, *, communication_type: Any, communication_mode: Any) -> None:
+    def __init__(
+        self,
+        *,
+        communication_type: Any,
+        communication_mode: Any,
+        device_ids: list[int] | None = None,  # None: rank r runs on GPU r of its node
+    ) -> None:
         raise NotImplementedError
 
 
@@ -199,7 +205,7 @@ class Executor:
         """Return the responses that are ready; none after `timeout`. Lets other Python threads run meanwhile (READ)."""
         raise NotImplementedError
 
-    def cancel_request(self, id: int) -> None:  # noqa: A002 - the name of the parameter
+    def cancel_request(self, id: int) -> None:
         """End a request before the next step. Its last response has the reason CANCELLED (READ)."""
         raise NotImplementedError
 

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from nvlm_trt import strict_json
-from nvlm_trt.backends.tensorrt_llm.contract import VERSION
+from nvlm_trt.backends.tensorrt_llm.contract import CONTAINER, VERSION
 from nvlm_trt.backends.tensorrt_llm.record import RtllmRecord, record_of
 from nvlm_trt.bounded_file import CONFIG_BYTES, read_bounded
 from nvlm_trt.engine import Engine
@@ -31,6 +31,7 @@ class _ModelPart(BaseModel):
 class _BuildPart(BaseModel):
     max_batch_size: int
     max_seq_len: int
+    max_input_len: int  # of a prompt
     max_num_tokens: int
     max_prompt_embedding_table_size: int = 0  # rows of all requests of a batch
     max_encoder_input_len: int = 0
@@ -45,8 +46,8 @@ class BuiltConfig(BaseModel):
 
 
 def check_engine_files(engine: Engine) -> RtllmRecord:
-    """Return the record of an engine that can be loaded. Raises EngineError for a checkpoint that was not built yet, for
-    another version, and for engines that were built for other sizes than the manifest says."""
+    """Return the record of an engine that can be loaded. Raises EngineError for a checkpoint that was not built yet,
+    for another version, and for engines that were built for other sizes than the manifest says."""
     record = record_of(engine)
     if record.form == "checkpoint":
         raise EngineError(
@@ -55,8 +56,8 @@ def check_engine_files(engine: Engine) -> RtllmRecord:
         )
     if record.version != VERSION:
         raise EngineError(
-            f"engine {engine.path} was built by TensorRT-LLM {record.version}, this nvlm-trt runs {VERSION}; rebuild it "
-            f"in {record.container}"
+            f"engine {engine.path} was built by TensorRT-LLM {record.version}, this nvlm-trt runs {VERSION}; rebuild "
+            f"it in {CONTAINER}"
         )
     folder = engine.path / ENGINE_FOLDER
     for rank in range(record.ranks):
@@ -89,6 +90,7 @@ def _compare(path: Path, built: BuiltConfig, engine: Engine, record: RtllmRecord
     at_least = [
         ("max_batch_size", build.max_batch_size, limits.max_slots),
         ("max_seq_len", build.max_seq_len, limits.max_seq_len),
+        ("max_input_len", build.max_input_len, limits.max_seq_len - 1),
         ("max_num_tokens", build.max_num_tokens, record.max_num_tokens),
         ("max_prompt_embedding_table_size / max_batch_size", table_rows, record.max_prompt_table),
     ]

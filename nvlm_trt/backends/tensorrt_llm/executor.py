@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from typing import Any
 
-from nvlm_trt.backends.base import BackendArray, FloatArray, ImageFeatures, StepBackend
+from nvlm_trt.backends.base import BackendArray, FloatArray, ImageFeatures
+from nvlm_trt.backends.spec import OpenVision
 from nvlm_trt.backends.tensorrt_llm.contract import Bindings, Executor
 from nvlm_trt.backends.tensorrt_llm.contract import Request as ExecutorRequest
 from nvlm_trt.backends.tensorrt_llm.engine_files import ENGINE_FOLDER, check_engine_files
@@ -15,7 +18,7 @@ from nvlm_trt.backends.tensorrt_llm.record import RtllmRecord
 from nvlm_trt.backends.tensorrt_llm.requests import RequestMaker
 from nvlm_trt.backends.tensorrt_llm.runtime import import_bindings
 from nvlm_trt.backends.tensorrt_llm.sampling_config import check_sampling
-from nvlm_trt.backends.tensorrt_llm.steps import ExecutorSteps
+from nvlm_trt.backends.tensorrt_llm.steps import ExecutorSteps, first_line
 from nvlm_trt.backends.tensorrt_llm.torch_device import check_device, torch_dtype
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import EngineError
@@ -23,38 +26,35 @@ from nvlm_trt.prompt.tokenizer import Tokenizer
 from nvlm_trt.runtime.generator_thread import GeneratorThread
 from nvlm_trt.runtime.request import Request
 
+logger = logging.getLogger(__name__)
+
 
 class ExecutorGenerator(GeneratorThread):
     """Implements `TextGenerator`. Calls `on_delta` and `on_error` on a thread of its own."""
 
     def __init__(
-        self, engine: Engine, tokenizer: Tokenizer, vision: StepBackend | None, device: str, max_queue: int
+        self, engine: Engine, tokenizer: Tokenizer, open_vision: OpenVision | None, device: str, max_queue: int
     ) -> None:
-        """Load an engine, and take over `vision`, its vision encoder. At most `max_queue` requests wait for a slot.
+        """Load an engine and, with `open_vision`, its vision encoder. At most `max_queue` requests wait for a slot.
 
         Raises EngineError for an engine that this process, or this launch, cannot run."""
-        record = check_engine_files(engine)
-        launch = Launch.of()
-        launch.check(f"engine {engine.path}", record.tp, record.pp)
-        if launch.rank:
-            raise EngineError(
-                f"rank {launch.rank} of this launch serves nobody, rank 0 does; start "
-                f"`python -m nvlm_trt.backends.tensorrt_llm.worker {engine.path}` on it"
-            )
-        check_device(device)
-        self._bindings = import_bindings()
         config = engine.config
         assert config.image_token_id is not None, "read_config takes image_token_id from the tokenizer"
+        record = check_engine_files(engine)
+        check_rank(engine, record)
+        check_device(device)
+        bindings, dtype = import_bindings(), torch_dtype(record.dtype)
         self._vocab_size = config.llm.vocab_size
-        self._images = FeatureMaker(engine, tokenizer, record.dtype, device)
-        self._requests = RequestMaker(
-            self._bindings, config, record, tokenizer.stop_ids, torch_dtype(record.dtype), device
-        )
-        self._executor = load_executor(self._bindings, engine, record)
-        self._vision = vision
+        self._images = FeatureMaker(engine, tokenizer, dtype, device)
+        self._requests = RequestMaker(bindings, config, record, tokenizer.stop_ids, dtype, device)
+        with contextlib.ExitStack() as stack:
+            # before the LLM, which takes what it needs of the memory that is left
+            self._vision = stack.enter_context(open_vision()) if open_vision else None
+            self._executor = load_executor(bindings, engine, record, device)
+            stack.pop_all()  # `close` closes the vision encoder
         steps = ExecutorSteps(
             self._executor,
-            self._bindings.finish_reason,
+            bindings.finish_reason,
             self._make_request,
             engine.limits,
             config.image_token_id,
@@ -87,18 +87,28 @@ class ExecutorGenerator(GeneratorThread):
         if self._vision:
             self._vision.close()
 
-    def _make_request(self, request: Request, max_tokens: int) -> ExecutorRequest:
-        return self._requests.make(request.prompt, request.images, request.sampling, max_tokens)
+    def _make_request(self, request: Request) -> ExecutorRequest:
+        return self._requests.make(request.prompt, request.images, request.sampling, request.max_tokens)
 
 
-def load_executor(bindings: Bindings, engine: Engine, record: RtllmRecord) -> Executor:
-    """Load the engine of this rank; every rank of the launch does. Raises EngineError if TensorRT-LLM cannot."""
-    try:
-        return bindings.executor(
-            engine.path / ENGINE_FOLDER,
-            bindings.model_type.DECODER_ONLY,  # the gated blocks take features, not the output of an encoder's engine
-            executor_config(bindings, engine.config, engine.limits, record),
+def check_rank(engine: Engine, record: RtllmRecord) -> None:
+    """Raise EngineError for a launch of another size than the engine's, and on every rank but the one that answers."""
+    launch = Launch.of()
+    launch.check(f"engine {engine.path}", record.tp, record.pp)
+    if launch.rank:
+        raise EngineError(
+            f"rank {launch.rank} of this launch serves nobody, rank 0 does; start "
+            f"`python -m nvlm_trt.backends.tensorrt_llm.worker {engine.path}` on it"
         )
+
+
+def load_executor(bindings: Bindings, engine: Engine, record: RtllmRecord, device: str) -> Executor:
+    """Load the engine of this rank; every rank of the launch does. Raises EngineError if TensorRT-LLM cannot."""
+    config = executor_config(bindings, engine.config, engine.limits, record, device)
+    # decoder only: the gated blocks take features, not the output of an encoder's engine
+    kind = bindings.model_type.DECODER_ONLY
+    try:
+        return bindings.executor(engine.path / ENGINE_FOLDER, kind, config)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise EngineError(f"TensorRT-LLM cannot load engine {engine.path} ({reason})") from None
+        logger.exception("TensorRT-LLM cannot load engine %s", engine.path)
+        raise EngineError(f"TensorRT-LLM cannot load engine {engine.path} ({first_line(error)})") from None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from nvlm_trt.backends.tensorrt_llm.contract import Bindings, ExecutorConfig
+from nvlm_trt.backends.tensorrt_llm.contract import Bindings, ExecutorConfig, ParallelConfig
 from nvlm_trt.backends.tensorrt_llm.record import RtllmRecord
+from nvlm_trt.errors import EngineError
 from nvlm_trt.limits import EngineLimits
 from nvlm_trt.model.config import NvlmConfig
 
@@ -12,12 +13,11 @@ _BLOCK = 64
 
 
 def executor_config(
-    bindings: Bindings, config: NvlmConfig, limits: EngineLimits, record: RtllmRecord
+    bindings: Bindings, config: NvlmConfig, limits: EngineLimits, record: RtllmRecord, device: str
 ) -> ExecutorConfig:
-    """Configure paged KV for all slots, chunked prefill, and leader mode where the engine has several ranks."""
-    parallel = bindings.parallel_config(
-        communication_type=bindings.communication_type.MPI, communication_mode=bindings.communication_mode.LEADER
-    )
+    """Configure paged KV for all slots, chunked prefill, and how ranks find each other and their GPUs.
+
+    Raises EngineError for a GPU that is named for an engine of several."""
     return bindings.executor_config(
         max_beam_width=1,
         kv_cache_config=bindings.kv_cache_config(
@@ -31,14 +31,27 @@ def executor_config(
         normalize_log_probs=False,  # logprobs are computed from the logits
         max_batch_size=limits.max_slots,
         max_num_tokens=record.max_num_tokens,
-        parallel_config=parallel if record.ranks > 1 else None,
+        parallel_config=_parallel(bindings, record, device),
         gather_generation_logits=True,
     )
 
 
+def _parallel(bindings: Bindings, record: RtllmRecord, device: str) -> ParallelConfig | None:
+    _, colon, number = device.partition(":")
+    if record.ranks > 1 and colon:
+        raise EngineError(f"the engine runs on {record.ranks} GPUs, one per rank, not on {device!r}; name no device")
+    if record.ranks == 1 and not colon:
+        return None
+    return bindings.parallel_config(
+        communication_type=bindings.communication_type.MPI,
+        communication_mode=bindings.communication_mode.LEADER,
+        device_ids=[int(number)] if colon else None,
+    )
+
+
 def cached_tokens(limits: EngineLimits, record: RtllmRecord) -> int:
-    """Return the tokens that each pool of the KV cache holds: those of all slots, in whole blocks. One number bounds the
-    pools of self-attention and of cross-attention."""
+    """Return the tokens that each pool of the KV cache holds: those of all slots, in whole blocks. One number bounds
+    the pools of self-attention and of cross-attention."""
     longest = max(limits.max_seq_len, record.max_encoder_len)
     return limits.max_slots * -(-longest // _BLOCK) * _BLOCK
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nvlm_trt.backends.base import BackendArray, ImageFeatures
 from nvlm_trt.backends.tensorrt_llm.tensor_files import load_tensors
-from nvlm_trt.backends.tensorrt_llm.torch_device import torch_dtype, wait_for
+from nvlm_trt.backends.tensorrt_llm.torch_device import wait_for
 from nvlm_trt.backends.tensorrt_llm.vision import copy_tokens
 from nvlm_trt.engine import Engine
 from nvlm_trt.prompt.encoder import PromptEncoder
@@ -41,19 +41,19 @@ class ExecutorFeatures(ImageFeatures):
 class FeatureMaker:
     """Makes the features of one engine's images."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, dtype: str, device: str) -> None:
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, dtype: torch.dtype, device: str) -> None:
         """Load NVLM-H's tag embeddings. Raises EngineError if their file does not fit the model."""
-        self.dtype, self.device = torch_dtype(dtype), device
+        self._dtype, self._device = dtype, device
         self._config = config = engine.config
         self._tags: torch.Tensor | None = None  # [max tiles, tag length, hidden]
         if config.architecture == "H":
             tag_length = PromptEncoder(config, tokenizer).tag_length
             shapes = {TAG_TENSOR: (config.max_tiles, tag_length, config.llm.hidden_size)}
-            self._tags = load_tensors(engine.path / TAG_FILE, shapes, self.dtype, device)[TAG_TENSOR]
+            self._tags = load_tensors(engine.path / TAG_FILE, shapes, self._dtype, device)[TAG_TENSOR]
 
     def import_tokens(self, tokens: Any) -> torch.Tensor:
         """Copy image tokens [tiles, T, hidden] to the GPU, in the engine's type."""
-        return copy_tokens(tokens, self.dtype, self.device)
+        return copy_tokens(tokens, self._dtype, self._device)
 
     def features(self, image_tokens: Any) -> ExecutorFeatures:
         """Make the features of image tokens [tiles, T, hidden], thumbnail last. Raises RequestError."""
@@ -67,15 +67,15 @@ class FeatureMaker:
         if self._tags is not None:
             crossed = torch.cat([self._tags[: len(crossed)], crossed], dim=1)  # [n, tag length + T, hidden]
         cross_features = crossed.flatten(0, 1).clone() if len(crossed) else None  # [C, hidden]
-        wait_for(self.device)
+        wait_for(self._device)
         return ExecutorFeatures(embeddings, None, len(image_tokens), cross_features, digest_of(embeddings))
 
 
 def digest_of(embeddings: torch.Tensor) -> int:
     """Return a uint64 of embeddings [m, hidden], at least 1; 0 without rows.
 
-    Of the numbers that the LLM reads, not of the image's file: KV that is reused under this digest was computed from the
-    same numbers, wherever they were encoded."""
+    The digest is that of the numbers that the LLM reads, not of the image's file: KV that is reused under it was
+    computed from the same numbers, wherever they were encoded."""
     import torch
 
     if not len(embeddings):

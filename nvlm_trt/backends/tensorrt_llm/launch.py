@@ -33,8 +33,8 @@ class Launch:
                 size, rank = environment[size_name], environment.get(rank_name, "")
                 if not (size.isdecimal() and rank.isdecimal() and int(rank) < int(size)):
                     raise EngineError(
-                        f"{size_name}={size} and {rank_name}={rank} are not a rank of a launch; unset both, or start the "
-                        "process by mpirun or srun"
+                        f"{size_name}={size} and {rank_name}={rank} are not a rank of a launch; unset both, or start "
+                        "the process by mpirun or srun"
                     )
                 return cls(int(size), int(rank))
         return cls()

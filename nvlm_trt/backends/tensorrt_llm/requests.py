@@ -14,6 +14,7 @@ from nvlm_trt.backends.tensorrt_llm.image_features import ExecutorFeatures
 from nvlm_trt.backends.tensorrt_llm.masks import cross_attention_mask
 from nvlm_trt.backends.tensorrt_llm.record import RtllmRecord
 from nvlm_trt.backends.tensorrt_llm.sampling_config import sampling_config
+from nvlm_trt.backends.tensorrt_llm.torch_device import wait_for
 from nvlm_trt.errors import TooLargeError
 from nvlm_trt.model.config import NvlmConfig
 from nvlm_trt.prompt.encoder import EncodedPrompt
@@ -50,7 +51,7 @@ class RequestMaker:
         mine = cast(Sequence[ExecutorFeatures], images)
         is_crossed = bool(self._config.cross_layers)
         features = self._cross_features(mine) if is_crossed else None  # [C, hidden]
-        return self._bindings.request(
+        made = self._bindings.request(
             self._token_ids(prompt.input_ids),
             max_tokens,
             streaming=True,
@@ -70,6 +71,8 @@ class RequestMaker:
             cross_attention_mask=None if features is None else self._mask(prompt, len(features)),
             skip_cross_attn_blocks=self._skip(prompt) if is_crossed else None,
         )
+        wait_for(self._device)  # table, features and mask are read by the executor's stream
+        return made
 
     def _token_ids(self, input_ids: IntArray) -> list[int]:
         """Give image placeholder k of the prompt the id vocab_size + k, row k of the prompt table."""
@@ -86,8 +89,8 @@ class RequestMaker:
             return None
         if size > self._record.max_prompt_table:
             raise TooLargeError(
-                f"the images have {size} image embeddings, the engine takes {self._record.max_prompt_table} per request; "
-                "send fewer images, lower max_tiles, or rebuild with a larger --max-seq-len"
+                f"the images have {size} image embeddings, the engine takes {self._record.max_prompt_table} per "
+                "request; send fewer images, lower max_tiles, or rebuild with a larger --max-seq-len"
             )
         if self._config.cross_layers:  # reuses no KV
             return self._bindings.prompt_tuning_config(_joined(rows))

@@ -9,8 +9,8 @@ from nvlm_trt.errors import EngineError
 
 
 def installed_version() -> str:
-    """Return the version of the installed TensorRT-LLM. Raises EngineError without it, for the empty package that public
-    indexes have, and for another version than the pinned one."""
+    """Return the version of the installed TensorRT-LLM. Raises EngineError without it, for the empty package that
+    public indexes have, and for another version than the pinned one."""
     remedy = f"use the container {CONTAINER}, which has {VERSION}"
     try:
         package = importlib.import_module("tensorrt_llm")

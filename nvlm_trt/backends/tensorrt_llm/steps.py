@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 # While the executor is silent, a new request or a cancellation waits so long. It is silent for one step at most.
 _POLL = timedelta(milliseconds=10)
 
-# (request that was admitted, the most tokens of its answer) -> the executor's request
-MakeRequest = Callable[[Request, int], contract.Request]
+MakeRequest = Callable[[Request], contract.Request]  # of a request that was admitted
 
 
 class ExecutorSteps:
@@ -71,7 +70,7 @@ class ExecutorSteps:
         while self._free and self._admit():
             pass
         if self._running or self._leaving:
-            for response in self._executor.await_responses(timeout=_POLL):
+            for response in self._responses():
                 self._take(response)
 
     def cancel_all(self) -> None:
@@ -116,19 +115,28 @@ class ExecutorSteps:
             return False
         try:
             request.admit(self._limits, self._placeholder_id, self._tokenizer)
-            most = min(request.sampling.max_tokens, self._limits.max_seq_len - len(request.prompt.input_ids))
-            made = self._make_request(request, most)
+            number = self._executor.enqueue_request(self._make_request(request))
+        except RuntimeError as error:  # of TensorRT-LLM, or of torch for want of memory
+            self._delivery.fail(
+                request, EngineError(f"the request cannot be given to TensorRT-LLM ({first_line(error)})")
+            )
         except Exception as error:
             self._delivery.fail(request, error)
-            return True
-        self._running[self._executor.enqueue_request(made)] = request
+        else:
+            self._running[number] = request
         return True
+
+    def _responses(self) -> list[contract.Response]:
+        try:
+            return self._executor.await_responses(timeout=_POLL)
+        except RuntimeError as error:
+            raise EngineError(first_line(error)) from error
 
     def _take(self, response: contract.Response) -> None:
         """Deliver the tokens of one response. Raises EngineError if the engine has failed."""
         number = response.request_id
         if response.has_error():
-            self._take_error(number, response.error_msg)
+            self._take_error(number, first_line(response.error_msg))
             return
         result = response.result
         request = self._running.get(number)
@@ -148,7 +156,7 @@ class ExecutorSteps:
             self._delivery.fail(request, EngineError(f"TensorRT-LLM refused the request ({message})"))
 
     def _take_tokens(self, number: int, request: Request, result: contract.Result) -> None:
-        (token_ids,) = result.output_token_ids  # one beam
+        token_ids = result.output_token_ids[0] if result.output_token_ids else []  # of the only beam
         request.state = State.DECODING if token_ids else request.state
         for index, token_id in enumerate(token_ids):
             try:
@@ -205,6 +213,11 @@ class ExecutorSteps:
             raise EngineError("TensorRT-LLM gave no logits for a token; ask without logprobs")
         logits = _host_row(result.generation_logits[index], self._vocab_size)  # [vocab]
         return token_logprob(logits, token_id, request.sampling.logprobs)
+
+
+def first_line(message: object) -> str:
+    """Return the first line of a message of TensorRT-LLM: the others are its stack."""
+    return next((line.strip() for line in str(message).splitlines() if line.strip()), type(message).__name__)
 
 
 def _host_row(logits: torch.Tensor, vocab_size: int) -> FloatArray:

@@ -33,6 +33,7 @@ def load_tensors(
         tensor = tensors[name]
         if tuple(tensor.shape) != shape or tensor.dtype != dtype:
             raise EngineError(
-                f"engine file {path}: {name} is {tensor.dtype} {list(tensor.shape)}, not {dtype} {list(shape)}; {remedy}"
+                f"engine file {path}: {name} is {tensor.dtype} {list(tensor.shape)}, not {dtype} {list(shape)}; "
+                f"{remedy}"
             )
     return tensors

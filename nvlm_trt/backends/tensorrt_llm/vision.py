@@ -1,7 +1,7 @@
 """Runs the vision encoder and the projector in PyTorch, on the GPU.
 
-TensorRT-LLM's containers have TensorRT 10.14, which cannot build the graph of our other backends, and torch, in which the
-vision encoder is written anyway: the same code is compared with transformers on a CPU. Its time is in plain GEMMs.
+TensorRT-LLM's containers have TensorRT 10.14, which cannot build the graph of our other backends, and torch, in which
+the vision encoder is written anyway: the tests compare this code with transformers on a CPU. Its time is in GEMMs.
 """
 
 from __future__ import annotations

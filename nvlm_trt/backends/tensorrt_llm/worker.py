@@ -7,7 +7,7 @@ from __future__ import annotations
 import sys
 
 from nvlm_trt.backends.opening import backend_of
-from nvlm_trt.backends.tensorrt_llm import NAME
+from nvlm_trt.backends.tensorrt_llm import DEVICE, NAME
 from nvlm_trt.backends.tensorrt_llm.engine_files import check_engine_files
 from nvlm_trt.backends.tensorrt_llm.executor import load_executor
 from nvlm_trt.backends.tensorrt_llm.launch import Launch
@@ -28,7 +28,7 @@ def work(directory: str) -> None:
         raise EngineError(
             "rank 0 of this launch answers requests; start `nvlm-trt serve` on it, and workers on the others"
         )
-    executor = load_executor(import_bindings(), engine, record)
+    executor = load_executor(import_bindings(), engine, record, DEVICE)
     executor.shutdown()  # of this rank: returns when rank 0 has ended the executor
 
 
