@@ -80,23 +80,25 @@ class FleetReport:
     def show(self, title: str) -> None:
         from rich.box import SIMPLE_HEAD
         from rich.console import Console
-        from rich.markup import escape
         from rich.table import Table
 
         stages = _shown_stages(self.plan.stages)
-        table = Table(title=escape(f"{title}, tp={self.plan.tp} pp={self.plan.pp}"), box=SIMPLE_HEAD)
-        table.title_justify = table.caption_justify = "left"
+        table = Table(box=SIMPLE_HEAD)
         table.add_column("bytes on one GPU", no_wrap=True)
         for stage in stages:
             table.add_column(f"stage {stage.stage}" if len(stages) > 1 else "", justify="right", no_wrap=True)
         for name, values in self._memory_rows(stages):
             if any(values):
                 table.add_row(name, *(f"{value / 1e9:.2f} GB" for value in values))
-        table.caption = "a stage's first GPU, which has the most; activations are an estimate"
         console = Console(highlight=False)
+        console.print(f"{title}, tp={self.plan.tp} pp={self.plan.pp}", markup=False, soft_wrap=True)
         console.print(table)
+        console.print("A stage's first GPU, which has the most; activations are an estimate.", soft_wrap=True)
         if self.gpu is not None:
-            console.print(self._times_table(self.gpu))
+            console.print(f"\n{self.plan.gpus} x {self.gpu.title}", soft_wrap=True)
+            console.print(self._times_table())
+            assumed = ", ".join(f"{name} {value:g}" for name, value in _ASSUMED.items())
+            console.print(f"Assumed, not measured: {assumed}.", soft_wrap=True)
             console.print(self._verdict(self.gpu), soft_wrap=True)
 
     def _memory_rows(self, stages: list[GpuMemory]) -> Iterator[tuple[str, list[int]]]:
@@ -108,18 +110,16 @@ class FleetReport:
         yield "cross-attention cache per request", [stage.cross_kv_per_request for stage in stages]
         yield f"in all, {self.slots} requests", [stage.total(self.slots) for stage in stages]
 
-    def _times_table(self, gpu: Gpu) -> Any:
+    def _times_table(self) -> Any:
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
 
-        table = Table(title=f"{self.plan.gpus} x {gpu.title}", title_justify="left", box=SIMPLE_HEAD)
+        table = Table(box=SIMPLE_HEAD)
         for column in ("", "time", "products", "memory", "messages"):
             table.add_column(column, justify="right" if column else "left", no_wrap=True)
         for name, time in self.times.items():
             parts = (time.seconds, time.products, time.memory, time.communication)
             table.add_row(name, *(f"{1e3 * part:.2f} ms" for part in parts))
-        table.caption = "assumed: " + ", ".join(f"{name} {value:g}" for name, value in _ASSUMED.items())
-        table.caption_justify = "left"
         return table
 
     def _verdict(self, gpu: Gpu) -> str:
@@ -127,15 +127,15 @@ class FleetReport:
         of = f"{self.share:g} of {gpu.memory.value / 1e9:g} GB"
         assert self.requests is not None
         if self.requests >= 1:
-            return f"fits in {of} per GPU, with {self.requests} requests of max_seq_len at once"
+            return f"Fits in {of} per GPU, with {self.requests} requests of max_seq_len at once"
         most = max(stage.total(1) for stage in self.plan.stages)
         if not self.choices:
-            return f"does not fit: {most / 1e9:.1f} GB with one request, {of} per GPU; no fleet of this GPU holds it"
+            return f"Does not fit: {most / 1e9:.1f} GB with one request, {of} per GPU; no fleet of this GPU holds it"
         named = "; ".join(
             f"{choice.precision} --tp {choice.tp} --pp {choice.pp} ({choice.requests} requests)"
             for choice in self.choices
         )
-        return f"does not fit: {most / 1e9:.1f} GB with one request, {of} per GPU; these do: {named}"
+        return f"Does not fit: {most / 1e9:.1f} GB with one request, {of} per GPU; these do: {named}"
 
 
 _ASSUMED = {

@@ -65,8 +65,6 @@ class StageShards:
         llm, precision = self._config.llm, self._precisions["decoder"]
         yield self._whole(f"{layer}.input_layernorm.weight", llm.hidden_size)
         yield from self._attention(f"{layer}.attention", precision, llm.qkv_bias)
-        if precision == "fp8":
-            yield Shard(f"{layer}.attention.kv_cache_scaling_factor", 1, _F32, split=False)
         yield self._whole(f"{layer}.post_layernorm.weight", llm.hidden_size)
         yield from self._mlp(f"{layer}.mlp", precision)
 
@@ -92,6 +90,8 @@ class StageShards:
         if bias:
             yield Shard(f"{name}.qkv.bias", rows, rows * self._size, split=True)
         yield self._linear(f"{name}.dense.weight", llm.hidden_size, self.heads * llm.head_dim, precision)
+        if self._precisions["decoder"] == "fp8":
+            yield Shard(f"{name}.kv_cache_scaling_factor", 1, _F32, split=False)
 
     def _mlp(self, name: str, precision: str) -> Iterator[Shard]:
         llm = self._config.llm

@@ -3,38 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 
 import pytest
 from command_line import Run, assert_one_line_error
 
-from nvlm_trt.backends.spec import BackendSpec, MemoryModel
-from nvlm_trt.backends.table import added_backend
-from nvlm_trt.model.precision import PrecisionTable
 from nvlm_trt.planner.gpus import GPUS
 
-SPEC = BackendSpec(
-    name="many-gpus",
-    summary="many-gpus (a table)",
-    device="cuda",
-    precisions=PrecisionTable(
-        "many-gpus", default="bf16", names={"bf16": ("bf16",) * 5, "fp8": ("bf16", "bf16", "fp8", "bf16", "fp8")}
-    ),
-    prefill_chunk=8192,
-    memory=MemoryModel(device="gpu"),
-    probe=lambda: "a table",
-    build=lambda job: pytest.fail("nothing is built"),
-    build_options={"tp": 1, "pp": 1},
-)
-
-
-@pytest.fixture(autouse=True)
-def many_gpus() -> Iterator[None]:
-    with added_backend(SPEC):
-        yield
-
-
-COMMAND = ("plan", "--preset", "nvlm-x-72b", "--backend", "many-gpus")
+COMMAND = ("plan", "--preset", "nvlm-x-72b", "--backend", "tensorrt-llm")
 
 
 def test_a_fleet_as_json(run_cli: Run) -> None:
@@ -59,13 +34,13 @@ def test_a_fleet_as_json(run_cli: Run) -> None:
 def test_a_fleet_that_is_too_small_says_what_fits(run_cli: Run) -> None:
     status, out, _ = run_cli(*COMMAND, "--gpu", "h100")
     assert status == 0
-    assert "does not fit" in out
+    assert "Does not fit" in out
     assert "bf16 --tp 1 --pp 3 (" in out  # 90 layers with the blocks
     assert "fp8 --tp 2 --pp 1 (" in out
     _, out, _ = run_cli(*COMMAND, "--gpu", "h100", "--tp", 4)
-    assert "fits in 0.9 of 80 GB per GPU, with" in out
+    assert "Fits in 0.9 of 80 GB per GPU, with" in out
     _, out, _ = run_cli(*COMMAND, "--gpu", "h100", "--tp", 4, "--memory-share", 0.5)
-    assert "does not fit" in out
+    assert "Does not fit" in out
 
 
 def test_without_a_gpu_there_are_no_times(run_cli: Run) -> None:
@@ -74,7 +49,7 @@ def test_without_a_gpu_there_are_no_times(run_cli: Run) -> None:
     assert (fleet["fits"], fleet["requests_that_fit"], fleet["times"]) == (None, None, {})
     _, out, _ = run_cli(*COMMAND, "--tp", 2, "--pp", 5)
     assert "stage 4" in out
-    assert "fits" not in out
+    assert "Fits" not in out
 
 
 def test_a_gpu_gives_the_rates_of_other_backends(run_cli: Run) -> None:

@@ -10,39 +10,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nvlm_trt.backends.spec import BackendSpec, MemoryModel
+from nvlm_trt.backends.table import find_backend
 from nvlm_trt.errors import EngineError
 from nvlm_trt.limits import EngineLimits
 from nvlm_trt.model.config import NvlmConfig
 from nvlm_trt.model.layout import checkpoint_layout
 from nvlm_trt.model.parallel import check_parallel, pipeline_sizes, stacked_layers, tensor_sizes
-from nvlm_trt.model.precision import PrecisionTable
 from nvlm_trt.model.presets import PRESETS
 from nvlm_trt.planner.fleet import FleetPlan, plan_fleet, splits, what_fits
 from nvlm_trt.planner.fleet_times import FleetTimes
 from nvlm_trt.planner.gpus import GPUS, check_precision, find_gpu
 from nvlm_trt.planner.shards import Shard, StageShards
 
-QUANTISED = ("fp8", "int8", "int8-weight-only", "int4-weight-only")
-# fmt: off
-TABLE = {"bf16": ("bf16",) * 5, "fp16": ("fp16",) * 5,
-         **{name: ("bf16", "bf16", name, "bf16", name) for name in QUANTISED}}
-# fmt: on
-SPEC = BackendSpec(
-    name="many-gpus",
-    summary="many-gpus (a table)",
-    device="cuda",
-    precisions=PrecisionTable("many-gpus", default="bf16", names=TABLE),
-    prefill_chunk=8192,
-    memory=MemoryModel(device="gpu"),
-    probe=lambda: "a table",
-    build=lambda job: pytest.fail("nothing is built"),
-    build_options={"tp": 1, "pp": 1},
-)
+SPEC = find_backend("tensorrt-llm")
 LIMITS = EngineLimits(max_slots=8, max_seq_len=4096, max_image_tokens=7168, max_tiles=6)
 TAG_LENGTH = 1
 models = st.sampled_from(sorted(PRESETS))
-precisions_of = st.sampled_from(sorted(TABLE))
+precisions_of = st.sampled_from(sorted(SPEC.precisions.names))
 
 
 def fleet(name: str, precision: str, tp: int, pp: int, limits: EngineLimits = LIMITS) -> FleetPlan:
