@@ -52,6 +52,7 @@ def write_engine(
             },
             "build_config": {
                 "max_batch_size": LIMITS.max_slots,
+                "max_input_len": LIMITS.max_seq_len,
                 "max_seq_len": LIMITS.max_seq_len,
                 "max_num_tokens": record["max_num_tokens"],
                 "max_prompt_embedding_table_size": LIMITS.max_slots * record["max_prompt_table"],

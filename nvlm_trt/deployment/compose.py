@@ -57,9 +57,10 @@ def _service(deployment: Deployment, number: int) -> dict[str, Any]:
         "ports": [f"127.0.0.1:{port + number * _PORT_STEP}:{port}" for port in (HTTP_PORT, GRPC_PORT, METRICS_PORT)],
         "volumes": [
             {"type": "bind", "source": source, "target": ENGINE_FOLDER, "read_only": True},
-            {"type": "tmpfs", "target": "/tmp", "tmpfs": {"size": 2048 * _MIB, "mode": 0o1777}},
         ],
         "read_only": True,
+        # "exec": kernels that are compiled when they are needed are loaded from there
+        "tmpfs": ["/tmp:size=2g,mode=1777,exec"],
         "shm_size": f"{engine.shared_memory // _MIB}m",
         "cap_drop": ["ALL"],
         "security_opt": ["no-new-privileges:true"],

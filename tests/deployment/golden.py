@@ -38,8 +38,9 @@ def _deployments(work: Path) -> Iterator[tuple[str, Deployment]]:
     }
     for name, (arguments, options, nbytes) in cases.items():
         engine = DeployedEngine.of(Engine.open(write_engine(work / name, *arguments)))
-        # what a test's engine has not: its place, and the size of its weights
-        engine = dataclasses.replace(engine, path=Path("/srv/engines") / engine.model, nbytes=int(nbytes))
+        # what a test's engine has not: its place, and its files
+        path = Path("/srv/engines") / engine.model
+        engine = dataclasses.replace(engine, path=path, nbytes=int(nbytes), fingerprint="0" * 64)
         yield name, Deployment.of(engine, options, _VERSION)
 
 
@@ -58,7 +59,8 @@ def golden_files() -> dict[str, str]:
 
 
 if __name__ == "__main__":
+    files = golden_files()
     shutil.rmtree(FOLDER, ignore_errors=True)
-    for path, content in golden_files().items():
+    for path, content in files.items():
         (FOLDER / path).parent.mkdir(parents=True, exist_ok=True)
         (FOLDER / path).write_text(content, encoding="utf-8")
