@@ -16,6 +16,7 @@ from nvlm_trt.bounds import MAX_SEED, MAX_TOKENS
 from nvlm_trt.commands.bench import bench
 from nvlm_trt.commands.build import build
 from nvlm_trt.commands.decode_budget import DecodeMemoryOption, DecodeSecondsOption, image_limits
+from nvlm_trt.commands.deploy import deploy
 from nvlm_trt.commands.evaluate import evaluate
 from nvlm_trt.commands.plan import plan
 from nvlm_trt.commands.tiles import tiles
@@ -193,6 +194,7 @@ def ask(
             terminal.print_answer(stream, stats=stats, as_json=as_json)
 
 
+app.command()(deploy)
 app.command()(tiles)
 app.command("eval")(evaluate)
 app.command()(tinydocs)

@@ -20,6 +20,7 @@ EXTRAS = {
     ),
     "bench": ("matplotlib",),
     "reference": ("torch",),
+    "deploy": ("yaml",),
 }
 
 

@@ -70,6 +70,20 @@ class TritonPlacement:
 
 
 @dataclass(frozen=True)
+class ServerNeeds:
+    """Tells `nvlm-trt deploy` what an engine needs of the machines and the container that serve it."""
+
+    container: str = "python:3.12-slim"  # nvlm-trt is installed in it
+    extra: str | None = None  # of nvlm-trt
+    packages: tuple[str, ...] = ()  # pip's requirements beside nvlm-trt
+    index: str | None = None  # a package index for `packages`, beside the public one
+    capability: int | None = None  # compute capability of the GPUs that alone run the engine: 90 for 9.0
+    tp: int = 1  # tp * pp processes run the engine together, each on a GPU of its own; MPI numbers them
+    pp: int = 1
+    worker: str | None = None  # module that runs the ranks beside rank 0: `python3 -m MODULE ENGINE`
+
+
+@dataclass(frozen=True)
 class OpenOptions:
     """Options for opening an engine."""
 
@@ -110,5 +124,7 @@ class BackendSpec:
     check_options: Callable[[Mapping[str, Any], Mapping[str, str]], None] = lambda options, chosen: None
     check_limits: Callable[[NvlmConfig, EngineLimits, Mapping[str, str]], None] = lambda config, limits, chosen: None
     placement: Callable[[Engine], TritonPlacement] = lambda engine: TritonPlacement()
+    # raises EngineError for an engine that cannot be served
+    server_needs: Callable[[Engine], ServerNeeds] = lambda engine: ServerNeeds()
     # returns the lines that `nvlm-trt build` prints about an engine that it has published
     describe: Callable[[Engine], Sequence[str]] = lambda engine: ()

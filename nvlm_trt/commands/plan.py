@@ -15,10 +15,13 @@ from nvlm_trt.backends.table import DEFAULT_BACKEND, backend_names, default_prec
 from nvlm_trt.bounds import MAX_TOKENS
 from nvlm_trt.errors import EngineError, NvlmError
 from nvlm_trt.model.preset_names import PRESET_NAMES
+from nvlm_trt.planner.gpus import GPUS, check_precision, find_gpu
 
 if TYPE_CHECKING:
+    from nvlm_trt.backends.spec import BackendSpec
     from nvlm_trt.limits import EngineLimits
     from nvlm_trt.model.config import NvlmConfig
+    from nvlm_trt.planner.gpus import Gpu
     from nvlm_trt.planner.memory import EnginePlan
     from nvlm_trt.planner.roofline import Work
 
@@ -47,28 +50,38 @@ def plan(
         float | None, typer.Option(help="Memory bandwidth in GB/s; with --tflops: shows the least times.")
     ] = None,
     tflops: Annotated[float | None, typer.Option(help="10^12 operations per second in this precision.")] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(help=f"Instead of --bandwidth and --tflops, a GPU's data sheet: {', '.join(GPUS)}."),
+    ] = None,
+    tp: Annotated[int | None, typer.Option(min=1, help="GPUs that share every layer (tensorrt-llm) [1].")] = None,
+    pp: Annotated[int | None, typer.Option(min=1, help="Pipeline stages (tensorrt-llm) [1].")] = None,
+    memory_share: Annotated[
+        float | None, typer.Option(help="Share of a GPU's memory for the engine (tensorrt-llm) [0.9].")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
     """Plan an engine before it is built: its memory, and the least time of a prompt and of a token.
 
-    Example: nvlm-trt plan --preset nvlm-d-72b --backend tensorrt --precision fp8 --bandwidth 4800 --tflops 1979
+    Example: nvlm-trt plan --preset nvlm-d-72b --backend tensorrt --precision fp8 --gpu h200
     """
     if (checkpoint is None) == (preset is None):
         raise NvlmError(f"name either a checkpoint or a preset: --checkpoint DIR, or --preset {PRESET_NAMES[0]}")
     spec = find_backend(backend)
     precision = precision or spec.precisions.default
-    rates = [rate for rate in (bandwidth, tflops) if rate is not None]
-    if len(rates) == 1 or not all(_LEAST_RATE <= rate <= _MOST_RATE for rate in rates):
-        raise NvlmError(
-            f"a time follows from both --bandwidth and --tflops, above 0 ({_LEAST_RATE:g} to {_MOST_RATE:g}); give "
-            "both or none"
-        )
+    device = _device(gpu, spec)
+    _check_rates(bandwidth, tflops, gpu)
+    from nvlm_trt.planner.fleet import splits
     from nvlm_trt.planner.limits import engine_limits
     from nvlm_trt.planner.memory import plan_engine
     from nvlm_trt.planner.roofline import Roofline
     from nvlm_trt.prompt.image_tokens import count_image_tokens
 
+    split = splits(spec)
+    _check_fleet_options(spec, split, {"--tp": tp, "--pp": pp, "--memory-share": memory_share}, bandwidth)
     precisions = spec.precisions.parse(precision)
+    if device is not None:
+        check_precision(device, precisions, split)
     config, tag_length, checkpoint_bytes = _model(checkpoint, preset)
     chosen = {"max_slots": max_slots, "max_seq_len": max_seq_len, "max_image_tokens": max_image_tokens}
     given = {name: value for name, value in chosen.items() if value is not None}
@@ -80,7 +93,16 @@ def plan(
     in_llm, cross = count_image_tokens(config, tiles, tag_length)
     decode = roofline.decode(1, text_tokens + in_llm + 1, cross)
     works = {**{f"prefill {stage}": work for stage, work in prefill.items()}, "decode": decode}
-    times = {name: _seconds(work, bandwidth, tflops) for name, work in works.items()}
+    one = None if split else device
+    times = {name: _seconds(name, work, precisions, bandwidth, tflops, one) for name, work in works.items()}
+    title = f"{config.name}, {precision}, {backend}: {_shown(limits)}"
+    fleet = None
+    if split:
+        from nvlm_trt.commands.plan_fleet import FleetReport
+
+        fleet = FleetReport.make(
+            config, limits, precisions, spec, tag_length, tp or 1, pp or 1, device, memory_share, text_tokens, tiles
+        )
     if as_json:
         print(
             json.dumps(
@@ -92,13 +114,16 @@ def plan(
                     "memory": asdict(planned),
                     "prompt": {"text_tokens": text_tokens, "tiles": tiles},
                     "roofline": {name: {**asdict(work), "seconds": times[name]} for name, work in works.items()},
+                    **({"gpu": _gpu_record(device)} if device else {}),
+                    **({"fleet": fleet.to_dict()} if fleet else {}),
                 },
                 indent=2,
                 allow_nan=False,
             )
         )
+    elif fleet:
+        fleet.show(title)
     else:
-        title = f"{config.name}, {precision}, {backend}: {_shown(limits)}"
         _print_table(title, planned, works, times, f"{text_tokens} text tokens, {tiles} tiles")
         if spec.memory.whole_cross_cache and config.cross_layers:
             _, image = count_image_tokens(config, config.tiles_per_image, tag_length)
@@ -106,6 +131,52 @@ def plan(
                 f"{spec.name} reads all {limits.max_image_tokens} cross-attended tokens of a slot at every token, used "
                 f"or not; an image has at most {image}: choose --max-image-tokens for the images of one request"
             )
+
+
+def _device(name: str | None, spec: BackendSpec) -> Gpu | None:
+    if name is None:
+        return None
+    if spec.memory.device != "gpu":
+        raise NvlmError(f"the backend {spec.name} runs on the CPU; leave out --gpu, or choose another --backend")
+    return find_gpu(name)
+
+
+def _check_rates(bandwidth: float | None, tflops: float | None, gpu: str | None) -> None:
+    rates = [rate for rate in (bandwidth, tflops) if rate is not None]
+    if gpu is not None and rates:
+        raise NvlmError("--gpu has a bandwidth and rates of its own; give it, or --bandwidth and --tflops")
+    if len(rates) == 1 or not all(_LEAST_RATE <= rate <= _MOST_RATE for rate in rates):
+        raise NvlmError(
+            f"a time follows from both --bandwidth and --tflops, above 0 ({_LEAST_RATE:g} to {_MOST_RATE:g}); give "
+            "both or none"
+        )
+
+
+def _check_fleet_options(
+    spec: BackendSpec, split: bool, options: dict[str, float | None], bandwidth: float | None
+) -> None:
+    given = [name for name, value in options.items() if value is not None]
+    if given and not split:
+        raise NvlmError(f"{given[0]}: an engine of {spec.name} runs on one device; leave it out")
+    if split and bandwidth is not None:
+        raise NvlmError(f"the times of {spec.name} depend on the links between GPUs too; give --gpu instead")
+    share = options["--memory-share"]
+    if share is not None and not 0 < share <= 1:
+        raise NvlmError(f"--memory-share {share:g} is not a share of the memory; give a number above 0, at most 1")
+
+
+def _seconds(
+    name: str, work: Work, precisions: dict[str, str], bandwidth: float | None, tflops: float | None, gpu: Gpu | None
+) -> float | None:
+    """Compute the least time of the work of this name at a data sheet's rates, or at the user's. None: unknown."""
+    if gpu is not None:
+        components = {"prefill vision_encoder": "vision_encoder", "prefill cross_kv": "cross_attention"}
+        return work.seconds(gpu.bandwidth.value, gpu.rate(precisions[components.get(name, "decoder")]))
+    return work.seconds(bandwidth * 1e9, tflops * 1e12) if bandwidth and tflops else None
+
+
+def _gpu_record(gpu: Gpu) -> dict[str, object]:
+    return {"name": gpu.name, "title": gpu.title, **{name: asdict(figure) for name, figure in gpu.figures.items()}}
 
 
 def _model(checkpoint: Path | None, preset: str | None) -> tuple[NvlmConfig, int, int | None]:
@@ -145,10 +216,6 @@ def _tiles(config: NvlmConfig, limits: EngineLimits, tag_length: int, text_token
         f"engine would hold {limits.max_seq_len} with the answer; lower --text-tokens or --tiles, or raise "
         "--max-seq-len"
     )
-
-
-def _seconds(work: Work, bandwidth: float | None, tflops: float | None) -> float | None:
-    return work.seconds(bandwidth * 1e9, tflops * 1e12) if bandwidth and tflops else None
 
 
 def _shown(limits: EngineLimits) -> str:

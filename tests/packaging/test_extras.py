@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 from command_line import Run, assert_one_line_error
+from packaging.requirements import Requirement
 
+from nvlm_trt.backends.tensorrt_llm.contract import VERSION
 from nvlm_trt.extras import EXTRAS, require
 
 if sys.version_info >= (3, 11):
@@ -85,12 +87,42 @@ def test_the_hook_forbids_imports() -> None:
         run_without_optional_packages("import onnx")
 
 
-def test_extras_are_those_of_the_package() -> None:
+def extras_of_the_package() -> dict[str, list[Requirement]]:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    return {extra: [Requirement(line) for line in lines] for extra, lines in extras.items()}
+
+
+def packages_of(extra: str) -> set[str]:
+    """Lists the packages of an extra and of the extras of this package that it names."""
+    extras = extras_of_the_package()
+    packages = set()
+    for requirement in extras[extra]:
+        packages |= set().union(*map(packages_of, requirement.extras)) or {requirement.name}
+    return packages
+
+
+def test_extras_are_those_of_the_package() -> None:
+    modules_of = {"PyYAML": "yaml"}
     for extra, modules in EXTRAS.items():
-        packages = [re.split(r"[<>=; ]", requirement)[0] for requirement in extras[extra]]
-        assert [package.replace("-", "_") for package in packages] == list(modules)
-    assert extras["test"][0] == "nvlm-trt[build,eval,bench,reference,tensorrt,tensorrt-rtx]"
+        packages = [requirement.name for requirement in extras_of_the_package()[extra]]
+        assert [modules_of.get(package, package.replace("-", "_")) for package in packages] == list(modules)
+
+
+def test_stubs_are_in_their_own_extras_alone() -> None:
+    """pip cannot install these where NVIDIA's index is out of reach, so no other extra may bring one."""
+    extras = extras_of_the_package()
+    assert str(next(line for line in extras["tensorrt"] if line.name == "tensorrt").specifier) == ">=11"
+    assert [str(line) for line in extras["tensorrt-llm"]] == [f"tensorrt-llm=={VERSION}"]
+    stubs = {"tensorrt", "tensorrt-llm"}
+    assert {extra for extra in extras if packages_of(extra) & stubs} == stubs
+    assert packages_of("test") >= packages_of("tensorrt") - stubs
+    assert packages_of("test") >= set().union(*(packages_of(extra) for extra in extras if extra not in stubs))
+
+
+@pytest.mark.parametrize("listed", sorted((ROOT / "requirements").glob("*.txt")), ids=lambda path: path.name)
+def test_stubs_are_not_in_the_lists_of_versions(listed: Path) -> None:
+    names = {line.partition("==")[0] for line in listed.read_text().splitlines() if not line.startswith("#")}
+    assert not names & {"tensorrt", "tensorrt-llm", "tensorrt-cu13", "tensorrt-cu13-libs"}
 
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,6 +141,7 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
         ("eval", "matplotlib", ("build", "--checkpoint", "c", "--output", "o", "--precision", "int8")),
         ("eval", "rapidfuzz", ("tinydocs", "--output", "o")),
         ("bench", "matplotlib", ("bench", "--url", "grpc://127.0.0.1:9", "--plots", "p")),
+        ("deploy", "yaml", ("deploy", "e", "--target", "slurm")),
         ("reference", "torch", ("eval", "--reference", str(ROOT / "checkpoints" / "nvlm-d-tiny"), "--count", "1")),
     ],
 )

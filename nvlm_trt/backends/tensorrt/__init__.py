@@ -6,7 +6,14 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nvlm_trt.backends.plans import PREFILL_CHUNK
-from nvlm_trt.backends.spec import BackendSpec, MemoryModel, OpenOptions, StageWeights, TritonPlacement
+from nvlm_trt.backends.spec import (
+    BackendSpec,
+    MemoryModel,
+    OpenOptions,
+    ServerNeeds,
+    StageWeights,
+    TritonPlacement,
+)
 from nvlm_trt.model.precision import PrecisionTable
 
 if TYPE_CHECKING:
@@ -78,6 +85,15 @@ def _placement(engine: Engine) -> TritonPlacement:
     return placement(engine)
 
 
+def _server_needs(engine: Engine) -> ServerNeeds:
+    from nvlm_trt.backends.tensorrt.record import record_of
+
+    record = record_of(engine)
+    packages = (f"tensorrt=={record.version}",)  # the Python API of the container's TensorRT
+    index = "https://pypi.nvidia.com"
+    return ServerNeeds(record.container, "tensorrt", packages, index, record.capability)
+
+
 SPEC = BackendSpec(
     name=NAME,
     summary="tensorrt (the GPU of this machine, docs/tensorrt.md)",
@@ -92,4 +108,5 @@ SPEC = BackendSpec(
     check_options=_check_options,
     check_limits=_check_limits,
     placement=_placement,
+    server_needs=_server_needs,
 )

@@ -37,7 +37,7 @@ def import_tensorrt() -> Any:
     """Import tensorrt. Raises EngineError, saying how to get TensorRT, if it is missing or too old."""
     install = (
         f"run in {container_with('11.1')}, or on a GPU machine "
-        "`pip install --extra-index-url https://pypi.nvidia.com tensorrt-cu13 polygraphy triton torch`"
+        "`pip install --extra-index-url https://pypi.nvidia.com 'nvlm-trt[tensorrt]'`"
     )
     try:
         import tensorrt

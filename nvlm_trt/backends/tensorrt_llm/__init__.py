@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
-from nvlm_trt.backends.spec import BackendSpec, MemoryModel, OpenOptions, OpenVision, TritonPlacement
+from nvlm_trt.backends.spec import BackendSpec, MemoryModel, OpenOptions, OpenVision, ServerNeeds, TritonPlacement
 from nvlm_trt.model.precision import PrecisionTable
 
 if TYPE_CHECKING:
@@ -72,6 +72,13 @@ def _placement(engine: Engine) -> TritonPlacement:
     return TritonPlacement()
 
 
+def _server_needs(engine: Engine) -> ServerNeeds:
+    from nvlm_trt.backends.tensorrt_llm.engine_files import check_engine_files
+
+    record = check_engine_files(engine)
+    return ServerNeeds(record.container, tp=record.tp, pp=record.pp, worker=f"{__name__}.worker")
+
+
 def _describe(engine: Engine) -> Sequence[str]:
     from nvlm_trt.backends.tensorrt_llm.record import record_of
 
@@ -98,5 +105,6 @@ SPEC = BackendSpec(
     open_generator=_open_generator,
     build_options={"tp": 1, "pp": 1, "checkpoint_only": False},
     placement=_placement,
+    server_needs=_server_needs,
     describe=_describe,
 )

@@ -6,7 +6,14 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nvlm_trt.backends.plans import PREFILL_CHUNK
-from nvlm_trt.backends.spec import BackendSpec, MemoryModel, OpenOptions, StageWeights, TritonPlacement
+from nvlm_trt.backends.spec import (
+    BackendSpec,
+    MemoryModel,
+    OpenOptions,
+    ServerNeeds,
+    StageWeights,
+    TritonPlacement,
+)
 from nvlm_trt.model.precision import PrecisionTable
 
 if TYPE_CHECKING:
@@ -115,5 +122,6 @@ SPEC = BackendSpec(
     check_options=_check_options,
     check_limits=_check_limits,
     placement=_placement,
+    server_needs=lambda engine: ServerNeeds(extra=NAME, packages=("torch>=2.6",)),
     describe=_describe,
 )
