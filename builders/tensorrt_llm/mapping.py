@@ -5,11 +5,13 @@ rank = pp_rank * tp + tp_rank. A stage is the `tp` ranks of one pp_rank: they ho
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from nvlm_trt.errors import EngineError
 from nvlm_trt.model.config import LlmConfig, NvlmConfig
+from nvlm_trt.model.parallel import check_parallel, stacked_layers
+
+_FOLDERS = {"self": "model.layers", "cross": "cross_layers"}  # of our checkpoint
 
 
 @dataclass(frozen=True)
@@ -52,47 +54,17 @@ class Mapping:
 
     def check(self, config: NvlmConfig) -> None:
         """Raise EngineError if `tp` does not divide heads and FFN, or if `pp` does not divide the layers."""
-        llm = config.llm
-        if reason := _misfit(llm, self.tp):
-            fitting = [tp for tp in range(1, llm.num_heads + 1) if not _misfit(llm, tp)]
-            raise EngineError(f"--tp {self.tp} does not divide the LLM: {reason}; choose --tp {_choices(fitting)}")
-        count = len(combined_layers(config))
-        if count % self.pp:
-            fitting = [pp for pp in range(1, count + 1) if count % pp == 0]
-            blocks = f" ({len(config.cross_layers)} of them cross-attention blocks)" if config.cross_layers else ""
-            raise EngineError(
-                f"--pp {self.pp} leaves stages of different length: the model has {count} layers{blocks}; choose --pp "
-                f"{_choices(fitting)}"
-            )
+        check_parallel(config, self.tp, self.pp)
 
 
 def combined_layers(config: NvlmConfig) -> tuple[Layer, ...]:
     """List the LLM's layers with the cross-attention blocks among them: block j is number j * (interval + 1)."""
-    blocks = {layer: j for j, layer in enumerate(config.cross_layers)}
-    layers: list[Layer] = []
-    for i in range(config.llm.num_layers):
-        if i in blocks:
-            layers.append(Layer(f"language_model.cross_layers.{blocks[i]}", is_cross=True))
-        layers.append(Layer(f"language_model.model.layers.{i}", is_cross=False))
-    return tuple(layers)
+    return tuple(
+        Layer(f"language_model.{_FOLDERS[kind]}.{number}", is_cross=kind == "cross")
+        for kind, number in stacked_layers(config)
+    )
 
 
 def kv_heads_per_rank(llm: LlmConfig, tp: int) -> int:
     """Return the key/value heads of one rank. With more ranks than heads, several ranks hold the same head."""
     return max(1, llm.num_kv_heads // tp)
-
-
-def _misfit(llm: LlmConfig, tp: int) -> str:
-    """Say why `tp` ranks cannot share the LLM; return "" if they can."""
-    if llm.num_heads % tp:
-        return f"it has {llm.num_heads} attention heads"
-    if llm.num_kv_heads % tp and tp % llm.num_kv_heads:
-        return f"it has {llm.num_kv_heads} key/value heads, which {tp} ranks can neither share nor repeat evenly"
-    if llm.intermediate_size % tp:
-        return f"its FFN is {llm.intermediate_size} wide"
-    return ""
-
-
-def _choices(numbers: Iterable[int]) -> str:
-    *others, last = map(str, numbers)
-    return f"{', '.join(others)} or {last}" if others else last

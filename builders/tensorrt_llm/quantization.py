@@ -11,13 +11,12 @@ import re
 from collections.abc import Mapping as Table
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Final, Literal
 
 from nvlm_trt.builders.quantization.calibration import Calibration
-from nvlm_trt.builders.quantization.smoothquant import Factors, migrate
+from nvlm_trt.builders.quantization.formats import Recipe
+from nvlm_trt.builders.quantization.smoothquant import Factors
 from nvlm_trt.builders.tensorrt_llm.mapping import Mapping
-from nvlm_trt.checkpoint.reader import Checkpoint
 from nvlm_trt.errors import EngineError
 from nvlm_trt.model.config import NvlmConfig
 from nvlm_trt.model.precision import FLOATING
@@ -79,19 +78,11 @@ class LlmQuantization:
         return digest.hexdigest()
 
 
-def llm_quantization(
-    checkpoint: Path,
-    config: NvlmConfig,
-    mapping: Mapping,
-    precisions: Table[str, str],
-    calibration: Calibration | None,
-    alpha: float,
-) -> LlmQuantization:
-    """Make the quantisation of `precisions` (component -> precision, all COMPONENTS). Read the checkpoint for
-    SmoothQuant's factors, some rows at a time, if the decoder is int8 and `alpha` is not 0.
+def llm_quantization(config: NvlmConfig, mapping: Mapping, recipe: Recipe) -> LlmQuantization:
+    """Make the quantisation that a recipe describes.
 
-    Raises EngineError for components that one checkpoint cannot combine, and for a calibration that is missing or
-    lacks a layer."""
+    Raises EngineError for components that one checkpoint cannot combine."""
+    precisions = recipe.precisions
     for component in _NEVER_QUANTISED:
         if precisions[component] not in FLOATING:
             raise EngineError(
@@ -111,14 +102,8 @@ def llm_quantization(
     excluded = _ffn_of_blocks(config, mapping) if cross != decoder else ()
     if algo in WEIGHT_ONLY:
         return LlmQuantization(algo, kv_cache, excluded)
-    if calibration is None:
-        raise EngineError(f"precision {decoder} needs a calibration; give one with --calibration")
-    factors: dict[str, Factors] = {}
-    if decoder == "int8" and alpha > 0:
-        with Checkpoint.open(checkpoint) as weights:
-            factors, calibration = migrate(config, weights, calibration, precisions, alpha)
-        factors = {name: value for name, value in factors.items() if not _UNUSED_FACTORS.fullmatch(name)}
-    return LlmQuantization(algo, kv_cache, excluded, calibration, factors)
+    factors = {name: value for name, value in recipe.factors.items() if not _UNUSED_FACTORS.fullmatch(name)}
+    return LlmQuantization(algo, kv_cache, excluded, recipe.inputs, factors)
 
 
 def _ffn_of_blocks(config: NvlmConfig, mapping: Mapping) -> tuple[str, ...]:

@@ -72,8 +72,7 @@ class PrecisionTable:
         choices = ", ".join(self.names)
         if name in FLOATING:
             raise EngineError(
-                f"precision {name!r} is for GPU backends, {self.backend} would compute it in {self.default}; choose "
-                f"one of {choices} with --precision"
+                f"the backend {self.backend} computes nothing in {name}; choose one of {choices} with --precision"
             )
         raise EngineError(f"precision {name!r} is not one of {choices}; choose with --precision")
 

@@ -16,7 +16,7 @@ Directory = Callable[[str], Path]
     ("options", "fragments"),
     [
         (("--precision", "int9"), ("'int9'", "int8-weight-only")),
-        (("--precision", "fp16"), ("'fp16' is for GPU backends",)),
+        (("--precision", "fp16"), ("computes nothing in fp16",)),
         (("--precision", "encoder=int8"), ("'encoder' is not a component", "vision_encoder")),
         (("--precision", "int8", "--max-accuracy-drop", "101"), ("--max-accuracy-drop",)),
         (("--precision", "int8", "--smoothquant-alpha", "2"), ("--smoothquant-alpha",)),

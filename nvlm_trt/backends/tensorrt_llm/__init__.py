@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from nvlm_trt.backends.spec import BackendSpec, MemoryModel, OpenOptions, OpenVision, ServerNeeds, TritonPlacement
 from nvlm_trt.model.precision import PrecisionTable
+from nvlm_trt.progress import Progress
 
 if TYPE_CHECKING:
     from nvlm_trt.backends.base import StepBackend
@@ -38,6 +40,22 @@ def _probe() -> str:
     from nvlm_trt.backends.tensorrt_llm.runtime import installed_version
 
     return f"TensorRT-LLM {installed_version()}"
+
+
+def _runs_here(options: Mapping[str, Any]) -> bool:
+    return not options["checkpoint_only"]
+
+
+def _check_options(options: Mapping[str, Any], precisions: Mapping[str, str]) -> None:
+    from nvlm_trt.backends.tensorrt_llm.options import LlmOptions
+
+    LlmOptions.read(options)
+
+
+def _complete(engine: Engine, output: Path, overwrite: bool, progress: Progress) -> Engine:
+    from nvlm_trt.backends.tensorrt_llm.completion import complete
+
+    return complete(engine, output, overwrite, progress)
 
 
 def _build(job: BuildJob) -> BuildSteps:
@@ -104,6 +122,9 @@ SPEC = BackendSpec(
     open=_open,
     open_generator=_open_generator,
     build_options={"tp": 1, "pp": 1, "checkpoint_only": False},
+    runs_here=_runs_here,
+    complete=_complete,
+    check_options=_check_options,
     placement=_placement,
     server_needs=_server_needs,
     describe=_describe,

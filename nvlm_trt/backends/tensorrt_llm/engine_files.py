@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from nvlm_trt import strict_json
 from nvlm_trt.backends.tensorrt_llm.contract import CONTAINER, VERSION
-from nvlm_trt.backends.tensorrt_llm.record import RtllmRecord, record_of
+from nvlm_trt.backends.tensorrt_llm.record import TrtLlmRecord, record_of
 from nvlm_trt.bounded_file import CONFIG_BYTES, read_bounded
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import EngineError
@@ -45,7 +45,7 @@ class BuiltConfig(BaseModel):
     build_config: _BuildPart
 
 
-def check_engine_files(engine: Engine) -> RtllmRecord:
+def check_engine_files(engine: Engine) -> TrtLlmRecord:
     """Return the record of an engine that can be loaded. Raises EngineError for a checkpoint that was not built yet,
     for another version, and for engines that were built for other sizes than the manifest says."""
     record = record_of(engine)
@@ -75,7 +75,7 @@ def _read(path: Path) -> BuiltConfig:
         raise EngineError(f"{path} is not trtllm-build's config ({reason}); rebuild the engine") from None
 
 
-def _compare(path: Path, built: BuiltConfig, engine: Engine, record: RtllmRecord) -> None:
+def _compare(path: Path, built: BuiltConfig, engine: Engine, record: TrtLlmRecord) -> None:
     build, mapping, limits = built.build_config, built.pretrained_config.mapping, engine.limits
     equal: list[tuple[str, Any, Any]] = [
         ("version", built.version, record.version),

@@ -14,7 +14,7 @@ from nvlm_trt.backends.tensorrt_llm.engine_files import ENGINE_FOLDER, check_eng
 from nvlm_trt.backends.tensorrt_llm.executor_config import executor_config
 from nvlm_trt.backends.tensorrt_llm.image_features import FeatureMaker
 from nvlm_trt.backends.tensorrt_llm.launch import Launch
-from nvlm_trt.backends.tensorrt_llm.record import RtllmRecord
+from nvlm_trt.backends.tensorrt_llm.record import TrtLlmRecord
 from nvlm_trt.backends.tensorrt_llm.requests import RequestMaker
 from nvlm_trt.backends.tensorrt_llm.runtime import import_bindings
 from nvlm_trt.backends.tensorrt_llm.sampling_config import check_sampling
@@ -91,7 +91,7 @@ class ExecutorGenerator(GeneratorThread):
         return self._requests.make(request.prompt, request.images, request.sampling, request.max_tokens)
 
 
-def check_rank(engine: Engine, record: RtllmRecord) -> None:
+def check_rank(engine: Engine, record: TrtLlmRecord) -> None:
     """Raise EngineError for a launch of another size than the engine's, and on every rank but the one that answers."""
     launch = Launch.of()
     launch.check(f"engine {engine.path}", record.tp, record.pp)
@@ -102,7 +102,7 @@ def check_rank(engine: Engine, record: RtllmRecord) -> None:
         )
 
 
-def load_executor(bindings: Bindings, engine: Engine, record: RtllmRecord, device: str) -> Executor:
+def load_executor(bindings: Bindings, engine: Engine, record: TrtLlmRecord, device: str) -> Executor:
     """Load the engine of this rank; every rank of the launch does. Raises EngineError if TensorRT-LLM cannot."""
     config = executor_config(bindings, engine.config, engine.limits, record, device)
     # decoder only: the gated blocks take features, not the output of an encoder's engine

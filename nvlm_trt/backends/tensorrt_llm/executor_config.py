@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nvlm_trt.backends.tensorrt_llm.contract import Bindings, ExecutorConfig, ParallelConfig
-from nvlm_trt.backends.tensorrt_llm.record import RtllmRecord
+from nvlm_trt.backends.tensorrt_llm.record import TrtLlmRecord
 from nvlm_trt.errors import EngineError
 from nvlm_trt.limits import EngineLimits
 from nvlm_trt.model.config import NvlmConfig
@@ -13,7 +13,7 @@ _BLOCK = 64
 
 
 def executor_config(
-    bindings: Bindings, config: NvlmConfig, limits: EngineLimits, record: RtllmRecord, device: str
+    bindings: Bindings, config: NvlmConfig, limits: EngineLimits, record: TrtLlmRecord, device: str
 ) -> ExecutorConfig:
     """Configure paged KV for all slots, chunked prefill, and how ranks find each other and their GPUs.
 
@@ -36,7 +36,7 @@ def executor_config(
     )
 
 
-def _parallel(bindings: Bindings, record: RtllmRecord, device: str) -> ParallelConfig | None:
+def _parallel(bindings: Bindings, record: TrtLlmRecord, device: str) -> ParallelConfig | None:
     _, colon, number = device.partition(":")
     if record.ranks > 1 and colon:
         raise EngineError(f"the engine runs on {record.ranks} GPUs, one per rank, not on {device!r}; name no device")
@@ -49,14 +49,14 @@ def _parallel(bindings: Bindings, record: RtllmRecord, device: str) -> ParallelC
     )
 
 
-def cached_tokens(limits: EngineLimits, record: RtllmRecord) -> int:
+def cached_tokens(limits: EngineLimits, record: TrtLlmRecord) -> int:
     """Return the tokens that each pool of the KV cache holds: those of all slots, in whole blocks. One number bounds
     the pools of self-attention and of cross-attention."""
     longest = max(limits.max_seq_len, record.max_encoder_len)
     return limits.max_slots * -(-longest // _BLOCK) * _BLOCK
 
 
-def _cross_fraction(config: NvlmConfig, limits: EngineLimits, record: RtllmRecord) -> float:
+def _cross_fraction(config: NvlmConfig, limits: EngineLimits, record: TrtLlmRecord) -> float:
     """Return the share of the memory for KV that cross-attention needs when all slots are full."""
     crossed = len(config.cross_layers) * record.max_encoder_len
     return crossed / (crossed + config.llm.num_layers * limits.max_seq_len)

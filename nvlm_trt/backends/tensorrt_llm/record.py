@@ -10,7 +10,7 @@ from nvlm_trt.engine import Engine
 from nvlm_trt.errors import EngineError
 
 
-class RtllmRecord(BaseModel):
+class TrtLlmRecord(BaseModel):
     """Says what an engine was built by and for."""
 
     model_config = ConfigDict(extra="forbid")
@@ -33,10 +33,10 @@ class RtllmRecord(BaseModel):
         return self.tp * self.pp
 
 
-def record_of(engine: Engine) -> RtllmRecord:
+def record_of(engine: Engine) -> TrtLlmRecord:
     """Return the record of an engine. Raises EngineError if it is missing or incomplete."""
     try:
-        return RtllmRecord.model_validate(engine.manifest.backend_record)
+        return TrtLlmRecord.model_validate(engine.manifest.backend_record)
     except ValidationError:
         raise EngineError(
             f"engine {engine.path} does not say what it was built for; rebuild it with `nvlm-trt build`"

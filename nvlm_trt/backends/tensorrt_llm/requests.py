@@ -12,7 +12,7 @@ from nvlm_trt.backends.base import ImageFeatures, IntArray
 from nvlm_trt.backends.tensorrt_llm.contract import Bindings, PromptTuningConfig, Request
 from nvlm_trt.backends.tensorrt_llm.image_features import ExecutorFeatures
 from nvlm_trt.backends.tensorrt_llm.masks import cross_attention_mask
-from nvlm_trt.backends.tensorrt_llm.record import RtllmRecord
+from nvlm_trt.backends.tensorrt_llm.record import TrtLlmRecord
 from nvlm_trt.backends.tensorrt_llm.sampling_config import sampling_config
 from nvlm_trt.backends.tensorrt_llm.torch_device import wait_for
 from nvlm_trt.errors import TooLargeError
@@ -32,7 +32,7 @@ class RequestMaker:
         self,
         bindings: Bindings,
         config: NvlmConfig,
-        record: RtllmRecord,
+        record: TrtLlmRecord,
         stop_ids: Collection[int],
         dtype: torch.dtype,
         device: str,

@@ -11,7 +11,9 @@ from nvlm_trt.errors import EngineError
 def installed_version() -> str:
     """Return the version of the installed TensorRT-LLM. Raises EngineError without it, for the empty package that
     public indexes have, and for another version than the pinned one."""
-    remedy = f"use the container {CONTAINER}, which has {VERSION}"
+    remedy = (
+        f"use the container {CONTAINER}, which has {VERSION} (a build elsewhere stops before with --checkpoint-only)"
+    )
     try:
         package = importlib.import_module("tensorrt_llm")
     except ImportError as error:

@@ -27,7 +27,7 @@ from nvlm_trt.backends.table import find_backend
 from nvlm_trt.backends.tensorrt_llm.contract import CONTAINER, VERSION
 from nvlm_trt.backends.tensorrt_llm.executor_config import executor_config
 from nvlm_trt.backends.tensorrt_llm.launch import Launch
-from nvlm_trt.backends.tensorrt_llm.record import RtllmRecord
+from nvlm_trt.backends.tensorrt_llm.record import TrtLlmRecord
 from nvlm_trt.backends.tensorrt_llm.worker import work
 from nvlm_trt.engine import Engine, write_manifest
 from nvlm_trt.errors import EngineError
@@ -178,8 +178,8 @@ def test_no_gpu_is_named_for_several_ranks() -> None:
         executor_config(BINDINGS, PRESETS["nvlm-d-tiny"], limits, record_of_ranks(2), "cuda:1")
 
 
-def record_of_ranks(tp: int) -> RtllmRecord:
-    return RtllmRecord(
+def record_of_ranks(tp: int) -> TrtLlmRecord:
+    return TrtLlmRecord(
         version=VERSION, dtype="bf16", tp=tp, pp=1, form="engine", quantization=None, kv_cache_quantization=None,
         max_prompt_table=0, max_encoder_len=200, max_num_tokens=40, container=CONTAINER,
     )  # fmt: skip

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from nvlm_trt.builders.quantization import int8
 from nvlm_trt.builders.quantization.calibration import Calibration, LinearInput
+from nvlm_trt.builders.quantization.formats import Recipe, quantised
 from nvlm_trt.builders.tensorrt_llm.mapping import Mapping
 from nvlm_trt.builders.tensorrt_llm_checkpoint import LlmQuantization, llm_quantization, write_llm_checkpoint
 from nvlm_trt.checkpoint.random_checkpoint import write_random_checkpoint
+from nvlm_trt.checkpoint.reader import Checkpoint
 from nvlm_trt.model.config import NvlmConfig
 from nvlm_trt.model.hf_config import read_config
 from nvlm_trt.model.precision import COMPONENTS
@@ -99,7 +101,11 @@ class SplitModel:
     ) -> LlmQuantization:
         precisions = dict.fromkeys(COMPONENTS, "bf16")
         precisions |= {"decoder": precision, "cross_attention": cross or precision}
-        return llm_quantization(self.checkpoint, self.config, mapping, precisions, self.calibration, alpha)
+        return llm_quantization(self.config, mapping, self.recipe(precisions, alpha))
+
+    def recipe(self, precisions: dict[str, str], alpha: float = ALPHA) -> Recipe:
+        with Checkpoint.open(self.checkpoint) as checkpoint:
+            return quantised(checkpoint, precisions, self.calibration, alpha)
 
     def write(self, directory: Path, quantization: LlmQuantization, mapping: Mapping, dtype: str = "bf16") -> None:
         write_llm_checkpoint(

@@ -25,9 +25,9 @@ def with_llm(config: NvlmConfig, **changes: object) -> NvlmConfig:
 @pytest.mark.parametrize(
     ("tp", "pp", "message"),
     [
-        (3, 1, "--tp 3 does not divide the LLM: it has 64 attention heads; choose --tp 1, 2, 4, 8, 16, 32 or 64"),
-        (128, 1, "--tp 128 does not divide"),
-        (1, 3, r"--pp 3 leaves .*: the model has 80 layers; choose --pp 1, 2, 4, 5, 8, 10, 16, 20, 40 or 80"),
+        (3, 1, "--tp 3 does not split 64 heads, .*; choose one of 1, 2, 4, 8, 16, 32, 64$"),
+        (128, 1, "--tp 128 does not split"),
+        (1, 3, r"--pp 3 does not split 80 layers into equal stages; choose one of 1, 2, 4, 5, 8, 10, 16, 20, 40$"),
     ],
 )
 def test_a_split_that_does_not_fit_names_those_that_do(tp: int, pp: int, message: str) -> None:
@@ -37,16 +37,18 @@ def test_a_split_that_does_not_fit_names_those_that_do(tp: int, pp: int, message
 
 def test_blocks_count_among_the_layers() -> None:
     config = PRESETS["nvlm-x-72b"]
-    with pytest.raises(EngineError, match=r"90 layers \(10 of them cross-attention blocks\); choose --pp 1, 2, 3, 5"):
+    with pytest.raises(
+        EngineError, match="80 layers and 10 cross-attention blocks into .*; choose one of 1, 2, 3, 5"
+    ):
         Mapping(1, 4).check(config)
     Mapping(1, 3).check(config)
 
 
 def test_key_value_heads_and_ffn_have_to_divide() -> None:
     llm = {"num_heads": 12, "num_kv_heads": 6, "head_dim": 32, "intermediate_size": 96}
-    with pytest.raises(EngineError, match="6 key/value heads"):
+    with pytest.raises(EngineError, match="6 key-value heads"):
         Mapping(4, 1).check(with_llm(CONFIGS["D"], **llm))
-    with pytest.raises(EngineError, match="FFN is 90 wide; choose --tp 1, 2, 3 or 6"):
+    with pytest.raises(EngineError, match="FFN of 90 evenly; choose one of 1, 2, 3, 6"):
         Mapping(12, 1).check(with_llm(CONFIGS["D"], **{**llm, "intermediate_size": 90}))
 
 

@@ -24,9 +24,7 @@ PLAIN = dict.fromkeys(COMPONENTS, "bf16")
 
 
 def choose(model: SplitModel, mapping: Mapping | None = None, **precisions: str) -> LlmQuantization:
-    return llm_quantization(
-        model.checkpoint, model.config, mapping or Mapping(), {**PLAIN, **precisions}, model.calibration, 0.5
-    )
+    return llm_quantization(model.config, mapping or Mapping(), model.recipe({**PLAIN, **precisions}, 0.5))
 
 
 def test_algorithms(split_model: Models) -> None:
@@ -58,23 +56,17 @@ def test_one_algorithm_for_all_layers(split_model: Models) -> None:
     assert choose(split_model("D"), decoder="fp8", cross_attention="int8").algo == "FP8"  # D has no such component
 
 
-def test_a_calibration_is_needed(split_model: Models) -> None:
-    model = split_model("D")
-    with pytest.raises(EngineError, match="precision int8 needs a calibration"):
-        llm_quantization(model.checkpoint, model.config, Mapping(), {**PLAIN, "decoder": "int8"}, None, 0.5)
-
-
 def test_blocks_are_excluded_by_their_place_in_every_stage(split_model: Models) -> None:
     """Interval 2 puts blocks at 0 and 3 of 6 layers: at 0 of both stages. Interval 3 puts them at 0 and 4."""
     model = split_model("X")
     even = replace(model.config, cross_attention=CrossAttentionConfig(interval=2))
-    precisions = {**PLAIN, "decoder": "int8-weight-only"}
-    made = llm_quantization(model.checkpoint, even, Mapping(1, 2), precisions, None, 0)
+    recipe = model.recipe({**PLAIN, "decoder": "int8-weight-only"})
+    made = llm_quantization(even, Mapping(1, 2), recipe)
     assert made.excluded(even) == ("*lm_head", "*vocab_embedding", "*cross_attention*", "*layers.0.mlp*")
     assert not made.covers("transformer.layers.0.mlp.fc", even)
     assert made.covers("transformer.layers.1.mlp.fc", even)
     with pytest.raises(EngineError, match="--pp 2 puts cross-attention blocks at other places"):
-        llm_quantization(model.checkpoint, model.config, Mapping(1, 2), precisions, None, 0)
+        llm_quantization(model.config, Mapping(1, 2), recipe)
 
 
 def test_names_of_two_digits_are_not_mixed_up() -> None:

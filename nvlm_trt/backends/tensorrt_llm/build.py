@@ -1,0 +1,118 @@
+"""Implements the steps of a build for TensorRT-LLM: its checkpoint, the other parts of the model, `trtllm-build`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping as Entries
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from nvlm_trt.backends.onnxruntime.build import calibrate
+from nvlm_trt.backends.tensorrt_llm import CHUNK
+from nvlm_trt.backends.tensorrt_llm.contract import CONTAINER, VERSION
+from nvlm_trt.backends.tensorrt_llm.engine_files import CHECKPOINT_FOLDER, ENGINE_FOLDER
+from nvlm_trt.backends.tensorrt_llm.image_features import TAG_FILE
+from nvlm_trt.backends.tensorrt_llm.options import LlmOptions
+from nvlm_trt.backends.tensorrt_llm.record import TrtLlmRecord
+from nvlm_trt.backends.tensorrt_llm.trtllm_build import build_command, run_trtllm_build
+from nvlm_trt.backends.tensorrt_llm.vision import VISION_FILE
+from nvlm_trt.builders.engine_build import BuildJob, BuildSteps
+from nvlm_trt.builders.quantization.calibration import Calibration
+from nvlm_trt.builders.quantization.formats import Recipe, WeightForm
+from nvlm_trt.builders.tensorrt_llm.components import write_tag_embeddings, write_vision_encoder
+from nvlm_trt.builders.tensorrt_llm.mapping import Mapping
+from nvlm_trt.builders.tensorrt_llm.quantization import LlmQuantization, llm_quantization
+from nvlm_trt.builders.tensorrt_llm_checkpoint import check_llm_checkpoint, write_llm_checkpoint
+from nvlm_trt.evaluation.samples import Sample
+from nvlm_trt.limits import EngineLimits
+from nvlm_trt.model.config import NvlmConfig
+from nvlm_trt.model.precision import floating_type
+from nvlm_trt.progress import Progress
+
+
+class TensorRtLlmSteps:
+    """Implements `BuildSteps`."""
+
+    tools: Sequence[str] = ("safetensors",)
+    weight_form = WeightForm.TENSORRT
+    trial: BuildSteps | None = None
+
+    def __init__(self, job: BuildJob) -> None:
+        """Raises EngineError for GPUs that cannot share the model."""
+        self._job = job
+        self._options = LlmOptions.read(job.options)
+        self._mapping = Mapping(self._options.tp, self._options.pp)
+        self._mapping.check(job.source.config)
+
+    def unquantised(self, precisions: Entries[str, str]) -> str:
+        return floating_type(precisions)
+
+    def calibrate(self, samples: Sequence[Sample]) -> Calibration:
+        return calibrate(self._job, samples)
+
+    def write_stages(self, directory: Path, recipe: Recipe) -> dict[str, Any] | None:
+        """Write TensorRT-LLM's checkpoint, the vision encoder and the tags; then build the LLM's engine, unless the
+        options say to stop before.
+
+        Until the checkpoint is whole, its folder stands beside the engine's place, whatever happens: the next build of
+        the same engine goes on with it."""
+        job, config = self._job, self._job.source.config
+        source = job.source.checkpoint_dir
+        quantization = llm_quantization(config, self._mapping, recipe)
+        record = self._record(floating_type(recipe.precisions), quantization)
+        unfinished = unfinished_checkpoint(job.output)
+        write_llm_checkpoint(
+            source,
+            config,
+            unfinished,
+            quantization,
+            self._mapping,
+            record.max_encoder_len,
+            job.progress,
+            dtype=record.dtype,
+        )
+        check_llm_checkpoint(unfinished, config)
+        os.rename(unfinished, directory / CHECKPOINT_FOLDER)
+        write_vision_encoder(source, config, directory / VISION_FILE, record.dtype, job.progress)
+        if config.architecture == "H":
+            write_tag_embeddings(source, config, directory / TAG_FILE, record.dtype)
+        if not self._options.checkpoint_only:
+            record = build_llm(directory, config, job.source.limits, record, job.progress)
+        return record.model_dump()
+
+    def _record(self, dtype: str, quantization: LlmQuantization) -> TrtLlmRecord:
+        config, limits = self._job.source.config, self._job.source.limits
+        return TrtLlmRecord(
+            version=VERSION,
+            container=CONTAINER,
+            dtype=cast(Literal["bf16", "fp16"], dtype),
+            tp=self._mapping.tp,
+            pp=self._mapping.pp,
+            form="checkpoint",
+            quantization=quantization.algo,
+            kv_cache_quantization=quantization.kv_cache,
+            # image embeddings are tokens of the prompt, so a prompt that fits has no more; NVLM-X has none
+            max_prompt_table=0 if config.architecture == "X" else limits.max_seq_len,
+            max_encoder_len=limits.max_image_tokens if config.cross_layers else 0,
+            max_num_tokens=max(CHUNK, limits.max_slots),
+        )
+
+
+def unfinished_checkpoint(output: Path) -> Path:
+    """Return the folder in which the checkpoint of the engine `output` is written."""
+    return output.parent / f".{output.name}.tensorrt-llm-checkpoint"
+
+
+def build_llm(
+    directory: Path, config: NvlmConfig, limits: EngineLimits, record: TrtLlmRecord, progress: Progress
+) -> TrtLlmRecord:
+    """Build the checkpoint of an engine's directory into the LLM's engine, and remove the checkpoint.
+
+    Returns the record of the engine, which is complete then."""
+    checkpoint, output = directory / CHECKPOINT_FOLDER, directory / ENGINE_FOLDER
+    output.mkdir()
+    run_trtllm_build(build_command(checkpoint, output, config, limits, record), output, record.ranks, progress)
+    shutil.rmtree(checkpoint)
+    return record.model_copy(update={"form": "engine"})
