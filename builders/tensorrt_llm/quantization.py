@@ -12,15 +12,16 @@ from collections.abc import Mapping as Table
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from nvlm_trt.builders.quantization.calibration import Calibration
-from nvlm_trt.builders.quantization.smoothquant import Factors, migrate
 from nvlm_trt.builders.tensorrt_llm.mapping import Mapping
-from nvlm_trt.checkpoint.reader import Checkpoint
 from nvlm_trt.errors import EngineError
 from nvlm_trt.model.config import NvlmConfig
 from nvlm_trt.model.precision import FLOATING
+
+if TYPE_CHECKING:
+    from nvlm_trt.builders.quantization.smoothquant import Factors
 
 Algorithm = Literal["FP8", "W8A8_SQ_PER_CHANNEL", "W8A16", "W4A16"]
 
@@ -113,6 +114,9 @@ def llm_quantization(
         return LlmQuantization(algo, kv_cache, excluded)
     if calibration is None:
         raise EngineError(f"precision {decoder} needs a calibration; give one with --calibration")
+    from nvlm_trt.builders.quantization.smoothquant import migrate
+    from nvlm_trt.checkpoint.reader import Checkpoint
+
     factors: dict[str, Factors] = {}
     if decoder == "int8" and alpha > 0:
         with Checkpoint.open(checkpoint) as weights:
