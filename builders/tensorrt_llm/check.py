@@ -1,4 +1,7 @@
-"""Checks a checkpoint of TensorRT-LLM more strictly than its loader, which takes extra names and other dtypes."""
+"""Checks a checkpoint of TensorRT-LLM more strictly than its loader, which takes extra names and other dtypes.
+
+Imports nothing that only a build needs: a container that goes on with a checkpoint lacks the extra `build`.
+"""
 
 from __future__ import annotations
 

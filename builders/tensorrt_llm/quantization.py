@@ -11,15 +11,17 @@ import re
 from collections.abc import Mapping as Table
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from nvlm_trt.builders.quantization.calibration import Calibration
-from nvlm_trt.builders.quantization.formats import Recipe
-from nvlm_trt.builders.quantization.smoothquant import Factors
 from nvlm_trt.builders.tensorrt_llm.mapping import Mapping
 from nvlm_trt.errors import EngineError
 from nvlm_trt.model.config import NvlmConfig
 from nvlm_trt.model.precision import FLOATING
+
+if TYPE_CHECKING:
+    from nvlm_trt.builders.quantization.formats import Recipe
+    from nvlm_trt.builders.quantization.smoothquant import Factors
 
 Algorithm = Literal["FP8", "W8A8_SQ_PER_CHANNEL", "W8A16", "W4A16"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping as Entries
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,11 +11,11 @@ from typing import Any, Literal, cast
 from nvlm_trt.backends.onnxruntime.build import calibrate
 from nvlm_trt.backends.tensorrt_llm import CHUNK
 from nvlm_trt.backends.tensorrt_llm.contract import CONTAINER, VERSION
-from nvlm_trt.backends.tensorrt_llm.engine_files import CHECKPOINT_FOLDER, ENGINE_FOLDER
+from nvlm_trt.backends.tensorrt_llm.engine_files import CHECKPOINT_FOLDER
 from nvlm_trt.backends.tensorrt_llm.image_features import TAG_FILE
 from nvlm_trt.backends.tensorrt_llm.options import LlmOptions
 from nvlm_trt.backends.tensorrt_llm.record import TrtLlmRecord
-from nvlm_trt.backends.tensorrt_llm.trtllm_build import build_command, run_trtllm_build
+from nvlm_trt.backends.tensorrt_llm.trtllm_build import build_llm
 from nvlm_trt.backends.tensorrt_llm.vision import VISION_FILE
 from nvlm_trt.builders.engine_build import BuildJob, BuildSteps
 from nvlm_trt.builders.quantization.calibration import Calibration
@@ -26,10 +25,7 @@ from nvlm_trt.builders.tensorrt_llm.mapping import Mapping
 from nvlm_trt.builders.tensorrt_llm.quantization import LlmQuantization, llm_quantization
 from nvlm_trt.builders.tensorrt_llm_checkpoint import check_llm_checkpoint, write_llm_checkpoint
 from nvlm_trt.evaluation.samples import Sample
-from nvlm_trt.limits import EngineLimits
-from nvlm_trt.model.config import NvlmConfig
 from nvlm_trt.model.precision import floating_type
-from nvlm_trt.progress import Progress
 
 
 class TensorRtLlmSteps:
@@ -103,16 +99,3 @@ class TensorRtLlmSteps:
 def unfinished_checkpoint(output: Path) -> Path:
     """Return the folder in which the checkpoint of the engine `output` is written."""
     return output.parent / f".{output.name}.tensorrt-llm-checkpoint"
-
-
-def build_llm(
-    directory: Path, config: NvlmConfig, limits: EngineLimits, record: TrtLlmRecord, progress: Progress
-) -> TrtLlmRecord:
-    """Build the checkpoint of an engine's directory into the LLM's engine, and remove the checkpoint.
-
-    Returns the record of the engine, which is complete then."""
-    checkpoint, output = directory / CHECKPOINT_FOLDER, directory / ENGINE_FOLDER
-    output.mkdir()
-    run_trtllm_build(build_command(checkpoint, output, config, limits, record), output, record.ranks, progress)
-    shutil.rmtree(checkpoint)
-    return record.model_copy(update={"form": "engine"})

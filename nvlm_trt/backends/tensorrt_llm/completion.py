@@ -6,11 +6,11 @@ import os
 import shutil
 from pathlib import Path
 
-from nvlm_trt.backends.tensorrt_llm.build import build_llm
 from nvlm_trt.backends.tensorrt_llm.engine_files import CHECKPOINT_FOLDER
 from nvlm_trt.backends.tensorrt_llm.record import record_of
+from nvlm_trt.backends.tensorrt_llm.trtllm_build import build_llm
 from nvlm_trt.builders.smoke_test import SmokeTest
-from nvlm_trt.builders.tensorrt_llm_checkpoint import check_llm_checkpoint
+from nvlm_trt.builders.tensorrt_llm.check import check_llm_checkpoint
 from nvlm_trt.engine import Engine, publish, write_manifest
 from nvlm_trt.errors import EngineError
 from nvlm_trt.progress import Progress

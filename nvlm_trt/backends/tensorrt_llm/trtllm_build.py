@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
+from nvlm_trt.backends.tensorrt_llm.engine_files import CHECKPOINT_FOLDER, ENGINE_FOLDER
 from nvlm_trt.backends.tensorrt_llm.record import TrtLlmRecord
 from nvlm_trt.errors import EngineError
 from nvlm_trt.limits import EngineLimits
@@ -26,6 +27,19 @@ _MODEL_CLASS_FILE, _MODEL_CLASS = Path(__file__).with_name("model_class.py"), "N
 _POLL_SECONDS = 0.5
 _PATIENCE_SECONDS = 10.0  # between SIGTERM and SIGKILL
 _MOST_SHOWN = 400  # characters of the program's last error
+
+
+def build_llm(
+    directory: Path, config: NvlmConfig, limits: EngineLimits, record: TrtLlmRecord, progress: Progress
+) -> TrtLlmRecord:
+    """Build the checkpoint of an engine's directory into the LLM's engine, and remove the checkpoint.
+
+    Returns the record of the engine, which is complete then."""
+    checkpoint, output = directory / CHECKPOINT_FOLDER, directory / ENGINE_FOLDER
+    output.mkdir()
+    run_trtllm_build(build_command(checkpoint, output, config, limits, record), output, record.ranks, progress)
+    shutil.rmtree(checkpoint)
+    return record.model_copy(update={"form": "engine"})
 
 
 def build_command(

@@ -33,7 +33,7 @@ ALPHA = 0.5
 
 # 8 query heads share 2 key/value heads, which 4 ranks have to duplicate; 4 ranks divide neither the vocabulary nor,
 # in multiples of 64, the FFN. With blocks before layers 0 and 3, the second of two stages begins with an LLM layer.
-_VISION = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "intermediate_size": 64, "image_size": 28}
+VISION = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "intermediate_size": 64, "image_size": 28}
 _LLM = {
     "hidden_size": 256,
     "num_layers": 4,
@@ -44,19 +44,19 @@ _LLM = {
     "vocab_size": 514,
 }
 CONFIGS: dict[str, NvlmConfig] = {
-    "D": tiny_config("D", vision=_VISION, llm=_LLM),
-    "X": tiny_config("X", vision=_VISION, llm=_LLM, cross_attention={"interval": 3}),
-    "H": tiny_config("H", vision=_VISION, llm=_LLM, cross_attention={"interval": 3}),
+    "D": tiny_config("D", vision=VISION, llm=_LLM),
+    "X": tiny_config("X", vision=VISION, llm=_LLM, cross_attention={"interval": 3}),
+    "H": tiny_config("H", vision=VISION, llm=_LLM, cross_attention={"interval": 3}),
 }
 VARIANTS: dict[str, NvlmConfig] = {
     "Llama, tied": tiny_config(
-        "D", vision=_VISION, llm={**_LLM, "family": "llama", "tie_word_embeddings": True, "num_kv_heads": 4}
+        "D", vision=VISION, llm={**_LLM, "family": "llama", "tie_word_embeddings": True, "num_kv_heads": 4}
     ),
     "X without FFN, with qk-norm": tiny_config(
-        "X", vision=_VISION, llm=_LLM, cross_attention={"interval": 3, "ffn": False, "qk_norm": True}
+        "X", vision=VISION, llm=_LLM, cross_attention={"interval": 3, "ffn": False, "qk_norm": True}
     ),
     "H over Llama, heads wider than the model": tiny_config(
-        "H", vision=_VISION, llm={**_LLM, "family": "llama", "head_dim": 48}, cross_attention={"interval": 1}
+        "H", vision=VISION, llm={**_LLM, "family": "llama", "head_dim": 48}, cross_attention={"interval": 1}
     ),
 }
 

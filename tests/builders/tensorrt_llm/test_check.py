@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -148,3 +150,16 @@ def test_a_rank_that_is_cut_off(written: Path, split_model: Callable[[str], Spli
 
 def test_the_checkpoint_of_another_model(written: Path, split_model: Callable[[str], SplitModel]) -> None:
     refuse(written, split_model("H"), "architecture is 'NVLM_X', this model needs 'NVLM_H'")
+
+
+def test_the_check_needs_no_extra(written: Path, split_model: Callable[[str], SplitModel]) -> None:
+    code = """
+import sys
+from pathlib import Path
+sys.modules |= dict.fromkeys(("onnx", "onnx_ir", "onnxscript", "ml_dtypes", "torch"))
+from nvlm_trt.builders.tensorrt_llm.check import check_llm_checkpoint
+from nvlm_trt.model.hf_config import read_config
+check_llm_checkpoint(Path(sys.argv[1]), read_config(Path(sys.argv[2])))
+"""
+    command = [sys.executable, "-c", code, str(written), str(split_model("X").checkpoint)]
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[3])

@@ -5,19 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from rank_simulation import Ranks, Weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from split_models import CONFIGS, PRECISIONS, SPLITS, VARIANTS, SplitModel, answer
+from split_models import CONFIGS, PRECISIONS, SPLITS, VARIANTS, VISION, SplitModel, answer
+from stages import tiny_config
 from torch import Tensor
 
 from nvlm_trt.builders.tensorrt_llm.components import write_tag_embeddings
-from nvlm_trt.builders.tensorrt_llm.layout import rank_layout
+from nvlm_trt.builders.tensorrt_llm.layout import check_layout, rank_layout
 from nvlm_trt.builders.tensorrt_llm.mapping import Mapping
 from nvlm_trt.builders.tensorrt_llm_checkpoint import LlmQuantization, check_llm_checkpoint
+from nvlm_trt.errors import EngineError
 from nvlm_trt.prompt.encoder import PromptEncoder
 from nvlm_trt.prompt.tokenizer import Tokenizer
 from nvlm_trt.reference.model import ReferenceModel
@@ -69,6 +74,50 @@ def test_other_models(tmp_path: Path, split_model: Models, name: str, tp: int, p
     model.write(tmp_path, LlmQuantization(), mapping)
     check_llm_checkpoint(tmp_path, model.config)
     assert difference(logits_of(tmp_path, model), model.logits()) < TOLERANCE
+
+
+@settings(max_examples=20)
+@given(data=st.data())
+def test_any_model_and_split(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """Heads, widths, layers and blocks as they come, over up to 12 ranks."""
+
+    def draw(*choices: Any) -> Any:
+        return data.draw(st.sampled_from(choices))
+
+    tp, pp, kv_heads, shared, layers = (
+        draw(1, 2, 3, 4, 6),
+        draw(1, 2),
+        draw(1, 2, 3, 4),
+        draw(1, 2, 3),
+        draw(1, 2, 3, 4),
+    )
+    llm = {
+        "family": draw("qwen2", "llama"),
+        "hidden_size": draw(24, 40),
+        "num_layers": layers,
+        "num_heads": kv_heads * shared,
+        "num_kv_heads": kv_heads,
+        "head_dim": draw(4, 6),
+        "intermediate_size": 12 * draw(2, 3),
+        "vocab_size": draw(512, 513, 517),
+        "tie_word_embeddings": draw(False, True),
+    }
+    letter = draw("D", "X", "H")
+    blocks = (
+        {} if letter == "D" else {"interval": draw(1, 2, 3), "ffn": draw(False, True), "qk_norm": draw(False, True)}
+    )
+    config = tiny_config(letter, vision=VISION, llm=llm, **({"cross_attention": blocks} if blocks else {}))
+    mapping = Mapping(tp, pp)
+    try:
+        check_layout(config, mapping, LlmQuantization())
+    except EngineError:
+        assume(False)
+    folder = tmp_path_factory.mktemp("any")
+    model = SplitModel(folder / "checkpoint", config)
+    quantization = model.quantization(draw("bf16", "fp8", "int8"), mapping)
+    model.write(folder / "ranks", quantization, mapping)
+    check_llm_checkpoint(folder / "ranks", model.config)
+    assert difference(logits_of(folder / "ranks", model), model.logits(quantization)) < TOLERANCE
 
 
 @pytest.mark.parametrize("precision", ["fp8", "int8"])
