@@ -92,7 +92,10 @@ class Request:
         # cross-attended tokens [C, hidden]: without an encoder engine they become the encoder's output (READ)
         encoder_input_features: Tensor | None = None,
         encoder_output_length: int | None = None,  # C
-        cross_attention_mask: Tensor | None = None,  # bool [S, C] on the GPU; True: attend (READ)
+        # bool [S, C] on the GPU; True: attend. Chunks of a prompt take their rows, generated tokens the last one. The
+        # engine gets the rows of all requests of a step as wide as the longest C, and the columns behind a request's
+        # own C are True there: the model has to count columns (READ, transformerBuffers.cpp).
+        cross_attention_mask: Tensor | None = None,
         skip_cross_attn_blocks: Tensor | None = None,  # bool [1] on the CPU
     ) -> None:
         raise NotImplementedError

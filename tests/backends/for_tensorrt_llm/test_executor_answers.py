@@ -16,6 +16,7 @@ from PIL import Image
 
 from nvlm_trt.api import ChatRequest, Delta, Message, SamplingParams
 from nvlm_trt.engine import Engine
+from nvlm_trt.prompt.tokenizer import Tokenizer
 from nvlm_trt.runtime.pipeline import Pipeline
 
 Directory = Callable[[str], Path]
@@ -94,7 +95,7 @@ def test_equals_the_engine_of_onnx_runtime(opened: Opened, engine: Directory, na
 
 
 @pytest.mark.parametrize("letter", ["d", "x", "h"])
-def test_a_trained_model_reads_a_receipt(opened: Opened, written: Directory, letter: str) -> None:
+def test_a_trained_model_reads_a_receipt(opened: Opened, executors: list[Any], written: Directory, letter: str) -> None:
     """In bf16 vision; the end-of-text token ends the answer, and is delivered without text as the batcher does it."""
     pipeline, checkpoint = opened(f"trained {letter}"), CHECKPOINTS / f"nvlm-{letter}-tiny"
     request = chat("What is the total?", RECEIPT.read_bytes(), max_tokens=40)
@@ -103,6 +104,10 @@ def test_a_trained_model_reads_a_receipt(opened: Opened, written: Directory, let
     assert tokens_of(deltas) == [token_id for token_id, _ in expected]
     assert (deltas[-1].text, deltas[-1].finish_reason, len(deltas[-1].token_ids)) == ("", "stop", 1)
     assert any(character.isdigit() for character in "".join(delta.text for delta in deltas))
+    (executor,) = executors
+    stop_ids = Tokenizer.from_directory(written(f"trained {letter}")).stop_ids
+    assert executor.received[0].stop_words == [[token_id] for token_id in sorted(stop_ids)]
+    assert not executor.cancelled  # the executor has ended the answer by itself
 
 
 def test_length_ends_at_max_tokens_and_at_the_engines_sequence(opened: Opened) -> None:
