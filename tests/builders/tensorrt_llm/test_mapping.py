@@ -37,9 +37,7 @@ def test_a_split_that_does_not_fit_names_those_that_do(tp: int, pp: int, message
 
 def test_blocks_count_among_the_layers() -> None:
     config = PRESETS["nvlm-x-72b"]
-    with pytest.raises(
-        EngineError, match="80 layers and 10 cross-attention blocks into .*; choose one of 1, 2, 3, 5"
-    ):
+    with pytest.raises(EngineError, match="80 layers and 10 cross-attention blocks into .*; choose one of 1, 2, 3, 5"):
         Mapping(1, 4).check(config)
     Mapping(1, 3).check(config)
 
