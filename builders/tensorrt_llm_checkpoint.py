@@ -48,7 +48,7 @@ def write_llm_checkpoint(
     and for a full disk; CheckpointError for the checkpoint."""
     settings = checkpoint_config(config, mapping, quantization, max_encoder_len, dtype)
     layouts = [rank_layout(config, mapping, quantization, rank, dtype) for rank in range(mapping.world_size)]
-    with storage_errors(directory), Checkpoint.open(checkpoint) as source:
+    with Checkpoint.open(checkpoint) as source, storage_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
         what = {
             "format": _FORMAT,

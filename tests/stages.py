@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -19,7 +20,7 @@ from nvlm_trt.reference.model import ReferenceModel
 IMAGE_TOKEN = 259
 
 
-def tiny_config(architecture: Architecture, **changes: object) -> NvlmConfig:
+def tiny_config(architecture: Architecture, **changes: Any) -> NvlmConfig:
     """Return the tiny preset with `changes`; a dictionary changes fields of `llm`, `vision` or `cross_attention`."""
     config = replace(PRESETS[f"nvlm-{architecture.lower()}-tiny"], image_token_id=IMAGE_TOKEN)
     for name, value in changes.items():

@@ -33,7 +33,7 @@ def write_vision_encoder(checkpoint: Path, config: NvlmConfig, path: Path, dtype
     shapes = {**vision_layout(config), **projector_layout(config)}
     layout = {name: TensorSpec(shape, DTYPES[dtype]) for name, shape in shapes.items()}
     total, written = sum(map(nbytes, layout.values())), 0
-    with storage_errors(path), Checkpoint.open(checkpoint) as source, _published(path, layout) as file:
+    with Checkpoint.open(checkpoint) as source, storage_errors(path), _published(path, layout) as file:
         for name in layout:
             first = 0
             for block in blocks_of(source.take(name)):
@@ -48,7 +48,7 @@ def write_tag_embeddings(checkpoint: Path, config: NvlmConfig, path: Path, dtype
     assert config.architecture == "H", "only NVLM-H cross-attends tile tags"
     tags = PromptEncoder(config, Tokenizer.from_directory(checkpoint)).tag_ids(config.max_tiles)
     layout = {TAG_EMBEDDINGS: TensorSpec((*tags.shape, config.llm.hidden_size), DTYPES[dtype])}
-    with storage_errors(path), Checkpoint.open(checkpoint) as source, _published(path, layout) as file:
+    with Checkpoint.open(checkpoint) as source, storage_errors(path), _published(path, layout) as file:
         file.write(TAG_EMBEDDINGS, 0, source.rows(EMBEDDING, tags.reshape(-1)))
 
 

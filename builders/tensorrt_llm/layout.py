@@ -46,6 +46,8 @@ def checkpoint_config(
     `dtype`: bf16 or fp16. `max_encoder_len`: the most cross-attended tokens of a request (X, H). Raises EngineError for
     sizes that `mapping` or `quantization` cannot divide."""
     check_layout(config, mapping, quantization)
+    if config.cross_layers and max_encoder_len < 1:
+        raise EngineError(f"a request of {max_encoder_len} cross-attended tokens has no image; allow 1 or more")
     llm = config.llm
     layers = combined_layers(config)
     settings: dict[str, Any] = {
@@ -128,18 +130,30 @@ def ffn_width(config: NvlmConfig, mapping: Mapping, quantization: LlmQuantizatio
 
 
 def check_layout(config: NvlmConfig, mapping: Mapping, quantization: LlmQuantization) -> None:
-    """Raise EngineError for sizes that `mapping` or the kernels of `quantization` cannot divide."""
+    """Raise EngineError for sizes that `mapping` cannot divide, or that TensorRT-LLM's kernels do not take."""
     mapping.check(config)
+    llm = config.llm
+    key_heads = kv_heads_per_rank(llm, mapping.tp)
+    qk_norm = config.cross_attention is not None and config.cross_attention.qk_norm
+    if qk_norm and key_heads == llm.num_heads // mapping.tp:
+        # with qk-norm, its attention then wants q, k and v of one head after the other (READ)
+        raise EngineError(
+            f"--tp {mapping.tp} leaves a rank as many key heads as query heads, which TensorRT-LLM's cross-attention "
+            "with qk-norm does not take; choose a smaller --tp"
+        )
     if quantization.algo not in WEIGHT_ONLY:
         return
-    llm, multiple = config.llm, _WEIGHT_ONLY_MULTIPLE * mapping.tp
-    heads = llm.num_heads + 2 * kv_heads_per_rank(llm, mapping.tp) * mapping.tp
-    sizes = {"hidden_size": llm.hidden_size, "query heads": llm.num_heads * llm.head_dim, "heads": heads * llm.head_dim}
+    multiple = _WEIGHT_ONLY_MULTIPLE * mapping.tp
+    sizes = {
+        "hidden size": llm.hidden_size,
+        "query": llm.num_heads * llm.head_dim,
+        "query with keys and values": (llm.num_heads + 2 * key_heads * mapping.tp) * llm.head_dim,
+    }
     for name, size in sizes.items():
         if size % multiple:
             raise EngineError(
-                f"{quantization.algo} with --tp {mapping.tp} needs layers that are multiples of {multiple} wide, the "
-                f"LLM's {name} have {size} channels; choose another precision or a smaller --tp"
+                f"{quantization.algo} with --tp {mapping.tp} needs multiples of {multiple} channels, the LLM's {name} "
+                f"has {size}; choose another precision or a smaller --tp"
             )
 
 

@@ -26,12 +26,12 @@ class RankFiles(ClosedOnExit):
         self._unsynced = 0
         self.files: list[TensorFile] = []
         with self._stack:
-            if not (journal.done and self._opened(directory, layouts, keep=True)):
+            if journal.done and self._opened(directory, layouts, keep=True):
+                journal.start(anew=False)
+            else:
                 _remove_checkpoint(directory)
                 journal.start(anew=True)
                 self._opened(directory, layouts, keep=False)
-            else:
-                journal.start(anew=False)
             self._stack = self._stack.pop_all()
 
     def finished(self, name: str, nbytes: int) -> None:

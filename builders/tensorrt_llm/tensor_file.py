@@ -47,8 +47,12 @@ class TensorFile(ClosedOnExit):
             raise FileNotFoundError(path)
         self._file = os.open(path, os.O_RDWR | (0 if keep else os.O_CREAT | os.O_TRUNC), 0o644)
         if not keep:
-            self._write(header, 0)
-            os.ftruncate(self._file, size)
+            try:
+                self._write(header, 0)
+                os.ftruncate(self._file, size)
+            except BaseException:
+                self.close()
+                raise
 
     def write(self, name: str, first: int, values: npt.NDArray[Any]) -> int:
         """Write elements [first, first + n) of a tensor, converted to the tensor's dtype. Return the bytes written.
@@ -82,7 +86,8 @@ class TensorFile(ClosedOnExit):
 def _header(layout: Layout) -> tuple[bytes, dict[str, int]]:
     """Make a header, and each tensor's first byte after the header.
 
-    The widest dtypes come first: torch refuses a tensor that does not begin at a multiple of its item's size."""
+    The widest dtypes come first, as the safetensors package orders them, so that every tensor begins at a multiple of
+    its item's size."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     begins: dict[str, int] = {}
     end = 0

@@ -79,7 +79,7 @@ class Prompt:
 
     def table_ids(self, config: NvlmConfig) -> Tensor:
         """Return the ids with vocab_size + k in place of image placeholder k."""
-        places = self.ids == config.image_token_id
+        places = torch.eq(self.ids, config.image_token_id or 0)
         return torch.where(places, config.llm.vocab_size - 1 + places.cumsum(0), self.ids)
 
 
@@ -203,7 +203,7 @@ def _fp8_scale(model: ReferenceModel, name: str) -> float:
     groups = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("o_proj",), ("down_proj",))
     parent, _, leaf = name.rpartition(".")
     group = next(group for group in groups if leaf in group)
-    largest = max(float(model.get_submodule(f"{parent}.{part}").weight.abs().max()) for part in group)
+    largest = max(float(model.get_parameter(f"{parent}.{part}.weight").abs().max()) for part in group)
     return float(np.float32(largest) / np.float32(448))
 
 

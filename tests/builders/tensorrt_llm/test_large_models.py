@@ -45,7 +45,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     preset = PRESETS["nvlm-d-72b"]
     config = replace(
         preset,
-        vision=replace(preset.vision, num_layers=1),
+        vision=PRESETS["nvlm-d-tiny"].vision,
         llm=replace(preset.llm, num_layers=1, intermediate_size=3696, vocab_size=1024),
     )
     directory = tmp_path_factory.mktemp("large") / "checkpoint"

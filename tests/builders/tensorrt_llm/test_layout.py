@@ -98,8 +98,20 @@ def test_weight_only_widens_the_ffn(tp: int, width: int) -> None:
 
 
 def test_weight_only_refuses_narrow_layers() -> None:
-    with pytest.raises(EngineError, match="multiples of 128 wide, the LLM's hidden_size have 192 channels"):
+    with pytest.raises(EngineError, match="multiples of 128 channels, the LLM's hidden size has 192"):
         checkpoint_config(PRESETS["nvlm-d-tiny"], Mapping(2), LlmQuantization("W8A16"), 0, "bf16")
+
+
+def test_qk_norm_needs_shared_key_heads() -> None:
+    config = VARIANTS["X without FFN, with qk-norm"]
+    checkpoint_config(config, Mapping(4), LlmQuantization(), 1, "bf16")
+    with pytest.raises(EngineError, match="--tp 8 leaves a rank as many key heads as query heads"):
+        checkpoint_config(config, Mapping(8), LlmQuantization(), 1, "bf16")
+
+
+def test_blocks_need_an_image() -> None:
+    with pytest.raises(EngineError, match="0 cross-attended tokens"):
+        checkpoint_config(CONFIGS["X"], Mapping(), LlmQuantization(), 0, "bf16")
 
 
 # X at --tp 4 --pp 2: hidden 256, 8 heads and 2 key/value heads of 32, FFN 320, vocabulary 514, blocks at 0 and 4 of 6

@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from split_models import CONFIGS
+from split_models import CONFIGS, VARIANTS
 
 from nvlm_trt.builders.tensorrt_llm.mapping import Mapping, combined_layers
 from nvlm_trt.builders.tensorrt_llm.quantization import LlmQuantization
 from nvlm_trt.builders.tensorrt_llm.shards import FloatTensor, stage_tensors
 from nvlm_trt.errors import EngineError
 from nvlm_trt.model.config import CrossAttentionConfig, LlmConfig, NvlmConfig
+from nvlm_trt.model.layout import EMBEDDING, checkpoint_layout, cross_layout, llm_layout
 from nvlm_trt.model.presets import PRESETS
 
 
@@ -70,6 +71,31 @@ def test_block_j_is_number_j_times_interval_plus_1(layers: int, interval: int) -
     assert places == [j * (interval + 1) for j in range(len(config.cross_layers))]
     others = [layer.source for layer in combined if not layer.is_cross]
     assert others == [f"language_model.model.layers.{i}" for i in range(layers)]
+
+
+@pytest.mark.parametrize("config", [*CONFIGS.values(), *VARIANTS.values()], ids=lambda c: c.name)
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 2)])
+def test_every_tensor_of_the_llm_is_used(config: NvlmConfig, tp: int, pp: int) -> None:
+    """Once, but for tied embeddings, which are two tensors of the ranks; every row and column has its place."""
+    mapping = Mapping(tp, pp)
+    try:
+        mapping.check(config)
+    except EngineError:
+        mapping = Mapping(tp, 1)
+    used: dict[str, int] = {}
+    for stage in range(mapping.pp):
+        for tensor in stage_tensors(config, mapping, LlmQuantization(), stage):
+            assert isinstance(tensor, FloatTensor)
+            for part in tensor.parts:
+                used[part.source] = used.get(part.source, 0) + 1
+                shape = checkpoint_layout(config)[part.source]
+                assert set().union(*(piece.rows for piece in part.pieces)) == set(range(shape[0]))
+                columns = [piece.columns for piece in part.pieces if piece.columns is not None]
+                assert not columns or set().union(*columns) == set(range(shape[1]))
+    expected = dict.fromkeys(llm_layout(config) | cross_layout(config), 1)
+    if config.llm.tie_word_embeddings:
+        expected[EMBEDDING] = 2
+    assert used == expected
 
 
 @given(
