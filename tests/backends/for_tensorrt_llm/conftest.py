@@ -75,5 +75,7 @@ def opened(executors: list[Any], written: Callable[[str], Path]) -> Iterator[Cal
         return pipelines[-1]
 
     yield open_
+    for executor in executors:
+        executor.release()
     for pipeline in pipelines:
         pipeline.close(drain=False)

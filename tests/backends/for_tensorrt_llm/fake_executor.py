@@ -94,9 +94,16 @@ class FakeExecutor:
         self._responses: list[Any] = []
         self._changed = threading.Condition()
         self._shutdown = False
+        self._released = False
         self.is_shut_down = False
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
+
+    def release(self) -> None:
+        """Goes on for ever, whatever pauses it."""
+        with self._changed:
+            self._released = True
+            self._changed.notify_all()
 
     # --- what the product calls --------------------------------------------------------------------------------------
 
@@ -171,7 +178,7 @@ class FakeExecutor:
     def _may_run(self) -> bool:
         if self._shutdown:
             return True
-        return not self.paused.is_set() and bool(self._active or self._queued)
+        return (self._released or not self.paused.is_set()) and bool(self._active or self._queued)
 
     def _cancel(self) -> None:
         """Only active requests: a queued one ends when it becomes active."""

@@ -93,10 +93,7 @@ def test_cancelled_between_two_chunks_of_its_prompt(
     assert listener.done.wait(WAIT)  # the executor has not answered yet
     assert listener.deltas[-1].finish_reason == "cancelled"
     assert pipeline.metrics().generator.free_slots == 2
-    monkeypatch.setattr(executor, "_step", step)
-    executor.paused.clear()
-    with executor._changed:
-        executor._changed.notify_all()
+    executor.release()
     deltas = list(pipeline.generate(chat("Next.", max_tokens=3, ignore_eos=True)))
     assert len(tokens_of(deltas)) == 3
     wait_until(lambda: pipeline.metrics().generator.free_slots == 3)
