@@ -107,6 +107,32 @@ def test_all_reduces() -> None:
     assert block.communication == pytest.approx(180 / 160 * time.communication)
 
 
+def test_quantised_layers_run_at_their_rate_and_others_in_bf16() -> None:
+    """lm_head and attention stay in bf16: 2 multiply-adds per weight, 128 tokens, and 4 per pair, head and channel."""
+    config, gpu = PRESETS["nvlm-d-72b"], GPUS["h100"]
+    hidden, ffn, tokens = 8192, 29568, 128
+    linear = 80 * (10240 * hidden + hidden * hidden + 3 * hidden * ffn)
+    pairs = tokens * (tokens + 1) / 2
+    others = 2 * 152064 * hidden + 80 * 4 * pairs * 64 * 128
+    for precision, rate in (("bf16", 989.5e12), ("fp8", 1979e12), ("int8", 1979e12), ("int4-weight-only", 989.5e12)):
+        precisions = SPEC.precisions.parse(precision)
+        time = FleetTimes(config, LIMITS, precisions, SPEC, 1, 2, 1, gpu).prefill(tokens, 0)["LLM"]
+        expected = (2 * tokens * linear / rate + others / 989.5e12) / 0.6 / 2
+        assert time.products == pytest.approx(expected, 1e-6), precision
+
+
+def test_transfers_between_stages() -> None:
+    config, precisions = PRESETS["nvlm-d-72b"], SPEC.precisions.parse("bf16")
+
+    def messages(pp: int) -> float:
+        return FleetTimes(config, LIMITS, precisions, SPEC, 1, 1, pp, GPUS["h100"]).decode(8, 1000, 0).communication
+
+    nbytes = 8 * 8192 * 2
+    assert messages(1) == 0
+    assert messages(4) == pytest.approx(3 * (nbytes / (0.7 * 450e9) + 10e-6))
+    assert messages(16) == pytest.approx(15 * (nbytes / (0.7 * 50e9) + 10e-6))  # over the network
+
+
 # --- properties --------------------------------------------------------------------------------------------------
 
 
