@@ -433,8 +433,8 @@ class _CrossAttentionDeclaration:
         layers = self._config.mapping.pp_layers(self._config.num_hidden_layers)
         pair = self._fixed("cross_kv", 2)  # keys and values; address of blocks and of scales; pool and place in it
         cache.cross_kv_cache_block_offsets, cache.host_cross_kv_cache_block_offsets = (
-            _input(f"{where_}cross_kv_cache_block_offsets", trt.int32, pools, self._batch, pair, blocks)
-            for where_ in ("", "host_")
+            _input(f"{place}cross_kv_cache_block_offsets", trt.int32, pools, self._batch, pair, blocks)
+            for place in ("", "host_")
         )
         cache.host_cross_kv_cache_pool_pointers = _input("host_cross_kv_cache_pool_pointers", trt.int64, pools, pair)
         cache.host_cross_kv_cache_pool_mapping = _input(
