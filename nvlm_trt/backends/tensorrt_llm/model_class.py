@@ -354,6 +354,10 @@ class NvlmForCausalLM(PretrainedModel):
                 "--context_fmha disable": not plugins.context_fmha,  # the unfused kernels ignore the mask
                 "--remove_input_padding disable": not plugins.remove_input_padding,
                 "--kv_cache_type other than paged": not (use_cache and plugins.paged_kv_cache),
+                # The blocks' attention stays in floating point: the plugin would give FP8 to it in the one case, and
+                # its kernels of prefill would take the cache for floating point in the other.
+                "--use_fp8_context_fmha enable": plugins.use_fp8_context_fmha,
+                "a quantised KV cache": self.config.quant_mode.has_kv_cache_quant(),
             }
         if chosen := [name for name, is_chosen in impossible.items() if is_chosen]:
             raise ValueError(f"{self.config.architecture} cannot be built with {', '.join(chosen)}")

@@ -106,6 +106,9 @@ def prepare_inputs(max_batch_size, max_input_len, max_seq_len, max_num_tokens, u
     opt_num_tokens=None, prompt_embedding_table_size=0, max_draft_len=0,
     speculative_decoding_draft_tokens_external=False, gather_context_logits=False, lora_target_modules=None): ...
 """,
+    ("tensorrt_llm.quantization", "QuantMode"): """
+def has_kv_cache_quant(): ...
+""",
     ("tensorrt_llm.models.qwen.model", "QWenDecoderLayer"): """
 def forward(hidden_states, attention_mask=None, use_cache=False, kv_cache_params=None, attention_params=None): ...
 """,
