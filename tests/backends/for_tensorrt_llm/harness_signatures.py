@@ -1,7 +1,7 @@
 """Lists what our model class takes from TensorRT-LLM: names, and the parameters it gives.
 
-Read in the sources of 0.17.0.dev2024121700 and of 1.3.0rc3, which agree on every line: the pinned 1.2.1 lies between
-them, and was not read itself. Only parameters that both versions have are listed, so `...` may stand for more.
+Read in the sources of 0.17.0.dev2024121700 and of 1.3.0rc3, which agree on every line but one: the pinned 1.2.1 lies
+between them, and was not read itself. Only parameters that both versions have are listed, so `...` may stand for more.
 test_harness_front_end.py compares the list with the package that NVLM_TRT_TENSORRT_LLM names.
 """
 
@@ -17,7 +17,7 @@ SIGNATURES = {
 def default_net(): ...
 """,
     "tensorrt_llm._utils": """
-def get_sm_version(): ...  # since 1.0
+def get_sm_version(): ...  # not in 0.17, where it is asked only for a network with plugins
 def int32_array(values): ...
 def pad_vocab_size(vocab_size, tp_size): ...
 def str_dtype_to_trt(dtype): ...
