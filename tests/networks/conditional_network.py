@@ -80,6 +80,16 @@ def _gather(api: Any, inputs: list[Array], meaning: Meaning) -> Array:
     return np.take_along_axis(x, indices, axis=api.axis)
 
 
+def _with_one_scale(kind: str) -> Operator:
+    """A scale of shape [1] is one for the whole tensor."""
+
+    def operate(api: Any, inputs: list[Array], meaning: Meaning) -> Array:
+        x, scale, *zeros = inputs
+        return OPERATORS[kind](api, [x, scale.reshape(()) if scale.shape == (1,) else scale, *zeros], meaning)
+
+    return operate
+
+
 def _identity(api: Any, inputs: list[Array], meaning: Meaning) -> Array:
     (x,) = inputs
     return x
@@ -103,9 +113,11 @@ _OPERATORS: dict[str, Operator] = {
     **OPERATORS,
     "CONDITIONAL_INPUT": _identity,
     "CONDITIONAL_OUTPUT": _chosen_branch,
+    "DEQUANTIZE": _with_one_scale("DEQUANTIZE"),
     "ELEMENTWISE": _elementwise,
     "GATHER": _gather,
     "IDENTITY": _identity,
+    "QUANTIZE": _with_one_scale("QUANTIZE"),
     "REDUCE": _reduce,
     "SOFTMAX": _softmax,
 }

@@ -354,6 +354,10 @@ class NvlmForCausalLM(PretrainedModel):
                 "--context_fmha disable": not plugins.context_fmha,  # the unfused kernels ignore the mask
                 "--remove_input_padding disable": not plugins.remove_input_padding,
                 "--kv_cache_type other than paged": not (use_cache and plugins.paged_kv_cache),
+                # The blocks' attention stays in floating point: the plugin would give FP8 to it in the one case, and
+                # its kernels of prefill would take the cache for floating point in the other.
+                "--use_fp8_context_fmha enable": plugins.use_fp8_context_fmha,
+                "a quantised KV cache": self.config.quant_mode.has_kv_cache_quant(),
             }
         if chosen := [name for name, is_chosen in impossible.items() if is_chosen]:
             raise ValueError(f"{self.config.architecture} cannot be built with {', '.join(chosen)}")
@@ -433,8 +437,8 @@ class _CrossAttentionDeclaration:
         layers = self._config.mapping.pp_layers(self._config.num_hidden_layers)
         pair = self._fixed("cross_kv", 2)  # keys and values; address of blocks and of scales; pool and place in it
         cache.cross_kv_cache_block_offsets, cache.host_cross_kv_cache_block_offsets = (
-            _input(f"{where_}cross_kv_cache_block_offsets", trt.int32, pools, self._batch, pair, blocks)
-            for where_ in ("", "host_")
+            _input(f"{place}cross_kv_cache_block_offsets", trt.int32, pools, self._batch, pair, blocks)
+            for place in ("", "host_")
         )
         cache.host_cross_kv_cache_pool_pointers = _input("host_cross_kv_cache_pool_pointers", trt.int64, pools, pair)
         cache.host_cross_kv_cache_pool_mapping = _input(

@@ -7,6 +7,7 @@ generated tokens, `last_token_ids` counts the tokens up to and with each request
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -146,11 +147,13 @@ def refusals_of_builds(checkpoint: Path, directory: Path) -> dict[str, str]:
     """Ask our model class for builds that cannot work, and for one that can. Return its messages."""
     import tensorrt_llm._utils
     from tensorrt_llm.builder import Builder
+    from tensorrt_llm.models import MODEL_MAP, PretrainedConfig
     from tensorrt_llm.network import net_guard
     from tensorrt_llm.plugin import PluginConfig
 
     mark_attention()
-    model = load_model(write_ranks(checkpoint, directory), 0)
+    ranks = write_ranks(checkpoint, directory)
+    model = load_model(ranks, 0)
     sm_version = tensorrt_llm._utils.get_sm_version
     # what our message names -> a change of the GPU, of the plugins or of the call
     builds: dict[str, dict[str, Any]] = {
@@ -159,6 +162,8 @@ def refusals_of_builds(checkpoint: Path, directory: Path) -> dict[str, str]:
         "--context_fmha disable": {"context_fmha": False},
         "--remove_input_padding disable": {"remove_input_padding": False},
         "--kv_cache_type other than paged": {"paged_kv_cache": False},
+        "--use_fp8_context_fmha enable": {"use_fp8_context_fmha": True},
+        "a quantised KV cache": {"kv_cache_quant_algo": "FP8"},
         "LoRA": {"lora_plugin": "float32"},
         "--max_beam_width above 1": {"max_beam_width": 2},
         "speculative decoding": {"max_draft_len": 3},
@@ -172,12 +177,17 @@ def refusals_of_builds(checkpoint: Path, directory: Path) -> dict[str, str]:
         plugins |= {key: value for key, value in changes.items() if hasattr(network.plugin_config, key)}
         for key, value in plugins.items():
             setattr(network.plugin_config, key, value)
-        call = {key: value for key, value in changes.items() if key not in plugins and key != "sm"}
+        call = {key: value for key, value in changes.items() if key not in (*plugins, "sm", "kv_cache_quant_algo")}
+        built = model
+        if "kv_cache_quant_algo" in changes:
+            settings = json.loads((ranks / "config.json").read_text(encoding="utf-8"))
+            settings["quantization"]["kv_cache_quant_algo"] = changes["kv_cache_quant_algo"]
+            built = MODEL_MAP[settings["architecture"]](PretrainedConfig.from_dict(settings))
         tensorrt_llm._utils.get_sm_version = lambda: changes.get("sm", 90)  # noqa: B023 (called in this round)
         limits = {"max_batch_size": 4, "max_input_len": 64, "max_seq_len": 64, "max_num_tokens": 256}
         try:
             with net_guard(network):
-                model.prepare_inputs(**limits, use_cache=True, **call)
+                built.prepare_inputs(**limits, use_cache=True, **call)
             messages[name] = "accepted"
         except ValueError as error:
             messages[name] = str(error)

@@ -18,7 +18,7 @@ MAX_BATCH, MAX_TOKENS = 4, 256
 
 
 def load_model(checkpoint: Path, rank: int, dtype: str = "float32") -> Any:
-    """Load a rank through `from_checkpoint`, as trtllm-build does, with weights widened to `dtype`."""
+    """Load a rank through `from_checkpoint`, as trtllm-build does, with tensors of bf16 widened to `dtype`."""
     from tensorrt_llm.models import MODEL_MAP, PretrainedConfig
 
     settings = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
@@ -29,7 +29,9 @@ def load_model(checkpoint: Path, rank: int, dtype: str = "float32") -> Any:
     return MODEL_MAP[config.architecture].from_checkpoint(
         str(checkpoint),
         config=config,
-        preprocess_weights_hook=lambda weights: {name: value.to(to) for name, value in weights.items()},
+        preprocess_weights_hook=lambda weights: {
+            name: value.to(to) if value.dtype == torch.bfloat16 else value for name, value in weights.items()
+        },
     )
 
 

@@ -37,6 +37,11 @@ class Ranks:
         return results[0][name]
 
 
+def logits_of(checkpoint: Path, tp: int, prompt_table: int, feeds: Mapping[str, Array]) -> Array:
+    """Load the ranks of one stage and run them."""
+    return Ranks(checkpoint, tp, 1, prompt_table).run(feeds)
+
+
 def _run_together(networks: Sequence[ConditionalNetwork], given: Mapping[str, Array]) -> list[dict[str, Array]]:
     meeting = _Meeting(len(networks))
 

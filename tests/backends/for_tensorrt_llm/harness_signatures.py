@@ -1,7 +1,7 @@
 """Lists what our model class takes from TensorRT-LLM: names, and the parameters it gives.
 
-Read in the sources of 0.17.0.dev2024121700 and of 1.3.0rc3, which agree on every line: the pinned 1.2.1 lies between
-them, and was not read itself. Only parameters that both versions have are listed, so `...` may stand for more.
+Read in the sources of 0.17.0.dev2024121700 and of 1.3.0rc3, which agree on every line but one: the pinned 1.2.1 lies
+between them, and was not read itself. Only parameters that both versions have are listed, so `...` may stand for more.
 test_harness_front_end.py compares the list with the package that NVLM_TRT_TENSORRT_LLM names.
 """
 
@@ -17,7 +17,7 @@ SIGNATURES = {
 def default_net(): ...
 """,
     "tensorrt_llm._utils": """
-def get_sm_version(): ...  # since 1.0
+def get_sm_version(): ...  # not in 0.17, where it is asked only for a network with plugins
 def int32_array(values): ...
 def pad_vocab_size(vocab_size, tp_size): ...
 def str_dtype_to_trt(dtype): ...
@@ -105,6 +105,9 @@ def prev_pp_rank(): ...
 def prepare_inputs(max_batch_size, max_input_len, max_seq_len, max_num_tokens, use_cache, max_beam_width=1,
     opt_num_tokens=None, prompt_embedding_table_size=0, max_draft_len=0,
     speculative_decoding_draft_tokens_external=False, gather_context_logits=False, lora_target_modules=None): ...
+""",
+    ("tensorrt_llm.quantization", "QuantMode"): """
+def has_kv_cache_quant(): ...
 """,
     ("tensorrt_llm.models.qwen.model", "QWenDecoderLayer"): """
 def forward(hidden_states, attention_mask=None, use_cache=False, kv_cache_params=None, attention_params=None): ...

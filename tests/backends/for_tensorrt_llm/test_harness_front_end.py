@@ -15,11 +15,15 @@ from typing import Any
 import harness_inflight
 import harness_loading
 import harness_models
+import harness_ranks
+import numpy as np
 import pytest
 from child_process import child_process
 from harness_source import VARIABLE, import_tensorrt_llm, version
+from split_models import CONFIGS, SplitModel
 from stages import tiny_config
 
+from nvlm_trt.builders.tensorrt_llm.mapping import Mapping
 from nvlm_trt.checkpoint.random_checkpoint import write_random_checkpoint
 
 SOURCE = os.environ.get(VARIABLE, "")
@@ -79,6 +83,33 @@ def test_bfloat16(ask: Ask, name: str) -> None:
     difference, largest = ask(harness_models.padded_difference, name, dtype="bfloat16")
     print(f"{name} bf16: {difference:.2e} of {largest:.1f}")
     assert difference < 0.03 * largest
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "tp"), [("D", "fp8", 1), ("D", "int8", 2), ("X", "fp8", 2), ("X", "int8", 1)]
+)
+def test_quantised(front_end: ProcessPoolExecutor, tmp_path: Path, name: str, precision: str, tp: int) -> None:
+    """Weights and inputs of the linear layers are those of the oracle that computes with FP8's or INT8's numbers."""
+    model, ranks = SplitModel(tmp_path / "checkpoint", CONFIGS[name]), tmp_path / "ranks"
+    quantization = model.quantization(precision, Mapping(tp))
+    model.write(ranks, quantization, Mapping(tp))
+    feeds = harness_models.feeds(model.checkpoint, [as_question(model)], [len(model.prompt.ids)])
+    (found,) = front_end.submit(harness_ranks.logits_of, ranks, tp, harness_models.PROMPT_TABLE, feeds).result()
+    wanted = model.logits(quantization)[-1].numpy()
+    difference, largest = np.abs(found[: len(wanted)] - wanted).max(), np.abs(wanted).max()
+    print(f"{name} {precision} TP{tp}: {difference:.2e} of {largest:.1f}")
+    assert difference < TOLERANCE * largest
+    assert np.abs(wanted - model.logits()[-1].numpy()).max() > 1000 * TOLERANCE * largest  # what FP8 and INT8 change
+
+
+def as_question(model: SplitModel) -> harness_models.Question:
+    prompt, hidden = model.prompt, model.config.llm.hidden_size
+    embeddings, features = (
+        np.zeros((rows, hidden), np.float32) if tensor is None else tensor.float().numpy()
+        for tensor, rows in ((prompt.embeddings, 0), (prompt.encoder_output, 1))
+    )
+    ranges = np.zeros((len(prompt.ids), 2), np.int64) if prompt.ranges is None else prompt.ranges.numpy()
+    return harness_models.Question(prompt.ids.numpy(), embeddings, features, ranges)
 
 
 @pytest.mark.parametrize(("name", "pp"), [("D", 1), ("X", 1), ("X", 3), ("H", 1), (QK_NORM, 1)])
