@@ -101,6 +101,10 @@ def llm_quantization(config: NvlmConfig, mapping: Mapping, recipe: Recipe) -> Ll
     if decoder in FLOATING:
         return LlmQuantization()
     algo, kv_cache = ALGORITHMS[decoder]
+    if config.cross_layers:
+        # with an FP8 cache, prefill attention computes in FP8 and needs an output scale, which the unquantised
+        # cross-attention lacks
+        kv_cache = None
     excluded = _ffn_of_blocks(config, mapping) if cross != decoder else ()
     if algo in WEIGHT_ONLY:
         return LlmQuantization(algo, kv_cache, excluded)

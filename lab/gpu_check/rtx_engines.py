@@ -167,7 +167,7 @@ def _expected(checkpoint: Path, built: Path, folder: Path) -> dict[str, Any]:
     graphs = folder / "graphs"
     graphs.mkdir()
     source = EngineSource(checkpoint, LIMITS)
-    steps = SPEC.build(BuildJob(source, dict(SPEC.build_options), graphs, no_progress)).trial
+    steps = SPEC.build(BuildJob(source, dict(SPEC.build_options), graphs, graphs, no_progress)).trial
     assert steps is not None, "a GPU is visible"
     saved = built / CALIBRATION
     calibration = read_calibration(saved) if saved.exists() else None

@@ -15,7 +15,7 @@ from nvlm_trt.backends.table import DEFAULT_BACKEND, backend_names, default_prec
 from nvlm_trt.bounds import MAX_TOKENS
 from nvlm_trt.errors import EngineError, NvlmError
 from nvlm_trt.model.preset_names import PRESET_NAMES
-from nvlm_trt.planner.gpus import GPUS, check_precision, find_gpu
+from nvlm_trt.planner.gpus import GPUS, check_gpu, find_gpu
 
 if TYPE_CHECKING:
     from nvlm_trt.backends.spec import BackendSpec
@@ -80,9 +80,9 @@ def plan(
     split = splits(spec)
     _check_fleet_options(spec, split, {"--tp": tp, "--pp": pp, "--memory-share": memory_share}, bandwidth)
     precisions = spec.precisions.parse(precision)
-    if device is not None:
-        check_precision(device, precisions, split)
     config, tag_length, checkpoint_bytes = _model(checkpoint, preset)
+    if device is not None:
+        check_gpu(device, precisions, split, crosses=bool(config.cross_layers))
     chosen = {"max_slots": max_slots, "max_seq_len": max_seq_len, "max_image_tokens": max_image_tokens}
     given = {name: value for name, value in chosen.items() if value is not None}
     limits = engine_limits(config, tag_length, given)

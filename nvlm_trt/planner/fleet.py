@@ -16,7 +16,7 @@ from nvlm_trt.model.parallel import check_parallel, pipeline_sizes, tensor_sizes
 from nvlm_trt.model.precision import FLOAT_BYTES, floating_type
 from nvlm_trt.planner.gpus import Gpu, refused
 from nvlm_trt.planner.memory import IMAGE_CACHE, plan_engine
-from nvlm_trt.planner.shards import StageShards
+from nvlm_trt.planner.shards import StageShards, has_fp8_cache
 from nvlm_trt.prompt.image_tokens import count_image_tokens
 
 # Share of a GPU's memory for an engine. The rest is the CUDA context, NCCL's buffers, the allocator's gaps, and what
@@ -115,17 +115,16 @@ def _split(
                 vision_encoder=vision if number == 0 else 0,
                 prompt_table=_prompt_table(config, limits) * llm.hidden_size * size if number == 0 else 0,
                 activations=_activations(config, limits, precisions, backend, shards, tp),
-                kv_per_request=kinds.count("self") * head * kv_bytes(precisions) * _paged(limits.max_seq_len),
+                kv_per_request=kinds.count("self") * head * kv_bytes(config, precisions) * _paged(limits.max_seq_len),
                 cross_kv_per_request=kinds.count("cross") * head * size * _paged(limits.max_image_tokens),
             )
         )
     return FleetPlan(tp, pp, tuple(stages))
 
 
-def kv_bytes(precisions: Mapping[str, str]) -> int:
-    """Return the bytes of a number in the self-attention cache: fp8 has a cache in FP8. Nobody has confirmed that of
-    the cross-attention cache, which is planned in floating point."""
-    return 1 if precisions["decoder"] == "fp8" else FLOAT_BYTES[floating_type(precisions)]
+def kv_bytes(config: NvlmConfig, precisions: Mapping[str, str]) -> int:
+    """Return the bytes of a number in the caches."""
+    return 1 if has_fp8_cache(config, precisions) else FLOAT_BYTES[floating_type(precisions)]
 
 
 @dataclass(frozen=True)
@@ -159,7 +158,7 @@ def what_fits(
     def fitting() -> Iterator[Choice]:
         for name in backend.precisions.names:
             precisions = backend.precisions.parse(name)
-            if refused(gpu, precisions, split=True):
+            if refused(gpu, precisions, split=True, crosses=bool(config.cross_layers)):
                 continue
             vision = _vision_encoder(config, limits, precisions, backend, tag_length)
             for _, pp, tp in fleets:

@@ -67,7 +67,7 @@ class FleetTimes:
         self._quantised_rate = gpu.rate(product_precision(precisions)) * COMPUTE_EFFICIENCY
         self._bandwidth = gpu.bandwidth.value * MEMORY_EFFICIENCY
         head = 2 * stages[0].kv_heads * config.llm.head_dim  # one token's keys and values in one layer of a rank
-        self._self_token = head * config.llm.num_layers * kv_bytes(precisions)
+        self._self_token = head * config.llm.num_layers * kv_bytes(config, precisions)
         self._cross_token = head * len(config.cross_layers) * self._size
         ffns = len(config.cross_layers) if config.cross_attention and config.cross_attention.ffn else 0
         self._all_reduces = 2 * config.llm.num_layers + len(config.cross_layers) + ffns

@@ -174,7 +174,8 @@ _GPUS = (
 GPUS: Mapping[str, Gpu] = {gpu.name: gpu for gpu in _GPUS}
 
 _OLDEST_FP8 = 89
-_DATA_CENTER_BLACKWELL = range(100, 120)
+_BLACKWELL = 100
+_DATA_CENTER_BLACKWELL = range(_BLACKWELL, 120)
 
 
 def find_gpu(name: str) -> Gpu:
@@ -186,9 +187,12 @@ def find_gpu(name: str) -> Gpu:
     return GPUS[name]
 
 
-def refused(gpu: Gpu, precisions: Mapping[str, str], split: bool) -> str | None:
-    """Return why a GPU does not compute in `precisions` and what to choose, None if it does. `split`: whether
-    TensorRT-LLM runs the engine, which has no INT8 and INT4 kernels for compute capabilities 10.0 to 11.9."""
+def refused(gpu: Gpu, precisions: Mapping[str, str], split: bool, crosses: bool) -> str | None:
+    """Return why a GPU does not run an engine in `precisions` and what to choose, None if it does.
+
+    `crosses`: whether the model has cross-attention. `split`: whether TensorRT-LLM runs the engine, which has no INT8
+    and INT4 kernels for compute capabilities 10.0 to 11.9, and no mask for cross-attention from 10.0 on (read in
+    version 1.3.0rc3)."""
     used = {precisions[component] for component in quantised_components(precisions)}
     where = f"{gpu.title} (compute capability {gpu.capability // 10}.{gpu.capability % 10})"
     if "fp8" in used and gpu.capability < _OLDEST_FP8:
@@ -196,12 +200,17 @@ def refused(gpu: Gpu, precisions: Mapping[str, str], split: bool) -> str | None:
     if split and gpu.capability in _DATA_CENTER_BLACKWELL and used - {"fp8"}:
         named = ", ".join(sorted(used - {"fp8"}))
         return f"TensorRT-LLM has no kernels for {named} on {where}; choose fp8 or bf16 with --precision"
+    if split and crosses and gpu.capability >= _BLACKWELL:
+        return (
+            f"TensorRT-LLM masks no cross-attention on {where}, so NVLM-X and NVLM-H would read every image; choose "
+            "--gpu h100, h200, a100 or l40s"
+        )
     return None
 
 
-def check_precision(gpu: Gpu, precisions: Mapping[str, str], split: bool) -> None:
+def check_gpu(gpu: Gpu, precisions: Mapping[str, str], split: bool, crosses: bool) -> None:
     """Raise EngineError with the message of `refused`, if there is one."""
-    reason = refused(gpu, precisions, split)
+    reason = refused(gpu, precisions, split, crosses)
     if reason:
         raise EngineError(reason)
 

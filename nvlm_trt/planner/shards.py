@@ -18,6 +18,12 @@ _BLOCK = 64  # weight-only kernels take features in multiples of 64 on every ran
 _F32 = 4
 
 
+def has_fp8_cache(config: NvlmConfig, precisions: Mapping[str, str]) -> bool:
+    """Return whether keys and values are held in FP8: in fp8, but for NVLM-X and -H, whose cross-attention lacks the
+    scale that prefill needs then."""
+    return precisions["decoder"] == "fp8" and not config.cross_layers
+
+
 @dataclass(frozen=True)
 class Shard:
     """One tensor of one rank."""
@@ -90,7 +96,7 @@ class StageShards:
         if bias:
             yield Shard(f"{name}.qkv.bias", rows, rows * self._size, split=True)
         yield self._linear(f"{name}.dense.weight", llm.hidden_size, self.heads * llm.head_dim, precision)
-        if self._precisions["decoder"] == "fp8":
+        if has_fp8_cache(self._config, self._precisions):
             yield Shard(f"{name}.kv_cache_scaling_factor", 1, _F32, split=False)
 
     def _mlp(self, name: str, precision: str) -> Iterator[Shard]:

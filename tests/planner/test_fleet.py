@@ -19,7 +19,7 @@ from nvlm_trt.model.parallel import check_parallel, pipeline_sizes, stacked_laye
 from nvlm_trt.model.presets import PRESETS
 from nvlm_trt.planner.fleet import FleetPlan, plan_fleet, splits, what_fits
 from nvlm_trt.planner.fleet_times import FleetTimes
-from nvlm_trt.planner.gpus import GPUS, check_precision, find_gpu
+from nvlm_trt.planner.gpus import GPUS, check_gpu, find_gpu
 from nvlm_trt.planner.shards import Shard, StageShards
 
 SPEC = find_backend("tensorrt-llm")
@@ -234,10 +234,22 @@ def test_figures() -> None:
 def test_precisions_that_a_gpu_refuses(gpu: str, precision: str, split: bool, message: str | None) -> None:
     precisions = SPEC.precisions.parse(precision)
     if message is None:
-        check_precision(GPUS[gpu], precisions, split)
+        check_gpu(GPUS[gpu], precisions, split, crosses=False)
     else:
         with pytest.raises(EngineError, match=message):
-            check_precision(GPUS[gpu], precisions, split)
+            check_gpu(GPUS[gpu], precisions, split, crosses=False)
+
+
+@pytest.mark.parametrize(("gpu", "runs"), [("h100", True), ("l40s", True), ("b200", False), ("rtx-5090", False)])
+def test_gpus_without_masked_cross_attention(gpu: str, runs: bool) -> None:
+    precisions = SPEC.precisions.parse("bf16")
+    check_gpu(GPUS[gpu], precisions, split=True, crosses=False)
+    check_gpu(GPUS[gpu], precisions, split=False, crosses=True)
+    if runs:
+        check_gpu(GPUS[gpu], precisions, split=True, crosses=True)
+    else:
+        with pytest.raises(EngineError, match="masks no cross-attention on .*; choose --gpu h100"):
+            check_gpu(GPUS[gpu], precisions, split=True, crosses=True)
 
 
 def test_a_backend_with_the_options_is_split() -> None:

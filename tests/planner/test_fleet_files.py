@@ -9,10 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nvlm_trt.backends.table import find_backend
+from nvlm_trt.builders.graphs.common import Unquantised
+from nvlm_trt.builders.quantization.formats import Recipe
 from nvlm_trt.builders.tensorrt_llm.layout import ITEM_BYTES, ffn_width, rank_layout
 from nvlm_trt.builders.tensorrt_llm.mapping import Mapping
-from nvlm_trt.builders.tensorrt_llm.quantization import ALGORITHMS, LlmQuantization
+from nvlm_trt.builders.tensorrt_llm.quantization import LlmQuantization, llm_quantization
 from nvlm_trt.errors import EngineError
+from nvlm_trt.model.config import NvlmConfig
 from nvlm_trt.model.parallel import MOST_GPUS, check_parallel, pipeline_sizes, tensor_sizes
 from nvlm_trt.model.presets import PRESETS
 from nvlm_trt.planner.shards import StageShards
@@ -21,8 +24,9 @@ BACKEND = find_backend("tensorrt-llm")
 SCALES = ("_scaling_factor",)
 
 
-def quantization_of(precision: str) -> LlmQuantization:
-    return LlmQuantization(*ALGORITHMS[precision]) if precision in ALGORITHMS else LlmQuantization()
+def quantization_of(precision: str, config: NvlmConfig) -> LlmQuantization:
+    recipe = Recipe(BACKEND.precisions.parse(precision), Unquantised())
+    return llm_quantization(config, Mapping(), recipe)
 
 
 @settings(max_examples=60)
@@ -34,7 +38,7 @@ def test_bytes_are_those_of_the_ranks_files(name: str, precision: str, data: st.
     )
     stage = data.draw(st.integers(0, mapping.pp - 1))
     rank = mapping.rank(stage, data.draw(st.integers(0, mapping.tp - 1)))
-    layout = rank_layout(config, mapping, quantization_of(precision), rank)
+    layout = rank_layout(config, mapping, quantization_of(precision, config), rank)
     written = {name: math.prod(spec.shape) * ITEM_BYTES[spec.dtype] for name, spec in layout.items()}
     precisions = BACKEND.precisions.parse(precision)
     shards = list(StageShards(config, precisions, mapping.tp, mapping.pp, stage))
@@ -48,7 +52,7 @@ def test_bytes_are_those_of_the_ranks_files(name: str, precision: str, data: st.
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])
 def test_weight_only_layers_have_the_writers_width(precision: str, tp: int) -> None:
     config, mapping = PRESETS["nvlm-d-72b"], Mapping(tp)
-    width = ffn_width(config, mapping, quantization_of(precision)) // tp
+    width = ffn_width(config, mapping, quantization_of(precision, config)) // tp
     shards = {shard.name: shard for shard in StageShards(config, BACKEND.precisions.parse(precision), tp, 1, 0)}
     bits = {"int8-weight-only": 8, "int4-weight-only": 4}[precision]
     assert shards["layers.0.mlp.fc.weight"].nbytes == width * 8192 * bits // 8 + 2 * width

@@ -128,7 +128,7 @@ def build_for_cpu(checkpoint: Path, output: Path, precision: str) -> Engine:
     """Writes the engine that a build without a GPU tries in the place of its plans."""
     output.mkdir()
     source = EngineSource(checkpoint, LIMITS)
-    job = BuildJob(source, {"target": None, "weight_streaming": False}, output, no_progress)
+    job = BuildJob(source, {"target": None, "weight_streaming": False}, output, output, no_progress)
     steps = room.SPEC.build(job).trial
     assert steps is not None
     precisions = room.SPEC.precisions.parse(precision)

@@ -42,6 +42,8 @@ def test_algorithms(split_model: Models) -> None:
         "int4-weight-only": ("W4A16", None),
     }
     assert [name for name, each in found.items() if each.factors] == ["int8"]
+    for crossing in ("X", "H"):
+        assert choose(split_model(crossing), decoder="fp8", cross_attention="fp8").kv_cache is None
 
 
 @pytest.mark.parametrize("component", ["vision_encoder", "projector", "lm_head"])
