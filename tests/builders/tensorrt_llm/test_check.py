@@ -69,8 +69,8 @@ TENSOR_FAULTS: dict[str, tuple[Callable[[Tensors], Any], str]] = {
     ),
     "NaN": (put(f"{LAYER}.mlp.fc.weights_scaling_factor", torch.nan), r"fc\.weights_scaling_factor .*not finite"),
     "infinity": (
-        put(f"{LAYER}.attention.kv_cache_scaling_factor", torch.inf),
-        r"kv_cache_scaling_factor .*not finite",
+        put(f"{LAYER}.mlp.gate.activation_scaling_factor", torch.inf),
+        r"gate\.activation_scaling_factor .*not finite",
     ),
     "zero": (
         put(f"{LAYER}.mlp.proj.activation_scaling_factor", 0),
@@ -106,7 +106,7 @@ CONFIG_FAULTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "an unknown dtype": (lambda config: config.update(dtype="float32"), "dtype is not bfloat16 or float16"),
     "an algorithm that is not ours": (
         lambda config: config["quantization"].update(quant_algo="W4A16_AWQ"),
-        "quant_algo 'W4A16_AWQ' with kv_cache_quant_algo 'FP8' is not ours",
+        "quant_algo 'W4A16_AWQ' with kv_cache_quant_algo None is not ours",
     ),
     "a key of quantization": (lambda config: config["quantization"].update(group_size=64), "quantization is"),
     "cross-attention is not excluded": (
