@@ -188,22 +188,31 @@ def find_gpu(name: str) -> Gpu:
 
 
 def refused(gpu: Gpu, precisions: Mapping[str, str], split: bool, crosses: bool) -> str | None:
-    """Return why a GPU does not run an engine in `precisions` and what to choose, None if it does.
+    """Return why a GPU does not run an engine in `precisions` and what to choose, None if it does. Takes the other
+    arguments of `refused_by_capability`."""
+    return refused_by_capability(gpu.capability, gpu.title, precisions, split, crosses)
+
+
+def refused_by_capability(
+    capability: int, title: str, precisions: Mapping[str, str], split: bool, crosses: bool
+) -> str | None:
+    """Return why GPUs of a compute capability (90 for 9.0) do not run an engine in `precisions`, and what to choose;
+    None if they do.
 
     `crosses`: whether the model has cross-attention. `split`: whether TensorRT-LLM runs the engine, which has no INT8
     and INT4 kernels for compute capabilities 10.0 to 11.9, and no mask for cross-attention from 10.0 on (read in
     version 1.3.0rc3)."""
     used = {precisions[component] for component in quantised_components(precisions)}
-    where = f"{gpu.title} (compute capability {gpu.capability // 10}.{gpu.capability % 10})"
-    if "fp8" in used and gpu.capability < _OLDEST_FP8:
+    where = f"{title} (compute capability {capability // 10}.{capability % 10})"
+    if "fp8" in used and capability < _OLDEST_FP8:
         return f"fp8 needs compute capability 8.9 or newer, this is {where}; choose int8 or bf16 with --precision"
-    if split and gpu.capability in _DATA_CENTER_BLACKWELL and used - {"fp8"}:
+    if split and capability in _DATA_CENTER_BLACKWELL and used - {"fp8"}:
         named = ", ".join(sorted(used - {"fp8"}))
         return f"TensorRT-LLM has no kernels for {named} on {where}; choose fp8 or bf16 with --precision"
-    if split and crosses and gpu.capability >= _BLACKWELL:
+    if split and crosses and capability >= _BLACKWELL:
         return (
-            f"TensorRT-LLM masks no cross-attention on {where}, so NVLM-X and NVLM-H would read every image; choose "
-            "--gpu h100, h200, a100 or l40s"
+            f"TensorRT-LLM masks no cross-attention on {where}, so tokens of NVLM-X and NVLM-H would read images that "
+            "they must not see; choose h100, h200, a100 or l40s"
         )
     return None
 

@@ -248,7 +248,7 @@ def test_gpus_without_masked_cross_attention(gpu: str, runs: bool) -> None:
     if runs:
         check_gpu(GPUS[gpu], precisions, split=True, crosses=True)
     else:
-        with pytest.raises(EngineError, match="masks no cross-attention on .*; choose --gpu h100"):
+        with pytest.raises(EngineError, match="masks no cross-attention on .*; choose h100"):
             check_gpu(GPUS[gpu], precisions, split=True, crosses=True)
 
 

@@ -15,7 +15,7 @@ from nvlm_trt.backends.tensorrt_llm.engine_files import CHECKPOINT_FOLDER
 from nvlm_trt.backends.tensorrt_llm.image_features import TAG_FILE
 from nvlm_trt.backends.tensorrt_llm.options import LlmOptions
 from nvlm_trt.backends.tensorrt_llm.record import TrtLlmRecord
-from nvlm_trt.backends.tensorrt_llm.trtllm_build import build_llm
+from nvlm_trt.backends.tensorrt_llm.trtllm_build import build_llm, check_this_gpu
 from nvlm_trt.backends.tensorrt_llm.vision import VISION_FILE
 from nvlm_trt.builders.engine_build import BuildJob, BuildSteps
 from nvlm_trt.builders.quantization.calibration import Calibration
@@ -55,6 +55,8 @@ class TensorRtLlmSteps:
         Until the checkpoint is whole, its folder stands beside the engine's place, whatever happens: the next build of
         the same engine goes on with it."""
         job, config = self._job, self._job.source.config
+        if not self._options.checkpoint_only:
+            check_this_gpu(config, recipe.precisions)
         source = job.source.checkpoint_dir
         quantization = llm_quantization(config, self._mapping, recipe)
         record = self._record(floating_type(recipe.precisions), quantization)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nvlm_trt.backends.tensorrt_llm.engine_files import CHECKPOINT_FOLDER
 from nvlm_trt.backends.tensorrt_llm.record import record_of
-from nvlm_trt.backends.tensorrt_llm.trtllm_build import build_llm
+from nvlm_trt.backends.tensorrt_llm.trtllm_build import build_llm, check_this_gpu
 from nvlm_trt.builders.smoke_test import SmokeTest
 from nvlm_trt.builders.tensorrt_llm.check import check_llm_checkpoint
 from nvlm_trt.engine import Engine, publish, write_manifest
@@ -25,6 +25,7 @@ def complete(engine: Engine, output: Path, overwrite: bool, progress: Progress) 
     record = record_of(engine)
     if record.form != "checkpoint":
         raise EngineError(f"engine {engine.path} is complete; serve it with `nvlm-trt serve {engine.path}`")
+    check_this_gpu(engine.config, engine.manifest.precision)
     check_llm_checkpoint(engine.path / CHECKPOINT_FOLDER, engine.config)
     with publish(output, overwrite) as staging:
         for name in engine.manifest.files:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -18,6 +18,7 @@ from nvlm_trt.backends.tensorrt_llm.record import TrtLlmRecord
 from nvlm_trt.errors import EngineError
 from nvlm_trt.limits import EngineLimits
 from nvlm_trt.model.config import NvlmConfig
+from nvlm_trt.planner.gpus import refused_by_capability
 from nvlm_trt.progress import Progress
 from nvlm_trt.temporary import temporary_folder
 
@@ -27,6 +28,20 @@ _MODEL_CLASS_FILE, _MODEL_CLASS = Path(__file__).with_name("model_class.py"), "N
 _POLL_SECONDS = 0.5
 _PATIENCE_SECONDS = 10.0  # between SIGTERM and SIGKILL
 _MOST_SHOWN = 400  # characters of the program's last error
+
+
+def check_this_gpu(config: NvlmConfig, precisions: Mapping[str, str]) -> None:
+    """Raise EngineError if TensorRT-LLM does not run the engine on the GPU of this machine, or runs it wrongly."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return  # trtllm-build says so
+    major, minor = torch.cuda.get_device_capability()
+    reason = refused_by_capability(
+        10 * major + minor, torch.cuda.get_device_name(), precisions, split=True, crosses=bool(config.cross_layers)
+    )
+    if reason:
+        raise EngineError(reason)
 
 
 def build_llm(

@@ -113,6 +113,17 @@ def test_a_program_that_fails_leaves_nothing_but_the_written_checkpoint(
     assert list(output.parent.iterdir()) == []
 
 
+def test_a_gpu_that_would_run_it_wrongly_is_refused(
+    program: Path, oracle: Directory, executors: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (12, 0))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a Blackwell GPU")
+    with pytest.raises(EngineError, match=r"masks no cross-attention on a Blackwell GPU \(compute capability 12.0\)"):
+        build_engine(oracle("nvlm-x-tiny"), tmp_path / "engine", LIMITS, backend="tensorrt-llm")
+    assert not unfinished_checkpoint(tmp_path / "engine").exists()
+
+
 def test_the_program_ends_with_an_interrupt(
     program: Path, oracle: Directory, executors: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
