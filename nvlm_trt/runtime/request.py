@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -10,7 +11,7 @@ from enum import Enum
 
 import numpy as np
 
-from nvlm_trt.api import Delta, FinishReason, SamplingParams, Usage
+from nvlm_trt.api import Delta, FinishReason, SamplingParams, TokenLogprob, Usage
 from nvlm_trt.backends.base import FloatArray, ImageFeatures, IntArray, RangeArray
 from nvlm_trt.limits import EngineLimits, check_embeddings
 from nvlm_trt.prompt.detokenizer import IncrementalDecoder
@@ -107,6 +108,11 @@ class Request:
         """Return whether the request no longer needs its images."""
         return self.cancelled or self.state is State.ENDED
 
+    @property
+    def needs_a_step(self) -> bool:
+        """Return whether the text generator has something to do with this request, which waits for a slot."""
+        return self.state is State.READY or self.cancelled or self.failure is not None
+
     # --- the text generator ------------------------------------------------------------------------------------------
 
     def submitted_to(self, wake: Callable[[], None]) -> None:
@@ -126,8 +132,6 @@ class Request:
         self._placeholder_id = placeholder_id
         self._embeddings_used = 0
         self._stop_ids: Collection[int] = () if sampling.ignore_eos else tokenizer.stop_ids
-        # banned: the decoder would replace a placeholder in the answer by an image embedding
-        self._sampler = Sampler(sampling, prompt.input_ids, banned_ids={placeholder_id})
         self._text = TextStream(IncrementalDecoder(tokenizer), sampling.stop)
         self._last_id = -1
         self._max_tokens = min(sampling.max_tokens, limits.max_seq_len - len(prompt.input_ids))
@@ -148,9 +152,17 @@ class Request:
         self.cached += 1
         return self._last_id, self.cached - 1, self.prompt.decode_range
 
+    @functools.cached_property
+    def _sampler(self) -> Sampler:
+        # banned: the decoder would replace a placeholder in the answer by an image embedding
+        return Sampler(self.sampling, self.prompt.input_ids, banned_ids={self._placeholder_id})
+
     def accept(self, logits: FloatArray) -> Delta:
         """Draw the next token from logits [vocab]. Raises EngineError if they are not finite."""
-        token_id, logprob = self._sampler.sample(logits)
+        return self.accept_token(*self._sampler.sample(logits))
+
+    def accept_token(self, token_id: int, logprob: TokenLogprob | None) -> Delta:
+        """Add a token that was drawn to the answer; `logprob`: its probability, if the request asks for it."""
         self._first_token = self._first_token or time.monotonic()
         self._last_id = token_id
         self._generated += 1
@@ -172,6 +184,10 @@ class Request:
         if self._generated >= self._max_tokens:
             return text + self._text.flush(), "length"
         return text, None
+
+    def delta_without_token(self, finish_reason: FinishReason) -> Delta:
+        """Return the last delta of a request that ends between two tokens."""
+        return Delta(self._text.flush(), [], finish_reason=finish_reason, usage=self.usage())
 
     def cancelled_delta(self) -> Delta:
         """Return the last delta of a cancelled request."""

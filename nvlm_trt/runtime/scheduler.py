@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,16 +10,15 @@ from nvlm_trt.api import Delta
 from nvlm_trt.backends.base import FloatArray, StepBackend
 from nvlm_trt.errors import RequestError
 from nvlm_trt.prompt.tokenizer import Tokenizer
+from nvlm_trt.runtime.delivery import Delivery
 from nvlm_trt.runtime.request import Request, State
 from nvlm_trt.runtime.request_queue import RequestQueue
 from nvlm_trt.runtime.slots import Slots
 from nvlm_trt.runtime.text_generator import GeneratorMetrics
 
-logger = logging.getLogger(__name__)
-
 
 class Scheduler:
-    """Decides what the backend runs next. Only `enqueue` and `metrics` are thread-safe."""
+    """Implements `Steps`: decides what the backend runs next. Only `enqueue` and `metrics` are thread-safe."""
 
     def __init__(self, backend: StepBackend, tokenizer: Tokenizer, max_queue: int, prefill_chunk: int) -> None:
         self._backend = backend
@@ -30,8 +28,7 @@ class Scheduler:
         self._placeholder_id = backend.config.image_token_id
         self._queue = RequestQueue(max_queue)
         self._slots = Slots(backend)
-        self._tokens_generated = 0
-        self._finished = dict.fromkeys(("stop", "length", "cancelled", "error"), 0)
+        self._delivery = Delivery()
 
     def enqueue(self, request: Request) -> None:
         """Queue a request. Raises QueueFullError."""
@@ -44,7 +41,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Return whether `step` would do anything. It does nothing while all requests wait for their images."""
-        return bool(self._slots.occupants) or self._queue.any(_needs_a_step)
+        return bool(self._slots.occupants) or self._queue.any(lambda waiting: waiting.needs_a_step)
 
     def step(self) -> None:
         """Run at most one chunk of one prompt, then one token of every active request."""
@@ -66,30 +63,26 @@ class Scheduler:
         requests = [*self._slots.occupants, *self._queue.take_all(lambda _: True)]
         self._slots = Slots(self._backend)
         for request in requests:
-            self._fail(request, error)
+            self._delivery.fail(request, error)
 
     def metrics(self) -> GeneratorMetrics:
         return GeneratorMetrics(
             queued=len(self._queue),
             active=len(self._slots.active),
             free_slots=self._slots.free,
-            tokens_generated=self._tokens_generated,
-            requests_finished=dict(self._finished),
+            tokens_generated=self._delivery.tokens_generated,
+            requests_finished=dict(self._delivery.finished),
         )
 
     # --- the parts of a step -----------------------------------------------------------------------------------------
 
     def _drop_ended(self) -> None:
         """Remove cancelled requests from queue and slots, and requests whose images could not be encoded."""
-        for request in self._queue.take_all(lambda waiting: waiting.cancelled):
-            self._complete(request, request.cancelled_delta())
-        for request in self._queue.take_all(lambda waiting: waiting.failure is not None):
-            assert request.failure is not None
-            self._fail(request, request.failure)
+        self._delivery.drop_ended(self._queue)
         cancelled = [request for request in self._slots.occupants if request.cancelled]
         self._slots.retire(cancelled)
         for request in cancelled:
-            self._complete(request, request.cancelled_delta())
+            self._delivery.complete(request, request.cancelled_delta())
 
     def _admit(self) -> None:
         """Give a slot to the oldest request whose images are encoded."""
@@ -99,7 +92,7 @@ class Scheduler:
         try:
             request.admit(self._backend.limits, self._placeholder_id, self._tokenizer)
         except Exception as error:
-            self._fail(request, error)
+            self._delivery.fail(request, error)
             return
         try:
             self._slots.admit(request)
@@ -135,47 +128,22 @@ class Scheduler:
         self._slots.retire([request for request, result in zip(requests, results, strict=True) if _is_last(result)])
         for request, result in zip(requests, results, strict=True):
             if isinstance(result, Exception):
-                self._fail(request, result)
+                self._delivery.fail(request, result)
             elif result.finish_reason:
-                self._complete(request, result)
+                self._delivery.complete(request, result)
             else:
                 self._show(request, result)
 
     # --- telling the caller ------------------------------------------------------------------------------------------
 
     def _show(self, request: Request, delta: Delta) -> None:
-        self._tokens_generated += len(delta.token_ids)
-        try:
-            request.on_delta(delta)
-        except Exception as error:
-            logger.exception("request %s is dropped: its on_delta raised", request.request_id)
+        error = self._delivery.show(request, delta)
+        if error:
             self._drop(request, error)
 
     def _drop(self, request: Request, error: Exception) -> None:
         self._slots.retire([request])
-        self._fail(request, error)
-
-    def _complete(self, request: Request, delta: Delta) -> None:
-        assert delta.finish_reason
-        request.end()
-        self._tokens_generated += len(delta.token_ids)
-        self._finished[delta.finish_reason] += 1
-        try:
-            request.on_delta(delta)
-        except Exception:
-            logger.exception("request %s: on_delta raised at its end", request.request_id)
-
-    def _fail(self, request: Request, error: Exception) -> None:
-        request.end()
-        self._finished["error"] += 1
-        try:
-            request.on_error(error)
-        except Exception:
-            logger.exception("request %s: on_error raised when told: %s", request.request_id, error)
-
-
-def _needs_a_step(waiting: Request) -> bool:
-    return waiting.state is State.READY or waiting.cancelled or waiting.failure is not None
+        self._delivery.fail(request, error)
 
 
 def _next_delta(request: Request, logits: FloatArray) -> Delta | Exception:
