@@ -167,12 +167,19 @@ class ScoredToken:
     text: str  # U+FFFD for bytes that are no whole character; the name of a special token
     utf8: bytes  # the token's own part of the text, possibly a part of a character; empty for a special token
 
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what JSON can hold; the bytes are a list of integers, as in OpenAI's API."""
+        return {"token_id": self.token_id, "logprob": self.logprob, "token": self.text, "bytes": list(self.utf8)}
+
 
 @dataclass(frozen=True)
 class TokenLogprob(ScoredToken):
     """Holds a token of an answer, beside the tokens that the model thought most probable in its place."""
 
     top: tuple[ScoredToken, ...]  # best first
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "top": [token.to_dict() for token in self.top]}
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ class Delivery:
         self.finished = dict.fromkeys(("stop", "length", "cancelled", "error"), 0)
 
     def show(self, request: Request, delta: Delta) -> Exception | None:
-        """Deliver a delta that is not the request's last. Return the error of `on_delta`: the request is to be dropped then."""
+        """Deliver a delta that is not the request's last. Return the error of `on_delta`: then the request is to be
+        dropped."""
         self.tokens_generated += len(delta.token_ids)
         try:
             request.on_delta(delta)

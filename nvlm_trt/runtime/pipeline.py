@@ -98,8 +98,8 @@ class Pipeline:
         return cls(engine, generator, tokenizer, encode_tiles, options)
 
     def generate(self, chat: ChatRequest) -> Iterator[Delta]:
-        """Stream the answers to one request; the last delta of each has a finish_reason. Closing the iterator cancels the
-        request.
+        """Stream the answers to one request; the last delta of each has a finish_reason. Closing the iterator cancels
+        the request.
 
         Raises the errors of `submit` and those that `submit` gives to `on_error`."""
         unfinished = chat.sampling.n

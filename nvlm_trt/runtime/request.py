@@ -42,8 +42,8 @@ class Chunk:
 
 
 class Request:
-    """One request, for one answer or several. An encoder's thread calls `provide` or `fail`, and any thread may call `cancel`. Only the thread of
-    the text generator that the request was submitted to uses everything else."""
+    """One request, for one answer or several. An encoder's thread calls `provide` or `fail`, and any thread may call
+    `cancel`. Only the thread of the text generator that the request was submitted to uses everything else."""
 
     def __init__(
         self, sampling: SamplingParams, on_delta: OnDelta, on_error: OnError, request_id: str | None = None

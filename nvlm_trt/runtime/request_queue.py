@@ -40,8 +40,8 @@ class RequestQueue:
             return any(map(condition, self._waiting))
 
     def take_first(self, condition: Condition, fits: Condition = lambda _: True) -> Request | None:
-        """Remove and return the oldest request for which the condition holds, if it fits. No later one is taken instead:
-        a large request would wait for as long as small ones come."""
+        """Remove and return the oldest request for which the condition holds, if it fits. No later one is taken
+        instead: a large request would wait for as long as small ones come."""
         with self._lock:
             for index, request in enumerate(self._waiting):
                 if condition(request):

@@ -33,9 +33,7 @@ def answer_seed(seed: int | None, index: int) -> int | None:
     return int(np.random.SeedSequence(seed, spawn_key=(index,)).generate_state(1, np.uint64)[0])
 
 
-def check_bias(
-    params: SamplingParams, vocab_size: int, banned_ids: Collection[int], stop_ids: Collection[int]
-) -> None:
+def check_bias(params: SamplingParams, vocab_size: int, banned_ids: Collection[int], stop_ids: Collection[int]) -> None:
     """Check logit_bias against the vocabulary. Raises ParameterError for an unknown id, and for biases with which no
     token could be drawn. `stop_ids` end an answer, `banned_ids` are never drawn."""
     unknown = [token_id for token_id in params.logit_bias if token_id >= vocab_size]

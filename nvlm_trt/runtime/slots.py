@@ -10,8 +10,8 @@ from nvlm_trt.runtime.request import Request, State
 
 
 class Slots:
-    """Holds the active answers in rows 0 .. n-1, and at most one request that is prefilled, in a later row. Rows for its
-    other answers are free until then."""
+    """Holds the active answers in rows 0 .. n-1, and at most one request that is prefilled, in a later row. As many rows
+    are kept free as it needs for its other answers."""
 
     def __init__(self, backend: StepBackend) -> None:
         self._backend = backend
@@ -48,12 +48,11 @@ class Slots:
         assert start == request.prompt.cross_tokens, (start, request.prompt.cross_tokens)
 
     def activate(self, choices: Sequence[Choice]) -> None:
-        """Make the answers of the prefilled request active. Each gets a copy of the prefilled row, unless its row is that
-        row: as a rule the first answer's is, if no active answer has ended during the prefill."""
+        """Make the answers of the prefilled request active. Each gets a copy of the prefilled row."""
         request = self.prefilling
         assert request is not None
         rows = range(len(self.active), len(self.active) + len(choices))
-        # the prefilled row is not before `rows`; where it is among them, the answer that has it needs no copy
+        # The prefilled row is not before `rows`. If it is among them, as a rule the first, that answer needs no copy.
         for choice, row in zip(choices, rows, strict=True):
             choice.slot, choice.cached = self.prefill_slot, request.cached
             self._place(choice, row)

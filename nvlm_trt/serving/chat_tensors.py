@@ -51,8 +51,8 @@ def parse_sampling(data: bytes | None) -> SamplingParams:
 
 
 def encode_delta(delta: Delta) -> dict[str, npt.NDArray[Any]]:
-    """Encode a delta as output tensors: index [1] and token_ids [tokens] int32, the others [1] strings, possibly empty."""
-    logprobs = json.dumps([_logprob_json(item) for item in delta.logprobs], allow_nan=False) if delta.logprobs else ""
+    """Encode a delta as output tensors: index [1] and token_ids [tokens] int32, the others [1] strings, maybe empty."""
+    logprobs = json.dumps([item.to_dict() for item in delta.logprobs], allow_nan=False) if delta.logprobs else ""
     return {
         "index": np.array([delta.index], np.int32),
         "text": _string(delta.text),
@@ -96,20 +96,6 @@ def decode_error(message: str) -> NvlmError:
     if _TOO_LARGE.search(message):
         return RequestError("the request is larger than the server takes; send fewer or smaller images")
     return ServerError(message)
-
-
-def _logprob_json(item: TokenLogprob) -> dict[str, Any]:
-    return {**_token_json(item), "top": [_token_json(token) for token in item.top]}
-
-
-def _token_json(token: ScoredToken) -> dict[str, Any]:
-    """Write a token as OpenAI's API does: its bytes are integers, because they need not be whole characters."""
-    return {
-        "token_id": token.token_id,
-        "logprob": token.logprob,
-        "token": token.text,
-        "bytes": list(token.utf8),
-    }
 
 
 def _logprob(item: dict[str, Any]) -> TokenLogprob:

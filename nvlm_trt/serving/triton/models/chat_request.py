@@ -40,14 +40,14 @@ def read_chat(
 
 
 def reads_stream(pb_utils: Any, request: Any, answers: int) -> bool:
-    """Return whether the client reads a stream. Without it, the answer is one response. Raises ParameterError if several
-    `answers` are asked for without a stream."""
+    """Return whether the client reads a stream. Without it, the answer is one response. Raises ParameterError if more
+    than one answer is asked for without a stream."""
     stream = input_array(pb_utils, request, "stream")  # [1]
     is_read = stream is None or bool(stream[0])
     if answers > 1 and not is_read:
         raise ParameterError(
-            f"sampling parameter n = {answers} is not allowed with `stream` false, where one response holds one answer; "
-            "read a stream"
+            f"sampling parameter n = {answers} is not allowed with `stream` false: one response holds one answer; read a "
+            "stream"
         )
     return is_read
 

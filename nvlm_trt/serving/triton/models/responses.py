@@ -13,8 +13,8 @@ from nvlm_trt.serving.chat_tensors import encode_delta, encode_error
 class Responses:
     """Makes responses. Only `of_error` is thread-safe.
 
-    Caches the empty string tensors and the indices: making one takes 20 us. Most responses need four of them, a third of
-    what a token costs here."""
+    Caches the tensors of empty strings and of indices: making one takes 20 us. Most responses need four of them, a
+    third of what a token costs here."""
 
     def __init__(self, pb_utils: Any) -> None:
         self._pb_utils = pb_utils
