@@ -178,7 +178,7 @@ def test_logprobs_are_the_references(engine: DirectoryByName, checkpoint: Direct
     for row, delta in zip(expected, deltas, strict=True):
         assert np.isfinite(delta.logprobs[0].logprob)
         assert delta.logprobs[0].logprob == pytest.approx(float(row[delta.token_ids[0]]), abs=2e-4)
-        assert [i for i, _ in delta.logprobs[0].top] == row.topk(3).indices.tolist()
+        assert [token.token_id for token in delta.logprobs[0].top] == row.topk(3).indices.tolist()
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -189,7 +189,7 @@ def test_an_answer_depends_on_each_image_and_on_their_order(engine: DirectoryByN
         tops = []
         for images in ((red, noise), (noise, red), (red, red)):
             deltas = list(pipeline.generate(chat("Compare <image> and <image>.", *images, sampling=logprobs)))
-            tops.append([probability for _, probability in deltas[0].logprobs[0].top])
+            tops.append([token.logprob for token in deltas[0].logprobs[0].top])
     assert np.isfinite(tops).all()
     assert np.abs(np.subtract(tops[0], tops[1])).max() > 1e-6
     assert np.abs(np.subtract(tops[0], tops[2])).max() > 1e-6
