@@ -198,8 +198,8 @@ def test_an_answer_depends_on_each_image_and_on_their_order(engine: DirectoryByN
 
 @pytest.mark.parametrize("name", ALL)
 def test_answer_i_of_n_is_that_of_a_request_with_its_seed_bit_for_bit(engine: DirectoryByName, name: str) -> None:
-    """The logprobs are compared, which show a difference in the last bit of a logit. The answers have neighbours, end at
-    different times, and are drawn with all parameters that look at earlier tokens."""
+    """The logprobs are compared, which show a difference in the last bit of a logit. The answers have neighbours, end
+    at different times, and are drawn with all parameters that look at earlier tokens."""
     common = {"temperature": 1.5, "presence_penalty": 0.5, "frequency_penalty": 0.3, "repetition_penalty": 1.1}
     common |= {"logit_bias": {65: 2, 66: -100}, "min_tokens": 4, "logprobs": 20, "max_tokens": 25}
     images = make_image(1), make_image(2, 50, 150)
