@@ -37,6 +37,7 @@ from nvlm_trt.serving.triton.models.tiling import TilingModel
 from nvlm_trt.serving.triton.models.vision_encoder import VisionEncoderModel
 
 WAIT = 20.0
+CHANNELS: list[DrainChannel] = []  # kept open: a model whose supervisor has ended ends its process group
 USAGE = Usage(1, 1, 0, 0, 0, 0.0, 0.0, 0.0, 0.0)
 
 
@@ -390,6 +391,7 @@ def test_image_encoder_asks_the_ensemble_and_keeps_the_kind_of_its_errors() -> N
 def test_chat_model(engine: Callable[[str], Path]) -> None:
     """Answers about an image that another model encodes, refuses a request, and drains."""
     path, channel = engine("nvlm-h-tiny"), DrainChannel()
+    CHANNELS.append(channel)
     with open_backend(Engine.open(path), ["vision_encoder"], threads=1) as backend:
 
         def run(request: SimpleNamespace) -> InferenceResponse:
