@@ -56,7 +56,8 @@ class Choice:
 
     def accept_token(self, token_id: int, logprobs: Logprobs | None) -> Delta:
         """Add a token that was drawn to the answer; `logprobs`: of this token, if the request asks for them."""
-        self.request.note_token()
+        if not self.generated:
+            self.request.note_first_token()
         self._last_id = token_id
         self.generated += 1
         text, finish_reason = self._advance_text(token_id)

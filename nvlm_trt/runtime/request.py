@@ -143,8 +143,8 @@ class Request:
         ranges = self.prompt.cross_ranges[start : start + size]
         return Chunk(start, input_ids, first, self._embeddings_used, ranges)
 
-    def note_token(self) -> None:
-        """Note that a token was drawn."""
+    def note_first_token(self) -> None:
+        """Note that the first token of an answer was drawn."""
         self._first_token = self._first_token or time.monotonic()
 
     @property
