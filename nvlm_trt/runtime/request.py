@@ -60,6 +60,7 @@ class Request:
         self.choices: Sequence[Choice] = ()  # its n answers, once it has slots
         self.prompt: EncodedPrompt  # set when the state becomes READY
         self.images: Sequence[ImageFeatures] = ()
+        self.max_tokens: int  # of each answer in this engine; set when the request is admitted
         self._cached_images = 0
         self._encode_s = 0.0
         self._ending = threading.Lock()  # a request may end while another thread provides its images
@@ -129,8 +130,8 @@ class Request:
         check_embeddings(prompt.placeholders, sum(len(image.embeddings) for image in self.images))
         self._placeholder_id = placeholder_id
         self._embeddings_used = 0
-        most = min(sampling.max_tokens, limits.max_seq_len - len(prompt.input_ids))
-        self.choices = [Choice(self, index, most, placeholder_id, tokenizer) for index in range(sampling.n)]
+        self.max_tokens = min(sampling.max_tokens, limits.max_seq_len - len(prompt.input_ids))
+        self.choices = [Choice(self, index, placeholder_id, tokenizer) for index in range(sampling.n)]
         self._admitted = time.monotonic()
         self.state = State.PREFILLING
 

@@ -347,6 +347,8 @@ def test_the_prompt_of_several_answers_is_prefilled_once(tokenizer: Tokenizer) -
     scheduler = Scheduler(backend, tokenizer, 8, prefill_chunk=4)
     asked = ask(tokenizer.image_token_id, 3, images=2, sampling=SamplingParams(6, n=3, **SAMPLED))
     client = submit(scheduler, asked)
+    scheduler.step()
+    assert scheduler.metrics().free_slots == 0  # the slots of all three answers are kept for them
     run(scheduler)
     prefilled = [size for kind, size in backend.calls if kind == "prefill"]
     assert sum(prefilled) == len(asked.prompt.input_ids)
