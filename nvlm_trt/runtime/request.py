@@ -170,6 +170,8 @@ class Request:
         """End the request: no delta and no error follows."""
         with self._ending:
             self.state = State.ENDED
+        # They refer to the request. Such a cycle would keep its images in memory until Python looks for cycles.
+        self.choices = ()
 
     def usage(self) -> Usage:
         """Return the tokens and times of the request up to now."""

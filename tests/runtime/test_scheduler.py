@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -463,6 +465,22 @@ def test_answers_end_alone_and_the_last_reports_the_usage(tokenizer: Tokenizer) 
     assert client.receiver.usage is not None
     assert client.receiver.usage.completion_tokens == sum(lengths)
     check_answers(backend, tokenizer, client)
+
+
+def test_a_request_that_ended_leaves_memory_at_once(tokenizer: Tokenizer) -> None:
+    """Its images may be large, and on a device. Python's search for cycles would find it some time."""
+    scheduler = Scheduler(ToyBackend(tokenizer.image_token_id), tokenizer, 8, 256)
+    asked = ask(tokenizer.image_token_id, 1, images=1, sampling=SamplingParams(4, n=2, **SAMPLED))
+    request = asked.request(Receiver(2))
+    ended = weakref.ref(request)
+    scheduler.enqueue(request)
+    gc.disable()
+    try:
+        run(scheduler)
+        del request
+        assert ended() is None
+    finally:
+        gc.enable()
 
 
 # --- biases ----------------------------------------------------------------------------------------------------------
