@@ -20,7 +20,8 @@ class Delivery:
         self.finished = dict.fromkeys(("stop", "length", "cancelled", "error"), 0)
 
     def show(self, request: Request, delta: Delta) -> Exception | None:
-        """Deliver a delta that is not the last. Return the error of `on_delta`: the request is to be dropped then."""
+        """Deliver a delta that is not the request's last. Return the error of `on_delta`: then the request is to be
+        dropped."""
         self.tokens_generated += len(delta.token_ids)
         try:
             request.on_delta(delta)
@@ -40,6 +41,15 @@ class Delivery:
         except Exception:
             logger.exception("request %s: on_delta raised at its end", request.request_id)
 
+    def cancel(self, request: Request) -> None:
+        """End a request that was cancelled, with a last delta for each answer that has not ended."""
+        *others, last = request.cancelled_deltas()
+        for delta in others:
+            if error := self.show(request, delta):
+                self.fail(request, error)
+                return
+        self.complete(request, last)
+
     def fail(self, request: Request, error: Exception) -> None:
         """End a request with an error."""
         request.end()
@@ -52,7 +62,7 @@ class Delivery:
     def drop_ended(self, queue: RequestQueue) -> None:
         """End the waiting requests that were cancelled, and those whose images could not be encoded."""
         for request in queue.take_all(lambda waiting: waiting.cancelled):
-            self.complete(request, request.cancelled_delta())
+            self.cancel(request)
         for request in queue.take_all(lambda waiting: waiting.failure is not None):
             assert request.failure is not None
             self.fail(request, request.failure)

@@ -10,9 +10,11 @@ from nvlm_trt.api import Delta
 from nvlm_trt.backends.base import FloatArray, StepBackend
 from nvlm_trt.errors import RequestError
 from nvlm_trt.prompt.tokenizer import Tokenizer
+from nvlm_trt.runtime.choice import Choice
 from nvlm_trt.runtime.delivery import Delivery
 from nvlm_trt.runtime.request import Request, State
 from nvlm_trt.runtime.request_queue import RequestQueue
+from nvlm_trt.runtime.sampling import check_bias
 from nvlm_trt.runtime.slots import Slots
 from nvlm_trt.runtime.text_generator import GeneratorMetrics
 
@@ -31,20 +33,26 @@ class Scheduler:
         self._delivery = Delivery()
 
     def enqueue(self, request: Request) -> None:
-        """Queue a request. Raises QueueFullError."""
+        """Queue a request. Raises QueueFullError, and ParameterError for sampling parameters that the engine cannot
+        follow."""
+        sampling, vocab_size = request.sampling, self._backend.config.llm.vocab_size
+        self._backend.limits.check_answers(sampling.n)
+        if sampling.logit_bias:
+            stop_ids = () if sampling.ignore_eos else self._tokenizer.stop_ids
+            check_bias(sampling, vocab_size, {self._placeholder_id}, stop_ids)
         self._queue.put(request)
 
     @property
     def is_empty(self) -> bool:
-        return not self._queue and not self._slots.occupants
+        return not self._queue and self._slots.is_empty
 
     @property
     def has_work(self) -> bool:
         """Return whether `step` would do anything. It does nothing while all requests wait for their images."""
-        return bool(self._slots.occupants) or self._queue.any(lambda waiting: waiting.needs_a_step)
+        return not self._slots.is_empty or self._queue.any(lambda waiting: waiting.needs_a_step)
 
     def step(self) -> None:
-        """Run at most one chunk of one prompt, then one token of every active request."""
+        """Run at most one chunk of one prompt, then one token of every active answer."""
         self._drop_ended()
         if self._slots.prefilling is None and self._slots.free:
             self._admit()
@@ -82,11 +90,13 @@ class Scheduler:
         cancelled = [request for request in self._slots.occupants if request.cancelled]
         self._slots.retire(cancelled)
         for request in cancelled:
-            self._delivery.complete(request, request.cancelled_delta())
+            self._delivery.cancel(request)
 
     def _admit(self) -> None:
-        """Give a slot to the oldest request whose images are encoded."""
-        request = self._queue.take_first(lambda waiting: waiting.state is State.READY)
+        """Give slots to the oldest request whose images are encoded, once there are enough for all its answers."""
+        request = self._queue.take_first(
+            lambda waiting: waiting.state is State.READY, lambda waiting: waiting.sampling.n <= self._slots.free
+        )
         if request is None:
             return
         try:
@@ -104,41 +114,45 @@ class Scheduler:
         try:
             embeddings = self._backend.embeddings(request.images, chunk.first_embedding, chunk.last_embedding)
             logits = self._backend.prefill(
-                request.slot, chunk.position, chunk.input_ids, embeddings, chunk.cross_ranges
+                self._slots.prefill_slot, chunk.position, chunk.input_ids, embeddings, chunk.cross_ranges
             )  # [vocab]
         except RequestError as error:
             self._drop(request, error)
             return
         if request.is_prefilled:
-            self._accept([request], [logits])
+            self._accept(request.choices, [logits] * len(request.choices))
         if request.is_prefilled and self._slots.prefilling:  # the request may have ended with its first token
-            self._slots.activate()
+            self._slots.activate(request.unfinished)
 
-    def _decode(self, active: Sequence[Request]) -> None:
-        requests = tuple(active)
-        token_ids, positions, ranges = zip(*(request.next_token() for request in requests), strict=True)
+    def _decode(self, active: Sequence[Choice]) -> None:
+        choices = tuple(active)
+        token_ids, positions, ranges = zip(*(choice.next_token() for choice in choices), strict=True)
         logits = self._backend.decode(
             np.array(token_ids, np.int64), np.array(positions, np.int64), np.array(ranges, np.int32)
         )  # [n, vocab]
-        self._accept(requests, logits)
+        self._accept(choices, logits)
 
-    def _accept(self, requests: Sequence[Request], logits: Sequence[FloatArray] | FloatArray) -> None:
-        """Draw a token for each request from its logits [vocab]. Frees slots before it reports that requests ended."""
-        results = [_next_delta(request, row) for request, row in zip(requests, logits, strict=True)]
-        self._slots.retire([request for request, result in zip(requests, results, strict=True) if _is_last(result)])
-        for request, result in zip(requests, results, strict=True):
-            if isinstance(result, Exception):
-                self._delivery.fail(request, result)
-            elif result.finish_reason:
-                self._delivery.complete(request, result)
-            else:
-                self._show(request, result)
+    def _accept(self, choices: Sequence[Choice], logits: Sequence[FloatArray] | FloatArray) -> None:
+        """Draw a token for each answer from its logits [vocab]. Frees slots before it reports that answers ended."""
+        results = [_next_delta(choice, row) for choice, row in zip(choices, logits, strict=True)]
+        answers = list(zip(choices, results, strict=True))
+        ended = [(choice, result) for choice, result in answers if _ends_answer(result)]
+        if ended:
+            requests = [choice.request for choice, result in ended if _ends_request(result)]
+            self._slots.retire(requests, [choice for choice, _ in ended])
+        for choice, result in answers:
+            self._deliver(choice.request, result)
 
     # --- telling the caller ------------------------------------------------------------------------------------------
 
-    def _show(self, request: Request, delta: Delta) -> None:
-        error = self._delivery.show(request, delta)
-        if error:
+    def _deliver(self, request: Request, result: Delta | Exception) -> None:
+        if request.state is State.ENDED:  # another of its answers has failed in this step
+            return
+        if isinstance(result, Exception):
+            self._drop(request, result)
+        elif _ends_request(result):
+            self._delivery.complete(request, result)
+        elif error := self._delivery.show(request, result):
             self._drop(request, error)
 
     def _drop(self, request: Request, error: Exception) -> None:
@@ -146,13 +160,18 @@ class Scheduler:
         self._delivery.fail(request, error)
 
 
-def _next_delta(request: Request, logits: FloatArray) -> Delta | Exception:
-    """Accept the next token of one request; return its error, so that the other requests go on."""
+def _next_delta(choice: Choice, logits: FloatArray) -> Delta | Exception:
+    """Accept the next token of one answer; return its error, so that the other requests go on."""
     try:
-        return request.accept(logits)
+        return choice.accept(logits)
     except Exception as error:
         return error
 
 
-def _is_last(result: Delta | Exception) -> bool:
+def _ends_answer(result: Delta | Exception) -> bool:
     return isinstance(result, Exception) or result.finish_reason is not None
+
+
+def _ends_request(result: Delta | Exception) -> bool:
+    """Return whether all answers of the request have ended, or must end with this error."""
+    return isinstance(result, Exception) or result.usage is not None

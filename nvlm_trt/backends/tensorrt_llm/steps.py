@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nvlm_trt.api import TokenLogprob
 from nvlm_trt.backends.base import FloatArray
 from nvlm_trt.backends.tensorrt_llm import contract
 from nvlm_trt.errors import EngineError, NotFiniteError
@@ -17,7 +16,7 @@ from nvlm_trt.prompt.tokenizer import Tokenizer
 from nvlm_trt.runtime.delivery import Delivery
 from nvlm_trt.runtime.request import Request, State
 from nvlm_trt.runtime.request_queue import RequestQueue
-from nvlm_trt.runtime.sampling import token_logprob
+from nvlm_trt.runtime.sampling import Logprobs, token_logprob
 from nvlm_trt.runtime.text_generator import GeneratorMetrics
 
 if TYPE_CHECKING:
@@ -106,7 +105,7 @@ class ExecutorSteps:
         for number, request in list(self._running.items()):
             if request.cancelled:
                 self._leave(number)
-                self._delivery.complete(request, request.cancelled_delta())
+                self._delivery.cancel(request)
 
     def _admit(self) -> bool:
         """Give the executor the oldest request whose images are encoded. Return False if there is none."""
@@ -161,7 +160,7 @@ class ExecutorSteps:
         for index, token_id in enumerate(token_ids):
             try:
                 self._check_token(token_id)
-                delta = request.accept_token(token_id, self._logprob(request, token_id, result, index))
+                delta = request.accept_token(token_id, self._logprobs(request, token_id, result, index))
             except Exception as error:
                 self._part(number, result)
                 self._delivery.fail(request, error)
@@ -204,7 +203,7 @@ class ExecutorSteps:
         if not 0 <= token_id < self._vocab_size or token_id == self._placeholder_id:
             raise EngineError(f"TensorRT-LLM generated the id {token_id}, which is no token of the model's text")
 
-    def _logprob(self, request: Request, token_id: int, result: contract.Result, index: int) -> TokenLogprob | None:
+    def _logprobs(self, request: Request, token_id: int, result: contract.Result, index: int) -> Logprobs | None:
         """Compute the token's log-probabilities from the model's logits: the executor's own are those after penalties
         and filters, and without alternatives."""
         if not request.sampling.logprobs:

@@ -183,6 +183,15 @@ def test_what_the_executor_would_change_is_refused(values: dict[str, Any], messa
     assert mapped(temperature=0.0, **values)["top_k"] == 1  # greedy: the filters change nothing
 
 
+@pytest.mark.parametrize(
+    "values",
+    [{"n": 2}, {"presence_penalty": 1}, {"frequency_penalty": -1}, {"logit_bias": {5: 1}}, {"min_tokens": 3}],
+)
+def test_parameters_that_are_not_passed_on_are_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(ParameterError, match=rf"parameter {next(iter(values))} = .* not allowed with engines"):
+        check_sampling(SamplingParams(**values), VOCAB)
+
+
 @given(
     st.builds(
         SamplingParams,
