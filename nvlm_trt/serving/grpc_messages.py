@@ -84,8 +84,10 @@ def _json_message(message: Message) -> dict[str, Any]:
     return {"role": message.role, "content": [_json_part(part) for part in message.content]}
 
 
-def _json_part(part: TextPart | ImagePart) -> dict[str, str]:
-    return {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": "image"}
+def _json_part(part: TextPart | ImagePart) -> dict[str, Any]:
+    if isinstance(part, TextPart):
+        return {"type": "text", "text": part.text}
+    return {"type": "image"} if part.max_tiles is None else {"type": "image", "max_tiles": part.max_tiles}
 
 
 def _add_strings(request: service_pb2.ModelInferRequest, name: str, values: Sequence[bytes]) -> None:
