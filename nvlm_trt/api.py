@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from nvlm_trt.bounds import MAX_COUNT, MAX_SEED
+from nvlm_trt.bounds import MAX_COUNT, MAX_SEED, MAX_SLOTS
 from nvlm_trt.errors import ParameterError
 
 Role = Literal["system", "user", "assistant"]
@@ -20,6 +21,8 @@ EncodedImage = bytes | str | os.PathLike[str]  # an image file's bytes; a client
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
 MAX_LOGPROBS = 20
+MAX_BIASES = 1024
+BAN = -100  # a bias of this much is a ban
 
 # --- what is asked ---------------------------------------------------------------------------------------------------
 
@@ -60,8 +63,19 @@ def _as_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
 
+def _with_integer_keys(value: Any) -> Any:
+    """Makes integers of the keys that JSON has, decimal text. Leaves anything else to the check of the type."""
+    if isinstance(value, Mapping) and all(isinstance(key, str) and _DECIMAL.fullmatch(key) for key in value):
+        return {int(key): bias for key, bias in value.items()}
+    return value
+
+
+_DECIMAL = re.compile("0|[1-9][0-9]{0,9}")
 _StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 _StopStrings = Annotated[tuple[_StopString, ...], BeforeValidator(_as_tuple), Field(max_length=MAX_STOP_STRINGS)]
+_TokenId = Annotated[int, Field(ge=0)]
+_Bias = Annotated[float, Field(ge=BAN, le=-BAN)]
+_LogitBias = Annotated[dict[_TokenId, _Bias], BeforeValidator(_with_integer_keys), Field(max_length=MAX_BIASES)]
 
 
 class SamplingParams(BaseModel):
@@ -71,7 +85,7 @@ class SamplingParams(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
-    # cut at the engine's max_seq_len
+    # of each answer; cut at the engine's max_seq_len
     max_tokens: int = Field(256, ge=1, le=MAX_COUNT, description=f"an integer of at least 1, at most {MAX_COUNT}")
     # 0: greedy; top_k, top_p and min_p then change nothing
     temperature: float = Field(0.0, ge=0, le=100, description="a number from 0 to 100")
@@ -80,10 +94,21 @@ class SamplingParams(BaseModel):
     min_p: float = Field(0.0, ge=0, le=1, description="a number from 0 to 1")
     # for all ids in prompt and answer
     repetition_penalty: float = Field(1.0, ge=0.01, le=100, description="a number from 0.01 to 100")
+    # for ids in the answer: once for each that occurs, and once for each time that it occurs
+    presence_penalty: float = Field(0.0, ge=-2, le=2, description="a number from -2 to 2")
+    frequency_penalty: float = Field(0.0, ge=-2, le=2, description="a number from -2 to 2")
+    # token id -> what is added to its logit; the keys may be decimal text, as in JSON
+    logit_bias: _LogitBias = Field(
+        {}, description=f"up to {MAX_BIASES} token ids, each with a number from {BAN} (never drawn) to {-BAN}"
+    )
     # None: sampling gives another answer every time
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="none or an integer from 0 to 2**64 - 1")
     # a single string is accepted too; the answer ends before a stop string
     stop: _StopStrings = Field((), description=f"up to {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_LENGTH} characters")
+    # no stop id is drawn, and no stop string ends the answer, before it has this many tokens
+    min_tokens: int = Field(0, ge=0, le=MAX_COUNT, description=f"an integer of at least 0, at most {MAX_COUNT}")
+    # answers to the one prompt, each in a slot of its own
+    n: int = Field(1, ge=1, le=MAX_SLOTS, description="an integer from 1 to the number of the engine's slots")
     # alternatives reported beside each token; 0: no logprobs at all
     logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS, description=f"an integer from 0 to {MAX_LOGPROBS}")
     # True: generate until max_tokens
@@ -95,6 +120,11 @@ class SamplingParams(BaseModel):
             super().__init__(**values)
         except ValidationError as error:
             raise _sampling_error(values, str(error.errors()[0]["loc"][0])) from None
+        if self.min_tokens > self.max_tokens:
+            raise ParameterError(
+                f"sampling parameter min_tokens = {self.min_tokens} is not allowed; it is at most max_tokens, "
+                f"{self.max_tokens}"
+            )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SamplingParams:
@@ -129,17 +159,34 @@ class ChatRequest:
 
 
 @dataclass(frozen=True)
-class TokenLogprob:
-    """Natural logarithms of the model's own probabilities, before temperature, repetition penalty and filters."""
+class ScoredToken:
+    """Holds a token and the natural logarithm of the model's own probability of it: before logit_bias, penalties,
+    temperature and filters, so of a token that they forbid too."""
 
     token_id: int
     logprob: float
-    top: tuple[tuple[int, float], ...]  # the most probable (token id, logprob), best first
+    text: str  # U+FFFD for bytes that are no whole character; the name of a special token
+    utf8: bytes  # the token's own part of the text, possibly a part of a character; empty for a special token
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what JSON can hold; the bytes are a list of integers, as in OpenAI's API."""
+        return {"token_id": self.token_id, "logprob": self.logprob, "token": self.text, "bytes": list(self.utf8)}
+
+
+@dataclass(frozen=True)
+class TokenLogprob(ScoredToken):
+    """Holds a token of an answer, beside the tokens that the model thought most probable in its place."""
+
+    top: tuple[ScoredToken, ...]  # best first
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "top": [token.to_dict() for token in self.top]}
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Counts the tokens and times of one request. Times are seconds; times from submission on include waiting."""
+    """Counts the tokens and times of one request, all its answers together. Times are seconds; times from submission on
+    include waiting."""
 
     prompt_tokens: int  # in the LLM's sequence, image placeholders included
     completion_tokens: int
@@ -149,7 +196,7 @@ class Usage:
     encode_s: float  # decoding, encoding and cross-attention keys and values of the images
     queue_s: float  # from submission until the request has a slot, encoding included
     ttft_s: float | None  # from submission to the first token; None: no token was generated
-    total_s: float  # from submission to the end
+    total_s: float  # from submission to the end of the last answer
 
 
 @dataclass(frozen=True)
@@ -179,15 +226,18 @@ class PromptCount:
 class Delta:
     """Holds one step of an answer: a token, and the text that the token completes (often none).
 
-    The last delta has a finish_reason: "stop" (end-of-text token or stop string), "length" (max_tokens or the
-    engine's max_seq_len) or "cancelled" (without a token). The end-of-text token has an id and an empty text.
+    The last delta of an answer has a finish_reason: "stop" (end-of-text token or stop string), "length" (max_tokens or
+    the engine's max_seq_len) or "cancelled" (without a token). The end-of-text token has an id and an empty text. A
+    request for n answers ends with the n-th finish_reason; the deltas of its answers come mixed.
     """
 
     text: str
     token_ids: list[int]
     logprobs: list[TokenLogprob] = field(default_factory=list)  # one per token id, if the request asks for logprobs
     finish_reason: FinishReason | None = None
-    usage: Usage | None = None  # in the last delta; None too if the request was cancelled before it had a slot
+    # in the last delta of the request; None too if the request was cancelled before it had a slot
+    usage: Usage | None = None
+    index: int = 0  # which of the n answers
 
 
 @dataclass(frozen=True)
@@ -209,4 +259,16 @@ def merge_deltas(deltas: Sequence[Delta]) -> Delta:
         logprobs=[item for delta in deltas for item in delta.logprobs],
         finish_reason=deltas[-1].finish_reason,
         usage=deltas[-1].usage,
+        index=deltas[-1].index,
     )
+
+
+def merge_answers(deltas: Sequence[Delta]) -> list[Answer]:
+    """Joins the deltas of a whole request to its answers, in the order of their indices. Each has the usage of the
+    request."""
+    by_index: dict[int, list[Delta]] = {}
+    for delta in deltas:
+        by_index.setdefault(delta.index, []).append(delta)
+    usage = deltas[-1].usage if deltas else None
+    wholes = [merge_deltas(by_index[index]) for index in sorted(by_index)]
+    return [Answer(whole.text, whole.token_ids, whole.logprobs, whole.finish_reason, usage) for whole in wholes]

@@ -142,8 +142,16 @@ def ask(
     top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens of this total probability.")] = 1.0,
     min_p: Annotated[float, typer.Option(help="Keep tokens of at least this share of the highest probability.")] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages repetition.")] = 1.0,
+    presence_penalty: Annotated[float, typer.Option(help="Above 0 discourages tokens that the answer has.")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="The same, for each time that the answer has them.")] = 0.0,
+    logit_bias: Annotated[
+        list[str] | None, typer.Option(metavar="ID=BIAS", help="Add to a token's logit; -100 bans it. Repeatable.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; repeat for several.")] = None,
+    min_tokens: Annotated[int, typer.Option(help="Least tokens to generate.")] = 0,
+    n: Annotated[int, typer.Option("--n", help="Answers to the one question.")] = 1,
+    logprobs: Annotated[int, typer.Option(help="Report log-probabilities with this many alternatives.")] = 0,
     max_tiles: Annotated[int | None, typer.Option(help="Tiles per image, thumbnail not counted.")] = None,
     max_decode_seconds: DecodeSecondsOption = None,
     max_decode_memory: DecodeMemoryOption = None,
@@ -157,6 +165,7 @@ def ask(
     """
     if (engine is None) == (url is None):
         raise NvlmError("name either an engine or a server: pass one of --engine DIR and --url grpc://host:port")
+    from nvlm_trt.answer_printing import print_answers
     from nvlm_trt.api import Message, SamplingParams
     from nvlm_trt.image.image_file import naming_files, read_image_file
 
@@ -167,8 +176,14 @@ def ask(
         top_p=top_p,
         min_p=min_p,
         repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        logit_bias=_biases(logit_bias or []),
         seed=seed,
         stop=tuple(stop or ()),
+        min_tokens=min_tokens,
+        n=n,
+        logprobs=logprobs,
     )
     messages = [Message("system", system)] if system else []
     messages.append(Message("user", question))
@@ -184,13 +199,28 @@ def ask(
         options = RuntimeOptions(image_limits=image_limits(max_decode_seconds, max_decode_memory))
         with naming_files(paths), Pipeline.open(engine, threads=threads, options=options) as pipeline:
             stream = pipeline.generate(ChatRequest(messages, images, sampling, max_tiles))
-            terminal.print_answer(stream, stats=stats, as_json=as_json)
+            print_answers(stream, n, stats=stats, as_json=as_json)
     else:
         from nvlm_trt.serving.client import Client
 
         with naming_files(paths), Client(str(url)) as client:
             stream = client.stream(messages=messages, images=images, sampling=sampling, max_tiles=max_tiles)
-            terminal.print_answer(stream, stats=stats, as_json=as_json)
+            print_answers(stream, n, stats=stats, as_json=as_json)
+
+
+def _biases(options: list[str]) -> dict[int, float]:
+    """Read options ID=BIAS. Raises NvlmError for one that is not."""
+    biases: dict[int, float] = {}
+    for option in options:
+        token_id, _, bias = option.partition("=")
+        try:
+            number, value = int(token_id), float(bias)
+        except ValueError:
+            raise NvlmError(f"--logit-bias {option!r} is not ID=BIAS; write 198=-100 for example") from None
+        if number in biases:
+            raise NvlmError(f"--logit-bias names the token id {number} twice; name it once")
+        biases[number] = value
+    return biases
 
 
 app.command()(tiles)

@@ -46,6 +46,14 @@ class EngineLimits(BaseModel):
                 "holds; shorten it, or rebuild with --max-seq-len"
             )
 
+    def check_answers(self, n: int) -> None:
+        """Check the number of answers that a request asks for: each has a slot."""
+        if n > self.max_slots:
+            raise ParameterError(
+                f"sampling parameter n = {n} is not allowed; it is an integer from 1 to {self.max_slots}, the slots of "
+                "the engine"
+            )
+
     def check_prompt(self, tokens: int, image_embeddings: int) -> None:
         """Check that the engine holds a prompt of `tokens`, image embeddings included, and one token of the answer."""
         if tokens >= self.max_seq_len:

@@ -1,13 +1,9 @@
-"""Prints for people: progress bars, the streamed answer with its statistics, tables, error lines."""
+"""Prints for people: progress bars, tables, error lines."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import sys
-import time
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
@@ -20,7 +16,6 @@ from rich.table import Table
 from nvlm_trt.progress import Progress
 
 if TYPE_CHECKING:
-    from nvlm_trt.api import Delta, Usage
     from nvlm_trt.evaluation.accuracy import GroupScore, Summary, TaskScore
     from nvlm_trt.evaluation.parity import ParityReport
 
@@ -51,47 +46,6 @@ def progress() -> Iterator[Progress]:
         yield report
 
 
-def print_answer(stream: Iterable[Delta], stats: bool, as_json: bool) -> None:
-    """Streams an answer to stdout as it arrives; `stats` go to stderr, so that stdout holds the answer alone."""
-    started = time.perf_counter()
-    ttft_s = None  # measured here, so the way to a server and back is included
-    deltas = []
-    for delta in stream:
-        deltas.append(delta)
-        if delta.token_ids and ttft_s is None:
-            ttft_s = time.perf_counter() - started
-        if delta.text and not as_json:
-            sys.stdout.write(_printable(delta.text))
-            sys.stdout.flush()
-    usage = deltas[-1].usage if deltas else None
-    if as_json:
-        answer = {
-            "text": "".join(delta.text for delta in deltas),
-            "token_ids": [token for delta in deltas for token in delta.token_ids],
-            "finish_reason": deltas[-1].finish_reason if deltas else None,
-            "usage": asdict(usage) if usage else None,
-            "ttft_s": ttft_s,
-        }
-        print(json.dumps(answer, indent=2, allow_nan=False))
-        return
-    print(flush=True)
-    if stats and usage is not None:
-        note(f"[{' | '.join(_statistics(usage, ttft_s))}]")
-
-
-def _statistics(usage: Usage, ttft_s: float | None) -> Iterator[str]:
-    yield f"{usage.image_tiles} tiles{' from cache' if usage.cached_images else ''}"
-    yield f"{usage.prompt_tokens} prompt tokens"
-    if usage.cross_tokens:
-        yield f"{usage.cross_tokens} cross-attended"
-    yield f"{usage.completion_tokens} tokens"
-    if ttft_s is not None:
-        yield f"first token after {ttft_s * 1e3:.0f} ms"
-    # prefill makes the first token; the backend times the others, of which several may arrive here at once
-    if usage.ttft_s is not None and usage.completion_tokens > 1:
-        yield f"{(usage.completion_tokens - 1) / (usage.total_s - usage.ttft_s):.1f} tokens/s"
-
-
 def parity_table(report: ParityReport) -> None:
     """Prints a line per stage: its output's shape, the difference, and whether that is within the tolerance."""
     table = Table(title=f"{report.title}, tolerance {report.tolerance:.0e}", title_justify="left", box=SIMPLE_HEAD)
@@ -111,7 +65,7 @@ def accuracy_table(summary: Summary, title: str) -> None:
 
     def add(name: str, kind: str, metric: str, row: TaskScore | GroupScore) -> None:
         interval = f"{row.low:.3f} .. {row.high:.3f}"
-        table.add_row(_printable(name), kind, metric, str(row.count), f"{row.score:.3f}", interval)
+        table.add_row(printable(name), kind, metric, str(row.count), f"{row.score:.3f}", interval)
 
     for task in summary.tasks:
         add(escape(task.task), task.kind, task.metric, task)
@@ -124,6 +78,6 @@ def accuracy_table(summary: Summary, title: str) -> None:
     Console(highlight=False).print(table)
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Replaces control characters by U+FFFD: an answer must not steer the terminal that shows it."""
     return "".join(c if c in "\n\t" or c.isprintable() else "�" for c in text)

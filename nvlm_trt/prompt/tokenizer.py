@@ -113,6 +113,11 @@ class Tokenizer:
         """Return the id of an added token such as <|im_end|>; None if `name` is ordinary text in this tokenizer."""
         return self._added.get(name)
 
+    def token_text(self, token_id: int) -> str:
+        """Return one token for people: the name of a special token, else its text with U+FFFD for bytes that are no
+        whole character; "" for an id outside the vocabulary."""
+        return self._special.get(token_id) or self.token_bytes[token_id].decode(errors="replace")
+
     def encode(self, text: str) -> list[int]:
         """Encode a text. The name of a control token in it is ordinary text."""
         return self.encode_with_offsets(text)[0]

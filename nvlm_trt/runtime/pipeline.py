@@ -106,9 +106,11 @@ class Pipeline:
         return cls(engine, generator, tokenizer, encode_tiles, options)
 
     def generate(self, chat: ChatRequest) -> Iterator[Delta]:
-        """Stream one answer; its last delta has a finish_reason. Closing the iterator cancels the request.
+        """Stream the answers to one request; the last delta of each has a finish_reason. Closing the iterator cancels
+        the request.
 
         Raises the errors of `submit` and those that `submit` gives to `on_error`."""
+        unfinished = chat.sampling.n
         results: queue.SimpleQueue[Delta | Exception] = queue.SimpleQueue()
         request = self.submit(chat, results.put, results.put)
         try:
@@ -116,14 +118,15 @@ class Pipeline:
                 result = results.get()
                 if isinstance(result, Exception):
                     raise result
+                unfinished -= result.finish_reason is not None
                 yield result
-                if result.finish_reason:
+                if not unfinished:
                     return
         finally:
             request.cancel()
 
     def submit(self, chat: ChatRequest, on_delta: OnDelta, on_error: OnError, request_id: str | None = None) -> Request:
-        """Start one answer. Calls `on_delta` and `on_error`, which must be quick, on the generator's thread.
+        """Start one request. Calls `on_delta` and `on_error`, which must be quick, on the generator's thread.
 
         Raises the errors that are found before an image is decoded: RequestError, QueueFullError, and EngineError for
         an engine that is closed or has failed. Passes later errors to `on_error`, ImageError for example."""

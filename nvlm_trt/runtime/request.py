@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
 import numpy as np
 
 from nvlm_trt.api import Delta, FinishReason, SamplingParams, Usage
-from nvlm_trt.backends.base import FloatArray, ImageFeatures, IntArray, RangeArray
+from nvlm_trt.backends.base import ImageFeatures, IntArray, RangeArray
 from nvlm_trt.limits import EngineLimits, check_embeddings
-from nvlm_trt.prompt.detokenizer import IncrementalDecoder
 from nvlm_trt.prompt.encoder import EncodedPrompt
 from nvlm_trt.prompt.tokenizer import Tokenizer
-from nvlm_trt.runtime.sampling import Sampler
-from nvlm_trt.runtime.text_stream import TextStream
+from nvlm_trt.runtime.choice import Choice
+from nvlm_trt.runtime.sampling import Logprobs
 
 OnDelta = Callable[[Delta], None]
 OnError = Callable[[Exception], None]
@@ -43,22 +42,22 @@ class Chunk:
 
 
 class Request:
-    """One request. An encoder's thread calls `provide` or `fail`, and any thread may call `cancel`. Only the thread of
-    the text generator that the request was submitted to uses everything else."""
+    """One request, for one answer or several. An encoder's thread calls `provide` or `fail`, and any thread may call
+    `cancel`. Only the thread of the text generator that the request was submitted to uses everything else."""
 
     def __init__(
         self, sampling: SamplingParams, on_delta: OnDelta, on_error: OnError, request_id: str | None = None
     ) -> None:
-        """Make a request that is not submitted yet. `on_delta` is called with each delta up to the one with a
-        finish_reason; after an error, `on_error` is the last call instead. Both must be quick. `request_id` names the
-        request in the log."""
+        """Make a request that is not submitted yet. `on_delta` is called with each delta until every answer has had one
+        with a finish_reason; after an error, `on_error` is the last call instead. Both must be quick. `request_id`
+        names the request in the log."""
         self.request_id = request_id
         self.sampling = sampling
         self.on_delta, self.on_error = on_delta, on_error
         self.state = State.ENCODING
         self.failure: Exception | None = None  # why the images could not be encoded
-        self.slot = -1
-        self.cached = 0  # tokens in the KV cache
+        self.cached = 0  # tokens of the prompt in the KV cache
+        self.choices: Sequence[Choice] = ()  # its n answers, once it has slots
         self.prompt: EncodedPrompt  # set when the state becomes READY
         self.images: Sequence[ImageFeatures] = ()
         self._cached_images = 0
@@ -68,7 +67,6 @@ class Request:
         self._wake: Callable[[], None] = lambda: None
         self._submitted = time.monotonic()
         self._first_token: float | None = None
-        self._generated = 0
 
     # --- any thread --------------------------------------------------------------------------------------------------
 
@@ -94,7 +92,8 @@ class Request:
         self._wake()
 
     def cancel(self) -> None:
-        """End the request within one step. Its last delta has the finish_reason "cancelled", unless it ended before."""
+        """End the request within one step. The answers that have not ended before end with the finish_reason
+        "cancelled"."""
         self._cancelled.set()
         self._wake()
 
@@ -106,6 +105,11 @@ class Request:
     def is_over(self) -> bool:
         """Return whether the request no longer needs its images."""
         return self.cancelled or self.state is State.ENDED
+
+    @property
+    def needs_a_step(self) -> bool:
+        """Return whether the text generator has something to do with this request, which waits for a slot."""
+        return self.state is State.READY or self.cancelled or self.failure is not None
 
     # --- the text generator ------------------------------------------------------------------------------------------
 
@@ -125,12 +129,8 @@ class Request:
         check_embeddings(prompt.placeholders, sum(len(image.embeddings) for image in self.images))
         self._placeholder_id = placeholder_id
         self._embeddings_used = 0
-        self._stop_ids: Collection[int] = () if sampling.ignore_eos else tokenizer.stop_ids
-        # banned: the decoder would replace a placeholder in the answer by an image embedding
-        self._sampler = Sampler(sampling, prompt.input_ids, banned_ids={placeholder_id})
-        self._text = TextStream(IncrementalDecoder(tokenizer), sampling.stop)
-        self._last_id = -1
-        self._max_tokens = min(sampling.max_tokens, limits.max_seq_len - len(prompt.input_ids))
+        most = min(sampling.max_tokens, limits.max_seq_len - len(prompt.input_ids))
+        self.choices = [Choice(self, index, most, placeholder_id, tokenizer) for index in range(sampling.n)]
         self._admitted = time.monotonic()
         self.state = State.PREFILLING
 
@@ -143,40 +143,27 @@ class Request:
         ranges = self.prompt.cross_ranges[start : start + size]
         return Chunk(start, input_ids, first, self._embeddings_used, ranges)
 
-    def next_token(self) -> tuple[int, int, tuple[int, int]]:
-        """Count the last token as cached; return (its id, its position, its cross-attention range) for decoding."""
-        self.cached += 1
-        return self._last_id, self.cached - 1, self.prompt.decode_range
-
-    def accept(self, logits: FloatArray) -> Delta:
-        """Draw the next token from logits [vocab]. Raises EngineError if they are not finite."""
-        token_id, logprob = self._sampler.sample(logits)
+    def note_token(self) -> None:
+        """Note that a token was drawn."""
         self._first_token = self._first_token or time.monotonic()
-        self._last_id = token_id
-        self._generated += 1
-        text, finish_reason = self._advance_text(token_id)
-        return Delta(
-            text=text,
-            token_ids=[token_id],
-            logprobs=[logprob] if logprob else [],
-            finish_reason=finish_reason,
-            usage=self.usage() if finish_reason else None,
-        )
 
-    def _advance_text(self, token_id: int) -> tuple[str, FinishReason | None]:
-        if token_id in self._stop_ids:
-            return self._text.flush(), "stop"
-        text = self._text.push(token_id)
-        if self._text.stopped:
-            return text, "stop"
-        if self._generated >= self._max_tokens:
-            return text + self._text.flush(), "length"
-        return text, None
+    @property
+    def unfinished(self) -> list[Choice]:
+        return [choice for choice in self.choices if choice.finish_reason is None]
 
-    def cancelled_delta(self) -> Delta:
-        """Return the last delta of a cancelled request."""
-        has_slot = self.state in (State.PREFILLING, State.DECODING)
-        return Delta("", [], finish_reason="cancelled", usage=self.usage() if has_slot else None)
+    def accept_token(self, token_id: int, logprobs: Logprobs | None, index: int = 0) -> Delta:
+        """Add a token that was drawn elsewhere to answer `index`; `logprobs`: of this token, if they are asked for."""
+        return self.choices[index].accept_token(token_id, logprobs)
+
+    def delta_without_token(self, finish_reason: FinishReason, index: int = 0) -> Delta:
+        """End answer `index` between two tokens; return its last delta."""
+        return self.choices[index].end(finish_reason)
+
+    def cancelled_deltas(self) -> list[Delta]:
+        """End the answers of a cancelled request that have not ended; return their last deltas."""
+        if not self.choices:
+            return [Delta("", [], finish_reason="cancelled", index=index) for index in range(self.sampling.n)]
+        return [choice.end("cancelled") for choice in self.unfinished]
 
     def end(self) -> None:
         """End the request: no delta and no error follows."""
@@ -187,7 +174,7 @@ class Request:
         """Return the tokens and times of the request up to now."""
         return Usage(
             prompt_tokens=len(self.prompt.input_ids),
-            completion_tokens=self._generated,
+            completion_tokens=sum(choice.generated for choice in self.choices),
             image_tiles=sum(image.tiles for image in self.images),
             cross_tokens=self.prompt.cross_tokens,
             cached_images=self._cached_images,

@@ -39,12 +39,13 @@ class RequestQueue:
         with self._lock:
             return any(map(condition, self._waiting))
 
-    def take_first(self, condition: Condition) -> Request | None:
-        """Remove and return the oldest request for which the condition holds."""
+    def take_first(self, condition: Condition, fits: Condition = lambda _: True) -> Request | None:
+        """Remove and return the oldest request for which the condition holds, if it fits. No later one is taken
+        instead: a large request would wait for as long as small ones come."""
         with self._lock:
             for index, request in enumerate(self._waiting):
                 if condition(request):
-                    return self._waiting.pop(index)
+                    return self._waiting.pop(index) if fits(request) else None
         return None
 
     def take_all(self, condition: Condition) -> list[Request]:

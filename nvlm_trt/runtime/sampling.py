@@ -1,32 +1,81 @@
-"""Draws tokens from logits, in the order of Hugging Face's generate: repetition penalty, temperature, top-k, top-p,
-min-p.
+"""Draws tokens from logits, in the order of Hugging Face's generate and of vLLM: logit_bias, penalties, banned ids,
+temperature, top-k, top-p, min-p.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from nvlm_trt.api import SamplingParams, TokenLogprob
+from nvlm_trt.api import BAN, SamplingParams
 from nvlm_trt.backends.base import FloatArray, IntArray
-from nvlm_trt.errors import NotFiniteError
+from nvlm_trt.errors import NotFiniteError, ParameterError
 
 _BLOCK = 512
 
 
+@dataclass(frozen=True)
+class Logprobs:
+    """The log softmax of logits at a token that was drawn, and at the most probable tokens."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]  # (token id, logprob), best first
+
+
+def answer_seed(seed: int | None, index: int) -> int | None:
+    """Return the seed of answer `index` of a request with `seed`; of the first answer it is `seed` itself."""
+    if seed is None or index == 0:
+        return seed
+    return int(np.random.SeedSequence(seed, spawn_key=(index,)).generate_state(1, np.uint64)[0])
+
+
+def check_bias(params: SamplingParams, vocab_size: int, banned_ids: Collection[int], stop_ids: Collection[int]) -> None:
+    """Check logit_bias against the vocabulary. Raises ParameterError for an unknown id, and for biases with which no
+    token could be drawn. `stop_ids` end an answer, `banned_ids` are never drawn."""
+    unknown = [token_id for token_id in params.logit_bias if token_id >= vocab_size]
+    if unknown:
+        raise ParameterError(
+            f"sampling parameter logit_bias names the token id {min(unknown)}, which is unknown; ids are from 0 to "
+            f"{vocab_size - 1}"
+        )
+    impossible = set(banned_ids) | {token_id for token_id, bias in params.logit_bias.items() if bias == BAN}
+    if params.min_tokens:
+        impossible |= set(stop_ids)
+    if len(impossible) >= vocab_size:
+        raise ParameterError("sampling parameter logit_bias bans every token that could be drawn; ban fewer")
+
+
 class Sampler:
-    """Draws the tokens of one request with its own random generator, so other requests cannot change them."""
+    """Draws the tokens of one answer with its own random generator, so other requests cannot change them."""
 
-    def __init__(self, params: SamplingParams, prompt_ids: IntArray, banned_ids: Collection[int] = ()) -> None:
-        """Start a request. The repetition penalty also applies to `prompt_ids` [S]; `banned_ids` are never drawn."""
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt_ids: IntArray,
+        banned_ids: Collection[int] = (),
+        stop_ids: Collection[int] = (),
+        index: int = 0,
+    ) -> None:
+        """Start answer `index` of a request. The repetition penalty also applies to `prompt_ids` [S], the other
+        penalties do not; `banned_ids` are never drawn, `stop_ids` not within the first min_tokens."""
         self._params = params
-        self._banned = np.array(sorted(banned_ids), dtype=np.int64)
+        self._banned = _ids(banned_ids)
+        self._not_yet = params.min_tokens  # tokens to be drawn before a stop id
+        self._banned_first = _ids({*banned_ids, *stop_ids})
+        self._bias_ids = _ids(params.logit_bias)
+        biases = [params.logit_bias[token_id] for token_id in self._bias_ids.tolist()]
+        self._biases = np.array([-np.inf if bias == BAN else bias for bias in biases], np.float32)
         self._seen = set(np.unique(prompt_ids).tolist()) if params.repetition_penalty != 1 else set()
-        self._random = np.random.default_rng(params.seed)
+        self._has_counts = bool(params.presence_penalty or params.frequency_penalty)
+        self._counts: dict[int, int] = {}  # of the tokens of the answer
+        self._keeps_order = not (params.logit_bias or self._has_counts or params.repetition_penalty != 1)
+        self._random = np.random.default_rng(answer_seed(params.seed, index))
 
-    def sample(self, logits: FloatArray) -> tuple[int, TokenLogprob | None]:
+    def sample(self, logits: FloatArray) -> tuple[int, Logprobs | None]:
         """Draw the next token from logits [vocab], which are not changed. Return it, and its logprobs if the request
         asks for them. Raises NotFiniteError for logits that are not finite."""
         if not np.isfinite(logits).all():
@@ -34,16 +83,23 @@ class Sampler:
                 "the model produced logits that are not finite; check the engine with `nvlm-trt verify`"
             )
         token_id = self._draw(logits) if self._params.temperature else self._most_probable(logits)
-        if self._params.repetition_penalty != 1:
-            self._seen.add(token_id)
+        self._count(token_id)
         if not self._params.logprobs:
             return token_id, None
         return token_id, token_logprob(logits, token_id, self._params.logprobs)
 
+    def _count(self, token_id: int) -> None:
+        if self._params.repetition_penalty != 1:
+            self._seen.add(token_id)
+        if self._has_counts:
+            self._counts[token_id] = self._counts.get(token_id, 0) + 1
+        if self._not_yet:
+            self._not_yet -= 1
+
     def _most_probable(self, logits: FloatArray) -> int:
-        if self._params.repetition_penalty == 1:
+        if self._keeps_order:
             token_id = int(logits.argmax())
-            if token_id not in self._banned:
+            if token_id not in self._forbidden:
                 return token_id
         return int(self._scores(logits).argmax())
 
@@ -51,15 +107,30 @@ class Sampler:
         token_ids, weights = candidates(self._scores(logits), self._params)
         return int(token_ids[draw(weights, self._random.random())])
 
+    @property
+    def _forbidden(self) -> IntArray:
+        """Return the ids [n] that the next token must not have."""
+        return self._banned_first if self._not_yet else self._banned
+
     def _scores(self, logits: FloatArray) -> FloatArray:
-        """Copy the logits, apply the repetition penalty, and set the banned ids to -inf."""
+        """Copy the logits, add the biases, apply the penalties, and set the forbidden ids to -inf."""
         scores = logits.astype(np.float32, copy=True)
+        if len(self._bias_ids):
+            scores[self._bias_ids] += self._biases
         if self._seen:
             seen = np.fromiter(self._seen, dtype=np.int64)
             penalty = self._params.repetition_penalty
             scores[seen] = np.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
-        scores[self._banned] = -np.inf
+        if self._counts:
+            counted = np.fromiter(self._counts, dtype=np.int64)
+            counts = np.fromiter(self._counts.values(), dtype=np.float32)
+            scores[counted] -= self._params.frequency_penalty * counts + self._params.presence_penalty
+        scores[self._forbidden] = -np.inf
         return scores
+
+
+def _ids(token_ids: Collection[int]) -> IntArray:
+    return np.array(sorted(token_ids), dtype=np.int64)
 
 
 def candidates(scores: FloatArray, params: SamplingParams) -> tuple[IntArray, FloatArray]:
@@ -112,13 +183,13 @@ def draw(weights: FloatArray, uniform: float) -> int:
     return int(positive[min(int(np.searchsorted(running, target, side="right")), len(positive) - 1)])
 
 
-def token_logprob(logits: FloatArray, token_id: int, alternatives: int) -> TokenLogprob:
+def token_logprob(logits: FloatArray, token_id: int, alternatives: int) -> Logprobs:
     """Compute the log softmax of logits [vocab] at token_id and at the `alternatives` most probable tokens."""
     best = float(logits.max())
     normaliser = best + float(np.log(np.exp(logits - logits.max()).sum(dtype=np.float64)))
     alternatives = min(alternatives, len(logits))
     top = np.argpartition(logits, -alternatives)[-alternatives:]
     top = top[np.lexsort((top, -logits[top]))]
-    return TokenLogprob(
+    return Logprobs(
         token_id, float(logits[token_id]) - normaliser, tuple((int(i), float(logits[i]) - normaliser) for i in top)
     )

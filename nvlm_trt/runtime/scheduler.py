@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,16 +10,17 @@ from nvlm_trt.api import Delta
 from nvlm_trt.backends.base import FloatArray, StepBackend
 from nvlm_trt.errors import RequestError
 from nvlm_trt.prompt.tokenizer import Tokenizer
+from nvlm_trt.runtime.choice import Choice
+from nvlm_trt.runtime.delivery import Delivery
 from nvlm_trt.runtime.request import Request, State
 from nvlm_trt.runtime.request_queue import RequestQueue
+from nvlm_trt.runtime.sampling import check_bias
 from nvlm_trt.runtime.slots import Slots
 from nvlm_trt.runtime.text_generator import GeneratorMetrics
 
-logger = logging.getLogger(__name__)
-
 
 class Scheduler:
-    """Decides what the backend runs next. Only `enqueue` and `metrics` are thread-safe."""
+    """Implements `Steps`: decides what the backend runs next. Only `enqueue` and `metrics` are thread-safe."""
 
     def __init__(self, backend: StepBackend, tokenizer: Tokenizer, max_queue: int, prefill_chunk: int) -> None:
         self._backend = backend
@@ -30,24 +30,29 @@ class Scheduler:
         self._placeholder_id = backend.config.image_token_id
         self._queue = RequestQueue(max_queue)
         self._slots = Slots(backend)
-        self._tokens_generated = 0
-        self._finished = dict.fromkeys(("stop", "length", "cancelled", "error"), 0)
+        self._delivery = Delivery()
 
     def enqueue(self, request: Request) -> None:
-        """Queue a request. Raises QueueFullError."""
+        """Queue a request. Raises QueueFullError, and ParameterError for sampling parameters that the engine cannot
+        follow."""
+        sampling, vocab_size = request.sampling, self._backend.config.llm.vocab_size
+        self._backend.limits.check_answers(sampling.n)
+        if sampling.logit_bias:
+            stop_ids = () if sampling.ignore_eos else self._tokenizer.stop_ids
+            check_bias(sampling, vocab_size, {self._placeholder_id}, stop_ids)
         self._queue.put(request)
 
     @property
     def is_empty(self) -> bool:
-        return not self._queue and not self._slots.occupants
+        return not self._queue and self._slots.is_empty
 
     @property
     def has_work(self) -> bool:
         """Return whether `step` would do anything. It does nothing while all requests wait for their images."""
-        return bool(self._slots.occupants) or self._queue.any(_needs_a_step)
+        return not self._slots.is_empty or self._queue.any(lambda waiting: waiting.needs_a_step)
 
     def step(self) -> None:
-        """Run at most one chunk of one prompt, then one token of every active request."""
+        """Run at most one chunk of one prompt, then one token of every active answer."""
         self._drop_ended()
         if self._slots.prefilling is None and self._slots.free:
             self._admit()
@@ -66,40 +71,38 @@ class Scheduler:
         requests = [*self._slots.occupants, *self._queue.take_all(lambda _: True)]
         self._slots = Slots(self._backend)
         for request in requests:
-            self._fail(request, error)
+            self._delivery.fail(request, error)
 
     def metrics(self) -> GeneratorMetrics:
         return GeneratorMetrics(
             queued=len(self._queue),
             active=len(self._slots.active),
             free_slots=self._slots.free,
-            tokens_generated=self._tokens_generated,
-            requests_finished=dict(self._finished),
+            tokens_generated=self._delivery.tokens_generated,
+            requests_finished=dict(self._delivery.finished),
         )
 
     # --- the parts of a step -----------------------------------------------------------------------------------------
 
     def _drop_ended(self) -> None:
         """Remove cancelled requests from queue and slots, and requests whose images could not be encoded."""
-        for request in self._queue.take_all(lambda waiting: waiting.cancelled):
-            self._complete(request, request.cancelled_delta())
-        for request in self._queue.take_all(lambda waiting: waiting.failure is not None):
-            assert request.failure is not None
-            self._fail(request, request.failure)
+        self._delivery.drop_ended(self._queue)
         cancelled = [request for request in self._slots.occupants if request.cancelled]
         self._slots.retire(cancelled)
         for request in cancelled:
-            self._complete(request, request.cancelled_delta())
+            self._delivery.cancel(request)
 
     def _admit(self) -> None:
-        """Give a slot to the oldest request whose images are encoded."""
-        request = self._queue.take_first(lambda waiting: waiting.state is State.READY)
+        """Give slots to the oldest request whose images are encoded, once there are enough for all its answers."""
+        request = self._queue.take_first(
+            lambda waiting: waiting.state is State.READY, lambda waiting: waiting.sampling.n <= self._slots.free
+        )
         if request is None:
             return
         try:
             request.admit(self._backend.limits, self._placeholder_id, self._tokenizer)
         except Exception as error:
-            self._fail(request, error)
+            self._delivery.fail(request, error)
             return
         try:
             self._slots.admit(request)
@@ -111,80 +114,64 @@ class Scheduler:
         try:
             embeddings = self._backend.embeddings(request.images, chunk.first_embedding, chunk.last_embedding)
             logits = self._backend.prefill(
-                request.slot, chunk.position, chunk.input_ids, embeddings, chunk.cross_ranges
+                self._slots.prefill_slot, chunk.position, chunk.input_ids, embeddings, chunk.cross_ranges
             )  # [vocab]
         except RequestError as error:
             self._drop(request, error)
             return
         if request.is_prefilled:
-            self._accept([request], [logits])
+            self._accept(request.choices, [logits] * len(request.choices))
         if request.is_prefilled and self._slots.prefilling:  # the request may have ended with its first token
-            self._slots.activate()
+            self._slots.activate(request.unfinished)
 
-    def _decode(self, active: Sequence[Request]) -> None:
-        requests = tuple(active)
-        token_ids, positions, ranges = zip(*(request.next_token() for request in requests), strict=True)
+    def _decode(self, active: Sequence[Choice]) -> None:
+        choices = tuple(active)
+        token_ids, positions, ranges = zip(*(choice.next_token() for choice in choices), strict=True)
         logits = self._backend.decode(
             np.array(token_ids, np.int64), np.array(positions, np.int64), np.array(ranges, np.int32)
         )  # [n, vocab]
-        self._accept(requests, logits)
+        self._accept(choices, logits)
 
-    def _accept(self, requests: Sequence[Request], logits: Sequence[FloatArray] | FloatArray) -> None:
-        """Draw a token for each request from its logits [vocab]. Frees slots before it reports that requests ended."""
-        results = [_next_delta(request, row) for request, row in zip(requests, logits, strict=True)]
-        self._slots.retire([request for request, result in zip(requests, results, strict=True) if _is_last(result)])
-        for request, result in zip(requests, results, strict=True):
-            if isinstance(result, Exception):
-                self._fail(request, result)
-            elif result.finish_reason:
-                self._complete(request, result)
-            else:
-                self._show(request, result)
+    def _accept(self, choices: Sequence[Choice], logits: Sequence[FloatArray] | FloatArray) -> None:
+        """Draw a token for each answer from its logits [vocab]. Frees slots before it reports that answers ended."""
+        results = [_next_delta(choice, row) for choice, row in zip(choices, logits, strict=True)]
+        answers = list(zip(choices, results, strict=True))
+        self._slots.retire(
+            [choice.request for choice, result in answers if _ends_request(result)],
+            [choice for choice, result in answers if _ends_answer(result)],
+        )
+        for choice, result in answers:
+            self._deliver(choice.request, result)
 
     # --- telling the caller ------------------------------------------------------------------------------------------
 
-    def _show(self, request: Request, delta: Delta) -> None:
-        self._tokens_generated += len(delta.token_ids)
-        try:
-            request.on_delta(delta)
-        except Exception as error:
-            logger.exception("request %s is dropped: its on_delta raised", request.request_id)
+    def _deliver(self, request: Request, result: Delta | Exception) -> None:
+        if request.state is State.ENDED:  # another of its answers has failed in this step
+            return
+        if isinstance(result, Exception):
+            self._drop(request, result)
+        elif _ends_request(result):
+            self._delivery.complete(request, result)
+        elif error := self._delivery.show(request, result):
             self._drop(request, error)
 
     def _drop(self, request: Request, error: Exception) -> None:
         self._slots.retire([request])
-        self._fail(request, error)
-
-    def _complete(self, request: Request, delta: Delta) -> None:
-        assert delta.finish_reason
-        request.end()
-        self._tokens_generated += len(delta.token_ids)
-        self._finished[delta.finish_reason] += 1
-        try:
-            request.on_delta(delta)
-        except Exception:
-            logger.exception("request %s: on_delta raised at its end", request.request_id)
-
-    def _fail(self, request: Request, error: Exception) -> None:
-        request.end()
-        self._finished["error"] += 1
-        try:
-            request.on_error(error)
-        except Exception:
-            logger.exception("request %s: on_error raised when told: %s", request.request_id, error)
+        self._delivery.fail(request, error)
 
 
-def _needs_a_step(waiting: Request) -> bool:
-    return waiting.state is State.READY or waiting.cancelled or waiting.failure is not None
-
-
-def _next_delta(request: Request, logits: FloatArray) -> Delta | Exception:
-    """Accept the next token of one request; return its error, so that the other requests go on."""
+def _next_delta(choice: Choice, logits: FloatArray) -> Delta | Exception:
+    """Accept the next token of one answer; return its error, so that the other requests go on."""
     try:
-        return request.accept(logits)
+        return choice.accept(logits)
     except Exception as error:
         return error
 
 
-def _is_last(result: Delta | Exception) -> bool:
+def _ends_answer(result: Delta | Exception) -> bool:
     return isinstance(result, Exception) or result.finish_reason is not None
+
+
+def _ends_request(result: Delta | Exception) -> bool:
+    """Return whether all answers of the request have ended, or must end with this error."""
+    return isinstance(result, Exception) or result.usage is not None

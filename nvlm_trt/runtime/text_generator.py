@@ -21,7 +21,7 @@ class GeneratorMetrics:
     """A snapshot, possibly taken in the middle of a step. Counters start with the generator."""
 
     queued: int  # requests without a slot
-    active: int  # requests that are decoded
+    active: int  # answers that are decoded, each in a slot
     free_slots: int
     tokens_generated: int
     requests_finished: Mapping[str, int]  # by "stop", "length", "cancelled" and "error"
@@ -31,10 +31,11 @@ class TextGenerator(Protocol):
     """Answers several requests at once. Thread-safe."""
 
     def submit(self, request: Request) -> None:
-        """Queue a request. Requests whose images are encoded get slots in the order of submission.
+        """Queue a request. Requests whose images are encoded get slots in the order of submission, one per answer.
 
         The generator calls the request's `on_delta` and `on_error`. `request.cancel()` ends the request.
-        Raises QueueFullError, and EngineError after `close` or a failure of the engine."""
+        Raises QueueFullError, ParameterError for sampling parameters that the engine cannot follow, and EngineError
+        after `close` or a failure of the engine."""
         ...
 
     def encode(self, pixel_values: FloatArray) -> BackendArray:

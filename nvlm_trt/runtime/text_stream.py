@@ -20,9 +20,11 @@ class TextStream:
     A stop string may begin and end inside tokens. Text is held back while it may be the beginning of a stop string.
     """
 
-    def __init__(self, detokenizer: Detokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(self, detokenizer: Detokenizer, stop: Sequence[str] = (), min_tokens: int = 0) -> None:
+        """Start an answer. A stop string that one of the first `min_tokens` tokens completes is ordinary text."""
         self._detokenizer = detokenizer
         self._stop = tuple(stop)
+        self._unstoppable = min_tokens  # tokens
         self._held = ""
         self.stopped = False  # a stop string was found: nothing follows
 
@@ -31,6 +33,7 @@ class TextStream:
         if self.stopped:
             return ""
         self._take(self._detokenizer.push(token_id))
+        self._unstoppable -= 1
         return self._release(self._possible_stop())
 
     def flush(self) -> str:
@@ -41,8 +44,13 @@ class TextStream:
         return self._release(0)
 
     def _take(self, text: str) -> None:
+        before = len(self._held)
         self._held += text
-        found = [(start + len(stop), start) for stop in self._stop if (start := self._held.find(stop)) >= 0]
+        if self._unstoppable > 0:
+            return
+        # only where the new text completes it: the held text may have one that was ordinary text
+        ends = [(stop, max(0, before + 1 - len(stop))) for stop in self._stop]
+        found = [(start + len(stop), start) for stop, first in ends if (start := self._held.find(stop, first)) >= 0]
         if found:
             _, start = min(found)
             self._held = self._held[:start]

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nvlm_trt import strict_json
-from nvlm_trt.api import Delta, Message, SamplingParams, TokenLogprob, Usage
+from nvlm_trt.api import Delta, Message, SamplingParams, ScoredToken, TokenLogprob, Usage
 from nvlm_trt.errors import ImageError, NvlmError, ParameterError, QueueFullError, RequestError, ServerError
 from nvlm_trt.prompt.conversation import parse_messages
 
@@ -51,9 +51,10 @@ def parse_sampling(data: bytes | None) -> SamplingParams:
 
 
 def encode_delta(delta: Delta) -> dict[str, npt.NDArray[Any]]:
-    """Encode a delta as output tensors: token_ids [tokens] int32, the others [1] strings, possibly empty."""
-    logprobs = json.dumps([asdict(item) for item in delta.logprobs], allow_nan=False) if delta.logprobs else ""
+    """Encode a delta as output tensors: index [1] and token_ids [tokens] int32, the others [1] strings, maybe empty."""
+    logprobs = json.dumps([item.to_dict() for item in delta.logprobs], allow_nan=False) if delta.logprobs else ""
     return {
+        "index": np.array([delta.index], np.int32),
         "text": _string(delta.text),
         "token_ids": np.array(delta.token_ids, np.int32),
         "logprobs": _string(logprobs),
@@ -71,6 +72,7 @@ def decode_delta(outputs: Mapping[str, npt.NDArray[Any]]) -> Delta:
         logprobs=[_logprob(item) for item in json.loads(logprobs)] if logprobs else [],
         finish_reason=outputs["finish_reason"][0].decode() or None,
         usage=Usage(**json.loads(usage)) if usage else None,
+        index=int(outputs["index"][0]),
     )
 
 
@@ -97,7 +99,12 @@ def decode_error(message: str) -> NvlmError:
 
 
 def _logprob(item: dict[str, Any]) -> TokenLogprob:
-    return TokenLogprob(item["token_id"], item["logprob"], tuple((token, logprob) for token, logprob in item["top"]))
+    top = tuple(ScoredToken(*_token_fields(token)) for token in item["top"])
+    return TokenLogprob(*_token_fields(item), top)
+
+
+def _token_fields(token: dict[str, Any]) -> tuple[int, float, str, bytes]:
+    return token["token_id"], token["logprob"], token["token"], bytes(token["bytes"])
 
 
 def _string(value: str) -> npt.NDArray[np.object_]:

@@ -12,7 +12,7 @@ import grpc
 import grpc.aio
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from nvlm_trt.api import Answer, Delta, EncodedImage, Message, SamplingParams, merge_deltas
+from nvlm_trt.api import Answer, Delta, EncodedImage, Message, SamplingParams, merge_answers
 from nvlm_trt.closing import ClosedOnExit
 from nvlm_trt.errors import RequestError, ServerError
 from nvlm_trt.image.image_file import read_image_file
@@ -49,7 +49,8 @@ class Client(ClosedOnExit):
         sampling: Sampling | None = None,
         max_tiles: int | None = None,
     ) -> Iterator[Delta]:
-        """Stream one answer; its last delta has a finish_reason. Closing the iterator cancels the answer.
+        """Stream the answer; its last delta has a finish_reason. With n in `sampling`, the deltas of n answers come
+        mixed, each with its answer's index. Closing the iterator cancels the request.
 
         Takes either `prompt`, a single user turn, or `messages`. Raises RequestError if the server refuses the request,
         QueueFullError if its queue is full, ServerError if the server cannot be reached or fails.
@@ -75,9 +76,23 @@ class Client(ClosedOnExit):
         sampling: Sampling | None = None,
         max_tiles: int | None = None,
     ) -> Answer:
-        """Return the whole answer; see `stream`."""
+        """Return the whole answer; see `stream`. Raises RequestError if `sampling` asks for several."""
+        _check_one(sampling)
         stream = self.stream(prompt, messages=messages, images=images, sampling=sampling, max_tiles=max_tiles)
-        return _answer(list(stream))
+        return merge_answers(list(stream))[0]
+
+    def generate_all(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Messages | None = None,
+        images: Iterable[EncodedImage] = (),
+        sampling: Sampling | None = None,
+        max_tiles: int | None = None,
+    ) -> list[Answer]:
+        """Return the n whole answers that `sampling` asks for; see `stream`."""
+        stream = self.stream(prompt, messages=messages, images=images, sampling=sampling, max_tiles=max_tiles)
+        return merge_answers(list(stream))
 
     def ready(self) -> bool:
         """Whether the server is there and all its models are loaded."""
@@ -127,7 +142,7 @@ class AsyncClient:
         sampling: Sampling | None = None,
         max_tiles: int | None = None,
     ) -> AsyncIterator[Delta]:
-        """Stream one answer as `Client.stream` does. Closing the iterator or cancelling its task cancels the answer."""
+        """Stream as `Client.stream` does. Closing the iterator or cancelling its task cancels the request."""
         request = _request(prompt, messages, images, sampling, max_tiles)
         call = self._stub.ModelStreamInfer(iter([request]))
         try:
@@ -149,9 +164,23 @@ class AsyncClient:
         sampling: Sampling | None = None,
         max_tiles: int | None = None,
     ) -> Answer:
-        """Return the whole answer; see `Client.stream`."""
+        """Return the whole answer; see `Client.generate`."""
+        _check_one(sampling)
         stream = self.stream(prompt, messages=messages, images=images, sampling=sampling, max_tiles=max_tiles)
-        return _answer([delta async for delta in stream])
+        return merge_answers([delta async for delta in stream])[0]
+
+    async def generate_all(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Messages | None = None,
+        images: Iterable[EncodedImage] = (),
+        sampling: Sampling | None = None,
+        max_tiles: int | None = None,
+    ) -> list[Answer]:
+        """Return the n whole answers that `sampling` asks for; see `Client.stream`."""
+        stream = self.stream(prompt, messages=messages, images=images, sampling=sampling, max_tiles=max_tiles)
+        return merge_answers([delta async for delta in stream])
 
     async def ready(self) -> bool:
         """Whether the server is there and all its models are loaded."""
@@ -207,9 +236,10 @@ def _as_list(images: Iterable[EncodedImage]) -> list[EncodedImage]:
     return list(images)
 
 
-def _answer(deltas: Sequence[Delta]) -> Answer:
-    whole = merge_deltas(deltas)
-    return Answer(whole.text, whole.token_ids, whole.logprobs, whole.finish_reason, whole.usage)
+def _check_one(sampling: Sampling | None) -> None:
+    n = sampling.n if isinstance(sampling, SamplingParams) else (sampling or {}).get("n", 1)
+    if isinstance(n, int) and n > 1:
+        raise RequestError(f"`generate` returns one answer, n = {n!r} asks for more; call `generate_all`")
 
 
 def _connection_error(url: str, error: grpc.RpcError) -> ServerError:

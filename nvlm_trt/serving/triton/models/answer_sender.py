@@ -19,16 +19,18 @@ from nvlm_trt.serving.triton.models.responses import Responses
 # is still there.
 _POLL_SECONDS = 0.05
 
-Event: TypeAlias = Delta | Exception  # the last event is a delta with a finish_reason, or an exception
+# the last event is the n-th delta with a finish_reason, of a request for n answers, or an exception
+Event: TypeAlias = Delta | Exception
 Submit = Callable[[Callable[[Event], None]], Request]
 
 
 @dataclass(eq=False)
 class _Answer:
-    """A request whose answer is not complete. After its submission, only the sender's thread writes to it."""
+    """A request whose answers are not complete. After its submission, only the sender's thread writes to it."""
 
     response_sender: Any
     image_bytes: int
+    unfinished: int  # of its n answers, by the events that were handled
     held: list[Event] | None = None  # the events up to now, if the client gets them all in one response
     request: Request | None = None  # None until the request is submitted: it cannot be cancelled before
     cancelled: bool = False
@@ -68,11 +70,13 @@ class AnswerSender:
         """Count the bytes of the images that are still to be encoded."""
         return sum(answer.image_bytes for answer in self._encoding())
 
-    def answer(self, response_sender: Any, submit: Submit, stream: bool = True, image_bytes: int = 0) -> None:
+    def answer(
+        self, response_sender: Any, submit: Submit, stream: bool = True, image_bytes: int = 0, answers: int = 1
+    ) -> None:
         """Submit a request by calling `submit`, and send its events through `response_sender`: as they come, or if not
         `stream` in one response. `submit` receives the function to call with each event. The request's images have
-        `image_bytes`."""
-        answer = _Answer(response_sender, image_bytes, None if stream else [])
+        `image_bytes`; it is for `answers` answers, for one unless `stream`."""
+        answer = _Answer(response_sender, image_bytes, answers, None if stream else [])
         self._open.add(answer)
         try:
             answer.request = submit(lambda event: self._put(answer, event))
@@ -124,26 +128,25 @@ class AnswerSender:
         """Send the events, unless the client has left.
 
         A cancelled request ends with the last event of the text generator, when its slot is free."""
-        last = events[-1]
-        ended = isinstance(last, Exception) or last.finish_reason is not None
+        answer.unfinished -= sum(isinstance(event, Delta) and event.finish_reason is not None for event in events)
+        ended = isinstance(events[-1], Exception) or not answer.unfinished
         with self._dropping(answer):
             if not self._is_cancelled(answer):
-                self._send(answer, events if answer.held is None else _hold(answer.held, events, ended))
+                self._send(answer, events if answer.held is None else _hold(answer.held, events, ended), ended)
             elif ended:
                 answer.response_sender.send(flags=self._pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
             if ended:
                 self._open.discard(answer)
 
-    def _send(self, answer: _Answer, events: list[Event]) -> None:
-        """Send one response for all deltas, then one for the error if there is one. Without events, send nothing."""
+    def _send(self, answer: _Answer, events: list[Event], ended: bool) -> None:
+        """Send one response for all deltas of each of the request's answers, then one for the error if there is one.
+        Without events, send nothing."""
         final = self._pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-        deltas = [event for event in events if isinstance(event, Delta)]
-        if deltas:
-            delta = merge_deltas(deltas)
-            answer.response_sender.send(self._responses.of_delta(delta), flags=final if delta.finish_reason else 0)
-        last = events[-1] if events else None
-        if isinstance(last, Exception):
-            answer.response_sender.send(self._responses.of_error(last), flags=final)
+        responses = [self._responses.of_delta(delta) for delta in _merged([e for e in events if isinstance(e, Delta)])]
+        if events and isinstance(events[-1], Exception):
+            responses.append(self._responses.of_error(events[-1]))
+        for number, response in enumerate(responses, start=1):
+            answer.response_sender.send(response, flags=final if ended and number == len(responses) else 0)
 
     def _is_cancelled(self, answer: _Answer) -> bool:
         """Ask the server whether the client has cancelled or left. If so, cancel the request. Takes a round trip."""
@@ -175,6 +178,14 @@ class AnswerSender:
             if answer.request is not None:
                 answer.request.cancel()
             self._pb_utils.Logger.log_error(f"a request is dropped: {traceback.format_exc()}")
+
+
+def _merged(deltas: list[Delta]) -> list[Delta]:
+    """Join the deltas of each answer. The one that has the last of `deltas` is the last."""
+    by_index: dict[int, list[Delta]] = {}
+    for delta in deltas:
+        by_index[delta.index] = [*by_index.pop(delta.index, ()), delta]
+    return [merge_deltas(of_answer) for of_answer in by_index.values()]
 
 
 def _hold(held: list[Event], events: list[Event], ended: bool) -> list[Event]:

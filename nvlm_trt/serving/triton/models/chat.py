@@ -91,7 +91,9 @@ class ChatModel:
                 observed = ObservedRequest(self._metrics, put, arrived)
                 return self._pipeline.submit(chat, observed, observed, request_id=request_id)
 
-            self._answers.answer(sender, submit, reads_stream(self._pb_utils, request), image_bytes)
+            answers = chat.sampling.n
+            stream = reads_stream(self._pb_utils, request, answers)
+            self._answers.answer(sender, submit, stream, image_bytes, answers)
 
     def _send_observations(self) -> None:
         while not self._closing.wait(_REPORT_SECONDS):

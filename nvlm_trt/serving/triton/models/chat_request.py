@@ -9,7 +9,7 @@ import numpy as np
 
 from nvlm_trt.api import ChatRequest
 from nvlm_trt.backends.base import BackendArray
-from nvlm_trt.errors import RequestError
+from nvlm_trt.errors import ParameterError, RequestError
 from nvlm_trt.image.decoding import ImageLimits
 from nvlm_trt.serving.chat_tensors import parse_conversation, parse_sampling
 from nvlm_trt.serving.sent_images import image_files
@@ -39,10 +39,17 @@ def read_chat(
     )
 
 
-def reads_stream(pb_utils: Any, request: Any) -> bool:
-    """Return whether the client reads a stream. Without it, the answer is one response."""
+def reads_stream(pb_utils: Any, request: Any, answers: int) -> bool:
+    """Return whether the client reads a stream. Without it, the answer is one response. Raises ParameterError if more
+    than one answer is asked for without a stream."""
     stream = input_array(pb_utils, request, "stream")  # [1]
-    return stream is None or bool(stream[0])
+    is_read = stream is None or bool(stream[0])
+    if answers > 1 and not is_read:
+        raise ParameterError(
+            f"sampling parameter n = {answers} is not allowed with `stream` false: one response holds one answer; read a "
+            "stream"
+        )
+    return is_read
 
 
 def _image_tokens(pb_utils: Any, request: Any, import_tokens: ImportTokens) -> list[Any]:

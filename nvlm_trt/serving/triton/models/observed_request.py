@@ -28,7 +28,7 @@ class ObservedRequest:
         self._metrics = metrics
         self._put = put
         self._arrived = arrived
-        self._last_token: float | None = None
+        self._last_tokens: dict[int, float] = {}  # by the answer's index
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Delta):
@@ -41,14 +41,15 @@ class ObservedRequest:
         now = time.monotonic()
         observe = self._metrics.observations.add
         if tokens := len(delta.token_ids):
-            if self._last_token is None:
+            if not self._last_tokens:
                 observe(FIRST_TOKEN, now - self._arrived)
+            if delta.index not in self._last_tokens:
                 tokens -= 1  # the first has no interval; those that come with it have one of 0 s
-                self._last_token = now
+            interval = now - self._last_tokens.get(delta.index, now)
             for _ in range(tokens):
-                observe(INTER_TOKEN, (now - self._last_token) / tokens)
-            self._last_token = now
-        if delta.finish_reason in ("stop", "length"):
+                observe(INTER_TOKEN, interval / tokens)
+            self._last_tokens[delta.index] = now
+        if delta.finish_reason in ("stop", "length") and delta.usage:  # of the answer that ends last
             observe(END_TO_END, now - self._arrived)
         if delta.usage:
             self._observe_usage(delta.usage)
