@@ -197,6 +197,7 @@ class Usage:
     queue_s: float  # from submission until the request has a slot, encoding included
     ttft_s: float | None  # from submission to the first token; None: no token was generated
     total_s: float  # from submission to the end of the last answer
+    image_tokens: int = 0  # image placeholders among prompt_tokens
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,8 @@ class ApiKeys:
         if authorization is None or authorization[: len(_SCHEME)].lower() != _SCHEME:
             return False
         sent = hashlib.sha256(authorization[len(_SCHEME) :].strip()).digest()
-        return any([hmac.compare_digest(sent, digest) for digest in self._digests])
+        # `sum`, because `any` would end with the first that is equal
+        return sum(hmac.compare_digest(sent, digest) for digest in self._digests) > 0
 
 
 def read_keys(keys: Sequence[str], file: Path | None) -> ApiKeys:
@@ -46,7 +47,9 @@ def read_keys(keys: Sequence[str], file: Path | None) -> ApiKeys:
         try:
             lines = read_bounded(file, CONFIG_BYTES).decode().splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise NvlmError(f"cannot read --api-key-file {file} ({error}); name a text file, one key per line") from None
+            raise NvlmError(
+                f"cannot read --api-key-file {file} ({error}); name a text file, one key per line"
+            ) from None
         of_file = [line.strip() for line in lines if line.strip()]
         if not of_file:
             raise NvlmError(f"--api-key-file {file} holds no key; write one per line")

@@ -133,15 +133,18 @@ def _place(location: tuple[int | str, ...], raw: Any) -> list[int | str]:
     for index, part in enumerate(location):
         if not tagged and isinstance(value, dict) and part in (value.get("type"), value.get("role")):
             tagged = True  # the form of a message or of a part
-        elif isinstance(value, dict) and part in value:
-            value, tagged = value[part], False
-            place.append(part)
-        elif isinstance(value, list) and isinstance(part, int) and part < len(value):
+        elif _holds(value, part):
             value, tagged = value[part], False
             place.append(part)
         elif isinstance(value, dict) and index == len(location) - 1 and str(part).isidentifier():
             place.append(part)
     return place
+
+
+def _holds(value: Any, part: int | str) -> bool:
+    if isinstance(value, list):
+        return isinstance(part, int) and part < len(value)
+    return isinstance(value, dict) and part in value
 
 
 def _path(place: list[int | str]) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
 
-from nvlm_trt.api import MAX_LOGPROBS, MAX_STOP_LENGTH, MAX_STOP_STRINGS
+from nvlm_trt.api import BAN, MAX_BIASES, MAX_LOGPROBS, MAX_STOP_LENGTH, MAX_STOP_STRINGS
 from nvlm_trt.bounds import MAX_COUNT, MAX_SEED, MAX_TILES
 from nvlm_trt.serving.gateway.errors import unsupported
 
@@ -41,7 +41,7 @@ Logprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 MinTokens = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Tiles = Annotated[int, Field(ge=1, le=MAX_TILES)]
 TokenId = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")]
-LogitBias = dict[TokenId, Annotated[float, Field(ge=-100, le=100)]]
+LogitBias = Annotated[dict[TokenId, Annotated[float, Field(ge=BAN, le=-BAN)]], Field(max_length=MAX_BIASES)]
 
 
 class StreamOptions(Strict):

@@ -6,6 +6,7 @@ from typing import Any
 
 from nvlm_trt.api import SamplingParams
 from nvlm_trt.bounds import MAX_SEED
+from nvlm_trt.errors import ParameterError
 from nvlm_trt.serving.gateway.errors import invalid
 from nvlm_trt.serving.gateway.request_fields import SamplingFields
 from nvlm_trt.serving.gateway.source import ServedModel
@@ -22,7 +23,6 @@ _SAME = (
     "min_tokens",
     "n",
 )
-_MOST_BIASES = 1024
 
 
 def sampling_params(
@@ -31,24 +31,16 @@ def sampling_params(
     """Make the sampling parameters. Without `max_tokens`, the answer may fill the engine's sequence.
 
     `logprobs` alternatives are reported beside each token; 0: no log-probabilities at all. Raises HttpError."""
-    values: dict[str, Any] = {
-        name: value for name in _SAME if (value := getattr(fields, name)) is not None
-    }
+    values: dict[str, Any] = {name: value for name in _SAME if (value := getattr(fields, name)) is not None}
     if fields.stop is not None:
         values["stop"] = tuple(fields.stop)
     if fields.seed is not None:
         values["seed"] = fields.seed & MAX_SEED
     if fields.logit_bias:
-        if len(fields.logit_bias) > _MOST_BIASES:
-            raise invalid("invalid_value", f"logit_bias has more than {_MOST_BIASES} entries", "logit_bias")
         values["logit_bias"] = {int(token_id): float(bias) for token_id, bias in fields.logit_bias.items()}
     if fields.n is not None and fields.n > model.max_slots:
         raise invalid("invalid_value", f"n = {fields.n} is more than the {model.max_slots} slots of the engine", "n")
-    return SamplingParams(max_tokens or model.max_seq_len, logprobs=logprobs, **_supported(values))
-
-
-def _supported(values: dict[str, Any]) -> dict[str, Any]:
-    for name in values.keys() - SamplingParams.model_fields.keys():
-        if values.pop(name) != (1 if name == "n" else 0):
-            raise invalid("unsupported_parameter", f"{name} is not supported yet; leave it out", name)
-    return values
+    try:
+        return SamplingParams(max_tokens or model.max_seq_len, logprobs=logprobs, **values)
+    except ParameterError as error:  # all else has been checked
+        raise invalid("invalid_value", str(error), "min_tokens") from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,12 +20,14 @@ class ServedModel:
     max_slots: int
     max_tiles: int  # per image, thumbnail not counted
 
+    @property
+    def system_fingerprint(self) -> str:
+        return f"fp_{self.fingerprint[:12]}"
+
     @classmethod
     def of(cls, record: ServedRecord) -> ServedModel:
         limits = record.limits
-        return cls(
-            record.model, record.fingerprint, limits["max_seq_len"], limits["max_slots"], limits["max_tiles"]
-        )
+        return cls(record.model, record.fingerprint, limits["max_seq_len"], limits["max_slots"], limits["max_tiles"])
 
 
 class ChatSource(Protocol):
@@ -33,7 +35,7 @@ class ChatSource(Protocol):
 
     model: ServedModel
 
-    def stream(self, chat: ChatRequest, request_id: str) -> AsyncIterator[Delta]:
+    def stream(self, chat: ChatRequest, request_id: str) -> AsyncGenerator[Delta, None]:
         """Stream the answers to one request. Closing the iterator, or cancelling the task that reads it, frees the
         request's slots within one step. Raises the errors of nvlm_trt.errors."""
         ...
