@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from nvlm_trt.api import Answer, Delta, PromptCount, Usage
+from nvlm_trt.api import Answer, Delta, PromptCount, TokenLogprob, Usage
 
 Json = dict[str, Any]
 
@@ -54,6 +54,12 @@ class Heading:
             "choices": choices,
             "system_fingerprint": self.system_fingerprint,
         }
+
+
+def scored_tokens(part: Delta | Answer) -> Sequence[TokenLogprob]:
+    """Return the log-probabilities of an answer's tokens. The token that ends the text is no part of the answer."""
+    tokens = part.logprobs
+    return tokens[:-1] if part.finish_reason == "stop" and tokens and not tokens[-1].utf8 else tokens
 
 
 def usage_json(usage: Usage) -> Json:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nvlm_trt.api import Answer, Delta, ScoredToken, TokenLogprob
-from nvlm_trt.serving.gateway.answer_format import Heading, Json
+from nvlm_trt.serving.gateway.answer_format import Heading, Json, scored_tokens
 
 _WHOLE = "chat.completion"
 _CHUNK = "chat.completion.chunk"
@@ -24,7 +24,7 @@ class ChatFormat:
         return self.envelope([_choice(index, {"role": "assistant", "content": ""}, None, None)])
 
     def chunk(self, delta: Delta) -> Json:
-        logprobs = self._logprobs(delta.logprobs)
+        logprobs = self._logprobs(scored_tokens(delta))
         return self.envelope([_choice(delta.index, {"content": delta.text}, logprobs, None)])
 
     def closing(self, delta: Delta) -> Json:
@@ -38,7 +38,7 @@ class ChatFormat:
             {
                 "index": index,
                 "message": {"role": "assistant", "content": answer.text, "refusal": None},
-                "logprobs": self._logprobs(answer.logprobs),
+                "logprobs": self._logprobs(scored_tokens(answer)),
                 "finish_reason": answer.finish_reason,
             }
             for index, answer in enumerate(answers)

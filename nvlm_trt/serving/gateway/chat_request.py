@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import FailFast, Field
+from pydantic import Field
 
 from nvlm_trt.serving.gateway.errors import unsupported
 from nvlm_trt.serving.gateway.request_fields import Count, Logprobs, SamplingFields, Strict, Tiles
@@ -33,13 +33,13 @@ UserContent = Annotated[TextContent | ImageContent, Field(discriminator="type")]
 
 class SystemMessage(Strict):
     role: Literal["system", "developer"]
-    content: str | Annotated[list[TextContent], FailFast()]
+    content: str | Annotated[list[TextContent], Field(fail_fast=True)]
     name: str | None = None  # without effect
 
 
 class UserMessage(Strict):
     role: Literal["user"]
-    content: str | Annotated[list[UserContent], FailFast()]
+    content: str | Annotated[list[UserContent], Field(fail_fast=True)]
     name: str | None = None  # without effect
 
 
@@ -47,7 +47,7 @@ class AssistantMessage(Strict):
     """An earlier answer. Clients send it back with the empty fields that it had."""
 
     role: Literal["assistant"]
-    content: str | Annotated[list[TextContent], FailFast()]
+    content: str | Annotated[list[TextContent], Field(fail_fast=True)]
     name: str | None = None  # without effect
     refusal: None = None
     annotations: list[Any] | None = Field(None, max_length=0)
@@ -68,7 +68,7 @@ class TextFormat(Strict):
 class ChatCompletionRequest(SamplingFields):
     """The body of POST /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], FailFast(), Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Count | None = None
     max_tokens: Count | None = None  # max_completion_tokens counts if both are there
     logprobs: bool | None = None

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from nvlm_trt.api import Delta, PromptCount
-from nvlm_trt.serving.gateway.answer_format import AnswerFormat, Json, running_usage_json, usage_json
+from nvlm_trt.serving.gateway.answer_format import AnswerFormat, Json, running_usage_json, scored_tokens, usage_json
 from nvlm_trt.serving.gateway.errors import of_exception
 
 _DONE = b"data: [DONE]\n\n"
@@ -59,7 +59,7 @@ async def _events(
                 begun.add(delta.index)
                 if (opening := form.opening(delta.index)) is not None:
                     yield event(opening)
-            if delta.text or delta.logprobs:
+            if delta.text or scored_tokens(delta):
                 yield event(form.chunk(delta))
             if delta.finish_reason:
                 yield event(form.closing(delta))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from nvlm_trt.api import BAN, MAX_BIASES, MAX_LOGPROBS, MAX_STOP_LENGTH, MAX_STOP_STRINGS
 from nvlm_trt.bounds import MAX_COUNT, MAX_SEED, MAX_TILES
@@ -33,9 +33,8 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 Seed = Annotated[int, Field(ge=-(1 << 63), le=MAX_SEED)]
 Stop = Annotated[
     list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]],
+    Field(max_length=MAX_STOP_STRINGS, fail_fast=True),
     BeforeValidator(_as_list, json_schema_input_type=str | list[str]),
-    FailFast(),
-    Field(max_length=MAX_STOP_STRINGS),
 ]
 Logprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 MinTokens = Annotated[int, Field(ge=0, le=MAX_COUNT)]

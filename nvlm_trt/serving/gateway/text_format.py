@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from nvlm_trt.api import Answer, Delta, TokenLogprob
-from nvlm_trt.serving.gateway.answer_format import Heading, Json
+from nvlm_trt.serving.gateway.answer_format import Heading, Json, scored_tokens
 
 _KIND = "text_completion"
 
@@ -23,7 +23,7 @@ class TextFormat:
         return None
 
     def chunk(self, delta: Delta) -> Json:
-        return self.envelope([self._choice(delta.index, delta.text, delta.logprobs, None)])
+        return self.envelope([self._choice(delta.index, delta.text, scored_tokens(delta), None)])
 
     def closing(self, delta: Delta) -> Json:
         return self.envelope([self._choice(delta.index, "", [], delta.finish_reason)])
@@ -34,7 +34,7 @@ class TextFormat:
     def whole(self, answers: Sequence[Answer]) -> Json:
         return self.envelope(
             [
-                self._choice(index, answer.text, answer.logprobs, answer.finish_reason)
+                self._choice(index, answer.text, scored_tokens(answer), answer.finish_reason)
                 for index, answer in enumerate(answers)
             ]
         )
