@@ -16,6 +16,7 @@ class ServedModel:
 
     name: str
     fingerprint: str  # of the engine: another one may give other answers
+    checkpoint_digest: str
     max_seq_len: int
     max_slots: int
     max_tiles: int  # per image, thumbnail not counted
@@ -27,7 +28,7 @@ class ServedModel:
     @classmethod
     def of(cls, record: ServedRecord) -> ServedModel:
         limits = record.limits
-        return cls(record.model, record.fingerprint, limits["max_seq_len"], limits["max_slots"], limits["max_tiles"])
+        return cls(record.model, record.fingerprint, record.digest, limits["max_seq_len"], limits["max_slots"], limits["max_tiles"])
 
 
 class ChatSource(Protocol):

@@ -27,6 +27,7 @@ def state_routes(gateway: Gateway) -> APIRouter:
             "created": created,
             "owned_by": "nvlm-trt",
             "root": model.name,
+            "checkpoint_digest": model.checkpoint_digest,
             "max_model_len": model.max_seq_len,
             "max_tiles": model.max_tiles,
             "max_images": gateway.options.image_limits.max_images,
