@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,6 @@ from starlette.responses import JSONResponse
 from nvlm_trt.errors import (
     ImageError,
     NvlmError,
-    ParameterError,
     QueueFullError,
     RequestError,
     ServerError,
@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 RETRY_SECONDS = 1
 _RETRY = {"Retry-After": str(RETRY_SECONDS)}
+_OF_A_PARAMETER = re.compile("sampling parameter (?P<name>[a-z_]+) |max_tiles = ")
 _INVALID = "invalid_request_error"
 
 
@@ -93,8 +94,9 @@ def of_exception(error: Exception) -> HttpError:
         return invalid("invalid_image", str(error), "messages")
     if isinstance(error, TooLargeError):
         return invalid("context_length_exceeded", str(error), "messages")
-    if isinstance(error, ParameterError):
-        return invalid("invalid_value", str(error))
+    # by its message, because a server tells no more
+    if isinstance(error, RequestError) and (parameter := _OF_A_PARAMETER.match(str(error))):
+        return invalid("invalid_value", str(error), parameter["name"] or "max_tiles")
     if isinstance(error, RequestError):
         return invalid("invalid_request", str(error), "messages")
     if isinstance(error, ServerError):

@@ -28,7 +28,14 @@ class ServedModel:
     @classmethod
     def of(cls, record: ServedRecord) -> ServedModel:
         limits = record.limits
-        return cls(record.model, record.fingerprint, record.digest, limits["max_seq_len"], limits["max_slots"], limits["max_tiles"])
+        return cls(
+            record.model,
+            record.fingerprint,
+            record.digest,
+            limits["max_seq_len"],
+            limits["max_slots"],
+            limits["max_tiles"],
+        )
 
 
 class ChatSource(Protocol):

@@ -108,12 +108,12 @@ class LiveGateway:
     def active(self) -> int:
         return self.pipeline.metrics().generator.active
 
-    def wait_until_idle(self) -> None:
-        def is_idle() -> bool:
-            metrics = self.pipeline.metrics().generator
-            return metrics.active == 0 and metrics.queued == 0
+    @property
+    def queued(self) -> int:
+        return self.pipeline.metrics().generator.queued
 
-        wait_until(is_idle, "no request is active")
+    def wait_until_idle(self) -> None:
+        wait_until(lambda: self.active + self.queued == 0, "no request is active")
 
 
 @contextlib.contextmanager
