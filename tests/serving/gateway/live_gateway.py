@@ -98,10 +98,7 @@ class LiveGateway:
         """Send a request and read nothing."""
         data = json.dumps(body).encode()
         connection = socket.create_connection(("127.0.0.1", self.port), timeout=60)
-        head = (
-            f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
-        )
-        connection.sendall(head.encode() + data)
+        connection.sendall(request_head(path, len(data)) + data)
         return connection
 
     @property
@@ -129,6 +126,11 @@ def open_gateway(engine_dir: Path, options: GatewayOptions, no_auth: bool = Fals
         assert server.serve(source)
         port = int(server.address.rpartition(":")[2])
         yield LiveGateway(port, engine.config.name, server, pipeline)
+
+
+def request_head(path: str, length: int) -> bytes:
+    kind = "Content-Type: application/json"
+    return f"POST {path} HTTP/1.1\r\nHost: x\r\n{kind}\r\nContent-Length: {length}\r\n\r\n".encode()
 
 
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = 30) -> None:

@@ -1,4 +1,4 @@
-"""Streams: a client that leaves frees its slot, a client that does not read holds up nobody, a stop finishes answers."""
+"""Streams: a client that leaves frees its slot, one that does not read holds up nobody, a stop finishes answers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from live_gateway import CHAT, COUNT, ENDLESS, LiveGateway, image_part, open_gateway, png, wait_until
+from live_gateway import CHAT, COUNT, ENDLESS, LiveGateway, image_part, open_gateway, png, request_head, wait_until
 
 from nvlm_trt.errors import EngineError
 from nvlm_trt.runtime.request import Request
@@ -57,6 +57,7 @@ def test_the_slot_is_free_within_a_step(live: LiveGateway, monkeypatch: pytest.M
     monkeypatch.setattr(Request, "cancel", noting)
     with live.begin(live.chat_body(**ENDLESS, stream=True)) as connection:
         read_until(connection, b'"content":"')
+    wait_until(lambda: bool(at_cancellation), "the request is cancelled")
     live.wait_until_idle()
     assert tokens_generated(live) - at_cancellation[0] <= 1
 
@@ -99,10 +100,7 @@ def test_a_client_that_stops_reading(engine: Callable[[str], Path]) -> None:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             connection.connect(("127.0.0.1", live.port))
             data = json.dumps(body).encode()
-            head = (
-                f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n"
-            )
-            connection.sendall(head.encode() + b"\r\n" + data)
+            connection.sendall(request_head(CHAT, len(data)) + data)
             wait_until(lambda: live.active == 1, "the request has a slot")
             assert live.chat("Hi", max_tokens=2).status == 200
             wait_until(lambda: live.active == 0, "the slot is free")
@@ -129,15 +127,12 @@ def test_an_engine_that_fails_in_a_stream(engine: Callable[[str], Path]) -> None
     with open_gateway(engine("nvlm-h-tiny"), GatewayOptions()) as live:
         with live.begin(live.chat_body(**ENDLESS, stream=True)) as connection:
             read_until(connection, b'"content":"')
-            scheduler = live.pipeline._generator._scheduler  # type: ignore[attr-defined]
-            original = scheduler.step
 
             def fail() -> None:
                 raise EngineError("cannot read /secret/path")
 
-            scheduler.step = fail
+            live.pipeline._generator._steps.step = fail  # type: ignore[attr-defined]
             rest = read_until(connection, b"\r\n0\r\n\r\n").decode()
-            scheduler.step = original
         last = [line for line in rest.splitlines() if line.startswith("data: ")][-1]
         error = json.loads(last.removeprefix("data: "))["error"]
         assert (error["code"], error["type"]) == ("internal_error", "server_error")
