@@ -21,6 +21,8 @@ _CHUNK = 1 << 16
 _PORTS = {"http": 80, "https": 443}
 _THREADED_CHARACTERS = 1 << 16  # longer base64 is decoded in a thread: the event loop has answers to send
 
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
 IsPublic = Callable[[str], bool]
 
 
@@ -29,11 +31,11 @@ def is_public(address: str) -> bool:
     reserved, nor an IPv6 form of such an IPv4 address."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
-        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
-        if inner is None and ip in ipaddress.ip_network("64:ff9b::/96"):  # NAT64
+        inner = ip.ipv4_mapped or ip.sixtofour
+        if inner is None and ip in _NAT64:
             inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-        if inner is not None and not is_public(str(inner)):
-            return False
+        if inner is not None:
+            return is_public(str(inner))
     return ip.is_global and not ip.is_multicast and not ip.is_reserved
 
 
@@ -130,7 +132,7 @@ class MediaReader:
             left = deadline - time.monotonic()
             if left <= 0:
                 raise self._too_slow(name)
-            connection.sock.settimeout(left)
+            connection.own_socket.settimeout(left)
             chunk = response.read1(_CHUNK)
             if not chunk:
                 return bytes(data)
@@ -145,7 +147,7 @@ class MediaReader:
 class _Connection(http.client.HTTPConnection):
     """Connects to an address that was looked up before, and checks the certificate of the host's name."""
 
-    sock: socket.socket
+    own_socket: socket.socket  # http.client forgets the socket of a response that ends with the connection
 
     def __init__(self, address: str, host: str, port: int, is_https: bool, seconds: float) -> None:
         super().__init__(host, port, timeout=seconds)
@@ -154,6 +156,7 @@ class _Connection(http.client.HTTPConnection):
         self._is_https = is_https
 
     def connect(self) -> None:
-        self.sock = socket.create_connection((self._address, self.port), self.timeout)
+        connected = socket.create_connection((self._address, self.port), self.timeout)
         if self._is_https:
-            self.sock = ssl.create_default_context().wrap_socket(self.sock, server_hostname=self.host)
+            connected = ssl.create_default_context().wrap_socket(connected, server_hostname=self.host)
+        self.sock = self.own_socket = connected
