@@ -14,19 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from live_gateway import (
-    CHAT,
-    COUNT,
-    ENDLESS,
-    MAX_QUEUE,
-    LiveGateway,
-    data_uri,
-    image_part,
-    open_gateway,
-    png,
-    text_part,
-    wait_until,
-)
+from gateway_calls import CHAT, COUNT, ENDLESS, data_uri, image_part, png, text_part, wait_until
+from live_gateway import MAX_QUEUE, LiveGateway, open_gateway
 
 from nvlm_trt.image.image_limits import ImageLimits
 from nvlm_trt.serving.gateway.gateway import GatewayOptions
@@ -120,7 +109,7 @@ CONTENTS: dict[str, tuple[Any, str, str]] = {
 @pytest.mark.parametrize("path", [CHAT, COUNT], ids=["chat", "count"])
 def test_bad_content(live: LiveGateway, name: str, path: str) -> None:
     content, code, word = CONTENTS[name]
-    assert_refused(live, path, live.chat_body(content), 400, code, word)
+    assert_refused(live, path, live.body(content), 400, code, word)
 
 
 CONVERSATIONS: dict[str, tuple[Any, str, str]] = {
@@ -196,7 +185,7 @@ FIELDS: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", FIELDS)
 def test_bad_fields(live: LiveGateway, name: str) -> None:
     fields, code = FIELDS[name]
-    error = assert_refused(live, CHAT, live.chat_body(**fields), 400, code, next(iter(fields)))
+    error = assert_refused(live, CHAT, live.body(**fields), 400, code, next(iter(fields)))
     assert error["param"].startswith(next(iter(fields)))
 
 
@@ -223,13 +212,13 @@ def test_bad_bodies(live: LiveGateway, name: str) -> None:
 
 
 def test_an_unknown_model(live: LiveGateway) -> None:
-    error = assert_refused(live, CHAT, {**live.chat_body(), "model": "gpt-9"}, 404, "model_not_found", "gpt-9")
+    error = assert_refused(live, CHAT, {**live.body(), "model": "gpt-9"}, 404, "model_not_found", "gpt-9")
     assert error["param"] == "model"
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", ""])
 def test_a_body_that_does_not_call_itself_json(live: LiveGateway, kind: str) -> None:
-    reply = live.post(CHAT, live.chat_body(), content_type=kind)
+    reply = live.post(CHAT, live.body(), content_type=kind)
     assert (reply.status, reply.error["code"]) == (415, "unsupported_media_type")
 
 
@@ -331,7 +320,7 @@ def test_64_at_once(live: LiveGateway) -> None:
 
 
 def test_a_full_queue_is_told_before_a_stream_begins(live: LiveGateway) -> None:
-    body = live.chat_body(**ENDLESS, stream=True)
+    body = live.body(**ENDLESS, stream=True)
     with contextlib.ExitStack() as waiting:
         for number in range(1, 8 + MAX_QUEUE + 1):
             waiting.enter_context(live.begin(body))

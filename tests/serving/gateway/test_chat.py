@@ -6,9 +6,10 @@ import math
 from typing import Any
 
 import pytest
+from gateway_calls import CHAT, COUNT, data_uri, image_part, png, text_part
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from live_gateway import CHAT, COUNT, LiveGateway, data_uri, image_part, png, text_part
+from live_gateway import LiveGateway
 
 from nvlm_trt.api import Answer, ChatRequest, ImagePart, Message, SamplingParams, TextPart, merge_answers
 
@@ -58,7 +59,7 @@ def test_a_conversation_of_all_roles(live: LiveGateway) -> None:
             user(TextPart("\\<image> are you sure?")),
         ],
     )
-    reply = live.post(CHAT, {**live.chat_body(), "messages": messages}).json
+    reply = live.post(CHAT, {**live.body(), "messages": messages}).json
     assert reply["choices"][0]["message"]["content"] == expected.text
     assert reply["usage"]["prompt_tokens"] == expected.usage.prompt_tokens
 
@@ -68,7 +69,7 @@ def test_detail_low_is_one_tile_of_its_image_alone(live: LiveGateway) -> None:
 
     def tiles(*details: str, **fields: Any) -> list[int]:
         content = [image_part(wide, detail=detail) for detail in details]
-        counted = live.post(COUNT, live.chat_body(content, **fields)).json
+        counted = live.post(COUNT, live.body(content, **fields)).json
         answered = live.chat(content, **fields).json["usage"]["prompt_tokens_details"]
         assert answered["image_tiles"] == counted["input_tokens_details"]["image_tiles"]
         return [image["tiles"] for image in counted["images"]]
@@ -84,7 +85,7 @@ def test_an_image_url_may_be_a_bare_string(live: LiveGateway) -> None:
 
 
 def test_a_stream_holds_the_whole_answer(live: LiveGateway) -> None:
-    body = live.chat_body([image_part(png(6)), text_part("What?")], max_tokens=24, n=3, temperature=1, seed=-5)
+    body = live.body([image_part(png(6)), text_part("What?")], max_tokens=24, n=3, temperature=1, seed=-5)
     whole = live.post(CHAT, body).json
     chunks = live.events({**body, "stream_options": {"include_usage": True}})
     texts, opened, ended = {0: "", 1: "", 2: ""}, set(), {}
@@ -110,13 +111,13 @@ def test_a_stream_holds_the_whole_answer(live: LiveGateway) -> None:
 
 
 def test_a_stream_without_include_usage_has_none(live: LiveGateway) -> None:
-    chunks = live.events(live.chat_body("Hi"))
+    chunks = live.events(live.body("Hi"))
     assert all("usage" not in chunk for chunk in chunks)
     assert all(chunk["choices"] for chunk in chunks)
 
 
 def test_continuous_usage(live: LiveGateway) -> None:
-    body = live.chat_body([image_part(png(7)), text_part("What?")], **{"max_tokens": 5, "ignore_eos": True})
+    body = live.body([image_part(png(7)), text_part("What?")], **{"max_tokens": 5, "ignore_eos": True})
     options = {"include_usage": True, "continuous_usage_stats": True}
     *chunks, last = live.events({**body, "stream_options": options})
     counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
@@ -126,7 +127,7 @@ def test_continuous_usage(live: LiveGateway) -> None:
 
 
 def test_log_probabilities_are_those_of_the_text(live: LiveGateway) -> None:
-    body = live.chat_body("Count to ten", max_tokens=12, logprobs=True, top_logprobs=3)
+    body = live.body("Count to ten", max_tokens=12, logprobs=True, top_logprobs=3)
     (choice,) = live.post(CHAT, body).json["choices"]
     tokens = choice["logprobs"]["content"]
     spelled = b"".join(bytes(token["bytes"]) for token in tokens)
@@ -214,10 +215,10 @@ def test_text_completions(live: LiveGateway) -> None:
 
 
 def test_the_request_id_comes_back(live: LiveGateway) -> None:
-    reply = live.post(CHAT, live.chat_body(), x_request_id="my-id.7")
+    reply = live.post(CHAT, live.body(), x_request_id="my-id.7")
     assert reply.headers["x-request-id"] == "my-id.7"
     assert reply.json["id"] == "chatcmpl-my-id.7"
-    strange = live.post(CHAT, live.chat_body(), x_request_id="a b\tc")
+    strange = live.post(CHAT, live.body(), x_request_id="a b\tc")
     assert strange.headers["x-request-id"] != "a b\tc"
 
 
@@ -268,7 +269,7 @@ def conversations(draw: st.DrawFn) -> list[dict[str, Any]]:
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(conversations())
 def test_what_is_counted_is_what_is_answered(live: LiveGateway, messages: list[dict[str, Any]]) -> None:
-    body = {**live.chat_body(max_tokens=1), "messages": messages}
+    body = {**live.body(max_tokens=1), "messages": messages}
     counted, answered = live.post(COUNT, body), live.post(CHAT, body)
     assert counted.status == answered.status
     if counted.status != 200:

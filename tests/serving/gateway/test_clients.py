@@ -6,7 +6,8 @@ import asyncio
 from typing import Any
 
 import pytest
-from live_gateway import LiveGateway, data_uri, image_part, png, text_part
+from gateway_calls import data_uri, image_part, png, text_part
+from live_gateway import LiveGateway
 
 CONTENT = [image_part(png(1)), text_part("What is this?")]
 
@@ -47,7 +48,7 @@ def test_openai_stream(client: Any, live: LiveGateway, expected: str) -> None:
 
 
 def test_openai_stream_helper(client: Any, live: LiveGateway, expected: str) -> None:
-    """The client puts the chunks together by itself. It takes an answer that was cut for an error, so this one stops."""
+    """The client joins the chunks by itself. An answer that was cut would be an error to it, so this one stops."""
     stop = expected[-2:]
     with client.chat.completions.stream(**ask(live, stop=stop, logprobs=True, top_logprobs=2)) as stream:
         kinds = {event.type for event in stream}

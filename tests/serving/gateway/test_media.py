@@ -12,9 +12,9 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from gateway_calls import data_uri, png
 from hypothesis import given
 from hypothesis import strategies as st
-from live_gateway import data_uri, png
 
 from nvlm_trt.errors import ImageError
 from nvlm_trt.image.image_limits import ImageLimits

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 from command_line import Run, assert_one_line_error
+from gateway_calls import CHAT, COUNT
 from hypothesis import given
 from hypothesis import strategies as st
-from live_gateway import CHAT, COUNT, LiveGateway, open_gateway
+from live_gateway import LiveGateway, open_gateway
 
 from nvlm_trt.errors import NvlmError, ServerError
 from nvlm_trt.serving.gateway.auth import KEY_VARIABLE, ApiKeys, read_keys
@@ -49,7 +50,7 @@ def test_health_needs_none(closed: LiveGateway) -> None:
 
 @pytest.mark.parametrize("key", ["Bearer first-key", "bearer second", "BEARER  second"])
 def test_each_key_opens(closed: LiveGateway, key: str) -> None:
-    assert closed.post(CHAT, closed.chat_body(), authorization=key).status == 200
+    assert closed.post(CHAT, closed.body(), authorization=key).status == 200
 
 
 def test_cors_is_for_the_named_origin(closed: LiveGateway) -> None:
@@ -63,9 +64,7 @@ def test_cors_is_for_the_named_origin(closed: LiveGateway) -> None:
 def test_cors_is_off(live: LiveGateway) -> None:
     reply = live.call("OPTIONS", CHAT, Origin="https://page.example", Access_Control_Request_Method="POST")
     assert reply.headers["access-control-allow-origin"] is None
-    assert (
-        live.post(CHAT, live.chat_body(), Origin="https://page.example").headers["access-control-allow-origin"] is None
-    )
+    assert live.post(CHAT, live.body(), Origin="https://page.example").headers["access-control-allow-origin"] is None
 
 
 @given(st.lists(st.text("ab ", min_size=1, max_size=4), max_size=3), st.text("ab ", max_size=4))

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from live_gateway import CHAT, COUNT, ENDLESS, LiveGateway, image_part, open_gateway, png, request_head, wait_until
+from gateway_calls import CHAT, COUNT, ENDLESS, image_part, png, request_head, wait_until
+from live_gateway import LiveGateway, open_gateway
 
 from nvlm_trt.errors import EngineError
 from nvlm_trt.runtime.request import Request
@@ -35,7 +36,7 @@ def tokens_generated(live: LiveGateway) -> int:
 
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
 def test_a_client_that_leaves_frees_its_slot(live: LiveGateway, stream: bool) -> None:
-    with live.begin(live.chat_body(**ENDLESS, stream=stream)) as connection:
+    with live.begin(live.body(**ENDLESS, stream=stream)) as connection:
         if stream:
             read_until(connection, b'"content":"')
         wait_until(lambda: live.active == 1, "the request has a slot")
@@ -55,7 +56,7 @@ def test_the_slot_is_free_within_a_step(live: LiveGateway, monkeypatch: pytest.M
         cancel(request)
 
     monkeypatch.setattr(Request, "cancel", noting)
-    with live.begin(live.chat_body(**ENDLESS, stream=True)) as connection:
+    with live.begin(live.body(**ENDLESS, stream=True)) as connection:
         read_until(connection, b'"content":"')
     wait_until(lambda: bool(at_cancellation), "the request is cancelled")
     live.wait_until_idle()
@@ -66,9 +67,9 @@ def test_a_client_that_leaves_the_queue(live: LiveGateway) -> None:
     """Also before the first delta, when no header has been sent."""
     with contextlib.ExitStack() as endless:
         for number in range(1, 9):
-            endless.enter_context(live.begin(live.chat_body(**ENDLESS, stream=True)))
+            endless.enter_context(live.begin(live.body(**ENDLESS, stream=True)))
             wait_until(lambda number=number: live.active == number, "all slots are taken")
-        with live.begin(live.chat_body(stream=True)):
+        with live.begin(live.body(stream=True)):
             wait_until(lambda: live.queued == 1, "one request waits")
         wait_until(lambda: live.queued == 0, "the request that waited is gone")
         assert live.active == 8
@@ -76,16 +77,16 @@ def test_a_client_that_leaves_the_queue(live: LiveGateway) -> None:
 
 
 def test_a_client_that_leaves_while_its_image_is_decoded(live: LiveGateway) -> None:
-    big = png(1, 6000, 6000)
+    big = png(1, 4000, 4000)
     for path in (CHAT, COUNT):
-        with live.begin(live.chat_body([image_part(big)]), path):
+        with live.begin(live.body([image_part(big)]), path):
             pass
     live.wait_until_idle()
     assert live.chat([image_part(png(1))]).status == 200
 
 
 def test_a_reset_connection(live: LiveGateway) -> None:
-    connection = live.begin(live.chat_body(**ENDLESS, stream=True))
+    connection = live.begin(live.body(**ENDLESS, stream=True))
     read_until(connection, b'"content":"')
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     connection.close()
@@ -95,7 +96,7 @@ def test_a_reset_connection(live: LiveGateway) -> None:
 def test_a_client_that_stops_reading(engine: Callable[[str], Path]) -> None:
     """Its connection ends after a while, and its slot is free; others are answered meanwhile."""
     with open_gateway(engine("nvlm-h-tiny"), GatewayOptions(send_seconds=0.5)) as live:
-        body = live.chat_body(**ENDLESS, stream=True, logprobs=True, top_logprobs=20)
+        body = live.body(**ENDLESS, stream=True, logprobs=True, top_logprobs=20)
         with socket.socket() as connection:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             connection.connect(("127.0.0.1", live.port))
@@ -111,7 +112,7 @@ def test_a_client_that_stops_reading(engine: Callable[[str], Path]) -> None:
 def test_a_comment_keeps_a_silent_stream_open(live: LiveGateway, monkeypatch: pytest.MonkeyPatch) -> None:
     assert events._COMMENT_SECONDS == 15
     monkeypatch.setattr(events, "_COMMENT_SECONDS", 0.05)
-    with live.begin(live.chat_body(**ENDLESS, stream=True)) as connection:
+    with live.begin(live.body(**ENDLESS, stream=True)) as connection:
         assert read_until(connection, b": keep-alive\n\n").startswith(b"HTTP/1.1 200")
     live.wait_until_idle()
 
@@ -125,7 +126,7 @@ def test_a_wrong_request_keeps_its_status(live: LiveGateway) -> None:
 def test_an_engine_that_fails_in_a_stream(engine: Callable[[str], Path]) -> None:
     """The status is sent; the error is the stream's last event, and tells nothing of the inside."""
     with open_gateway(engine("nvlm-h-tiny"), GatewayOptions()) as live:
-        with live.begin(live.chat_body(**ENDLESS, stream=True)) as connection:
+        with live.begin(live.body(**ENDLESS, stream=True)) as connection:
             read_until(connection, b'"content":"')
 
             def fail() -> None:
@@ -145,7 +146,7 @@ def test_an_engine_that_fails_in_a_stream(engine: Callable[[str], Path]) -> None
 def test_a_stop_finishes_the_open_answers(engine: Callable[[str], Path]) -> None:
     """While it drains, the gateway is alive and not ready, and refuses what is new."""
     with open_gateway(engine("nvlm-h-tiny"), GatewayOptions()) as live:
-        body = live.chat_body(max_tokens=400, ignore_eos=True, stream=True)
+        body = live.body(max_tokens=400, ignore_eos=True, stream=True)
         with live.begin(body) as connection:
             seen = read_until(connection, b'"content":"')
             stopping = threading.Thread(target=live.server.stop)
@@ -164,7 +165,7 @@ def test_a_stop_finishes_the_open_answers(engine: Callable[[str], Path]) -> None
 
 def test_a_stop_in_a_hurry(engine: Callable[[str], Path]) -> None:
     with open_gateway(engine("nvlm-h-tiny"), GatewayOptions()) as live:
-        with live.begin(live.chat_body(**ENDLESS, stream=True)) as connection:
+        with live.begin(live.body(**ENDLESS, stream=True)) as connection:
             read_until(connection, b'"content":"')
             hurry = threading.Event()
             hurry.set()
@@ -173,7 +174,7 @@ def test_a_stop_in_a_hurry(engine: Callable[[str], Path]) -> None:
 
 
 def test_a_slow_reader_gets_everything(live: LiveGateway) -> None:
-    body: dict[str, Any] = live.chat_body(max_tokens=300, ignore_eos=True, logprobs=True, top_logprobs=20)
+    body: dict[str, Any] = live.body(max_tokens=300, ignore_eos=True, logprobs=True, top_logprobs=20)
     seen = 0
     with live.begin({**body, "stream": True}) as connection:
         data = b""
