@@ -20,10 +20,8 @@ if TYPE_CHECKING:
 class Choice:
     """Answer `index` of a request that has a slot. Only the thread of the text generator uses it."""
 
-    def __init__(
-        self, request: Request, index: int, max_tokens: int, placeholder_id: int, tokenizer: Tokenizer
-    ) -> None:
-        """Start an answer of at most `max_tokens` to the request's prompt."""
+    def __init__(self, request: Request, index: int, placeholder_id: int, tokenizer: Tokenizer) -> None:
+        """Start an answer to the request's prompt."""
         sampling = request.sampling
         self.request = request
         self.index = index
@@ -31,7 +29,6 @@ class Choice:
         self.cached = 0  # tokens in the slot's KV cache, from the end of prefill on
         self.generated = 0
         self.finish_reason: FinishReason | None = None
-        self._max_tokens = max_tokens
         self._placeholder_id = placeholder_id
         self._tokenizer = tokenizer
         self._stop_ids: Collection[int] = () if sampling.ignore_eos else tokenizer.stop_ids
@@ -56,7 +53,8 @@ class Choice:
 
     def accept_token(self, token_id: int, logprobs: Logprobs | None) -> Delta:
         """Add a token that was drawn to the answer; `logprobs`: of this token, if the request asks for them."""
-        self.request.note_token()
+        if not self.generated:
+            self.request.note_first_token()
         self._last_id = token_id
         self.generated += 1
         text, finish_reason = self._advance_text(token_id)
@@ -80,7 +78,7 @@ class Choice:
         text = self._text.push(token_id)
         if self._text.stopped:
             return text, "stop"
-        if self.generated >= self._max_tokens:
+        if self.generated >= self.request.max_tokens:
             return text + self._text.flush(), "length"
         return text, None
 

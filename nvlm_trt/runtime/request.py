@@ -60,6 +60,7 @@ class Request:
         self.choices: Sequence[Choice] = ()  # its n answers, once it has slots
         self.prompt: EncodedPrompt  # set when the state becomes READY
         self.images: Sequence[ImageFeatures] = ()
+        self.max_tokens: int  # of each answer in this engine; set when the request is admitted
         self._cached_images = 0
         self._encode_s = 0.0
         self._ending = threading.Lock()  # a request may end while another thread provides its images
@@ -129,8 +130,8 @@ class Request:
         check_embeddings(prompt.placeholders, sum(len(image.embeddings) for image in self.images))
         self._placeholder_id = placeholder_id
         self._embeddings_used = 0
-        most = min(sampling.max_tokens, limits.max_seq_len - len(prompt.input_ids))
-        self.choices = [Choice(self, index, most, placeholder_id, tokenizer) for index in range(sampling.n)]
+        self.max_tokens = min(sampling.max_tokens, limits.max_seq_len - len(prompt.input_ids))
+        self.choices = [Choice(self, index, placeholder_id, tokenizer) for index in range(sampling.n)]
         self._admitted = time.monotonic()
         self.state = State.PREFILLING
 
@@ -143,8 +144,8 @@ class Request:
         ranges = self.prompt.cross_ranges[start : start + size]
         return Chunk(start, input_ids, first, self._embeddings_used, ranges)
 
-    def note_token(self) -> None:
-        """Note that a token was drawn."""
+    def note_first_token(self) -> None:
+        """Note that the first token of an answer was drawn."""
         self._first_token = self._first_token or time.monotonic()
 
     @property
@@ -169,6 +170,8 @@ class Request:
         """End the request: no delta and no error follows."""
         with self._ending:
             self.state = State.ENDED
+        # They refer to the request. Such a cycle would keep its images in memory until Python looks for cycles.
+        self.choices = ()
 
     def usage(self) -> Usage:
         """Return the tokens and times of the request up to now."""

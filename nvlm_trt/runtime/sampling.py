@@ -72,7 +72,9 @@ class Sampler:
         self._seen = set(np.unique(prompt_ids).tolist()) if params.repetition_penalty != 1 else set()
         self._has_counts = bool(params.presence_penalty or params.frequency_penalty)
         self._counts: dict[int, int] = {}  # of the tokens of the answer
-        self._keeps_order = not (params.logit_bias or self._has_counts or params.repetition_penalty != 1)
+        has_penalties = self._has_counts or params.repetition_penalty != 1
+        self._keeps_order = not (params.logit_bias or has_penalties)
+        self._remembers = bool(has_penalties or params.min_tokens)
         self._random = np.random.default_rng(answer_seed(params.seed, index))
 
     def sample(self, logits: FloatArray) -> tuple[int, Logprobs | None]:
@@ -83,12 +85,13 @@ class Sampler:
                 "the model produced logits that are not finite; check the engine with `nvlm-trt verify`"
             )
         token_id = self._draw(logits) if self._params.temperature else self._most_probable(logits)
-        self._count(token_id)
+        if self._remembers:
+            self._remember(token_id)
         if not self._params.logprobs:
             return token_id, None
         return token_id, token_logprob(logits, token_id, self._params.logprobs)
 
-    def _count(self, token_id: int) -> None:
+    def _remember(self, token_id: int) -> None:
         if self._params.repetition_penalty != 1:
             self._seen.add(token_id)
         if self._has_counts:

@@ -136,10 +136,10 @@ class Scheduler:
         """Draw a token for each answer from its logits [vocab]. Frees slots before it reports that answers ended."""
         results = [_next_delta(choice, row) for choice, row in zip(choices, logits, strict=True)]
         answers = list(zip(choices, results, strict=True))
-        self._slots.retire(
-            [choice.request for choice, result in answers if _ends_request(result)],
-            [choice for choice, result in answers if _ends_answer(result)],
-        )
+        ended = [(choice, result) for choice, result in answers if _ends_answer(result)]
+        if ended:
+            requests = [choice.request for choice, result in ended if _ends_request(result)]
+            self._slots.retire(requests, [choice for choice, _ in ended])
         for choice, result in answers:
             self._deliver(choice.request, result)
 

@@ -10,8 +10,8 @@ from nvlm_trt.runtime.request import Request, State
 
 
 class Slots:
-    """Holds the active answers in rows 0 .. n-1, and at most one request that is prefilled, in a later row. As many rows
-    are kept free as it needs for its other answers."""
+    """Holds the active answers in rows 0 .. n-1, and at most one request that is prefilled, in a later row. As many
+    rows are kept free as it needs for its other answers."""
 
     def __init__(self, backend: StepBackend) -> None:
         self._backend = backend

@@ -132,6 +132,17 @@ def test_move_slot(backend: StepBackend, engine: Directory, name: str) -> None:
     assert np.array_equal(decode(backend, [request], np.array([65]), 0), expected)
 
 
+def test_move_slot_leaves_the_source_as_it_was(backend: StepBackend, engine: Directory, name: str) -> None:
+    """The answers of one request continue copies of one prefill."""
+    request = StepRequest(backend, engine(name), "What is <image>?", [3], seed=0)
+    request.prefill(0)
+    alone = [decode(backend, [request], np.array([token]), 0)[0].copy() for token in (65, 66, 67)]
+    request.prefill(0)
+    for target in (1, 2):
+        backend.move_slot(0, target, request.length, request.prompt.cross_tokens)
+    assert np.array_equal(decode(backend, [request] * 3, np.array([65, 66, 67]), 0), np.array(alone))
+
+
 @pytest.mark.parametrize("name", NAMES[1:])
 def test_text_only_is_bit_identical_to_the_llm_without_cross_attention(
     backend: StepBackend, engine: Directory, name: str

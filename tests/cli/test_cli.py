@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from command_line import Run, assert_one_line_error
 
+from nvlm_trt.terminal import printable
+
 IMAGE = Path(__file__).parents[2] / "docs" / "images" / "receipt.png"
 
 
@@ -59,10 +61,52 @@ def test_sampling_options_reach_the_engine(run: Run, engine) -> None:
     assert answer(1) != answer(2)
 
 
+def test_several_answers_are_printed_one_after_the_other(run: Run, engine) -> None:
+    options = ("--engine", engine("nvlm-d-tiny"), "--temperature", 1.5, "--seed", 4, "--max-tokens", 9)
+    options += ("--logit-bias", "10=-100")  # no line breaks in the answers
+    several = json.loads(run("ask", "hello", *options, "--n", 3, "--json")[1])
+    texts = [answer["text"] for answer in several["answers"]]
+    assert len(set(texts)) == 3
+    assert several["usage"]["completion_tokens"] == sum(len(answer["token_ids"]) for answer in several["answers"])
+    assert json.loads(run("ask", "hello", *options, "--json")[1])["text"] == texts[0]
+    status, out, err = run("ask", "hello", *options, "--n", 3, "--stats")
+    assert status == 0
+    assert out == "".join(f"[{i}/3] {printable(text)}\n" for i, text in enumerate(texts, start=1))
+    assert "tokens/s" in err
+
+
+def test_logprobs_are_reported_beside_the_answer(run: Run, engine) -> None:
+    options = ("--engine", engine("nvlm-d-tiny"), "--max-tokens", 6, "--min-tokens", 6, "--logprobs", 2)
+    options += ("--logit-bias", "65=100", "--logit-bias", "66=100", "--presence-penalty", 2, "--frequency-penalty", 2)
+    answer = json.loads(run("ask", "hello", *options, "--json")[1])
+    assert set(answer["text"]) == {"A", "B"}  # the penalties bring in the second
+    items = answer["logprobs"]
+    assert [(item["token"], item["bytes"]) for item in items] == [(c, [ord(c)]) for c in answer["text"]]
+    assert [len(item["top"]) for item in items] == [2] * 6
+    _, out, err = run("ask", "hello", *options)
+    assert out == answer["text"] + "\n"
+    lines = err.splitlines()
+    assert len(lines) == 6
+    for line, item in zip(lines, items, strict=True):
+        assert line.startswith(repr(item["token"]))
+        assert f"{item['logprob']:.4f}" in line
+
+
 @pytest.mark.parametrize(
     ("options", "fragment"),
     [
         (("--max-tokens", -1), "max_tokens"),
+        (("--n", 0), "n = 0"),
+        (("--n", 9), "the slots of the engine"),
+        (("--min-tokens", 257), "min_tokens = 257"),
+        (("--presence-penalty", 2.5), "presence_penalty"),
+        (("--frequency-penalty", "nan"), "frequency_penalty"),
+        (("--logprobs", 21), "logprobs"),
+        (("--logit-bias", "65"), "'65' is not ID=BIAS"),
+        (("--logit-bias", "A=1"), "'A=1' is not ID=BIAS"),
+        (("--logit-bias", "65=1", "--logit-bias", "65=2"), "65 twice"),
+        (("--logit-bias", "65=nan"), "logit_bias"),
+        (("--logit-bias", "512=1"), "the token id 512"),
         (("--temperature", "nan"), "temperature"),
         (("--top-p", 2), "top_p"),
         (("--max-tiles", 40), "max_tiles"),

@@ -13,9 +13,10 @@ import pytest
 import tritonclient.grpc
 from live_server import ServerByName, ask_raw, make_image
 
-from nvlm_trt.api import ChatRequest, Message, SamplingParams
+from nvlm_trt.api import Answer, ChatRequest, Message, SamplingParams, merge_answers
 from nvlm_trt.runtime.pipeline import Pipeline
-from nvlm_trt.serving.client import Answer, AsyncClient, Client
+from nvlm_trt.runtime.sampling import answer_seed
+from nvlm_trt.serving.client import AsyncClient, Client
 from nvlm_trt.serving.grpc_messages import infer_request
 
 ENGINES = ("nvlm-d-tiny", "nvlm-x-tiny", "nvlm-h-tiny")
@@ -88,6 +89,40 @@ def test_a_stream_is_the_answer_in_pieces(served: ServerByName) -> None:
     assert deltas[-1].finish_reason == "length"
     assert [item.token_id for item in whole.logprobs] == whole.token_ids
     assert all(len(item.top) == 2 and np.isfinite(item.logprob) and item.logprob <= 0 for item in whole.logprobs)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_several_answers_are_those_of_single_requests_with_their_seeds(name: str, served: ServerByName) -> None:
+    """The logprobs are compared too, with the text and bytes of each token: all that a response has but the times."""
+    common = {"max_tokens": 20, "temperature": 1.3, "presence_penalty": 1, "frequency_penalty": 0.5, "min_tokens": 5}
+    common |= {"logit_bias": {"65": -100, "66": 3}, "logprobs": 5}
+    question = {"messages": CONVERSATION, "images": [make_image(31), make_image(32, 90, 200)]}
+    with Client(served(name).address) as client:
+        alone = [client.generate(**question, sampling={**common, "seed": answer_seed(9, i)}) for i in range(4)]
+        deltas = list(client.stream(**question, sampling={**common, "seed": 9, "n": 4}))
+        answers = client.generate_all(**question, sampling={**common, "seed": 9, "n": 4})
+    assert len(answers) == 4
+    for answer, own in zip(answers, alone, strict=True):
+        assert answer.token_ids == own.token_ids
+        assert answer.logprobs == own.logprobs
+        assert (answer.text, answer.finish_reason) == (own.text, own.finish_reason)
+        shown = [token for item in answer.logprobs for token in (item, *item.top)]
+        assert all(token.text == token.utf8.decode(errors="replace") for token in shown if token.utf8)
+        assert len(shown) == 6 * len(answer.token_ids)
+        assert 65 not in answer.token_ids
+    assert sorted(delta.index for delta in deltas if delta.finish_reason) == [0, 1, 2, 3]
+    assert [delta.usage is None for delta in deltas] == [True] * (len(deltas) - 1) + [False]
+    assert deltas[-1].usage is not None
+    assert deltas[-1].usage.completion_tokens == sum(len(answer.token_ids) for answer in alone)
+
+
+def test_the_ensemble_streams_several_answers(served: ServerByName) -> None:
+    sampling = {"max_tokens": 6, "temperature": 1, "seed": 2, "n": 3, "ignore_eos": True}
+    request = infer_request("What?", images=[make_image(33)], sampling=sampling, model="nvlm_ensemble")
+    with Client(served("nvlm-h-tiny").address) as client:
+        expected = client.generate_all("What?", images=[make_image(33)], sampling=sampling)
+    answers = merge_answers(ask_raw(served("nvlm-h-tiny"), request))
+    assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in expected]
 
 
 def test_async_client_answers_the_same(served: ServerByName) -> None:

@@ -77,6 +77,22 @@ CHATS: dict[str, tuple[dict[str, Any], str]] = {
         {"prompt": "Hi", "images": [make_image(i, 300, 200) for i in range(12)]},
         "the engine holds",
     ),
+    "no answer": ({"prompt": "Hi", "sampling": {"n": 0}}, "n = 0"),
+    "more answers than slots": (
+        {"prompt": "Hi", "sampling": {"n": 9}},
+        "n = 9 is not allowed; it is an integer from 1",
+    ),
+    "min_tokens over max_tokens": (
+        {"prompt": "Hi", "sampling": {"max_tokens": 3, "min_tokens": 4}},
+        "min_tokens = 4 is not allowed; it is at most max_tokens, 3",
+    ),
+    "a bias of an unknown token": ({"prompt": "Hi", "sampling": {"logit_bias": {"512": 1}}}, "the token id 512"),
+    "a bias of a token by name": ({"prompt": "Hi", "sampling": {"logit_bias": {"<|im_end|>": 1}}}, "logit_bias ="),
+    "a bias against everything": (
+        {"prompt": "Hi", "sampling": {"logit_bias": {str(token_id): -100 for token_id in range(512)}}},
+        "bans every token",
+    ),
+    "a penalty out of bounds": ({"prompt": "Hi", "sampling": {"presence_penalty": -3}}, "presence_penalty = -3"),
     "negative max_tokens": ({"prompt": "Hi", "sampling": {"max_tokens": -1}}, "max_tokens = -1"),
     "NaN temperature": ({"prompt": "Hi", "sampling": {"temperature": float("nan")}}, "temperature = nan"),
     "unknown sampling key": ({"prompt": "Hi", "sampling": {"heat": 1}}, "unknown sampling parameter 'heat'"),

@@ -57,6 +57,21 @@ def test_a_cancelled_stream_frees_its_slot_within_one_step(server: TritonServer)
     assert metric(server, "nvlm_late_tokens_total") - late_before <= SLOTS
 
 
+def test_a_cancelled_stream_of_several_answers_frees_all_their_slots(server: TritonServer) -> None:
+    with Client(server.address) as client:
+        stream = client.stream("Tell me", images=[make_image(1)], sampling={**ENDLESS, "n": 5, "temperature": 1})
+        seen = {next(stream).index for _ in range(20)}
+        wait_until(lambda: metric(server, "nvlm_active_slots") == 5, "five answers")
+        waiting = client.stream("And us?", sampling={"max_tokens": 3, "ignore_eos": True, "n": 4})
+        with ThreadPoolExecutor(1) as pool:
+            answers = pool.submit(list, waiting)
+            wait_until(lambda: metric(server, "nvlm_queued_requests") == 1, "four answers wait for four slots")
+            stream.close()
+            deltas = answers.result(timeout=20)
+    assert seen == set(range(5))
+    assert sorted(delta.index for delta in deltas if delta.finish_reason) == [0, 1, 2, 3]
+
+
 def test_requests_without_a_slot_can_be_cancelled(server: TritonServer) -> None:
     """Also while their images are being encoded."""
 

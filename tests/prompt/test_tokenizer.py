@@ -192,6 +192,23 @@ def test_special_tokens_and_foreign_ids_decode_to_nothing(byte_directory: Path) 
     assert QWEN2.decode([QWEN2.token_id("<tool_call>")]) == "<tool_call>"
 
 
+def test_the_text_of_one_token_is_that_of_transformers() -> None:
+    for token_id in range(QWEN2.vocab_size):
+        text, data = QWEN2.token_text(token_id), QWEN2.token_bytes[token_id]
+        assert text == QWEN2_REFERENCE.decode([token_id], clean_up_tokenization_spaces=False)
+        assert data == b"" if text in QWEN2_SPECIAL else data.decode(errors="replace") == text
+    assert QWEN2.token_text(QWEN2.vocab_size) == ""
+
+
+def test_the_text_of_one_sentencepiece_token_keeps_its_space() -> None:
+    tokens = YI_REFERENCE.convert_ids_to_tokens(list(range(YI.vocab_size)))
+    spaced = [token_id for token_id, token in enumerate(tokens) if token.startswith("▁")]
+    assert spaced
+    assert all(YI.token_text(token_id) == tokens[token_id].replace("▁", " ") for token_id in spaced)
+    assert YI.token_text(tokens.index("<0x41>")) == "A"
+    assert (YI.token_text(tokens.index("<0xE2>")), YI.token_bytes[tokens.index("<0xE2>")]) == ("\ufffd", b"\xe2")
+
+
 def test_first_space_of_sentencepiece_is_stripped_once() -> None:
     ids = YI.encode("the image")
     decoder = IncrementalDecoder(YI)

@@ -27,7 +27,7 @@ class Listener(Receiver):
         super().__init__()
         self.started, self.done = threading.Event(), threading.Event()
 
-    def on_delta(self, delta: object) -> None:
+    def on_delta(self, delta: Delta) -> None:
         super().on_delta(delta)
         self.started.set()
         if self.ended:

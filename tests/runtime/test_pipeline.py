@@ -14,11 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from nvlm_trt.api import ChatRequest, Delta, Message, SamplingParams, Usage
+from nvlm_trt.api import ChatRequest, Delta, Message, SamplingParams, Usage, merge_answers
 from nvlm_trt.backends.base import BackendArray, FloatArray
 from nvlm_trt.backends.opening import open_backend
 from nvlm_trt.engine import Engine
-from nvlm_trt.errors import EngineError, ImageError, NvlmError, QueueFullError, RequestError
+from nvlm_trt.errors import EngineError, ImageError, NvlmError, ParameterError, QueueFullError, RequestError
 from nvlm_trt.image.decoding import load_image
 from nvlm_trt.image.tiling import normalise_tiles
 from nvlm_trt.prompt.encoder import PromptEncoder
@@ -27,6 +27,7 @@ from nvlm_trt.prompt.tokenizer import Tokenizer
 from nvlm_trt.reference.model import ReferenceModel
 from nvlm_trt.reference.preprocess import reference_tiles
 from nvlm_trt.runtime.pipeline import Pipeline, RuntimeOptions
+from nvlm_trt.runtime.sampling import answer_seed
 
 DirectoryByName = Callable[[str], Path]
 ALL = [pytest.param(f"nvlm-{letter}-tiny", id=letter.upper()) for letter in "dxh"]
@@ -178,7 +179,7 @@ def test_logprobs_are_the_references(engine: DirectoryByName, checkpoint: Direct
     for row, delta in zip(expected, deltas, strict=True):
         assert np.isfinite(delta.logprobs[0].logprob)
         assert delta.logprobs[0].logprob == pytest.approx(float(row[delta.token_ids[0]]), abs=2e-4)
-        assert [i for i, _ in delta.logprobs[0].top] == row.topk(3).indices.tolist()
+        assert [token.token_id for token in delta.logprobs[0].top] == row.topk(3).indices.tolist()
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -189,10 +190,92 @@ def test_an_answer_depends_on_each_image_and_on_their_order(engine: DirectoryByN
         tops = []
         for images in ((red, noise), (noise, red), (red, red)):
             deltas = list(pipeline.generate(chat("Compare <image> and <image>.", *images, sampling=logprobs)))
-            tops.append([probability for _, probability in deltas[0].logprobs[0].top])
+            tops.append([token.logprob for token in deltas[0].logprobs[0].top])
     assert np.isfinite(tops).all()
     assert np.abs(np.subtract(tops[0], tops[1])).max() > 1e-6
     assert np.abs(np.subtract(tops[0], tops[2])).max() > 1e-6
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_answer_i_of_n_is_that_of_a_request_with_its_seed_bit_for_bit(engine: DirectoryByName, name: str) -> None:
+    """The logprobs are compared, which show a difference in the last bit of a logit. The answers have neighbours, end
+    at different times, and are drawn with all parameters that look at earlier tokens."""
+    common = {"temperature": 1.5, "presence_penalty": 0.5, "frequency_penalty": 0.3, "repetition_penalty": 1.1}
+    common |= {"logit_bias": {65: 2, 66: -100}, "min_tokens": 4, "logprobs": 20, "max_tokens": 25}
+    images = make_image(1), make_image(2, 50, 150)
+    options = RuntimeOptions(prefill_chunk=32)
+    with Pipeline.open(engine(name), threads=1, options=options) as pipeline:
+        several = chat("Compare <image> and <image>.", *images, sampling=SamplingParams(seed=3, n=5, **common))
+        single = [
+            chat("Compare <image> and <image>.", *images, sampling=SamplingParams(seed=answer_seed(3, i), **common))
+            for i in range(5)
+        ]
+        alone = [merge_answers(list(pipeline.generate(request)))[0] for request in single]
+        noise = Listener()
+        handle = pipeline.submit(chat("noise", sampling=LONG), noise.on_delta, noise.on_error)
+        brief = pipeline.submit(chat("noise", sampling=SamplingParams(9, ignore_eos=True)), print, print)
+        together = list(pipeline.generate(several))
+        handle.cancel()
+        assert brief.is_over
+        again = list(pipeline.generate(several))
+        greedy = chat("Hello", sampling=SamplingParams(12, n=3))
+        first, *others = merge_answers(list(pipeline.generate(greedy)))
+        assert pipeline.metrics().generator.free_slots == 8
+    for deltas in (together, again):
+        answers = merge_answers(deltas)
+        assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in alone]
+        assert [answer.logprobs for answer in answers] == [answer.logprobs for answer in alone]
+        assert [answer.text for answer in answers] == [answer.text for answer in alone]
+        assert len({tuple(answer.token_ids) for answer in answers}) == 5
+        *before, last = deltas
+        assert all(delta.usage is None for delta in before)
+        assert last.usage is not None
+        assert last.usage.completion_tokens == sum(len(answer.token_ids) for answer in answers)
+        assert alone[0].usage is not None
+        assert last.usage.prompt_tokens == alone[0].usage.prompt_tokens
+    assert [other.token_ids for other in others] == [first.token_ids] * 2
+
+
+def test_logprobs_name_tokens_and_their_bytes(engine: DirectoryByName, pipeline: Pipeline) -> None:
+    """A temperature of 100 draws bytes that are parts of characters, bytes that are no text, and special tokens."""
+    tokenizer = Tokenizer.from_directory(engine("nvlm-h-tiny"))
+    sampling = SamplingParams(400, temperature=100, seed=4, ignore_eos=True, logprobs=20)
+    (whole,) = merge_answers(list(pipeline.generate(chat("Say something.", sampling=sampling))))
+    assert b"".join(item.utf8 for item in whole.logprobs).decode(errors="replace") == whole.text
+    shown = [token for item in whole.logprobs for token in (item, *item.top)]
+    special = [token for token in shown if not token.utf8]
+    assert {token.text for token in special} >= {"<|im_end|>", ""}  # the preset has fewer tokens than logits
+    assert all(tokenizer.token_id(token.text) == token.token_id for token in special if token.text)
+    partial = [token for token in shown if token.text == "\N{REPLACEMENT CHARACTER}"]
+    assert partial
+    assert all(len(token.utf8) == 1 and token.utf8 >= b"\x80" for token in partial)
+
+
+@pytest.mark.parametrize("with_image", [False, True])
+def test_parameters_that_the_engine_cannot_follow_are_refused_before_an_image_is_encoded(
+    pipeline: Pipeline, encoder: CountingEncoder, with_image: bool
+) -> None:
+    images = (make_image(1),) if with_image else ()
+    for sampling, words in (
+        (SamplingParams(n=9), "n = 9 is not allowed; it is an integer from 1 to 8"),
+        (SamplingParams(logit_bias={512: 1}), "the token id 512, which is unknown; ids are from 0 to 511"),
+        (SamplingParams(logit_bias=dict.fromkeys(range(512), -100)), "bans every token"),
+    ):
+        with pytest.raises(ParameterError, match=words):
+            next(pipeline.generate(chat("What?", *images, sampling=sampling)))
+    assert encoder.calls == 0
+    assert pipeline.metrics().generator.queued == 0
+
+
+def test_min_tokens_outlasts_stop_ids_and_stop_strings(pipeline: Pipeline) -> None:
+    """An end of text that is nearly certain, and a stop string in every character."""
+    _, _, usage = answer(pipeline, chat("Say.", sampling=SamplingParams(30, logit_bias={256: 100, 258: 100})))
+    assert usage.completion_tokens == 1
+    for stop in ((), tuple("abcdefghijklmnop")):
+        biases = {256: 100, 258: 100} if not stop else dict.fromkeys(map(ord, stop), 100)
+        sampling = SamplingParams(30, logit_bias=biases, min_tokens=7, stop=stop)
+        *_, last = deltas = list(pipeline.generate(chat("Say.", sampling=sampling)))
+        assert (len(deltas), last.finish_reason) == (8, "stop")
 
 
 def test_the_text_is_that_of_the_tokens(engine: DirectoryByName, pipeline: Pipeline) -> None:

@@ -10,8 +10,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from transformers.generation.logits_process import (
     LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -19,7 +21,7 @@ from transformers.generation.logits_process import (
 
 from nvlm_trt.api import SamplingParams
 from nvlm_trt.errors import EngineError, RequestError
-from nvlm_trt.runtime.sampling import Sampler, candidates, draw
+from nvlm_trt.runtime.sampling import Sampler, answer_seed, candidates, draw
 
 NOTHING = np.empty(0, dtype=np.int64)
 
@@ -84,6 +86,99 @@ def test_repetition_penalty_is_that_of_transformers(logits: np.ndarray, penalty:
         seen.append(token_id)
 
 
+def expected_scores(
+    logits: np.ndarray, params: SamplingParams, prompt: list[int], drawn: list[int], banned: int, stop_id: int
+) -> np.ndarray:
+    """Process logits [vocab] with transformers' processors, in the order of its generate; the two penalties that it
+    lacks by the formula of OpenAI's reference, mu[j] - c[j] * frequency - (c[j] > 0) * presence."""
+    ids, scores = torch.tensor([prompt + drawn], dtype=torch.int64), torch.from_numpy(logits)[None].clone()
+    if params.logit_bias:
+        biases = {(i,): -math.inf if bias == -100 else float(bias) for i, bias in params.logit_bias.items()}
+        scores = SequenceBiasLogitsProcessor(biases)(ids, scores)
+    if prompt + drawn:
+        scores = RepetitionPenaltyLogitsProcessor(params.repetition_penalty)(ids, scores)
+    counts = torch.bincount(torch.tensor(drawn, dtype=torch.int64), minlength=len(logits))
+    scores = scores - counts * params.frequency_penalty - (counts > 0) * params.presence_penalty
+    scores = MinNewTokensLengthLogitsProcessor(len(prompt), params.min_tokens, stop_id)(ids, scores)
+    scores[0, banned] = -math.inf
+    return scores[0].numpy()
+
+
+@given(
+    logits=st.lists(logit_vectors, min_size=1, max_size=8),
+    temperature=st.sampled_from([0.0, 1.0]),
+    repetition=st.sampled_from([1.0, 0.7, 1.3]),
+    presence=st.floats(-2, 2),
+    frequency=st.floats(-2, 2),
+    min_tokens=st.integers(0, 6),
+    data=st.data(),
+)
+def test_scores_are_those_of_transformers_and_openai(
+    logits: list[np.ndarray],
+    temperature: float,
+    repetition: float,
+    presence: float,
+    frequency: float,
+    min_tokens: int,
+    data: st.DataObject,
+) -> None:
+    size = 12
+    steps = [np.resize(row, size) for row in logits]
+    ids = st.integers(0, size - 1)
+    banned, stop_id, allowed = data.draw(st.lists(ids, min_size=3, max_size=3, unique=True))
+    bias = data.draw(st.dictionaries(ids, st.sampled_from([-100.0, 100.0, -3.5, 0.25]), max_size=size))
+    bias.pop(allowed, None)  # one token is possible
+    prompt = data.draw(st.lists(ids, max_size=6))
+    params = SamplingParams(
+        temperature=temperature,
+        repetition_penalty=repetition,
+        presence_penalty=presence,
+        frequency_penalty=frequency,
+        logit_bias=bias,
+        min_tokens=min_tokens,
+        seed=1,
+    )
+    sampler = Sampler(params, np.array(prompt, np.int64), {banned}, {stop_id})
+    drawn: list[int] = []
+    for row in steps:
+        expected = expected_scores(row, params, prompt, drawn, banned, stop_id)
+        np.testing.assert_allclose(sampler._scores(row), expected, rtol=1e-5, atol=1e-4)
+        token_id, _ = sampler.sample(row)
+        assert np.isfinite(expected[token_id])
+        assert temperature or expected[token_id] >= expected.max() - 1e-4
+        drawn.append(token_id)
+
+
+def test_the_penalties_of_openai_do_not_count_the_prompt() -> None:
+    """The repetition penalty does, as in transformers."""
+    logits = np.array([1.0, 0.9], dtype=np.float32)
+    prompt = np.zeros(5, np.int64)
+    for params in (SamplingParams(presence_penalty=2), SamplingParams(frequency_penalty=2)):
+        sampler = Sampler(params, prompt)
+        assert [sampler.sample(logits)[0] for _ in range(3)] == [0, 1, 0]
+    assert Sampler(SamplingParams(repetition_penalty=2), prompt).sample(logits)[0] == 1
+
+
+def test_the_frequency_penalty_grows_and_the_presence_penalty_does_not() -> None:
+    logits = np.array([3.5, 0.0, 2.0], dtype=np.float32)
+    frequency = Sampler(SamplingParams(frequency_penalty=1), NOTHING)
+    assert [frequency.sample(logits)[0] for _ in range(6)] == [0, 0, 2, 0, 2, 0]
+    presence = Sampler(SamplingParams(presence_penalty=1), NOTHING)
+    assert [presence.sample(logits)[0] for _ in range(6)] == [0] * 6
+
+
+def test_each_answer_has_the_draws_of_a_request_with_its_seed() -> None:
+    seeds = [answer_seed(7, index) for index in range(20)]
+    assert seeds[0] == 7
+    assert len(set(seeds)) == 20
+    assert seeds[1] == 4042502035264064771  # the same on every machine and with every NumPy
+    assert answer_seed(None, 3) is None
+    for index, seed in enumerate(seeds):
+        assert flat_draws(seed=7, index=index) == flat_draws(seed=seed)
+    assert len({tuple(flat_draws(seed=seed)) for seed in seeds}) == 20
+    assert SamplingParams(seed=answer_seed(2**64 - 1, 65535))  # is a seed
+
+
 @given(st.lists(st.sampled_from([0.0, 1e-30, 0.25, 1.0]), min_size=1, max_size=1500), st.floats(0, 1, exclude_max=True))
 def test_draw_inverts_the_running_sum(weights: list[float], uniform: float) -> None:
     assume(any(weights))
@@ -110,9 +205,9 @@ def test_tokens_are_drawn_as_often_as_their_probability_says(settings: dict[str,
     assert (np.abs(counts - draws * expected) <= 4.5 * deviation + 1e-9).all()
 
 
-def flat_draws(seed: int | None) -> list[int]:
+def flat_draws(seed: int | None, index: int = 0) -> list[int]:
     """Draws 50 tokens from 1000 that are equally probable."""
-    sampler = Sampler(SamplingParams(temperature=1, seed=seed), NOTHING)
+    sampler = Sampler(SamplingParams(temperature=1, seed=seed), NOTHING, index=index)
     return [sampler.sample(np.zeros(1000, dtype=np.float32))[0] for _ in range(50)]
 
 
@@ -162,8 +257,12 @@ def test_extreme_logits_still_give_a_token(scale: float, temperature: float, dat
 
 @given(logits=logit_vectors, count=st.integers(1, 20))
 def test_logprobs_are_the_models_own(logits: np.ndarray, count: int) -> None:
-    params = SamplingParams(temperature=0.1, top_k=1, repetition_penalty=2, logprobs=count)
-    token_id, info = Sampler(params, np.array([0]), banned_ids={1}).sample(logits)
+    params = SamplingParams(
+        temperature=0.1, top_k=1, repetition_penalty=2, presence_penalty=2, logit_bias={0: 9}, logprobs=count
+    )
+    sampler = Sampler(params, np.array([0]), banned_ids={1})
+    sampler.sample(logits)
+    token_id, info = sampler.sample(logits)
     expected = torch.log_softmax(torch.from_numpy(logits).double(), dim=-1).numpy()
     assert info is not None
     assert info.token_id == token_id
@@ -216,6 +315,45 @@ def test_sampling_leaves_the_logits_alone() -> None:
         ("stop", ["a"] * 17),
         ("stop", ["a" * 257]),
         ("stop", 7),
+        ("presence_penalty", 2.1),
+        ("presence_penalty", -2.01),
+        ("presence_penalty", math.nan),
+        ("presence_penalty", True),
+        ("presence_penalty", "1"),
+        ("frequency_penalty", 3),
+        ("frequency_penalty", -math.inf),
+        ("frequency_penalty", None),
+        ("logit_bias", {5: 100.5}),
+        ("logit_bias", {5: -101}),
+        ("logit_bias", {5: math.nan}),
+        ("logit_bias", {5: True}),
+        ("logit_bias", {5: "1"}),
+        ("logit_bias", {5: None}),
+        ("logit_bias", {-1: 1}),
+        ("logit_bias", {True: 1}),
+        ("logit_bias", {1.0: 1}),
+        ("logit_bias", {"-1": 1}),
+        ("logit_bias", {"05": 1}),
+        ("logit_bias", {" 5": 1}),
+        ("logit_bias", {"5\n": 1}),
+        ("logit_bias", {"5.0": 1}),
+        ("logit_bias", {"٥": 1}),
+        ("logit_bias", {"": 1}),
+        ("logit_bias", {"5": 1, 5: 1}),
+        ("logit_bias", dict.fromkeys(range(1025), 1)),
+        ("logit_bias", [[5, 1]]),
+        ("logit_bias", None),
+        ("min_tokens", -1),
+        ("min_tokens", 1.0),
+        ("min_tokens", True),
+        ("min_tokens", 257),  # more than max_tokens
+        ("n", 0),
+        ("n", -1),
+        ("n", 1.0),
+        ("n", True),
+        ("n", "2"),
+        ("n", 65537),
+        ("n", None),
         ("logprobs", 21),
         ("logprobs", True),
         ("ignore_eos", 1),
@@ -243,4 +381,6 @@ def test_values_as_json_has_them() -> None:
     params = SamplingParams.from_dict({"temperature": 1, "top_p": 1, "stop": "END", "seed": None, "max_tokens": 5})
     assert params.stop == ("END",)
     assert SamplingParams.from_dict({"stop": ["a", "b"]}).stop == ("a", "b")
+    assert SamplingParams.from_dict({"logit_bias": {"0": -100, "151935": 1}}).logit_bias == {0: -100, 151935: 1}
+    assert SamplingParams.from_dict({"logit_bias": dict.fromkeys(range(1024), 1)})
     assert SamplingParams.from_dict({}) == SamplingParams()

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -7,10 +9,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_backend import POISON, Asked, Receiver, ToyBackend, ask, byte_tokenizer, tokens_alone
+from toy_backend import CONFIG, POISON, Asked, Receiver, ToyBackend, ask, byte_tokenizer, tokens_alone
 
 from nvlm_trt.api import SamplingParams
-from nvlm_trt.errors import EngineError, ImageError, QueueFullError, RequestError
+from nvlm_trt.errors import EngineError, ImageError, ParameterError, QueueFullError, RequestError
 from nvlm_trt.prompt.tokenizer import Tokenizer
 from nvlm_trt.runtime.request import Request
 from nvlm_trt.runtime.scheduler import Scheduler
@@ -30,10 +32,11 @@ class Client:
     arrives: int = 0
     prepared_after: int = 0
     cancelled_after: int | None = None
-    receiver: Receiver = field(default_factory=Receiver)
+    receiver: Receiver = field(init=False)
     rejected: bool = False
 
     def __post_init__(self) -> None:
+        self.receiver = Receiver(self.asked.sampling.n)
         self.request: Request = self.asked.request(self.receiver, ready=False)
 
     def provide(self) -> None:
@@ -53,14 +56,20 @@ def run(scheduler: Scheduler) -> None:
 
 
 @st.composite
-def clients(draw: st.DrawFn, image_token_id: int) -> list[Client]:
+def clients(draw: st.DrawFn, image_token_id: int, slots: int) -> list[Client]:
     schedule = []
     for index in range(draw(st.integers(1, 9))):
+        max_tokens = draw(st.integers(1, 12))
         sampling = SamplingParams(
-            max_tokens=draw(st.integers(1, 12)),
+            max_tokens=max_tokens,
             temperature=draw(st.sampled_from([0.0, 1.0])),
             seed=index,
             repetition_penalty=draw(st.sampled_from([1.0, 1.3])),
+            presence_penalty=draw(st.sampled_from([0.0, 0.0, 1.5])),
+            frequency_penalty=draw(st.sampled_from([0.0, 0.0, 0.5])),
+            logit_bias=draw(st.dictionaries(st.integers(60, 260), st.sampled_from([-100, 2]), max_size=3)),
+            min_tokens=draw(st.sampled_from([0, 0, max_tokens])),
+            n=draw(st.integers(1, slots)),
             ignore_eos=draw(st.booleans()),
         )
         asked = ask(
@@ -82,7 +91,7 @@ def test_every_schedule_gives_each_request_its_own_tokens(tokenizer: Tokenizer, 
     slots, chunk, max_queue = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 20)), data.draw(st.integers(1, 9))
     backend = ToyBackend(tokenizer.image_token_id, max_slots=slots)
     scheduler = Scheduler(backend, tokenizer, max_queue, chunk)
-    schedule = data.draw(clients(tokenizer.image_token_id))
+    schedule = data.draw(clients(tokenizer.image_token_id, slots))
 
     for now in range(2000):
         for client in schedule:
@@ -105,7 +114,7 @@ def test_every_schedule_gives_each_request_its_own_tokens(tokenizer: Tokenizer, 
         kinds = [kind for kind, _ in backend.calls]
         assert kinds in ([], ["prefill"], ["decode"], ["prefill", "decode"])
         assert all(size <= (chunk if kind == "prefill" else slots) for kind, size in backend.calls)
-        stays = decoding - sum(client.request.cancelled for client in schedule)
+        stays = decoding - sum(client.request.sampling.n for client in schedule if client.request.cancelled)
         assert stays <= 0 or kinds[-1] == "decode"
         metrics = scheduler.metrics()
         assert metrics.queued <= max_queue
@@ -118,22 +127,33 @@ def test_every_schedule_gives_each_request_its_own_tokens(tokenizer: Tokenizer, 
     assert scheduler.is_empty
     assert scheduler.metrics().free_slots == slots
     for client in schedule:
-        alone = tokens_alone(backend, tokenizer, client.asked)
-        got, reason = client.receiver.token_ids, client.receiver.finish_reason
         assert client.receiver.error is None
-        if client.rejected:
-            assert not client.receiver.ended
-        elif reason == "cancelled":
+        assert client.receiver.ended != client.rejected
+        if not client.rejected:
+            check_answers(backend, tokenizer, client)
+    served = [client for client in schedule if not client.rejected]
+    generated = {client.request: sum(map(len, client.receiver.tokens)) for client in served}
+    assert sum(scheduler.metrics().requests_finished.values()) == len(served)
+    assert scheduler.metrics().tokens_generated == sum(generated.values())
+    for client in served:
+        usage = client.receiver.usage
+        assert usage.completion_tokens == generated[client.request] if usage else client.request.cancelled
+
+
+def check_answers(backend: ToyBackend, tokenizer: Tokenizer, client: Client) -> None:
+    """Checks that each of the request's answers is that of a request of its own, up to where it was cancelled."""
+    sampling = client.asked.sampling
+    for index, (got, reason) in enumerate(zip(client.receiver.tokens, client.receiver.reasons, strict=True)):
+        alone = tokens_alone(backend, tokenizer, client.asked, index)
+        if reason == "cancelled":
             assert client.request.cancelled
             assert got == alone[: len(got)]
         else:
             assert got == alone
-            ended = alone[-1] in tokenizer.stop_ids and not client.asked.sampling.ignore_eos
+            ended = alone[-1] in tokenizer.stop_ids and not sampling.ignore_eos
             assert reason == ("stop" if ended else "length")
-            assert client.receiver.text == tokenizer.decode(got)
-    served = [client for client in schedule if not client.rejected]
-    assert sum(scheduler.metrics().requests_finished.values()) == len(served)
-    assert scheduler.metrics().tokens_generated == sum(len(client.receiver.token_ids) for client in served)
+            assert client.receiver.texts[index] == tokenizer.decode(got)
+            assert not ended or len(got) > sampling.min_tokens
 
 
 def test_slots_are_given_in_the_order_of_arrival(tokenizer: Tokenizer) -> None:
@@ -317,3 +337,182 @@ def test_cancelling_cancels_the_encoding_of_the_images(tokenizer: Tokenizer) -> 
     assert client.request.is_over
     assert client.receiver.finish_reason == "cancelled"
     assert scheduler.is_empty
+
+
+# --- several answers -------------------------------------------------------------------------------------------------
+
+SAMPLED = {"temperature": 1.0, "seed": 5, "ignore_eos": True}
+
+
+def test_the_prompt_of_several_answers_is_prefilled_once(tokenizer: Tokenizer) -> None:
+    backend = ToyBackend(tokenizer.image_token_id)
+    scheduler = Scheduler(backend, tokenizer, 8, prefill_chunk=4)
+    asked = ask(tokenizer.image_token_id, 3, images=2, sampling=SamplingParams(6, n=3, **SAMPLED))
+    client = submit(scheduler, asked)
+    scheduler.step()
+    assert scheduler.metrics().free_slots == 0  # the slots of all three answers are kept for them
+    run(scheduler)
+    prefilled = [size for kind, size in backend.calls if kind == "prefill"]
+    assert sum(prefilled) == len(asked.prompt.input_ids)
+    assert [call for call in backend.calls if call[0] == "decode"] == [("decode", 3)] * 5
+    assert len({tuple(tokens) for tokens in client.receiver.tokens}) == 3
+    check_answers(backend, tokenizer, client)
+
+
+@pytest.mark.parametrize("prompt_seed", range(12))
+def test_greedy_answers_to_one_prompt_are_equal(tokenizer: Tokenizer, prompt_seed: int) -> None:
+    """Some prompts end with their first token, so no row is copied."""
+    backend = ToyBackend(tokenizer.image_token_id)
+    scheduler = Scheduler(backend, tokenizer, 8, 256)
+    client = submit(scheduler, ask(tokenizer.image_token_id, prompt_seed, sampling=SamplingParams(9, n=3)))
+    run(scheduler)
+    assert client.receiver.tokens == [tokens_alone(backend, tokenizer, client.asked)] * 3
+    assert scheduler.metrics().free_slots == 3
+
+
+def test_a_request_for_several_answers_waits_for_all_its_slots_and_is_not_overtaken(tokenizer: Tokenizer) -> None:
+    backend = ToyBackend(tokenizer.image_token_id, max_slots=3)
+    scheduler = Scheduler(backend, tokenizer, max_queue=20, prefill_chunk=256)
+    many = [1, 3, 1, 2, 1, 1, 3]
+    served = []
+    for index, n in enumerate(many):
+        sampling = SamplingParams(5 + index, n=n, **SAMPLED)
+        served.append(
+            submit(scheduler, ask(tokenizer.image_token_id, index, sampling=sampling, first_token=100 + index))
+        )
+    scheduler.step()
+    assert (scheduler.metrics().active, scheduler.metrics().free_slots) == (1, 2)
+    scheduler.step()
+    assert backend.admitted == [100]  # the second needs three slots, and the third has to wait for it
+    run(scheduler)
+    assert backend.admitted == list(range(100, 107))
+    for client in served:
+        check_answers(backend, tokenizer, client)
+
+
+def test_more_answers_than_slots_are_refused_at_once(tokenizer: Tokenizer) -> None:
+    scheduler = Scheduler(ToyBackend(tokenizer.image_token_id, max_slots=3), tokenizer, 8, 256)
+    with pytest.raises(ParameterError, match=r"n = 4 is not allowed; it is an integer from 1 to 3, the slots"):
+        submit(scheduler, ask(tokenizer.image_token_id, 0, sampling=SamplingParams(n=4)))
+    assert scheduler.is_empty
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 5])
+def test_cancelling_ends_all_answers(tokenizer: Tokenizer, steps: int) -> None:
+    scheduler = Scheduler(ToyBackend(tokenizer.image_token_id), tokenizer, 8, prefill_chunk=6)  # two chunks
+    client = submit(scheduler, ask(tokenizer.image_token_id, 0, sampling=SamplingParams(40, n=3, **SAMPLED)))
+    for _ in range(steps):
+        scheduler.step()
+    client.request.cancel()
+    scheduler.step()
+    assert client.receiver.reasons == ["cancelled"] * 3
+    assert [len(tokens) for tokens in client.receiver.tokens] == [max(0, steps - 1) + (steps > 1)] * 3
+    assert (client.receiver.usage is None) == (steps == 0)
+    assert scheduler.is_empty
+    assert scheduler.metrics().free_slots == 3
+    assert scheduler.metrics().requests_finished["cancelled"] == 1
+
+
+def test_an_error_in_one_answer_ends_all_of_the_request_and_no_other(tokenizer: Tokenizer) -> None:
+    backend = ToyBackend(tokenizer.image_token_id)
+    scheduler = Scheduler(backend, tokenizer, 8, 256)
+    sound = submit(scheduler, ask(tokenizer.image_token_id, 0, sampling=SamplingParams(15, ignore_eos=True)))
+    sampling = SamplingParams(15, n=2, **SAMPLED)
+    poisoned = submit(scheduler, ask(tokenizer.image_token_id, 1, sampling=sampling, first_token=POISON))
+    run(scheduler)
+    assert isinstance(poisoned.receiver.error, EngineError)
+    assert poisoned.receiver.reasons == [None, None]
+    assert sound.receiver.token_ids == tokens_alone(backend, tokenizer, sound.asked)
+    assert scheduler.metrics().requests_finished == {"stop": 0, "length": 1, "cancelled": 0, "error": 1}
+    assert scheduler.metrics().free_slots == 3
+
+
+@pytest.mark.parametrize("raises_at", [1, 2, 5, 9])
+def test_a_callback_that_raises_ends_all_answers(tokenizer: Tokenizer, raises_at: int) -> None:
+    """At the first token, while all answers run, and at the end of one of them."""
+    scheduler = Scheduler(ToyBackend(tokenizer.image_token_id), tokenizer, 8, 256)
+    seen, errors = [], []
+
+    def on_delta(delta: object) -> None:
+        seen.append(delta)
+        if len(seen) == raises_at:
+            raise ValueError("a bug of the caller")
+
+    asked = ask(tokenizer.image_token_id, 2, sampling=SamplingParams(5, n=2, **SAMPLED))
+    request = Request(asked.sampling, on_delta, errors.append)
+    asked.provide(request)
+    scheduler.enqueue(request)
+    run(scheduler)
+    assert [str(error) for error in errors] == ["a bug of the caller"]
+    assert len(seen) == raises_at
+    assert scheduler.metrics().free_slots == 3
+
+
+def test_answers_end_alone_and_the_last_reports_the_usage(tokenizer: Tokenizer) -> None:
+    """Ends of text come at random, so the answers end at different steps and their slots are free for others."""
+    backend = ToyBackend(tokenizer.image_token_id)
+    scheduler = Scheduler(backend, tokenizer, 8, 256)
+    client = submit(
+        scheduler, ask(tokenizer.image_token_id, 4, sampling=SamplingParams(40, n=3, temperature=3, seed=1))
+    )
+    free = set()
+    while scheduler.has_work:
+        scheduler.step()
+        free.add(scheduler.metrics().free_slots)
+    lengths = [len(tokens) for tokens in client.receiver.tokens]
+    assert len(set(lengths)) > 1
+    assert len(free) > 2
+    assert client.receiver.usage is not None
+    assert client.receiver.usage.completion_tokens == sum(lengths)
+    check_answers(backend, tokenizer, client)
+
+
+def test_a_request_that_ended_leaves_memory_at_once(tokenizer: Tokenizer) -> None:
+    """Its images may be large, and on a device. Python's search for cycles would find it some time."""
+    scheduler = Scheduler(ToyBackend(tokenizer.image_token_id), tokenizer, 8, 256)
+    asked = ask(tokenizer.image_token_id, 1, images=1, sampling=SamplingParams(4, n=2, **SAMPLED))
+    request = asked.request(Receiver(2))
+    ended = weakref.ref(request)
+    scheduler.enqueue(request)
+    gc.disable()
+    try:
+        run(scheduler)
+        del request
+        assert ended() is None
+    finally:
+        gc.enable()
+
+
+# --- biases ----------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_ids_of_logit_bias_are_refused(tokenizer: Tokenizer) -> None:
+    scheduler = Scheduler(ToyBackend(tokenizer.image_token_id), tokenizer, 8, 256)
+    vocab_size = CONFIG.llm.vocab_size
+    asked = ask(tokenizer.image_token_id, 0, sampling=SamplingParams(logit_bias={vocab_size: 1, 3: 1, 10**9: 0}))
+    with pytest.raises(ParameterError, match=rf"logit_bias names the token id {vocab_size}, which is unknown"):
+        submit(scheduler, asked)
+
+
+def test_biases_that_leave_no_token_are_refused(tokenizer: Tokenizer) -> None:
+    everything = dict.fromkeys(range(CONFIG.llm.vocab_size), -100)
+    placeholder, (stop, *_) = tokenizer.image_token_id, tokenizer.stop_ids
+
+    def run_with(bias: dict[int, int], **others: object) -> Client:
+        scheduler = Scheduler(ToyBackend(placeholder), tokenizer, 8, 256)
+        client = submit(scheduler, ask(placeholder, 0, sampling=SamplingParams(3, logit_bias=bias, **others)))
+        run(scheduler)
+        return client
+
+    def all_but(token_id: int) -> dict[int, int]:
+        return {other: bias for other, bias in everything.items() if other != token_id}
+
+    for refused in (everything, all_but(placeholder)):  # no bias allows a placeholder
+        with pytest.raises(ParameterError, match="bans every token"):
+            run_with(refused)
+    with pytest.raises(ParameterError, match="bans every token"):
+        run_with(all_but(stop), min_tokens=1)
+    assert run_with(all_but(stop)).receiver.token_ids == [stop]
+    assert run_with(all_but(stop), min_tokens=1, ignore_eos=True).receiver.token_ids == [stop] * 3
+    assert run_with(all_but(70)).receiver.token_ids == [70] * 3
+    assert placeholder not in run_with({placeholder: 100}).receiver.token_ids

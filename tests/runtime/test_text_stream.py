@@ -21,10 +21,10 @@ class Words:
         return self._rest
 
 
-def answer(text: str, stop: Sequence[str]) -> str:
+def answer(text: str, stop: Sequence[str], unstoppable: int = 0) -> str:
     """Applies the rule letter by letter: the answer ends before the stop string that is complete first, or before the
-    longest of them."""
-    for end in range(len(text) + 1):
+    longest of them, but not one that is complete within the first `unstoppable` letters."""
+    for end in range(unstoppable + 1, len(text) + 1):
         starts = [end - len(s) for s in stop if text[:end].endswith(s)]
         if starts:
             return text[: min(starts)]
@@ -34,15 +34,25 @@ def answer(text: str, stop: Sequence[str]) -> str:
 letters = st.text("ab<é", max_size=6)
 
 
-@given(st.lists(letters, max_size=12), letters, st.lists(st.text("ab<é", min_size=1, max_size=5), max_size=4))
-def test_deltas_add_up_to_the_text_before_the_first_stop(words: list[str], rest: str, stop: list[str]) -> None:
-    stream = TextStream(Words(words, rest), stop)
-    expected = answer("".join(words) + rest, stop)
+@given(
+    st.lists(letters, max_size=12),
+    letters,
+    st.lists(st.text("ab<é", min_size=1, max_size=5), max_size=4),
+    st.sampled_from([0, 0, 1, 2, 5]),
+)
+def test_deltas_add_up_to_the_text_before_the_first_stop(
+    words: list[str], rest: str, stop: list[str], min_tokens: int
+) -> None:
+    rest = rest if len(words) >= min_tokens else ""
+    stream = TextStream(Words(words, rest), stop, min_tokens)
+    unstoppable = len("".join(words[:min_tokens]))
+    expected = answer("".join(words) + rest, stop, unstoppable)
     shown = ""
     for token_id in range(len(words)):
         shown += stream.push(token_id)
         assert expected.startswith(shown)
-        assert stream.stopped == (answer("".join(words[: token_id + 1]), stop) != "".join(words[: token_id + 1]))
+        now = "".join(words[: token_id + 1])
+        assert stream.stopped == (answer(now, stop, unstoppable) != now)
     assert shown + stream.flush() == expected
 
 
@@ -64,6 +74,12 @@ def test_a_stop_string_spans_tokens() -> None:
     assert [stream.push(i) for i in range(4)] == ["The ", "end", "", ""]
     assert stream.stopped
     assert stream.flush() == ""
+
+
+def test_a_stop_string_among_the_first_tokens_is_text_even_where_another_may_follow() -> None:
+    stream = TextStream(Words(["xab", "q", "ab"]), ["ab", "xabyz"], min_tokens=1)
+    assert [stream.push(i) for i in range(3)] == ["", "xabq", ""]
+    assert stream.stopped
 
 
 def test_held_text_appears_when_it_was_no_stop_after_all() -> None:

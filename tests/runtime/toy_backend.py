@@ -14,14 +14,14 @@ from pathlib import Path
 
 import numpy as np
 
-from nvlm_trt.api import SamplingParams
+from nvlm_trt.api import Delta, SamplingParams, Usage
 from nvlm_trt.backends.base import ImageFeatures, embedding_rows
 from nvlm_trt.limits import EngineLimits
 from nvlm_trt.model.presets import PRESETS
 from nvlm_trt.prompt.encoder import EncodedPrompt
 from nvlm_trt.prompt.tokenizer import Tokenizer, write_byte_tokenizer
 from nvlm_trt.runtime.request import Request
-from nvlm_trt.runtime.sampling import Sampler
+from nvlm_trt.runtime.sampling import Sampler, answer_seed
 
 CONFIG = PRESETS["nvlm-x-tiny"]
 HIDDEN = CONFIG.llm.hidden_size
@@ -88,8 +88,9 @@ class ToyBackend:
         self._logits[:] = np.nan  # no longer valid
         self.moves += 1
         for cache, used in ((self._values, length), (self._memory, cross_length)):
-            cache[target, :used] = cache[source, :used]
-            cache[source] = 12345  # nothing may be read there afterwards
+            row = cache[source].copy()
+            cache[target] = 12345  # nothing may be read there, except:
+            cache[target, :used] = row[:used]
         self._poisoned[target] = self._poisoned[source]
 
     def close(self) -> None:
@@ -163,8 +164,11 @@ def ask(
     return Asked(prompt, sampling or SamplingParams(), features)
 
 
-def tokens_alone(backend: ToyBackend, tokenizer: Tokenizer, asked: Asked) -> list[int]:
-    """Computes the request's tokens by the toy's definition, without slots, chunks, neighbours and stop strings."""
+def tokens_alone(backend: ToyBackend, tokenizer: Tokenizer, asked: Asked, index: int = 0) -> list[int]:
+    """Computes the tokens of one of the request's answers by the toy's definition, as those of a request of its own:
+    without slots, chunks, neighbours and stop strings."""
+    sampling = asked.sampling.model_copy(update={"seed": answer_seed(asked.sampling.seed, index), "n": 1})
+    stop_ids = () if sampling.ignore_eos else tokenizer.stop_ids
     prompt, image_token_id = asked.prompt, backend.config.image_token_id
     memory = np.concatenate([np.empty(0, np.float32), *(kv.cross_kv[0, 0, 0, :, 0] for kv in asked.images)])  # type: ignore[index]
     images = (row for image in asked.images for row in image.embeddings)  # type: ignore[attr-defined]
@@ -172,32 +176,35 @@ def tokens_alone(backend: ToyBackend, tokenizer: Tokenizer, asked: Asked) -> lis
         value(next(images).tobytes() if token_id == image_token_id else int(token_id), memory[start:end])
         for token_id, (start, end) in zip(prompt.input_ids, prompt.cross_ranges, strict=True)
     ]
-    sampler = Sampler(asked.sampling, prompt.input_ids, {image_token_id})  # type: ignore[arg-type]
+    sampler = Sampler(sampling, prompt.input_ids, {image_token_id}, stop_ids)  # type: ignore[arg-type]
     tokens: list[int] = []
     while len(tokens) < asked.sampling.max_tokens and len(prompt.input_ids) + len(tokens) < backend.limits.max_seq_len:
         tokens.append(sampler.sample(logits_of(np.array(values)))[0])
-        if tokens[-1] in tokenizer.stop_ids and not asked.sampling.ignore_eos:
+        if tokens[-1] in stop_ids:
             break
         values.append(value(tokens[-1], memory))
     return tokens
 
 
 class Receiver:
-    """Collects the deltas and the error of one request, and checks that nothing follows its end."""
+    """Collects the deltas and the error of one request, and checks that nothing follows the end of an answer or of the
+    request."""
 
-    def __init__(self) -> None:
-        self.token_ids: list[int] = []
-        self.text = ""
-        self.finish_reason: str | None = None
+    def __init__(self, n: int = 1) -> None:
+        self.tokens: list[list[int]] = [[] for _ in range(n)]  # of each answer
+        self.texts = [""] * n
+        self.reasons: list[str | None] = [None] * n
         self.error: Exception | None = None
-        self.usage: object = None
+        self.usage: Usage | None = None
 
-    def on_delta(self, delta: object) -> None:
+    def on_delta(self, delta: Delta) -> None:
         assert not self.ended
-        self.token_ids += delta.token_ids  # type: ignore[attr-defined]
-        self.text += delta.text  # type: ignore[attr-defined]
-        self.finish_reason = delta.finish_reason  # type: ignore[attr-defined]
-        self.usage = delta.usage  # type: ignore[attr-defined]
+        assert self.reasons[delta.index] is None
+        self.tokens[delta.index] += delta.token_ids
+        self.texts[delta.index] += delta.text
+        self.reasons[delta.index] = delta.finish_reason
+        assert delta.usage is None or self.ended
+        self.usage = delta.usage
 
     def on_error(self, error: Exception) -> None:
         assert not self.ended
@@ -205,4 +212,21 @@ class Receiver:
 
     @property
     def ended(self) -> bool:
-        return self.finish_reason is not None or self.error is not None
+        return None not in self.reasons or self.error is not None
+
+    # --- of a request for one answer ---------------------------------------------------------------------------------
+
+    @property
+    def token_ids(self) -> list[int]:
+        (tokens,) = self.tokens
+        return tokens
+
+    @property
+    def text(self) -> str:
+        (text,) = self.texts
+        return text
+
+    @property
+    def finish_reason(self) -> str | None:
+        (reason,) = self.reasons
+        return reason

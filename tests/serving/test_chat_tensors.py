@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nvlm_trt.api import Delta, Message, SamplingParams, TokenLogprob, Usage, merge_deltas
+from nvlm_trt.api import (
+    Delta,
+    Message,
+    SamplingParams,
+    ScoredToken,
+    TokenLogprob,
+    Usage,
+    merge_answers,
+    merge_deltas,
+)
 from nvlm_trt.errors import EngineError, ImageError, QueueFullError, RequestError, ServerError
 from nvlm_trt.serving.chat_tensors import (
     decode_delta,
@@ -27,15 +39,18 @@ usages = st.builds(
     st.none() | st.floats(0, 1e6),
     st.floats(0, 1e6),
 )
+tokens = st.builds(ScoredToken, token_ids, logprobs, st.text(), st.binary())
 deltas = st.builds(
     Delta,
     text=st.text(),
     token_ids=st.lists(token_ids),
     logprobs=st.lists(
-        st.builds(TokenLogprob, token_ids, logprobs, st.lists(st.tuples(token_ids, logprobs)).map(tuple)), max_size=3
+        st.builds(TokenLogprob, token_ids, logprobs, st.text(), st.binary(), st.lists(tokens, max_size=3).map(tuple)),
+        max_size=3,
     ),
     finish_reason=st.sampled_from([None, "stop", "length", "cancelled"]),
     usage=st.none() | usages,
+    index=st.integers(0, 65535),
 )
 
 
@@ -51,6 +66,32 @@ def test_merged_deltas_say_the_same(parts: list[Delta]) -> None:
     assert whole.token_ids == [t for part in parts for t in part.token_ids]
     assert len(whole.logprobs) == sum(len(part.logprobs) for part in parts)
     assert (whole.finish_reason, whole.usage) == (parts[-1].finish_reason, parts[-1].usage)
+
+
+@given(st.lists(deltas, max_size=12), st.integers(1, 4))
+def test_merged_answers_are_apart_and_share_the_usage(parts: list[Delta], n: int) -> None:
+    parts = [replace(part, index=part.index % n) for part in parts]
+    answers = merge_answers(parts)
+    indices = sorted({part.index for part in parts})
+    assert len(answers) == len(indices)
+    for index, answer in zip(indices, answers, strict=True):
+        own = [part for part in parts if part.index == index]
+        assert answer.text == "".join(part.text for part in own)
+        assert answer.token_ids == [token_id for part in own for token_id in part.token_ids]
+        assert answer.finish_reason == own[-1].finish_reason
+        assert answer.usage == parts[-1].usage
+
+
+def test_the_bytes_of_a_token_are_integers_as_in_openais_api() -> None:
+    token = TokenLogprob(5, -0.5, "\ufffd", b"\xe2\x82", (ScoredToken(7, -0.1, "a", b"a"),))
+    (written,) = json.loads(encode_delta(Delta("", [5], [token]))["logprobs"][0])
+    assert written == {
+        "token_id": 5,
+        "logprob": -0.5,
+        "token": "\ufffd",
+        "bytes": [0xE2, 0x82],
+        "top": [{"token_id": 7, "logprob": -0.1, "token": "a", "bytes": [97]}],
+    }
 
 
 @pytest.mark.parametrize(
@@ -88,7 +129,7 @@ def tensor(request: object, name: str) -> bytes:
     st.lists(st.binary(max_size=99), max_size=3),
 )
 def test_a_request_says_what_it_was_given(messages: list[Message], images: list[bytes]) -> None:
-    sampling = SamplingParams(max_tokens=3, temperature=0.5, seed=2**64 - 1, stop=("\n", "ü"))
+    sampling = SamplingParams(3, temperature=0.5, seed=2**64 - 1, stop=("\n", "ü"), logit_bias={0: -100, 9: 0.5}, n=4)
     request = infer_request(messages=messages, images=images, sampling=sampling, max_tiles=2)
     assert parse_conversation(None, tensor(request, "messages")) == messages
     assert parse_sampling(tensor(request, "sampling_parameters")) == sampling

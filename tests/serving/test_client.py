@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from nvlm_trt.api import SamplingParams
 from nvlm_trt.errors import RequestError, ServerError
 from nvlm_trt.serving.client import AsyncClient, Client
 from nvlm_trt.serving.triton.ports import choose_ports
@@ -57,6 +58,18 @@ def test_one_image_in_place_of_a_list_is_an_error(nobody: str, images: Any) -> N
 def test_max_tiles_that_does_not_fit_its_tensor_is_an_error(nobody: str, max_tiles: Any) -> None:
     with Client(nobody) as client, pytest.raises(RequestError, match=f"max_tiles = {max_tiles}"):
         client.generate("What?", max_tiles=max_tiles)
+
+
+@pytest.mark.parametrize("sampling", [{"n": 2}, SamplingParams(n=2)])
+def test_generate_returns_one_answer_and_says_what_returns_more(nobody: str, sampling: Any) -> None:
+    async def ask() -> None:
+        async with AsyncClient(nobody) as client:
+            await client.generate("Hello", sampling=sampling)
+
+    with Client(nobody) as client, pytest.raises(RequestError, match=r"n = 2 asks for more; call `generate_all`"):
+        client.generate("Hello", sampling=sampling)
+    with pytest.raises(RequestError, match="generate_all"):
+        asyncio.run(ask())
 
 
 def test_a_host_that_does_not_exist_is_an_error_that_says_what_to_do() -> None:

@@ -37,6 +37,7 @@ from nvlm_trt.serving.triton.models.tiling import TilingModel
 from nvlm_trt.serving.triton.models.vision_encoder import VisionEncoderModel
 
 WAIT = 20.0
+CHANNELS: list[DrainChannel] = []  # kept open: a model whose supervisor has ended ends its process group
 USAGE = Usage(1, 1, 0, 0, 0, 0.0, 0.0, 0.0, 0.0)
 
 
@@ -96,11 +97,11 @@ def test_image_tokens_of_several_images_are_split() -> None:
 class Asked:
     """One request that an AnswerSender answers."""
 
-    def __init__(self, answers: AnswerSender, stream: bool = True, image_bytes: int = 0) -> None:
+    def __init__(self, answers: AnswerSender, stream: bool = True, image_bytes: int = 0, n: int = 1) -> None:
         self.sender = ResponseSender()
         self.request = RuntimeRequest(SamplingParams(), print, print)
         self.put: Callable[[Event], None]
-        answers.answer(self.sender, self._submit, stream, image_bytes)
+        answers.answer(self.sender, self._submit, stream, image_bytes, n)
 
     def _submit(self, put: Callable[[Event], None]) -> RuntimeRequest:
         self.put = put
@@ -134,6 +135,38 @@ def test_deltas_are_sent_in_order_and_the_last_is_final(answers: AnswerSender) -
     assert "".join(asked.texts) == "abcd"
     assert [flags for _, flags in asked.sender.sent[:-1]] == [0] * (len(asked.sender.sent) - 1)
     wait_until(lambda: answers.open_requests == 0)
+
+
+def test_several_answers_have_responses_of_their_own_and_the_last_is_final(answers: AnswerSender) -> None:
+    asked = Asked(answers, n=3)
+    # handed over at once, so that deltas of one answer are joined
+    answers._events.put(None)
+    answers._thread.join()
+    for index, text in ((0, "a"), (1, "b"), (2, "c"), (0, "d")):
+        asked.put(Delta(text, [ord(text)], index=index))
+    asked.put(Delta("e", [101], index=1, finish_reason="stop"))
+    asked.put(Delta("f", [102], index=0, finish_reason="length"))
+    asked.put(Delta("g", [103], index=2, finish_reason="stop", usage=USAGE))
+    answers._events.put(None)
+    answers._run()
+    received = [
+        [response.tensors[name].as_numpy()[0] for name in ("index", "text", "finish_reason")]
+        for response, _ in asked.sender.sent
+        if response is not None
+    ]
+    assert received == [[1, b"be", b"stop"], [0, b"adf", b"length"], [2, b"cg", b"stop"]]
+    assert [flags for _, flags in asked.sender.sent] == [0, 0, FINAL]
+    assert answers.open_requests == 0
+
+
+def test_an_end_of_one_of_several_answers_is_not_final(answers: AnswerSender) -> None:
+    asked = Asked(answers, n=2)
+    asked.put(Delta("a", [97], index=1, finish_reason="stop"))
+    wait_until(lambda: len(asked.sender.sent) == 1)
+    assert not asked.sender.ended
+    asked.put(EngineError("it failed"))
+    wait_until(lambda: asked.sender.ended)
+    assert [flags for _, flags in asked.sender.sent] == [0, FINAL]
 
 
 def test_an_error_after_deltas_is_the_last_response(answers: AnswerSender) -> None:
@@ -358,6 +391,7 @@ def test_image_encoder_asks_the_ensemble_and_keeps_the_kind_of_its_errors() -> N
 def test_chat_model(engine: Callable[[str], Path]) -> None:
     """Answers about an image that another model encodes, refuses a request, and drains."""
     path, channel = engine("nvlm-h-tiny"), DrainChannel()
+    CHANNELS.append(channel)
     with open_backend(Engine.open(path), ["vision_encoder"], threads=1) as backend:
 
         def run(request: SimpleNamespace) -> InferenceResponse:

@@ -76,6 +76,18 @@ def test_tokens_that_come_together_share_their_interval(seen: SimpleNamespace) -
     assert seen.observed == {FIRST_TOKEN: [1.0], INTER_TOKEN: [0.0] + [0.5] * 4}
 
 
+def test_times_of_several_answers(seen: SimpleNamespace) -> None:
+    """One first token and one end; the intervals are those between tokens of the same answer."""
+    seen.pass_on(11.0, Delta("a", [1], index=0))
+    seen.pass_on(11.0, Delta("b", [2], index=1))
+    seen.pass_on(11.5, Delta("", [3], index=0, finish_reason="stop"))
+    seen.pass_on(13.0, Delta("", [4, 5], index=1, finish_reason="length", usage=USAGE))
+    assert seen.observed[FIRST_TOKEN] == [1.0]
+    assert seen.observed[INTER_TOKEN] == [0.5, 1.0, 1.0]
+    assert seen.observed[END_TO_END] == [3.0]
+    assert seen.observed[QUEUE_TIME] == [0.25]
+
+
 def test_a_cancelled_request_has_no_end_to_end_time(seen: SimpleNamespace) -> None:
     seen.pass_on(11.0, Delta("a", [1]))
     seen.pass_on(12.0, Delta("", [], finish_reason="cancelled", usage=USAGE))

@@ -46,8 +46,8 @@ def reads_stream(pb_utils: Any, request: Any, answers: int) -> bool:
     is_read = stream is None or bool(stream[0])
     if answers > 1 and not is_read:
         raise ParameterError(
-            f"sampling parameter n = {answers} is not allowed with `stream` false: one response holds one answer; read a "
-            "stream"
+            f"sampling parameter n = {answers} is not allowed with `stream` false: one response holds one answer; read "
+            "a stream"
         )
     return is_read
 

@@ -10,8 +10,8 @@ from nvlm_trt.serving.triton.models.error_reason import REASONS, error_reason
 from nvlm_trt.serving.triton.models.histograms import Observations
 
 _DESCRIPTIONS = {
-    "nvlm_active_slots": "Requests being decoded",
-    "nvlm_free_slots": "Slots without a request",
+    "nvlm_active_slots": "Answers being decoded",
+    "nvlm_free_slots": "Slots without an answer",
     "nvlm_queued_requests": "Requests without a slot, those whose images are being encoded included",
     "nvlm_open_requests": "Requests that are not answered to the end",
     "nvlm_image_cache_images": "Images whose features are cached",
