@@ -21,7 +21,6 @@ from nvlm_trt.serving.gateway.request_fields import SamplingFields, StreamOption
 from nvlm_trt.serving.gateway.source import ChatSource
 
 _Result = TypeVar("_Result")
-_CLIENT_GONE = 499  # nobody reads it
 
 
 class ClientGoneError(Exception):
@@ -55,8 +54,6 @@ async def respond(gateway: Gateway, source: ChatSource, request: Request, questi
             prompt = await while_connected(request, source.count(question.chat, request_id))
         first = await while_connected(request, anext(deltas))
         gateway.metrics.first_event.observe(time.monotonic() - arrived)
-    except ClientGoneError:
-        return Response(status_code=_CLIENT_GONE)
     except BaseException:
         await deltas.aclose()
         raise

@@ -7,11 +7,12 @@ import importlib.metadata
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from nvlm_trt.errors import NvlmError
+from nvlm_trt.serving.gateway.answering import ClientGoneError
 from nvlm_trt.serving.gateway.chat_request import ChatCompletionRequest
 from nvlm_trt.serving.gateway.chat_routes import chat_routes
 from nvlm_trt.serving.gateway.completion_request import CompletionRequest
@@ -36,6 +37,8 @@ def create_app(gateway: Gateway) -> ASGIApp:
     for kind in (HttpError, NvlmError, Exception):
         app.add_exception_handler(kind, _answer_error)
     app.add_exception_handler(HTTPException, _answer_http_error)
+    for gone in (ClientGoneError, ClientDisconnect):
+        app.add_exception_handler(gone, _answer_nobody)
     wrapped: ASGIApp = Envelope(app, gateway)
     if options.cors_origins:
         wrapped = CORSMiddleware(
@@ -50,6 +53,11 @@ def create_app(gateway: Gateway) -> ASGIApp:
 
 async def _answer_error(request: Request, error: Exception) -> Response:
     return of_exception(error).response()
+
+
+async def _answer_nobody(request: Request, error: Exception) -> Response:
+    """Answer a client that has left; only the metrics see the status."""
+    return Response(status_code=499)
 
 
 async def _answer_http_error(request: Request, error: Exception) -> Response:

@@ -27,7 +27,7 @@ _OF_A_PARAMETER = re.compile("sampling parameter (?P<name>[a-z_]+) |max_tiles = 
 _INVALID = "invalid_request_error"
 
 
-@dataclass
+@dataclass(eq=False)
 class HttpError(Exception):
     """An answer that is an error. `param` names the key of the request that is wrong."""
 

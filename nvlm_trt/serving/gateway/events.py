@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
+from typing import Any
 
 from sse_starlette import EventSourceResponse, ServerSentEvent
+from starlette.types import Receive, Scope, Send
 
 from nvlm_trt.api import Delta, PromptCount
 from nvlm_trt.serving.gateway.answer_format import AnswerFormat, Json, running_usage_json, scored_tokens, usage_json
@@ -30,13 +32,30 @@ def event_stream(
 
     Sends a comment every 15 s, so that proxies keep the connection. Closes `deltas` when the client leaves, or takes no
     event for `send_seconds`."""
-    return EventSourceResponse(
+    return _EventResponse(
+        deltas,
         _events(deltas, form, settings),
         ping=_COMMENT_SECONDS,
         ping_message_factory=lambda: ServerSentEvent(comment="keep-alive", sep="\n"),
         send_timeout=settings.send_seconds,
         sep="\n",
     )
+
+
+class _EventResponse(EventSourceResponse):
+    """Closes the deltas in any case: the client may have left before the first event is taken from them."""
+
+    def __init__(
+        self, deltas: AsyncGenerator[Delta, None], events: AsyncGenerator[bytes, None], **settings: Any
+    ) -> None:
+        super().__init__(events, **settings)
+        self._deltas = deltas
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._deltas.aclose()
 
 
 async def _events(
@@ -67,8 +86,6 @@ async def _events(
     except Exception as error:  # the status is sent already
         yield _data(of_exception(error).body())
         return
-    finally:
-        await deltas.aclose()
     if settings.include_usage and usage is not None:
         yield _data({**form.envelope([]), "usage": usage_json(usage)})
     yield _DONE

@@ -42,8 +42,9 @@ class PipelineSource:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for the event
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        request = await self._submit(chat, put, request_id)
         unfinished = chat.sampling.n
+        request = await self._submit(chat, put, request_id)
+        del chat  # its images take memory until the answer ends
         try:
             while unfinished:
                 event = await events.get()

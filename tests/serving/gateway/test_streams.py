@@ -77,7 +77,7 @@ def test_a_client_that_leaves_the_queue(live: LiveGateway) -> None:
 
 
 def test_a_client_that_leaves_while_its_image_is_decoded(live: LiveGateway) -> None:
-    big = png(1, 4000, 4000)
+    big = png(1, 2000, 2000)
     for path in (CHAT, COUNT):
         with live.begin(live.body([image_part(big)]), path):
             pass
@@ -186,3 +186,15 @@ def test_a_slow_reader_gets_everything(live: LiveGateway) -> None:
     assert data.count(b'"finish_reason":"length"') == 1
     assert data.count(b'"top_logprobs"') == 300
     assert seen > 100
+
+
+def test_nothing_is_logged_of_clients_that_leave(live: LiveGateway, caplog: pytest.LogCaptureFixture) -> None:
+    with live.begin(live.body([image_part(png(2, 2000, 2000))]), COUNT):
+        pass
+    with socket.create_connection(("127.0.0.1", live.port)) as connection:
+        connection.sendall(request_head(CHAT, 100) + b"{")
+    with live.begin(live.body(**ENDLESS)):
+        wait_until(lambda: live.active == 1, "the request has a slot")
+    live.wait_until_idle()
+    assert live.chat().status == 200
+    assert [record.getMessage() for record in caplog.records if record.levelname != "INFO"] == []
