@@ -1,4 +1,4 @@
-"""Runs three slots through a backend, to compare backends: prefill in chunks, batched decoding, a moved slot."""
+"""Runs three slots through a backend, to compare backends: prefill, batched decoding, a moved and a copied slot."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def three_prompts(engine: Engine) -> dict[str, object]:
 
 
 def run_steps(engine: Engine, steps: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Prefill three slots, decode them twice as one batch, move a slot, decode two."""
+    """Prefill three slots, decode them twice as one batch, move a slot, decode two, copy a slot, decode both."""
     answers: dict[str, np.ndarray] = {}
     with open_backend(engine) as backend:
         tokens: Any = backend.encode(steps["pixels"])
@@ -40,7 +40,8 @@ def run_steps(engine: Engine, steps: dict[str, Any]) -> dict[str, np.ndarray]:
         if backend.config.cross_layers:
             cross_kv: Any = backend.cross_kv(tokens)  # type: ignore[attr-defined]  # of the thumbnail, too
             answers["cross kv"] = backend.to_host(cross_kv)
-            backend.write_cross_kv(1, 0, ImageFeatures(flat[:0], cross_kv, len(tokens)))
+            features = ImageFeatures(flat[:0], cross_kv, len(tokens))
+            backend.write_cross_kv(1, 0, features)
         for slot, prompt in enumerate(steps["prompts"]):
             images = flat[: int((prompt == backend.config.image_token_id).sum())]
             ranges = steps["ranges"][slot]
@@ -52,4 +53,7 @@ def run_steps(engine: Engine, steps: dict[str, Any]) -> dict[str, np.ndarray]:
         backend.move_slot(2, 0, int(lengths[2]) + 2, 0)
         moved = np.array([lengths[2], lengths[1]]) + 2
         answers["moved"] = backend.decode(steps["next"][[2, 1]], moved, last[[2, 1]]).copy()
+        cross_length = features.cross_tokens if backend.config.cross_layers else 0
+        backend.move_slot(1, 0, int(lengths[1]) + 3, cross_length)
+        answers["copied"] = backend.decode(steps["next"][[0, 0]], moved[[1, 1]] + 1, last[[1, 1]]).copy()
     return answers
