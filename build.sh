@@ -90,12 +90,31 @@ run() {
   .venv/bin/nvlm-trt "$@"
 }
 
-# ask_served ENGINE IMAGE QUESTION: serves an engine, asks it one question over gRPC and stops the server.
+# ask_over_http URL MODEL IMAGE QUESTION: asks an OpenAI endpoint with curl, or with Python where there is no curl.
+ask_over_http() {
+  local url=$1/chat/completions model=$2 image=$3 question=$4 body
+  body='{"model": "'$model'", "messages": [{"role": "user", "content": [
+    {"type": "image_url", "image_url": {"url": "data:image/png;base64,'$(base64 <"$image" | tr -d '\n')'"}},
+    {"type": "text", "text": "\n'$question'"}]}]}'
+  if command -v curl >/dev/null; then
+    printf "\n$ curl -H 'Content-Type: application/json' -d @question.json %s\n" "$url" >&2
+    curl --silent --show-error --fail --noproxy '*' --header 'Content-Type: application/json' --data @- "$url" <<<"$body"
+  else
+    echo "POST $url (there is no curl here)" >&2
+    .venv/bin/python -c 'import sys, urllib.request as r
+request = r.Request(sys.argv[1], sys.stdin.buffer.read(), {"Content-Type": "application/json"})
+print(r.build_opener(r.ProxyHandler({})).open(request).read().decode(), end="")' "$url" <<<"$body"
+  fi
+  echo
+}
+
+# ask_served ENGINE IMAGE QUESTION: serves an engine, asks it one question over gRPC and the same over HTTP, and stops
+# the server.
 ask_served() {
-  local engine=$1 image=$2 question=$3 log address=
+  local engine=$1 image=$2 question=$3 log address= ports=(--grpc-port 0 --http-port 0 --metrics-port 0 --openai-port 0)
   log=$(mktemp)
-  printf '\n$ ./build.sh serve %s --grpc-port 0 --http-port 0 --metrics-port 0\n' "$engine" >&2
-  .venv/bin/nvlm-trt serve "$engine" --grpc-port 0 --http-port 0 --metrics-port 0 >"$log" &
+  printf '\n$ ./build.sh serve %s %s\n' "$engine" "${ports[*]}" >&2
+  .venv/bin/nvlm-trt serve "$engine" "${ports[@]}" >"$log" &
   server=$!
   until address=$(grep -om1 'grpc://[^ ]*' "$log"); do
     kill -0 "$server" 2>/dev/null || fail "the server did not start; see its message above"
@@ -103,6 +122,7 @@ ask_served() {
   done
   echo "serving at $address" >&2
   run ask "$question" --image "$image" --url "$address" --stats
+  ask_over_http "$(grep -om1 'http://[^ ]*/v1' "$log")" "$(basename "$engine")" "$image" "$question"
   kill -TERM "$server"
   wait "$server"
   server=

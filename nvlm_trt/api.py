@@ -41,6 +41,7 @@ class ImagePart:
     Without `image`, the part stands for the next of the images that are sent beside the messages."""
 
     image: EncodedImage | None = None
+    max_tiles: int | None = None  # of this image, thumbnail not counted; None: the request's
 
 
 Part = TextPart | ImagePart
@@ -196,6 +197,30 @@ class Usage:
     queue_s: float  # from submission until the request has a slot, encoding included
     ttft_s: float | None  # from submission to the first token; None: no token was generated
     total_s: float  # from submission to the end of the last answer
+    image_tokens: int = 0  # image placeholders among prompt_tokens
+
+
+@dataclass(frozen=True)
+class ImageCount:
+    """Says what an image becomes: a grid of tiles, and a thumbnail if the grid has more than one."""
+
+    width: int  # pixels, as the model sees the image: turned by EXIF's orientation
+    height: int
+    columns: int
+    rows: int
+    tiles: int  # thumbnail included
+    image_tokens: int  # image placeholders in the LLM's sequence
+    cross_tokens: int  # cross-attended tokens, with NVLM-H tile tags included
+
+
+@dataclass(frozen=True)
+class PromptCount:
+    """Counts the tokens of a request that is not run."""
+
+    prompt_tokens: int  # in the LLM's sequence, image placeholders included
+    image_tokens: int  # image placeholders
+    cross_tokens: int
+    images: tuple[ImageCount, ...]
 
 
 @dataclass(frozen=True)

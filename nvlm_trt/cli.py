@@ -18,6 +18,17 @@ from nvlm_trt.commands.build import build
 from nvlm_trt.commands.decode_budget import DecodeMemoryOption, DecodeSecondsOption, image_limits
 from nvlm_trt.commands.deploy import deploy
 from nvlm_trt.commands.evaluate import evaluate
+from nvlm_trt.commands.gateway import gateway
+from nvlm_trt.commands.gateway_options import (
+    ApiKeyFileOption,
+    ApiKeyOption,
+    CorsOriginOption,
+    MaxBodyOption,
+    MediaDomainOption,
+    NoAuthOption,
+    ServedNameOption,
+    gateway_options,
+)
 from nvlm_trt.commands.plan import plan
 from nvlm_trt.commands.tiles import tiles
 from nvlm_trt.commands.tinydocs import tinydocs
@@ -114,10 +125,21 @@ def serve(
     metrics_port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free port.")] = 8002,
     max_decode_seconds: DecodeSecondsOption = None,
     max_decode_memory: DecodeMemoryOption = None,
+    openai_port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Serve OpenAI's endpoints too; 0 picks a free port [off].")
+    ] = None,
+    served_model_name: ServedNameOption = None,
+    api_key: ApiKeyOption = None,
+    api_key_file: ApiKeyFileOption = None,
+    no_auth: NoAuthOption = False,
+    allowed_media_domain: MediaDomainOption = None,
+    cors_origin: CorsOriginOption = None,
+    max_body_mib: MaxBodyOption = 64,
 ) -> None:
     """Serve an engine through Triton until SIGINT or SIGTERM; running requests are finished first.
 
-    A request has at most 16 images of 32 MiB each and 32 MiB of text; larger ones are refused.
+    A request has at most 16 images of 32 MiB each and 32 MiB of text; larger ones are refused. The options from
+    --served-model-name on are for the OpenAI endpoint; --host is where that listens, too.
 
     Example: nvlm-trt serve engines/nvlm-h --grpc-port 8001
     """
@@ -125,9 +147,29 @@ def serve(
     from nvlm_trt.serving.triton.repository import RepositoryOptions
     from nvlm_trt.serving.triton.server import ServerOptions
 
-    repository = RepositoryOptions(image_limits=image_limits(max_decode_seconds, max_decode_memory))
+    limits = image_limits(max_decode_seconds, max_decode_memory)
+    repository = RepositoryOptions(image_limits=limits)
     options = ServerOptions(host, grpc_port, http_port, metrics_port, repository)
-    raise typer.Exit(run_in_foreground(engine, options))
+    if openai_port is None:
+        if served_model_name or api_key or api_key_file or no_auth or allowed_media_domain or cors_origin:
+            raise NvlmError("an option of the OpenAI endpoint has no effect without one; pass --openai-port 8080 too")
+        raise typer.Exit(run_in_foreground(engine, options))
+    of_gateway = gateway_options(
+        host,
+        openai_port,
+        served_model_name,
+        api_key,
+        api_key_file,
+        allowed_media_domain,
+        cors_origin,
+        max_body_mib,
+        limits,
+    )
+    from nvlm_trt.serving.gateway.server import GatewayServer
+
+    with GatewayServer(of_gateway, no_auth) as openai:
+        openai.start()
+        raise typer.Exit(run_in_foreground(engine, options, openai))
 
 
 @app.command()
@@ -225,6 +267,7 @@ def _biases(options: list[str]) -> dict[int, float]:
 
 
 app.command()(deploy)
+app.command()(gateway)
 app.command()(tiles)
 app.command("eval")(evaluate)
 app.command()(tinydocs)

@@ -19,6 +19,7 @@ EXTRAS = {
         "font_source_serif_pro",
     ),
     "bench": ("matplotlib",),
+    "openai": ("fastapi", "uvicorn", "sse_starlette"),
     "reference": ("torch",),
     "deploy": ("yaml",),
 }

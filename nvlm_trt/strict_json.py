@@ -7,9 +7,18 @@ import math
 from typing import Any
 
 
-def loads(text: str | bytes) -> Any:
-    """Read JSON. Raises ValueError (of which UnicodeDecodeError and json.JSONDecodeError are kinds)."""
-    return json.loads(text, parse_constant=_refuse, parse_float=_number)
+def loads(text: str | bytes, most_keys: int | None = None) -> Any:
+    """Read JSON, with at most `most_keys` keys in an object.
+
+    Raises ValueError (of which UnicodeDecodeError and json.JSONDecodeError are kinds)."""
+
+    def bounded(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if most_keys is not None and len(pairs) > most_keys:
+            raise ValueError(f"an object has {len(pairs)} keys, at most {most_keys} are allowed")
+        return dict(pairs)
+
+    hook = None if most_keys is None else bounded
+    return json.loads(text, parse_constant=_refuse, parse_float=_number, object_pairs_hook=hook)
 
 
 def _refuse(name: str) -> Any:

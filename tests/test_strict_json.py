@@ -78,3 +78,12 @@ def test_a_difference_that_is_not_finite_is_null() -> None:
     report = ParityReport("t", tolerance=float("inf"))
     report.compare("logits", np.array([np.nan]), np.array([1.0]))
     assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["stages"][0]["max_abs_diff"] is None
+
+
+def test_an_object_has_at_most_so_many_keys() -> None:
+    assert strict_json.loads('{"a": {"b": 1}, "c": [{"d": 2, "e": 3}]}', most_keys=2) == {
+        "a": {"b": 1},
+        "c": [{"d": 2, "e": 3}],
+    }
+    with pytest.raises(ValueError, match="an object has 3 keys, at most 2 are allowed"):
+        strict_json.loads('[{"a": 1, "b": 2, "a": 3}]', most_keys=2)

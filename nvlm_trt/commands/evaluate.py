@@ -32,7 +32,10 @@ _COMPARABLE = ("schema_version", "samples", "options")
 
 def evaluate(
     engine: Annotated[Path | None, typer.Option(help="Engine directory, run in this process.")] = None,
-    url: Annotated[str | None, typer.Option(help="A running server, grpc://host:port.")] = None,
+    url: Annotated[
+        str | None,
+        typer.Option(help="A running server: grpc://host:port, or the http:// address of an OpenAI endpoint."),
+    ] = None,
     reference: Annotated[Path | None, typer.Option(help="Checkpoint, run by the PyTorch reference.")] = None,
     samples: Annotated[
         Path | None, typer.Option(help="JSONL of {image, prompt, answer}; default: TinyDocs, drawn here.")
@@ -175,6 +178,10 @@ def _answerer(
 ) -> Answerer:
     if sum(source is not None for source in (engine, url, reference)) != 1:
         raise NvlmError("name who answers: pass one of --engine DIR, --url grpc://host:port and --reference CHECKPOINT")
+    if url is not None and url.startswith(("http://", "https://")):
+        from nvlm_trt.serving.openai_answerer import OpenAiAnswerer
+
+        return OpenAiAnswerer(url, max_tokens, concurrency)
     if url is not None:
         from nvlm_trt.serving.server_answerer import ServerAnswerer
 

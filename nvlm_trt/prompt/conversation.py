@@ -43,6 +43,14 @@ def lift_images(messages: Sequence[Message], images: Sequence[Any]) -> tuple[lis
     return [_without_data(message) for message in messages], lifted or list(images)
 
 
+def tiles_of_images(messages: Sequence[Message], images: int, max_tiles: int | None) -> list[int | None]:
+    """Return the most tiles of each image: its part's, or else `max_tiles`, that of the request."""
+    parts = [part for message in messages for part in _image_parts(message)]
+    if not parts:
+        return [max_tiles] * images
+    return [max_tiles if part.max_tiles is None else part.max_tiles for part in parts]
+
+
 def place_images(messages: Sequence[Message], images: int) -> list[Turn]:
     """Make turns in which every image has its place.
 
@@ -106,7 +114,9 @@ def _image_parts(message: Message) -> Iterator[ImagePart]:
 def _without_data(message: Message) -> Message:
     if isinstance(message.content, str):
         return message
-    return replace(message, content=[ImagePart() if isinstance(p, ImagePart) else p for p in message.content])
+    return replace(
+        message, content=[replace(p, image=None) if isinstance(p, ImagePart) else p for p in message.content]
+    )
 
 
 def _parts_of(message: Message) -> Iterator[str | None]:
@@ -134,6 +144,7 @@ class _JsonText(_Strict):
 
 class _JsonImage(_Strict):
     type: Literal["image"]
+    max_tiles: int | None = None
 
 
 class _JsonMessage(_Strict):
@@ -142,7 +153,7 @@ class _JsonMessage(_Strict):
 
 
 _PART = TypeAdapter(Annotated[_JsonText | _JsonImage, Field(discriminator="type")])
-_PART_FORM = '{"type": "text", "text": ...} or {"type": "image"}'
+_PART_FORM = '{"type": "text", "text": ...} or {"type": "image"}, with or without "max_tiles": 1'
 
 
 def parse_messages(messages: Any) -> list[Message]:
@@ -162,7 +173,9 @@ def _parse_message(message: Any, where: str) -> Message:
         raise _message_error(message, faulty, where) from None
     if isinstance(parsed.content, str):
         return Message(parsed.role, parsed.content)
-    parts: list[Part] = [TextPart(p.text) if isinstance(p, _JsonText) else ImagePart() for p in parsed.content]
+    parts: list[Part] = [
+        TextPart(p.text) if isinstance(p, _JsonText) else ImagePart(max_tiles=p.max_tiles) for p in parsed.content
+    ]
     return Message(parsed.role, parts)
 
 

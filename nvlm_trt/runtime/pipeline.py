@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nvlm_trt.api import ChatRequest, Delta
+from nvlm_trt.api import ChatRequest, Delta, ImageCount, PromptCount
 from nvlm_trt.backends.base import BackendArray, ImageFeatures
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import ImageError, RequestError
 from nvlm_trt.image.decoder import ImageDecoder
 from nvlm_trt.image.decoding import ImageLimits
-from nvlm_trt.image.tiling import image_key, normalise_tiles
-from nvlm_trt.lane import AbandonedError, IsOver, Lane
-from nvlm_trt.prompt.conversation import lift_images
-from nvlm_trt.prompt.encoder import PromptDraft, PromptEncoder
+from nvlm_trt.image.tiling import choose_grid, image_key, normalise_tiles
+from nvlm_trt.lane import AbandonedError, IsOver, Lane, never
+from nvlm_trt.prompt.conversation import lift_images, tiles_of_images
+from nvlm_trt.prompt.encoder import EncodedPrompt, PromptDraft, PromptEncoder
 from nvlm_trt.prompt.image_tokens import count_image_tokens
 from nvlm_trt.prompt.tokenizer import Tokenizer
 from nvlm_trt.runtime.image_cache import ImageCache, ImageCacheMetrics
@@ -44,6 +44,14 @@ class RuntimeOptions(GeneratorOptions):
     image_limits: ImageLimits = field(default_factory=ImageLimits)
     encode_workers: int = 1  # images whose tiles are encoded at the same time
     decode_workers: int | None = None  # quick images, and slow ones, that are decoded at the same time; None: by cores
+
+
+@dataclass(frozen=True)
+class _Image:
+    """An image of a request: an encoded file, or image tokens [tiles, T, hidden]."""
+
+    data: Any
+    max_tiles: int
 
 
 @dataclass(frozen=True)
@@ -122,22 +130,37 @@ class Pipeline:
 
         Raises the errors that are found before an image is decoded: RequestError, QueueFullError, and EngineError for
         an engine that is closed or has failed. Passes later errors to `on_error`, ImageError for example."""
-        messages, images = lift_images(chat.messages, chat.images)
-        self._check_images(images, chat.max_tiles)
-        draft = self._prompt_encoder.draft(messages, len(images))
-        self._engine.limits.check_characters(draft.characters, self._max_characters)
-        shortest = draft.encode([1] * len(images))
-        self._engine.limits.check_prompt(len(shortest.input_ids), shortest.placeholders)
-        self._engine.limits.check_cross_tokens(shortest.cross_tokens)
+        draft, images, shortest = self._draft(chat)
         request = Request(chat.sampling, on_delta, on_error, request_id)
         if images:
             self._generator.submit(request)
             text_tokens = len(shortest.input_ids) - shortest.placeholders
-            self._preparing.submit(self._prepare, request, draft, images, chat.max_tiles, text_tokens)
+            self._preparing.submit(self._prepare, request, draft, images, text_tokens)
         else:
             request.provide(shortest)
             self._generator.submit(request)
         return request
+
+    def count(self, chat: ChatRequest, is_over: IsOver = never) -> PromptCount:
+        """Count the tokens and tiles of a request. Decodes the images and runs no model.
+
+        Raises RequestError and ImageError as an answer to the request does, and AbandonedError soon after `is_over`
+        returns True."""
+        draft, images, _ = self._draft(chat)
+        config, counts = self._engine.config, []
+        for index, image in enumerate(images):
+            if not isinstance(image.data, bytes):
+                raise RequestError("image tokens have no pixels to count tiles of; pass the bytes of a file")
+            with _naming(index), self._decoder.turn(is_over) as turn:
+                height, width, _ = turn.pixels(image.data).shape
+            columns, rows = choose_grid(width, height, config.vision.image_size, image.max_tiles)
+            tiles = columns * rows + (columns * rows > 1)
+            tokens = count_image_tokens(config, tiles, self._prompt_encoder.tag_length)
+            counts.append(ImageCount(width, height, columns, rows, tiles, *tokens))
+        prompt = draft.encode([image.tiles for image in counts])
+        self._engine.limits.check_prompt(len(prompt.input_ids), prompt.placeholders)
+        self._engine.limits.check_cross_tokens(prompt.cross_tokens)
+        return PromptCount(len(prompt.input_ids), prompt.placeholders, prompt.cross_tokens, tuple(counts))
 
     @property
     def healthy(self) -> bool:
@@ -163,33 +186,47 @@ class Pipeline:
     def __exit__(self, exception_type: type[BaseException] | None, *_: object) -> None:
         self.close(drain=exception_type is None)
 
+    def _draft(self, chat: ChatRequest) -> tuple[PromptDraft, list[_Image], EncodedPrompt]:
+        """Check a request before its images are decoded. Return the draft of the prompt, the images, and the shortest
+        prompt that may come of them."""
+        limits = self._engine.limits
+        messages, sent = lift_images(chat.messages, chat.images)
+        self._options.image_limits.check_count(len(sent))
+        if chat.max_tiles is not None:
+            limits.check_max_tiles(chat.max_tiles)
+        draft = self._prompt_encoder.draft(messages, len(sent))
+        images = [
+            self._image(image, max_tiles)
+            for image, max_tiles in zip(sent, tiles_of_images(messages, len(sent), chat.max_tiles), strict=True)
+        ]
+        limits.check_characters(draft.characters, self._max_characters)
+        shortest = draft.encode([1] * len(images))
+        limits.check_prompt(len(shortest.input_ids), shortest.placeholders)
+        limits.check_cross_tokens(shortest.cross_tokens)
+        return draft, images, shortest
+
     # --- images ------------------------------------------------------------------------------------------------------
 
-    def _check_images(self, images: Sequence[Any], max_tiles: int | None) -> None:
+    def _image(self, image: Any, max_tiles: int | None) -> _Image:
         limits = self._engine.limits
-        self._options.image_limits.check_count(len(images))
         if max_tiles is not None:
             limits.check_max_tiles(max_tiles)
-        for image in images:
-            if isinstance(image, (str, os.PathLike)):
-                raise RequestError("an image is named by its path; pass the bytes of the file")
-            if not isinstance(image, bytes):
-                limits.check_encoded_tiles(len(image))
+        if isinstance(image, (str, os.PathLike)):
+            raise RequestError("an image is named by its path; pass the bytes of the file")
+        if not isinstance(image, bytes):
+            limits.check_encoded_tiles(len(image))
+        return _Image(image, max_tiles or limits.max_tiles)
 
-    def _prepare(
-        self, request: Request, draft: PromptDraft, images: Sequence[Any], max_tiles: int | None, text_tokens: int
-    ) -> None:
+    def _prepare(self, request: Request, draft: PromptDraft, images: Sequence[_Image], text_tokens: int) -> None:
         """Provide a request with its prompt and features, unless it is cancelled first. Runs on a thread of its own."""
         try:
-            self._encode_images(request, draft, images, max_tiles, text_tokens)
+            self._encode_images(request, draft, images, text_tokens)
         except AbandonedError:
             return
         except Exception as error:
             request.fail(error)
 
-    def _encode_images(
-        self, request: Request, draft: PromptDraft, images: Sequence[Any], max_tiles: int | None, text_tokens: int
-    ) -> None:
+    def _encode_images(self, request: Request, draft: PromptDraft, images: Sequence[_Image], text_tokens: int) -> None:
         started = time.monotonic()
         features: list[ImageFeatures] = []
         tiles = [1] * len(images)  # a lower bound where an image is not decoded yet
@@ -197,7 +234,8 @@ class Pipeline:
         for index, image in enumerate(images):
             if request.is_over:
                 return
-            of_image, is_cached = self._features(image, max_tiles or self._engine.limits.max_tiles, index, request)
+            with _naming(index):
+                of_image, is_cached = self._features(image, request)
             features.append(of_image)
             cached += is_cached
             tiles[index] = of_image.tiles
@@ -214,18 +252,16 @@ class Pipeline:
         self._engine.limits.check_prompt(text_tokens + placeholders, placeholders)
         self._engine.limits.check_cross_tokens(cross_tokens)
 
-    def _features(self, image: Any, max_tiles: int, index: int, request: Request) -> tuple[ImageFeatures, bool]:
-        if not isinstance(image, bytes):
-            return self._generator.features(image), False
-        key = image_key(image, self._engine.config.vision.image_size, max_tiles, self._engine.digest)
+    def _features(self, image: _Image, request: Request) -> tuple[ImageFeatures, bool]:
+        data, max_tiles = image.data, image.max_tiles
+        if not isinstance(data, bytes):
+            return self._generator.features(data), False
+        key = image_key(data, self._engine.config.vision.image_size, max_tiles, self._engine.digest)
 
         def is_over() -> bool:
             return request.is_over
 
-        try:
-            return self._image_cache.get(key, lambda: self._encode(image, max_tiles, is_over), is_over)
-        except ImageError as error:
-            raise ImageError(f"image {index + 1}: {str(error).removeprefix('image: ')}") from error
+        return self._image_cache.get(key, lambda: self._encode(data, max_tiles, is_over), is_over)
 
     def _encode(self, data: bytes, max_tiles: int, is_over: IsOver) -> ImageFeatures:
         """Decode, tile and encode an image file. Raises AbandonedError soon after `is_over` returns True, but not while
@@ -240,3 +276,12 @@ class Pipeline:
             else:
                 image_tokens = self._generator.import_tokens(self._encode_elsewhere(tiles))
             return self._generator.features(image_tokens)
+
+
+@contextlib.contextmanager
+def _naming(index: int) -> Iterator[None]:
+    """Name the image in an ImageError."""
+    try:
+        yield
+    except ImageError as error:
+        raise ImageError(f"image {index + 1}: {str(error).removeprefix('image: ')}") from error

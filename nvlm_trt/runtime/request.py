@@ -185,4 +185,5 @@ class Request:
             queue_s=self._admitted - self._submitted,
             ttft_s=self._first_token - self._submitted if self._first_token else None,
             total_s=time.monotonic() - self._submitted,
+            image_tokens=self.prompt.placeholders,
         )

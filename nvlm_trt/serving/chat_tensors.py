@@ -12,8 +12,16 @@ import numpy as np
 import numpy.typing as npt
 
 from nvlm_trt import strict_json
-from nvlm_trt.api import Delta, Message, SamplingParams, ScoredToken, TokenLogprob, Usage
-from nvlm_trt.errors import ImageError, NvlmError, ParameterError, QueueFullError, RequestError, ServerError
+from nvlm_trt.api import Delta, ImageCount, Message, PromptCount, SamplingParams, ScoredToken, TokenLogprob, Usage
+from nvlm_trt.errors import (
+    ImageError,
+    NvlmError,
+    ParameterError,
+    QueueFullError,
+    RequestError,
+    ServerError,
+    TooLargeError,
+)
 from nvlm_trt.prompt.conversation import parse_messages
 
 MODEL = "nvlm"
@@ -23,6 +31,7 @@ PACKED_ONLY = "2"  # the version of `tiling` that takes packed tiles from `nvlm`
 
 # Triton streams only the message of an error, so the message begins with the kind of error.
 _INVALID_REQUEST = "invalid request: "
+_TOO_LARGE_REQUEST = "too large: "
 _QUEUE_FULL = "queue full: "
 # Triton's own words: once it exits or before it has loaded its models, and for a request that no region may hold
 _NOT_READY = re.compile(r"has no available versions|Server not ready")
@@ -76,8 +85,22 @@ def decode_delta(outputs: Mapping[str, npt.NDArray[Any]]) -> Delta:
     )
 
 
+def encode_count(count: PromptCount) -> npt.NDArray[Any]:
+    """Encode the answer to a request that is only counted, as the output tensor `count` [1]."""
+    return _string(json.dumps(asdict(count), allow_nan=False))
+
+
+def decode_count(output: npt.NDArray[Any]) -> PromptCount:
+    """Decode the output tensor of `encode_count`."""
+    count = json.loads(output[0])
+    images = tuple(ImageCount(**image) for image in count.pop("images"))
+    return PromptCount(**count, images=images)
+
+
 def encode_error(error: NvlmError) -> str:
     """Write the message of an error response."""
+    if isinstance(error, TooLargeError):
+        return _INVALID_REQUEST + _TOO_LARGE_REQUEST + str(error)
     if isinstance(error, (RequestError, ImageError)):
         return _INVALID_REQUEST + str(error)
     if isinstance(error, QueueFullError):
@@ -88,13 +111,18 @@ def encode_error(error: NvlmError) -> str:
 def decode_error(message: str) -> NvlmError:
     """Read a message of `encode_error`. An error without prefix, ours or Triton's, becomes a ServerError."""
     message = _OF_AN_ENSEMBLE.sub("", " ".join(message.split()))
-    for prefix, kind in ((_INVALID_REQUEST, RequestError), (_QUEUE_FULL, QueueFullError)):
+    kinds: tuple[tuple[str, type[NvlmError]], ...] = (
+        (_INVALID_REQUEST + _TOO_LARGE_REQUEST, TooLargeError),
+        (_INVALID_REQUEST, RequestError),
+        (_QUEUE_FULL, QueueFullError),
+    )
+    for prefix, kind in kinds:
         if message.startswith(prefix):
             return kind(message.removeprefix(prefix))
     if _NOT_READY.search(message):
         return ServerError("the server is stopping, or not ready yet; send the request to another one")
     if _TOO_LARGE.search(message):
-        return RequestError("the request is larger than the server takes; send fewer or smaller images")
+        return TooLargeError("the request is larger than the server takes; send fewer or smaller images")
     return ServerError(message)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
+from contextlib import aclosing
 from types import TracebackType
 from typing import Any, cast
 
@@ -12,13 +14,13 @@ import grpc
 import grpc.aio
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from nvlm_trt.api import Answer, Delta, EncodedImage, Message, SamplingParams, merge_answers
+from nvlm_trt.api import Answer, Delta, EncodedImage, Message, PromptCount, SamplingParams, merge_answers
 from nvlm_trt.closing import ClosedOnExit
 from nvlm_trt.errors import RequestError, ServerError
 from nvlm_trt.image.image_file import read_image_file
 from nvlm_trt.prompt.conversation import lift_images
 from nvlm_trt.serving.chat_tensors import MODEL
-from nvlm_trt.serving.grpc_messages import delta_of, infer_request
+from nvlm_trt.serving.grpc_messages import count_of, delta_of, infer_request
 from nvlm_trt.serving.served_record import ServedRecord
 
 Messages = Sequence[Message | Mapping[str, Any]]
@@ -141,19 +143,35 @@ class AsyncClient:
         images: Iterable[EncodedImage] = (),
         sampling: Sampling | None = None,
         max_tiles: int | None = None,
-    ) -> AsyncIterator[Delta]:
-        """Stream as `Client.stream` does. Closing the iterator or cancelling its task cancels the request."""
-        request = _request(prompt, messages, images, sampling, max_tiles)
-        call = self._stub.ModelStreamInfer(iter([request]))
-        try:
-            async for response in call:
+        request_id: str = "",
+    ) -> AsyncGenerator[Delta, None]:
+        """Stream as `Client.stream` does. Closing the iterator or cancelling its task cancels the request.
+
+        `request_id` names the request in the server's log."""
+        # in a thread: files are read, and images copied, while the event loop serves others
+        request = await asyncio.to_thread(_request, prompt, messages, images, sampling, max_tiles, request_id)
+        async with aclosing(self._responses(request)) as responses:
+            async for response in responses:
                 delta = delta_of(response)
                 if delta is not None:
                     yield delta
-        except grpc.aio.AioRpcError as error:
-            raise _connection_error(self._url, error) from None
-        finally:
-            call.cancel()
+
+    async def count(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Messages | None = None,
+        images: Iterable[EncodedImage] = (),
+        max_tiles: int | None = None,
+        request_id: str = "",
+    ) -> PromptCount:
+        """Return the number of tokens and tiles of a request, which is not answered. Raises as `Client.stream` does."""
+        request = await asyncio.to_thread(_request, prompt, messages, images, None, max_tiles, request_id, True)
+        async with aclosing(self._responses(request)) as responses:
+            async for response in responses:
+                if (count := count_of(response)) is not None:
+                    return count
+        raise ServerError(f"{self._url} has counted nothing; see what the server says")
 
     async def generate(
         self,
@@ -193,6 +211,18 @@ class AsyncClient:
     async def close(self) -> None:
         await self._channel.close()
 
+    async def _responses(
+        self, request: service_pb2.ModelInferRequest
+    ) -> AsyncGenerator[service_pb2.ModelStreamInferResponse, None]:
+        call = self._stub.ModelStreamInfer(iter([request]))
+        try:
+            async for response in call:
+                yield response
+        except grpc.aio.AioRpcError as error:
+            raise _connection_error(self._url, error) from None
+        finally:
+            call.cancel()
+
     async def __aenter__(self) -> AsyncClient:
         return self
 
@@ -221,13 +251,15 @@ def _request(
     images: Iterable[EncodedImage],
     sampling: Sampling | None,
     max_tiles: int | None,
+    request_id: str = "",
+    count_only: bool = False,
 ) -> service_pb2.ModelInferRequest:
     """Make a request. Images of message parts are sent beside the messages."""
     beside: Sequence[EncodedImage] = _as_list(images)
     if messages is not None and all(isinstance(message, Message) for message in messages):
         messages, beside = lift_images(cast("Sequence[Message]", messages), beside)
     encoded = [image if isinstance(image, bytes) else read_image_file(image) for image in beside]
-    return infer_request(prompt, messages, encoded, sampling, max_tiles)
+    return infer_request(prompt, messages, encoded, sampling, max_tiles, request_id, count_only=count_only)
 
 
 def _as_list(images: Iterable[EncodedImage]) -> list[EncodedImage]:

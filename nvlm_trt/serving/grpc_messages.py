@@ -12,9 +12,9 @@ import numpy.typing as npt
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import deserialize_bytes_tensor, serialize_byte_tensor
 
-from nvlm_trt.api import Delta, ImagePart, Message, SamplingParams, TextPart
+from nvlm_trt.api import Delta, ImagePart, Message, PromptCount, SamplingParams, TextPart
 from nvlm_trt.errors import RequestError
-from nvlm_trt.serving.chat_tensors import MODEL, decode_delta, decode_error
+from nvlm_trt.serving.chat_tensors import MODEL, decode_count, decode_delta, decode_error
 
 
 def infer_request(
@@ -25,6 +25,7 @@ def infer_request(
     max_tiles: int | None = None,
     request_id: str = "",
     model: str = MODEL,
+    count_only: bool = False,
 ) -> service_pb2.ModelInferRequest:
     """Make a request. Image parts of `messages` hold no images. The server checks the content, not this function.
 
@@ -52,6 +53,8 @@ def infer_request(
         except struct.error:
             raise RequestError(f"max_tiles = {max_tiles!r} is not a 32-bit integer; send a small one") from None
         _add_input(request, "max_tiles", "INT32", 1, packed)
+    if count_only:
+        _add_input(request, "count_only", "BOOL", 1, b"\1")
     return request
 
 
@@ -60,15 +63,22 @@ def delta_of(response: service_pb2.ModelStreamInferResponse) -> Delta | None:
 
     Raises RequestError, QueueFullError or ServerError for an error response.
     """
+    outputs = _outputs(response)
+    return decode_delta(outputs) if outputs else None
+
+
+def count_of(response: service_pb2.ModelStreamInferResponse) -> PromptCount | None:
+    """Read the response to a request that is only counted; None for a response without outputs. Raises as `delta_of`
+    does."""
+    outputs = _outputs(response)
+    return decode_count(outputs["count"]) if outputs else None
+
+
+def _outputs(response: service_pb2.ModelStreamInferResponse) -> dict[str, npt.NDArray[Any]]:
     if response.error_message:
         raise decode_error(response.error_message)
-    outputs = response.infer_response.outputs
-    if not outputs:
-        return None
-    contents = response.infer_response.raw_output_contents
-    return decode_delta(
-        {output.name: _array(output.datatype, raw) for output, raw in zip(outputs, contents, strict=True)}
-    )
+    described, contents = response.infer_response.outputs, response.infer_response.raw_output_contents
+    return {output.name: _array(output.datatype, raw) for output, raw in zip(described, contents, strict=True)}
 
 
 def _json(name: str, value: Any) -> bytes:
@@ -84,8 +94,10 @@ def _json_message(message: Message) -> dict[str, Any]:
     return {"role": message.role, "content": [_json_part(part) for part in message.content]}
 
 
-def _json_part(part: TextPart | ImagePart) -> dict[str, str]:
-    return {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": "image"}
+def _json_part(part: TextPart | ImagePart) -> dict[str, Any]:
+    if isinstance(part, TextPart):
+        return {"type": "text", "text": part.text}
+    return {"type": "image"} if part.max_tiles is None else {"type": "image", "max_tiles": part.max_tiles}
 
 
 def _add_strings(request: service_pb2.ModelInferRequest, name: str, values: Sequence[bytes]) -> None:

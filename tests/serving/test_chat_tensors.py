@@ -11,18 +11,24 @@ from hypothesis import strategies as st
 
 from nvlm_trt.api import (
     Delta,
+    ImageCount,
+    ImagePart,
     Message,
+    PromptCount,
     SamplingParams,
     ScoredToken,
+    TextPart,
     TokenLogprob,
     Usage,
     merge_answers,
     merge_deltas,
 )
-from nvlm_trt.errors import EngineError, ImageError, QueueFullError, RequestError, ServerError
+from nvlm_trt.errors import EngineError, ImageError, QueueFullError, RequestError, ServerError, TooLargeError
 from nvlm_trt.serving.chat_tensors import (
+    decode_count,
     decode_delta,
     decode_error,
+    encode_count,
     encode_delta,
     encode_error,
     parse_conversation,
@@ -99,6 +105,7 @@ def test_the_bytes_of_a_token_are_integers_as_in_openais_api() -> None:
     [
         (RequestError("max_tokens = -1 is not allowed"), RequestError),
         (ImageError("image 2: truncated"), RequestError),
+        (TooLargeError("the prompt has 9 tokens"), TooLargeError),
         (QueueFullError("9 requests are waiting"), QueueFullError),
         (EngineError("it failed"), ServerError),
         (ServerError("stopping"), ServerError),
@@ -135,6 +142,17 @@ def test_a_request_says_what_it_was_given(messages: list[Message], images: list[
     assert parse_sampling(tensor(request, "sampling_parameters")) == sampling
     shapes = {item.name: list(item.shape) for item in request.inputs}
     assert shapes.get("image", [0]) == [len(images)]
+
+
+def test_a_part_says_how_many_tiles_its_image_may_have() -> None:
+    parts = [ImagePart(max_tiles=3), TextPart("a"), ImagePart()]
+    request = infer_request(messages=[Message("user", parts)], images=[b"one", b"two"])
+    assert parse_conversation(None, tensor(request, "messages")) == [Message("user", parts)]
+
+
+@given(st.builds(PromptCount, images=st.lists(st.from_type(ImageCount), max_size=3).map(tuple)))
+def test_a_count_travels(count: PromptCount) -> None:
+    assert decode_count(encode_count(count)) == count
 
 
 def test_a_response_without_outputs_is_no_delta() -> None:

@@ -15,10 +15,10 @@ _SAMPLING = SamplingParams(max_tokens=1)
 def run_canary(client: Client) -> None:
     """Sends both requests. Raises the client's error if one fails."""
     client.generate("Hello", sampling=_SAMPLING)
-    client.generate("What is this?", images=[_image()], sampling=_SAMPLING, max_tiles=1)
+    client.generate("What is this?", images=[canary_image()], sampling=_SAMPLING, max_tiles=1)
 
 
-def _image() -> bytes:
+def canary_image() -> bytes:
     """Draws a PNG that becomes one tile."""
     encoded = io.BytesIO()
     Image.linear_gradient("L").save(encoded, "PNG")

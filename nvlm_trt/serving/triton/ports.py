@@ -30,10 +30,11 @@ def choose_ports(address: str, ports: Iterable[int]) -> list[int]:
     machine.
     """
     with contextlib.ExitStack() as held:
-        return [held.enter_context(_bound(address, port)).getsockname()[1] for port in ports]
+        return [held.enter_context(bind_port(address, port)).getsockname()[1] for port in ports]
 
 
-def _bound(address: str, port: int) -> socket.socket:
+def bind_port(address: str, port: int) -> socket.socket:
+    """Listens on a port, 0 for a free one. Raises ServerError."""
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -12,7 +12,8 @@ from nvlm_trt.errors import QueueFullError
 from nvlm_trt.runtime.pipeline import Pipeline, RuntimeOptions
 from nvlm_trt.runtime.request import Request as PipelineRequest
 from nvlm_trt.serving.triton.models.answer_sender import AnswerSender, Event
-from nvlm_trt.serving.triton.models.chat_request import read_chat, reads_stream
+from nvlm_trt.serving.triton.models.chat_request import is_only_counted, read_chat, reads_stream
+from nvlm_trt.serving.triton.models.counting import Counting
 from nvlm_trt.serving.triton.models.draining import Draining
 from nvlm_trt.serving.triton.models.image_encoder import ImageEncoder
 from nvlm_trt.serving.triton.models.metrics import ModelMetrics
@@ -49,6 +50,7 @@ class ChatModel:
         self._responses = Responses(self._pb_utils)
         self._metrics = ModelMetrics(self._pb_utils)
         self._answers = AnswerSender(self._pb_utils, self._responses, self._metrics.add_late_tokens)
+        self._counting = Counting(self._pb_utils, self._responses, self._pipeline.count)
         self._draining = Draining(int(parameters["drain_descriptor"]), self._answers)
         self._closing = threading.Event()
         # two threads: thousands of observations must not delay the number of open requests, on which draining waits
@@ -73,6 +75,7 @@ class ChatModel:
     def finalize(self) -> None:
         """Finish the submitted requests. The server waits for its exit timeout at most."""
         self._closing.set()
+        self._counting.close()
         self._pipeline.close()
         self._answers.close()
         self._draining.finish()
@@ -86,6 +89,9 @@ class ChatModel:
             request_id = request.request_id()
             image_bytes = sum(len(image) for image in chat.images if isinstance(image, bytes))
             self._check_held(image_bytes)
+            if is_only_counted(self._pb_utils, request):
+                self._counting.answer(sender, chat, image_bytes)
+                return
 
             def submit(put: Callable[[Event], None]) -> PipelineRequest:
                 observed = ObservedRequest(self._metrics, put, arrived)
@@ -102,7 +108,7 @@ class ChatModel:
 
     def _check_held(self, image_bytes: int) -> None:
         """Raise QueueFullError if the images of the waiting requests and of one more take too much memory."""
-        held = self._answers.held_image_bytes
+        held = self._answers.held_image_bytes + self._counting.held_image_bytes
         if held + image_bytes > self._most_held_bytes:
             raise QueueFullError(
                 f"the images that wait to be encoded have {held >> 20} MiB, at most {self._most_held_bytes >> 20} are "

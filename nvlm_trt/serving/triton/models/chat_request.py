@@ -52,6 +52,12 @@ def reads_stream(pb_utils: Any, request: Any, answers: int) -> bool:
     return is_read
 
 
+def is_only_counted(pb_utils: Any, request: Any) -> bool:
+    """Return whether the client asks for the number of tokens alone."""
+    count_only = input_array(pb_utils, request, "count_only")  # [1]
+    return count_only is not None and bool(count_only[0])
+
+
 def _image_tokens(pb_utils: Any, request: Any, import_tokens: ImportTokens) -> list[Any]:
     """Copy the image tokens [n, T, hidden] of each image; none unless the request came through nvlm_ensemble.
 

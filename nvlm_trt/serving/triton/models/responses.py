@@ -5,13 +5,13 @@ from __future__ import annotations
 import traceback
 from typing import Any
 
-from nvlm_trt.api import Delta
+from nvlm_trt.api import Delta, PromptCount
 from nvlm_trt.errors import ImageError, NvlmError, QueueFullError, RequestError, ServerError
-from nvlm_trt.serving.chat_tensors import encode_delta, encode_error
+from nvlm_trt.serving.chat_tensors import encode_count, encode_delta, encode_error
 
 
 class Responses:
-    """Makes responses. Only `of_error` is thread-safe.
+    """Makes responses. Only `of_count` and `of_error` are thread-safe.
 
     Caches the tensors of empty strings and of indices: making one takes 20 us. Most responses need four of them, a
     third of what a token costs here."""
@@ -23,6 +23,10 @@ class Responses:
     def of_delta(self, delta: Delta) -> Any:
         tensors = [self._output(name, array) for name, array in encode_delta(delta).items()]
         return self._pb_utils.InferenceResponse(tensors)
+
+    def of_count(self, count: PromptCount) -> Any:
+        """Make the only response to a request that is counted. Thread-safe."""
+        return self._pb_utils.InferenceResponse([self._pb_utils.Tensor("count", encode_count(count))])
 
     def of_error(self, error: Exception) -> Any:
         """Make a response without outputs, whose message is one line for the client.
