@@ -209,6 +209,7 @@ class ImageCount:
     columns: int
     rows: int
     tiles: int  # thumbnail included
+    tile_size: int  # pixels along an edge
     image_tokens: int  # image placeholders in the LLM's sequence
     cross_tokens: int  # cross-attended tokens, with NVLM-H tile tags included
 

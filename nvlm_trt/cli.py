@@ -26,6 +26,7 @@ from nvlm_trt.commands.gateway_options import (
     MaxBodyOption,
     MediaDomainOption,
     NoAuthOption,
+    NoUiOption,
     ServedNameOption,
     gateway_options,
 )
@@ -135,6 +136,7 @@ def serve(
     allowed_media_domain: MediaDomainOption = None,
     cors_origin: CorsOriginOption = None,
     max_body_mib: MaxBodyOption = 64,
+    no_ui: NoUiOption = False,
 ) -> None:
     """Serve an engine through Triton until SIGINT or SIGTERM; running requests are finished first.
 
@@ -151,7 +153,8 @@ def serve(
     repository = RepositoryOptions(image_limits=limits)
     options = ServerOptions(host, grpc_port, http_port, metrics_port, repository)
     if openai_port is None:
-        if served_model_name or api_key or api_key_file or no_auth or allowed_media_domain or cors_origin:
+        of_openai = (served_model_name, api_key, api_key_file, no_auth, allowed_media_domain, cors_origin, no_ui)
+        if any(of_openai):
             raise NvlmError("an option of the OpenAI endpoint has no effect without one; pass --openai-port 8080 too")
         raise typer.Exit(run_in_foreground(engine, options))
     of_gateway = gateway_options(
@@ -163,6 +166,7 @@ def serve(
         allowed_media_domain,
         cors_origin,
         max_body_mib,
+        no_ui,
         limits,
     )
     from nvlm_trt.serving.gateway.server import GatewayServer

@@ -15,6 +15,7 @@ from nvlm_trt.commands.gateway_options import (
     MaxBodyOption,
     MediaDomainOption,
     NoAuthOption,
+    NoUiOption,
     ServedNameOption,
     gateway_options,
 )
@@ -33,6 +34,7 @@ def gateway(
     allowed_media_domain: MediaDomainOption = None,
     cors_origin: CorsOriginOption = None,
     max_body_mib: MaxBodyOption = 64,
+    no_ui: NoUiOption = False,
     max_decode_seconds: DecodeSecondsOption = None,
     max_decode_memory: DecodeMemoryOption = None,
     threads: Annotated[
@@ -55,6 +57,7 @@ def gateway(
         allowed_media_domain,
         cors_origin,
         max_body_mib,
+        no_ui,
         limits,
     )
     from nvlm_trt.serving.gateway.foreground import serve_engine, serve_url

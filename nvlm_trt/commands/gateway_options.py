@@ -28,6 +28,7 @@ MediaDomainOption = Annotated[
 CorsOriginOption = Annotated[
     list[str] | None, typer.Option(help="Origin whose pages may ask, https://example.com; repeat for several [none].")
 ]
+NoUiOption = Annotated[bool, typer.Option("--no-ui", help="Do not serve the page for trying the model at /.")]
 MaxBodyOption = Annotated[int, typer.Option(min=1, max=2047, metavar="MIB", help="Largest body of a request.")]
 
 
@@ -40,6 +41,7 @@ def gateway_options(
     allowed_media_domain: list[str] | None,
     cors_origin: list[str] | None,
     max_body_mib: int,
+    no_ui: bool,
     image_limits: ImageLimits,
 ) -> GatewayOptions:
     """Make the settings of a gateway. Raises NvlmError for keys that cannot be read, and without the extra."""
@@ -54,6 +56,7 @@ def gateway_options(
         served_model_names=served_model_name or [],
         allowed_media_domains=allowed_media_domain or [],
         cors_origins=cors_origin or [],
+        has_page=not no_ui,
         max_body_bytes=max_body_mib << 20,
         image_limits=image_limits,
     )

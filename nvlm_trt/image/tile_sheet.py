@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from nvlm_trt.bounds import MAX_TILES
 from nvlm_trt.errors import RequestError
 from nvlm_trt.image.tiling import choose_grid, tile_image, tile_pixels
-from nvlm_trt.prompt.tokenizer import THUMBNAIL_TAG, tile_tag
+from nvlm_trt.prompt.tokenizer import tile_tags
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom, as Pillow has them
 Size = tuple[int, int]  # width, height
@@ -60,7 +60,7 @@ def layout_sheet(image_size: Size, tile_size: int, max_tiles: int) -> SheetLayou
     _check_numbers(tile_size, max_tiles)
     columns, rows = choose_grid(*image_size, tile_size, max_tiles)
     regular = columns * rows
-    tags = (*(tile_tag(number) for number in range(1, regular + 1) if regular > 1), THUMBNAIL_TAG)
+    tags = tuple(tile_tags(regular + (regular > 1)))
     _check_pixels(len(tags), tile_size)
 
     edge = tile_size * -(

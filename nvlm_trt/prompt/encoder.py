@@ -25,9 +25,9 @@ from nvlm_trt.prompt.tokenizer import (
     IMAGE_START,
     MESSAGE_END,
     MESSAGE_START,
-    THUMBNAIL_TAG,
     Tokenizer,
     tile_tag,
+    tile_tags,
 )
 
 SYSTEM_MESSAGE = "Answer the questions."
@@ -134,7 +134,7 @@ class PromptDraft:
     def _add_image(self, sequence: TokenSequence, tiles: int) -> None:
         assert tiles >= 1, tiles
         config = self._encoder.config
-        tags = [*(tile_tag(number) for number in range(1, tiles)), THUMBNAIL_TAG]
+        tags = tile_tags(tiles)
         in_llm, in_cross = (range(tiles)[part] for part in split_tiles(config.architecture, tiles))
         start, size = sequence.seen, config.cross_tokens_per_tile(self._encoder.tag_length)
         is_x = config.architecture == "X"

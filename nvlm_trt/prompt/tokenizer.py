@@ -31,6 +31,11 @@ def tile_tag(number: int) -> str:
     return f"<tile_{number}>"
 
 
+def tile_tags(tiles: int) -> list[str]:
+    """Return the tags of an image's tiles, the last of which is the thumbnail."""
+    return [*(tile_tag(number) for number in range(1, tiles)), THUMBNAIL_TAG]
+
+
 _FORMAT_TOKEN = re.compile(
     "|".join(map(re.escape, (MESSAGE_START, MESSAGE_END, END_OF_TEXT, IMAGE_TOKEN, IMAGE_START, IMAGE_END)))
     + r"|<tile_(\d+|global_thumbnail)>"

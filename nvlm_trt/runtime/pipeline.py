@@ -153,10 +153,11 @@ class Pipeline:
                 raise RequestError("image tokens have no pixels to count tiles of; pass the bytes of a file")
             with _naming(index), self._decoder.turn(is_over) as turn:
                 height, width, _ = turn.pixels(image.data).shape
-            columns, rows = choose_grid(width, height, config.vision.image_size, image.max_tiles)
+            tile_size = config.vision.image_size
+            columns, rows = choose_grid(width, height, tile_size, image.max_tiles)
             tiles = columns * rows + (columns * rows > 1)
             tokens = count_image_tokens(config, tiles, self._prompt_encoder.tag_length)
-            counts.append(ImageCount(width, height, columns, rows, tiles, *tokens))
+            counts.append(ImageCount(width, height, columns, rows, tiles, tile_size, *tokens))
         prompt = draft.encode([image.tiles for image in counts])
         self._engine.limits.check_prompt(len(prompt.input_ids), prompt.placeholders)
         self._engine.limits.check_cross_tokens(prompt.cross_tokens)

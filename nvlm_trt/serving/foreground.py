@@ -62,4 +62,4 @@ def _open(gateway: GatewayServer | None, server: TritonServer, signals: StopSign
     from nvlm_trt.serving.gateway.triton_source import TritonSource
 
     if gateway.serve(lambda: TritonSource.connect(server.address), signals.stop):
-        print(f"OpenAI endpoint at {gateway.address}/v1", flush=True)
+        gateway.announce()

@@ -21,6 +21,7 @@ from nvlm_trt.serving.gateway.envelope import Envelope
 from nvlm_trt.serving.gateway.errors import HttpError, of_exception
 from nvlm_trt.serving.gateway.gateway import Gateway
 from nvlm_trt.serving.gateway.openapi import describe
+from nvlm_trt.serving.gateway.page.page_routes import page_routes
 from nvlm_trt.serving.gateway.state_routes import state_routes
 
 _METHODS = ("GET", "HEAD", "POST")
@@ -33,6 +34,8 @@ def create_app(gateway: Gateway) -> ASGIApp:
     app = FastAPI(title="nvlm-trt", version=importlib.metadata.version("nvlm-trt"), docs_url=None, redoc_url=None)
     for router in (state_routes(gateway), chat_routes(gateway), completion_routes(gateway)):
         app.include_router(router)
+    if options.has_page:
+        app.include_router(page_routes())
     describe(app, [ChatCompletionRequest, CompletionRequest], bool(options.keys))
     for kind in (HttpError, NvlmError, Exception):
         app.add_exception_handler(kind, _answer_error)

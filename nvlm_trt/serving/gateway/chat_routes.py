@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from nvlm_trt.api import ChatRequest
+from nvlm_trt.prompt.tokenizer import tile_tags
 from nvlm_trt.serving.gateway.answer_format import Heading
 from nvlm_trt.serving.gateway.answering import asked, respond, while_connected
 from nvlm_trt.serving.gateway.chat_format import ChatFormat
@@ -55,7 +56,7 @@ def chat_routes(gateway: Gateway) -> APIRouter:
                     "image_tiles": sum(image.tiles for image in count.images),
                     "cross_attended_tokens": count.cross_tokens,
                 },
-                "images": [asdict(image) for image in count.images],
+                "images": [{**asdict(image), "tags": tile_tags(image.tiles)} for image in count.images],
             }
         )
 

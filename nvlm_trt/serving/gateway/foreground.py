@@ -22,7 +22,7 @@ def serve_url(url: str, options: GatewayOptions, no_auth: bool) -> None:
     with StopSignals() as signals, GatewayServer(options, no_auth) as server:
         server.start()
         if server.serve(lambda: TritonSource.connect(url), signals.stop):
-            _announce(server)
+            server.announce()
         while not signals.stop.wait(_POLL_SECONDS):
             server.check()
         server.stop(signals.hurry)
@@ -37,7 +37,7 @@ def serve_engine(engine_dir: Path, threads: int | None, options: GatewayOptions,
         pipeline = Pipeline.open(engine.path, threads, options=RuntimeOptions(image_limits=options.image_limits))
         try:
             if server.serve(lambda: _source(engine, pipeline), signals.stop):
-                _announce(server)
+                server.announce()
             while not signals.stop.wait(_POLL_SECONDS):
                 server.check()
                 if not pipeline.healthy:
@@ -50,7 +50,3 @@ def serve_engine(engine_dir: Path, threads: int | None, options: GatewayOptions,
 
 async def _source(engine: Engine, pipeline: Pipeline) -> PipelineSource:
     return PipelineSource(engine, pipeline)
-
-
-def _announce(server: GatewayServer) -> None:
-    print(f"OpenAI endpoint at {server.address}/v1", flush=True)

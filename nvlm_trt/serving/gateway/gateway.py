@@ -25,6 +25,7 @@ class GatewayOptions:
     served_model_names: Sequence[str] = ()  # none: the engine's name
     allowed_media_domains: Sequence[str] = ()
     cors_origins: Sequence[str] = ()
+    has_page: bool = True  # at /
     max_body_bytes: int = 64 << 20
     body_seconds: float = 60  # for the whole body of a request
     media_seconds: float = 10  # for an image of a URL

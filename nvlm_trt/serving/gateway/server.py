@@ -59,6 +59,12 @@ class GatewayServer(ClosedOnExit):
     def address(self) -> str:
         return f"http://{self._address[0]}:{self._address[1]}"
 
+    def announce(self) -> None:
+        """Print where requests and people go."""
+        print(f"OpenAI endpoint at {self.address}/v1", flush=True)
+        if self._gateway.options.has_page:
+            print(f"page to try it at {self.address}/", flush=True)
+
     def start(self) -> None:
         """Answer /health; everything else has to wait for `serve`."""
         self._thread.start()

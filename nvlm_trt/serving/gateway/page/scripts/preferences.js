@@ -1,0 +1,87 @@
+// What the user has set. All but the API key outlives the tab.
+
+const KEY = "nvlm-trt.key";
+const SETTINGS = "nvlm-trt.settings";
+const THEME = "nvlm-trt.theme";
+const NUMBERS = ["temperature", "top_p", "seed", "max_tokens", "max_tiles"];
+const DEFAULTS = { max_tokens: "512" };
+const darkSystem = matchMedia("(prefers-color-scheme: dark)");
+
+const apiKey = () => byId("key").value.trim();
+const systemMessage = () => byId("system").value.trim();
+
+// The numbers that are set: a field that is empty is left to the server, whose message tells of one that is wrong.
+function sampling() {
+  const filled = NUMBERS.filter((name) => byId(name).value !== "");
+  return Object.fromEntries(filled.map((name) => [name, byId(name).valueAsNumber]));
+}
+
+function loadPreferences() {
+  let stored = DEFAULTS;
+  try {
+    stored = { ...DEFAULTS, ...JSON.parse(localStorage.getItem(SETTINGS)) };
+  } catch {
+    localStorage.removeItem(SETTINGS);
+  }
+  for (const name of ["system", ...NUMBERS]) byId(name).value = stored[name] ?? "";
+  byId("key").value = sessionStorage.getItem(KEY) ?? "";
+  document.documentElement.dataset.theme = localStorage.getItem(THEME) ?? "";
+}
+
+function savePreferences() {
+  const values = ["system", ...NUMBERS].map((name) => [name, byId(name).value]);
+  localStorage.setItem(SETTINGS, JSON.stringify(Object.fromEntries(values)));
+  sessionStorage.setItem(KEY, apiKey());
+}
+
+// --- light and dark --------------------------------------------------------------------------------------------------
+
+function isDark() {
+  const theme = document.documentElement.dataset.theme;
+  return theme ? theme === "dark" : darkSystem.matches;
+}
+
+function showTheme() {
+  byId("theme").textContent = isDark() ? "Light" : "Dark";
+}
+
+// Switch. A choice that is the system's own is forgotten, so that the page follows the system again.
+function switchTheme() {
+  const dark = !isDark();
+  const theme = dark === darkSystem.matches ? "" : dark ? "dark" : "light";
+  document.documentElement.dataset.theme = theme;
+  if (theme) localStorage.setItem(THEME, theme);
+  else localStorage.removeItem(THEME);
+  showTheme();
+}
+
+// --- the panel -------------------------------------------------------------------------------------------------------
+
+const wide = matchMedia("(min-width: 64rem)");
+
+function openSettings(focused) {
+  byId("settings").hidden = false;
+  byId("settings-button").setAttribute("aria-expanded", "true");
+  if (focused) byId(focused).focus();
+}
+
+function closeSettings() {
+  byId("settings").hidden = true;
+  byId("settings-button").setAttribute("aria-expanded", "false");
+}
+
+function wirePreferences(onChange) {
+  loadPreferences();
+  showTheme();
+  if (wide.matches) openSettings();
+  darkSystem.addEventListener("change", showTheme);
+  onClick(byId("theme"), switchTheme);
+  onClick(byId("settings-button"), () => (byId("settings").hidden ? openSettings("system") : closeSettings()));
+  onClick(byId("close-settings"), () => {
+    closeSettings();
+    byId("settings-button").focus();
+  });
+  byId("settings-form").addEventListener("submit", (event) => event.preventDefault());
+  byId("settings-form").addEventListener("input", savePreferences);
+  byId("settings-form").addEventListener("change", (event) => onChange(event.target.id));
+}
