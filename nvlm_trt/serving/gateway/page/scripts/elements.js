@@ -3,7 +3,8 @@
 const byId = (id) => document.getElementById(id);
 
 function fromTemplate(id) {
-  return byId(id).content.firstElementChild.cloneNode(true);
+  // imported, for the document of a template has no fonts that a canvas could write with
+  return document.importNode(byId(id).content, true).firstElementChild;
 }
 
 // Set texts of parts of an element: {".name": "receipt.png"}.

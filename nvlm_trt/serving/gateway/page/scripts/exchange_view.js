@@ -43,7 +43,8 @@ const milliseconds = (seconds) => `${(seconds * 1000).toFixed(seconds < 0.01 ? 1
 
 function figures({ usage, finish, state, browserSeconds }) {
   const list = usage ? usageFigures(usage) : [];
-  if (browserSeconds !== null) list.push(["first text in the browser", milliseconds(browserSeconds)]);
+  // measured here, so with the way of the images to the server and of the text from it
+  if (browserSeconds !== null) list.push(["first text here", milliseconds(browserSeconds)]);
   if (state === "stopped") list.push(["ended", "stopped by you"]);
   if (finish === "length") list.push(["ended", "at the most tokens"]);
   return list.map(([name, value]) => {
@@ -58,11 +59,12 @@ function usageFigures(usage) {
   const list = [["prompt", plural(usage.prompt_tokens, "token")]];
   if (details.image_tiles) {
     list.push(["images", plural(details.image_tiles, "tile")]);
-    list.push(["image cache", nvlm.cached_images ? `${plural(nvlm.cached_images, "image")} cached` : "not cached"]);
+    list.push(["from the cache", nvlm.cached_images ? plural(nvlm.cached_images, "image") : "none"]);
   }
   if (nvlm.cross_attended_tokens) list.push(["cross-attended", plural(nvlm.cross_attended_tokens, "token")]);
-  list.push(["answer", plural(usage.completion_tokens, "token")], ["queue", milliseconds(nvlm.queue_s)]);
-  if (details.image_tiles) list.push(["of that encoding", milliseconds(nvlm.encode_s)]);
+  list.push(["answer", plural(usage.completion_tokens, "token")]);
+  // a request waits for its images and for a slot at the same time
+  list.push([details.image_tiles ? "queue, images" : "queue", milliseconds(nvlm.queue_s)]);
   if (nvlm.ttft_s !== null) list.push(["first token", milliseconds(nvlm.ttft_s)]);
   // prefill makes the first token
   const decoded = usage.completion_tokens - 1;

@@ -75,6 +75,7 @@ function wirePreferences(onChange) {
   showTheme();
   if (wide.matches) openSettings();
   darkSystem.addEventListener("change", showTheme);
+  wide.addEventListener("change", () => (wide.matches ? openSettings() : closeSettings()));
   onClick(byId("theme"), switchTheme);
   onClick(byId("settings-button"), () => (byId("settings").hidden ? openSettings("system") : closeSettings()));
   onClick(byId("close-settings"), () => {

@@ -29,9 +29,12 @@ function showTiles(view, picture) {
   drawWhole(view.querySelector(".whole"), picture);
   const tiles = count.tags.map((tag, index) => tileView(picture, tag, index));
   const thumbnail = tiles.pop();
-  view.querySelector(".tiles").style.setProperty("--columns", count.columns);
-  view.querySelector(".tiles").replaceChildren(...tiles);
-  view.querySelector(".thumbnail").replaceChildren(thumbnail);
+  const [ofTiles, ofThumbnail] = placesOf(count);
+  view.querySelector(".tiles").hidden = !tiles.length;
+  write(view, { ".tiles h4": ofTiles, ".thumbnail h4": ofThumbnail });
+  view.querySelector(".tiles ol").style.setProperty("--columns", count.columns);
+  view.querySelector(".tiles ol").replaceChildren(...tiles);
+  view.querySelector(".thumbnail ol").replaceChildren(thumbnail);
   view.querySelector("details").hidden = false;
 }
 
@@ -53,15 +56,20 @@ function tokensOf(count) {
 
 // NVLM-D has all tiles in the prompt and NVLM-X all in cross-attention; NVLM-H has the thumbnail alone in the prompt.
 function tokensOfTile(count, index) {
+  if (!count.cross_tokens) return count.image_tokens / count.tiles;
+  if (!count.image_tokens) return count.cross_tokens / count.tiles;
   const isThumbnail = index === count.tiles - 1;
-  if (!count.cross_tokens) return `${count.image_tokens / count.tiles} in the prompt`;
-  if (!count.image_tokens) return `${count.cross_tokens / count.tiles} cross-attended`;
-  return isThumbnail ? `${count.image_tokens} in the prompt` : `${count.cross_tokens / (count.tiles - 1)} cross-attended`;
+  return isThumbnail ? count.image_tokens : count.cross_tokens / (count.tiles - 1);
+}
+
+// Where the tokens of the tiles go, and where those of the thumbnail.
+function placesOf(count) {
+  return [count.cross_tokens ? "Cross-attended" : "In the prompt", count.image_tokens ? "In the prompt" : "Cross-attended"];
 }
 
 function tileView(picture, tag, index) {
   const view = fromTemplate("tile-template");
-  write(view, { ".tag": tag, ".count": tokensOfTile(picture.count, index) });
+  write(view, { ".tag": tag, ".count": plural(tokensOfTile(picture.count, index), "token") });
   const canvas = view.querySelector("canvas");
   canvas.setAttribute("aria-label", `What the model sees as ${tag}`);
   drawTile(canvas, picture, index);
