@@ -48,6 +48,7 @@ class OpenPage:
         self.says(self.view.locator("#attachments .tag").first).to_be_visible()
 
     def ask(self, text: str) -> None:
+        self.says(self.view.locator("#model")).to_be_visible()
         self.view.locator("#text").fill(text)
         self.view.locator("#text").press("Enter")
 

@@ -27,6 +27,17 @@ def closed(engine: Callable[[str], Path]) -> Iterator[LiveGateway]:
         yield gateway
 
 
+@contextlib.contextmanager
+def taken(live: LiveGateway, count: int) -> Iterator[None]:
+    """Let others have so many slots, and beyond them places in the queue."""
+    with contextlib.ExitStack() as requests:
+        for number in range(1, count + 1):
+            requests.enter_context(live.begin(live.body(**ENDLESS)))
+            wait_until(lambda number=number: live.active + live.queued == number, f"{number} requests are there")
+            wait_until(lambda number=number: live.active == min(number, SLOTS), "slots are taken first")
+        yield
+
+
 @pytest.mark.parametrize("how", ["button", "Escape"])
 def test_stop_frees_the_slot_and_keeps_the_text(open_page: Open, live: LiveGateway, how: str) -> None:
     page = open_page(live)
@@ -52,10 +63,7 @@ def test_stop_frees_the_slot_and_keeps_the_text(open_page: Open, live: LiveGatew
 
 def test_stop_before_the_first_token(open_page: Open, live: LiveGateway) -> None:
     page = open_page(live)
-    with contextlib.ExitStack() as open_requests:
-        for _ in range(SLOTS):
-            open_requests.enter_context(live.begin(live.body(**ENDLESS)))
-        wait_until(lambda: live.active == SLOTS, "all slots are taken")
+    with taken(live, SLOTS):
         page.ask("Wait")
         wait_until(lambda: live.queued == 1, "the page's request waits")
         page.view.keyboard.press("Escape")
@@ -133,10 +141,7 @@ def test_a_full_queue(open_page: Open, live: LiveGateway) -> None:
     page.expected.append("429 (Too Many Requests)")
     page.set(max_tokens=4)
     page.says(page.view.locator("#model")).to_be_visible()
-    with contextlib.ExitStack() as open_requests:
-        for taken in range(1, SLOTS + MAX_QUEUE + 1):
-            open_requests.enter_context(live.begin(live.body(**ENDLESS)))
-            wait_until(lambda taken=taken: live.active + live.queued == taken, "the request is taken")
+    with taken(live, SLOTS + MAX_QUEUE):
         page.ask("Hi")
         page.says(page.fault).to_contain_text("The server is busy")
         page.says(page.fault).to_contain_text("Try again in 1 second.")
@@ -201,7 +206,7 @@ def test_the_policy_stops_what_gets_into_the_page(open_page: Open, live: LiveGat
     assert page.view.evaluate("window.hit") is None
     page.says(page.view.locator("#composer")).to_be_visible()
     said = "\n".join(page._messages)
-    for part in ("TrustedHTML", "script", "Executing inline event handler", "/health", "stranger.example"):
+    for part in ("TrustedHTML", "TrustedScript", "/health", "stranger.example"):
         assert part in said, (part, said)
 
 
@@ -231,9 +236,10 @@ def assert_fits(page: OpenPage) -> None:
     for place in ("html", "#conversation", "#composer", "#attachments"):
         scroll, client = page.view.locator(place).evaluate("place => [place.scrollWidth, place.clientWidth]")
         assert scroll <= client, place
+    # six tiles side by side do not fit a phone: their sheet scrolls by itself
     right = page.view.evaluate(
         """() => Math.max(...[...document.querySelectorAll("button, p, canvas, h2, h3, textarea")]
-            .filter((e) => e.checkVisibility()).map((e) => e.getBoundingClientRect().right))"""
+            .filter((e) => e.checkVisibility() && !e.closest(".sheet")).map((e) => e.getBoundingClientRect().right))"""
     )
     assert right <= page.view.viewport_size["width"]
 

@@ -4,9 +4,10 @@ async function call(path, body, signal) {
   const headers = {};
   if (apiKey()) headers.Authorization = `Bearer ${apiKey()}`;
   if (body) headers["Content-Type"] = "application/json";
+  const method = body ? "POST" : "GET";
   let response;
   try {
-    response = await fetch(path, { method: body ? "POST" : "GET", headers, signal, body: body && JSON.stringify(body) });
+    response = await fetch(path, { method, headers, signal, body: body && JSON.stringify(body) });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw unreachable();

@@ -40,7 +40,7 @@ async function faultOf(response) {
 function faultOfError(error, status, retryAfter) {
   const unknown = [status ? `The server answered with status ${status}` : "The server ended the answer", "Try again."];
   const [title, remedy] = BY_CODE[error.code] ?? BY_STATUS[status] ?? unknown;
-  const wait = retryAfter ? ` Try again in ${plural(retryAfter, "second")}.` : "";
+  const wait = retryAfter ? ` Try again in ${plural(Number(retryAfter), "second")}.` : "";
   return new Fault(title, error.message ?? "", remedy + wait, { status, act: status === 401 ? "key" : "retry" });
 }
 

@@ -64,7 +64,8 @@ function tokensOfTile(count, index) {
 
 // Where the tokens of the tiles go, and where those of the thumbnail.
 function placesOf(count) {
-  return [count.cross_tokens ? "Cross-attended" : "In the prompt", count.image_tokens ? "In the prompt" : "Cross-attended"];
+  const [prompt, crossed] = ["In the prompt", "Cross-attended"];
+  return [count.cross_tokens ? crossed : prompt, count.image_tokens ? prompt : crossed];
 }
 
 function tileView(picture, tag, index) {
