@@ -22,7 +22,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 ROOT = Path(__file__).parents[1]
 RECEIPT = ROOT / "docs" / "images" / "receipt.png"
 DESKTOP = (1280, 800)
-PHONE = (360, 740)
+PHONE = (360, 800)
 COLOURS = 128  # the page has few, and a picture of few colours is small
 
 
@@ -66,6 +66,7 @@ def ask(page: Page) -> None:
 
 
 def save(page: Page, path: Path) -> None:
+    page.mouse.move(0, 0)  # no button is under it
     picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
     picture.quantize(COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)
     print(f"{path}: {path.stat().st_size / 1000:.0f} kB")

@@ -15,8 +15,8 @@ async function addFiles(files) {
   for (const file of files) {
     try {
       draft.pictures.push(await readPicture(file));
-    } catch (fault) {
-      showFault(byId("count-fault"), fault);
+    } catch (error) {
+      showFault(byId("count-fault"), asFault(error));
       return;
     }
   }
@@ -76,10 +76,10 @@ async function recount() {
   try {
     const count = await countTokens(chatBody(exchanges, conversation.card.id), own.signal);
     if (!own.signal.aborted) showCount(count, exchanges);
-  } catch (fault) {
-    if (own.signal.aborted || fault.name === "AbortError") return;
+  } catch (error) {
+    if (own.signal.aborted) return;
     for (const view of byId("attachments").children) showNoTiles(view);
-    showFault(byId("count-fault"), fault, recount);
+    showFault(byId("count-fault"), asFault(error), recount);
   }
 }
 

@@ -42,7 +42,7 @@ async function answer(exchange) {
     result.state = "done";
   } catch (error) {
     result.state = controller.signal.aborted ? "stopped" : "failed";
-    if (!controller.signal.aborted) result.fault = error;
+    if (!controller.signal.aborted) result.fault = asFault(error);
   }
   conversation.running = null;
   show();

@@ -42,7 +42,8 @@ function appendText(element, text) {
 const milliseconds = (seconds) => `${(seconds * 1000).toFixed(seconds < 0.01 ? 1 : 0)} ms`;
 
 function figures({ usage, finish, state, browserSeconds }) {
-  const list = usage ? usageFigures(usage) : [];
+  const list = usage ? countFigures(usage) : [];
+  if (usage) list.push(...timeFigures(usage));
   // measured here, so with the way of the images to the server and of the text from it
   if (browserSeconds !== null) list.push(["first text here", milliseconds(browserSeconds)]);
   if (state === "stopped") list.push(["ended", "stopped by you"]);
@@ -54,7 +55,7 @@ function figures({ usage, finish, state, browserSeconds }) {
   });
 }
 
-function usageFigures(usage) {
+function countFigures(usage) {
   const { nvlm, prompt_tokens_details: details } = usage;
   const list = [["prompt", plural(usage.prompt_tokens, "token")]];
   if (details.image_tiles) {
@@ -63,11 +64,15 @@ function usageFigures(usage) {
   }
   if (nvlm.cross_attended_tokens) list.push(["cross-attended", plural(nvlm.cross_attended_tokens, "token")]);
   list.push(["answer", plural(usage.completion_tokens, "token")]);
+  return list;
+}
+
+function timeFigures({ completion_tokens: tokens, prompt_tokens_details: details, nvlm }) {
+  const list = [];
+  const decoded = tokens - 1; // prefill makes the first
+  if (decoded > 0) list.push(["speed", `${(decoded / (nvlm.total_s - nvlm.ttft_s)).toFixed(1)} tokens/s`]);
   // a request waits for its images and for a slot at the same time
   list.push([details.image_tiles ? "queue, images" : "queue", milliseconds(nvlm.queue_s)]);
   if (nvlm.ttft_s !== null) list.push(["first token", milliseconds(nvlm.ttft_s)]);
-  // prefill makes the first token
-  const decoded = usage.completion_tokens - 1;
-  if (decoded > 0) list.push(["speed", `${(decoded / (nvlm.total_s - nvlm.ttft_s)).toFixed(1)} tokens/s`]);
   return list;
 }

@@ -1,9 +1,9 @@
 // Errors, as a person reads them: what happened, what the server says, what to do.
 
 class Fault extends Error {
-  constructor(title, message, remedy, { status = 0, act = "retry" } = {}) {
+  constructor(title, message, remedy, status = 0) {
     super(message);
-    Object.assign(this, { title, remedy, status, act });
+    Object.assign(this, { title, remedy, status });
   }
 }
 
@@ -41,18 +41,25 @@ function faultOfError(error, status, retryAfter) {
   const unknown = [status ? `The server answered with status ${status}` : "The server ended the answer", "Try again."];
   const [title, remedy] = BY_CODE[error.code] ?? BY_STATUS[status] ?? unknown;
   const wait = retryAfter ? ` Try again in ${plural(Number(retryAfter), "second")}.` : "";
-  return new Fault(title, error.message ?? "", remedy + wait, { status, act: status === 401 ? "key" : "retry" });
+  const message = status === 401 ? "" : error.message ?? ""; // that one is for programs: which header to send
+  return new Fault(title, message, remedy + wait, status);
 }
 
-// Show a fault, with a button that opens the settings or calls `retry`, if there is something to retry.
+// Whatever else is thrown is a fault of this page.
+const asFault = (error) => (error instanceof Fault ? error : new Fault("The page failed", String(error), "Reload it."));
+
+// The same request would be refused again.
+const REFUSED = [400, 404, 413];
+
+// Show a fault, with a button that opens the settings or calls `retry`, if that may help.
 function showFault(place, fault, retry) {
   const box = fromTemplate("fault-template");
   write(box, { ".title": fault.title, ".message": fault.message, ".remedy": fault.remedy });
   const button = box.querySelector(".act");
-  if (fault.act === "key") {
+  if (fault.status === 401) {
     button.textContent = "Enter a key";
     onClick(button, () => openSettings("key"));
-  } else if (retry) {
+  } else if (retry && !REFUSED.includes(fault.status)) {
     button.textContent = "Try again";
     onClick(button, retry);
   } else {

@@ -7,7 +7,8 @@ async function findModels() {
     showModels(await listModels());
     byId("count-fault").replaceChildren();
     recount();
-  } catch (fault) {
+  } catch (error) {
+    const fault = asFault(error);
     showFault(byId("count-fault"), fault, findModels);
     if (fault.status === 401) openSettings(wide.matches ? "key" : undefined);
     if (fault.status === 503) setTimeout(findModels, READY_PAUSE);
@@ -27,6 +28,7 @@ function showModels(cards) {
 
 function chooseModel(cards, index) {
   const card = (conversation.card = cards[index]);
+  byId("send").disabled = false;
   byId("max_tiles").max = card.max_tiles;
   byId("max_tiles").placeholder = card.max_tiles;
   byId("model-facts").textContent = `${card.max_model_len} tokens, ${card.max_tiles} tiles per image`;
