@@ -21,8 +21,8 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 ROOT = Path(__file__).parents[1]
 RECEIPT = ROOT / "docs" / "images" / "receipt.png"
-DESKTOP = (1280, 800)
-PHONE = (360, 800)
+DESKTOP = (1280, 830)
+PHONE = (390, 844)
 COLOURS = 128  # the page has few, and a picture of few colours is small
 
 

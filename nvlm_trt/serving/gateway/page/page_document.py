@@ -38,9 +38,9 @@ class PageDocument:
 def read_page() -> PageDocument:
     """Join the files of this folder."""
     folder = resources.files(__package__)
-    document = folder.joinpath("page.html").read_text("utf-8")
-    style = folder.joinpath("page.css").read_text("utf-8")
-    script = "\n".join(folder.joinpath("scripts", f"{name}.js").read_text("utf-8") for name in _SCRIPTS)
+    document = (folder / "page.html").read_text("utf-8")
+    style = (folder / "page.css").read_text("utf-8")
+    script = "\n".join((folder / "scripts" / f"{name}.js").read_text("utf-8") for name in _SCRIPTS)
     for place, text in ((_STYLE_PLACE, style), (_SCRIPT_PLACE, script)):
         assert document.count(place) == 1, place
         assert "</" not in text, "the text would end its element"

@@ -1,4 +1,4 @@
-"""Asking in the page, in a real browser, of a model that can read: tiles, answers, turns, and what can be taken away."""
+"""Asking a model that can read, in a real browser: tiles, answers, turns, and what can be taken away."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def test_the_answer_and_its_figures(open_page: Open, reading: LiveGateway) -> No
     assert figures["cross-attended"] == f"{usage['nvlm']['cross_attended_tokens']} tokens"
     assert figures["answer"] == f"{usage['completion_tokens']} tokens"
     assert figures["images"] == f"{usage['prompt_tokens_details']['image_tiles']} tiles"
-    for name, unit in {"queue, images": "ms", "first token": "ms", "first text here": "ms", "speed": "tokens/s"}.items():
-        assert re.fullmatch(rf"\d+(\.\d)? {unit}", figures[name]), figures
+    for name in ("queue, images", "first token", "first text here", "speed"):
+        assert re.fullmatch(r"\d+(\.\d)? (ms|tokens/s)", figures[name]), figures
     page.view.get_by_role("button", name="Regenerate").click()
     page.wait_for_answer(ANSWER)
     assert page.figures()["from the cache"] == "1 image"
@@ -173,11 +173,16 @@ def test_snippets_keep_every_character(open_page: Open, reading: LiveGateway, tm
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == sent
 
-    program = page.copied("python").partition("client = ")
-    arguments = program[2].partition(".create(")[2].rpartition(")\nprint")[0]
-    assigned = program[2][program[2].index("messages = ") : program[2].index("answer = ")]
-    check = f"{program[0].replace('from openai import OpenAI', 'import json')}{assigned}\nprint(json.dumps(dict({arguments})))"
-    done = subprocess.run([sys.executable, "-c", check], cwd=tmp_path, capture_output=True, text=True, check=True)
+    program = page.copied("python")
+    for theirs, ours in (
+        ("from openai import OpenAI", "import json"),
+        ("client = ", "#"),
+        ("client.chat.completions.create(", "dict("),
+        ("print(answer.choices[0].message.content)", "print(json.dumps(answer))"),
+    ):
+        assert program.count(theirs) == 1
+        program = program.replace(theirs, ours)
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == sent
 
 

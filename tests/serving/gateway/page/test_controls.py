@@ -194,7 +194,8 @@ def test_the_policy_stops_what_gets_into_the_page(open_page: Open, live: LiveGat
         """() => {
             const attempts = [
                 () => { document.body.innerHTML = "<p>hit</p>" },
-                () => { const s = document.createElement("script"); s.textContent = "window.hit = 1"; document.body.append(s) },
+                () => { const s = document.createElement("script"); s.textContent = "window.hit = 1";
+                        document.body.append(s) },
                 () => { const b = document.createElement("button"); b.setAttribute("onclick", "window.hit = 1");
                         document.body.append(b); b.click() },
                 () => { const i = new Image(); i.src = "/health"; document.body.append(i) },
