@@ -84,6 +84,16 @@ def test_the_pixels_of_tiles(open_page: Open, reading: LiveGateway) -> None:
         assert own == min(others)  # equal for the two empty tiles
 
 
+def test_a_question_that_is_sent_before_its_tiles_are_counted(open_page: Open, reading: LiveGateway) -> None:
+    page = open_page(reading)
+    page.says(page.view.locator("#model")).to_be_visible()
+    page.view.locator("#text").fill(QUESTION)
+    page.view.locator("#files").set_input_files(str(RECEIPT))
+    page.view.locator("#text").press("Enter")
+    page.wait_for_answer(ANSWER)
+    page.says(page.view.locator(".question .tiling")).to_contain_text("7 tiles")
+
+
 def test_fewer_tiles(open_page: Open, reading: LiveGateway) -> None:
     page = open_page(reading)
     page.add(RECEIPT)
@@ -154,6 +164,9 @@ def test_the_request_as_curl_and_as_python(open_page: Open, reading: LiveGateway
     curl = page.copied("curl").replace("curl ", "curl --silent --noproxy '*' ", 1)
     program = page.copied("python")
     assert page.copied("copy") == ANSWER
+    page.set(max_tiles=1, temperature=1)  # of what is asked next
+    assert page.copied("curl").count('"max_tiles": 6') == 1
+    assert '"temperature"' not in page.copied("curl")
     for command in (["bash", "-c", curl], [sys.executable, "-c", program]):
         done = subprocess.run(command, cwd=RECEIPT.parent, capture_output=True, text=True, check=True)
         assert ANSWER in done.stdout

@@ -164,7 +164,7 @@ def test_a_server_that_is_gone(open_page: Open, live: LiveGateway) -> None:
 def test_a_server_that_stops(open_page: Open, engine: Callable[[str], Path]) -> None:
     with open_gateway(engine("nvlm-h-tiny"), GatewayOptions()) as gateway:
         page = open_page(gateway)
-        page.expected += ["503 (Service Unavailable)", "ERR_INCOMPLETE_CHUNKED_ENCODING"]
+        page.expected += ["503 (Service Unavailable)", "ERR_INCOMPLETE_CHUNKED_ENCODING", "ERR_CONNECTION_REFUSED"]
         page.set(max_tokens=LONG)
         page.ask("Go on")
         page.says(page.answers.first).to_have_text(re.compile("."))
@@ -173,6 +173,7 @@ def test_a_server_that_stops(open_page: Open, engine: Callable[[str], Path]) -> 
         page.says(page.view.locator("#count-fault")).to_contain_text("The server is not ready")
         gateway.server.close()
         page.says(page.view.locator(".answer .fault")).to_contain_text("The answer broke off")
+        page.says(page.view.locator("#count-fault")).to_contain_text("The server cannot be reached")
 
 
 def test_a_file_that_is_no_image(open_page: Open, live: LiveGateway, tmp_path: Path) -> None:

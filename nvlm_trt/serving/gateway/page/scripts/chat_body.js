@@ -1,4 +1,5 @@
-// Makes requests. An exchange is {question: {text, pictures}, answer: {text, ...} or null}.
+// Makes requests. An exchange is {question: {text, pictures}, answer: {text, ...} or null}, and for an answer, asked:
+// {body, pictures}, the request that it answers.
 
 // The body of a request that asks the last of some exchanges.
 function chatBody(exchanges, model) {

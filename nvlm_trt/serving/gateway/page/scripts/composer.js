@@ -5,13 +5,18 @@ const TYPING_PAUSE = 250; // ms
 const LIGHT_BYTES = 4 << 20;
 
 const draft = { pictures: [], text: () => byId("text").value.trim() };
+let adding = Promise.resolve(); // settles when all files that were added have been read
 let counting = null; // the AbortController of the count that is under way
 let typing = 0; // the timer of a pause
 
 const isDraftEmpty = () => !draft.text() && !draft.pictures.length;
 const isLight = (exchanges) => picturesOf(exchanges).reduce((sum, picture) => sum + picture.bytes, 0) < LIGHT_BYTES;
 
-async function addFiles(files) {
+function addFiles(files) {
+  adding = adding.then(() => addInOrder(files));
+}
+
+async function addInOrder(files) {
   for (const file of files) {
     try {
       draft.pictures.push(await readPicture(file));
@@ -73,9 +78,10 @@ async function recount() {
   if (isDraftEmpty() || !conversation.card) return;
   const own = (counting = new AbortController());
   const exchanges = exchangesToAsk({ text: draft.text(), pictures: draft.pictures });
+  const pictures = picturesOf(exchanges);
   try {
     const count = await countTokens(chatBody(exchanges, conversation.card.id), own.signal);
-    if (!own.signal.aborted) showCount(count, exchanges);
+    if (!own.signal.aborted) showCount(count, pictures);
   } catch (error) {
     if (own.signal.aborted) return;
     for (const view of byId("attachments").children) showNoTiles(view);
@@ -89,8 +95,8 @@ function recountAfterTyping() {
   if (isLight(exchanges)) typing = setTimeout(recount, TYPING_PAUSE);
 }
 
-function showCount(count, exchanges) {
-  picturesOf(exchanges).forEach((picture, index) => (picture.count = count.images[index]));
+function showCount(count, pictures) {
+  pictures.forEach((picture, index) => (picture.count = count.images[index]));
   draft.pictures.forEach((picture, index) => showTiles(byId("attachments").children[index], picture));
   const { image_tiles: tiles, cross_attended_tokens: crossed } = count.input_tokens_details;
   const parts = [`${count.input_tokens} of ${conversation.card.max_model_len} tokens`];

@@ -13,19 +13,35 @@ function exchangesToAsk(question) {
   return [...kept, { question, answer: null }];
 }
 
-function submit() {
+async function submit() {
+  await adding;
   if (conversation.running || isDraftEmpty() || !conversation.card) return;
   if (conversation.editing !== null) cutFrom(conversation.editing);
   stopEditing();
-  const exchange = { question: takeDraft(), answer: null, view: null };
+  const exchange = { question: takeDraft(), answer: null, asked: null, view: null };
   conversation.exchanges.push(exchange);
   exchange.view = exchangeView(exchange, conversation.card.id, {
     edit: () => startEditing(exchange),
     again: () => regenerate(exchange),
-    snippetOf: (write) => snippetOf(exchange, write),
   });
   byId("exchanges").append(exchange.view);
+  if (exchange.question.pictures.some((picture) => !picture.count)) countLate(exchange);
   answer(exchange);
+}
+
+// Count the tiles of a question that was sent before they were counted.
+async function countLate({ question, view }) {
+  const views = [...view.querySelectorAll(".picture")];
+  try {
+    const body = chatBody([{ question, answer: null }], conversation.card.id);
+    const { images } = await countTokens(body);
+    question.pictures.forEach((picture, index) => {
+      picture.count = images[index];
+      showTiles(views[index], picture);
+    });
+  } catch {
+    views.forEach(showNoTiles); // the answer tells of what is wrong
+  }
 }
 
 async function answer(exchange) {
@@ -33,6 +49,7 @@ async function answer(exchange) {
   const result = { text: "", state: "waiting", usage: null, finish: null, browserSeconds: null, fault: null };
   exchange.answer = result;
   const body = chatBody(upTo(exchange), conversation.card.id);
+  exchange.asked = { body, pictures: picturesOf(upTo(exchange)) };
   const show = () => showAnswer(exchange.view, result, () => regenerate(exchange));
   show();
   showRunning();
@@ -48,6 +65,7 @@ async function answer(exchange) {
   show();
   showRunning();
   showEndOf(exchange);
+  recount(); // of what is written meanwhile
   announce(result.fault ? result.fault.title : `Answer ${result.state}: ${result.text}`);
   if (document.activeElement === document.body) byId("text").focus(); // the Stop button has gone
 }
@@ -74,7 +92,7 @@ function stop() {
 
 function regenerate(exchange) {
   if (conversation.running) return;
-  stopEditing();
+  if (conversation.editing !== null) cancelEditing();
   cutFrom(conversation.exchanges.indexOf(exchange) + 1);
   answer(exchange);
 }
@@ -141,11 +159,6 @@ function showEndOf(exchange) {
 // --- taking along ----------------------------------------------------------------------------------------------------
 
 const upTo = (exchange) => conversation.exchanges.slice(0, conversation.exchanges.indexOf(exchange) + 1);
-
-function snippetOf(exchange, write) {
-  const exchanges = upTo(exchange);
-  return write(chatBody(exchanges, conversation.card.id), exchanges);
-}
 
 function exported() {
   const last = conversation.exchanges.at(-1);

@@ -1,9 +1,9 @@
 // Calls the endpoint that served this page. Failed calls throw a Fault, aborted ones an AbortError.
 
 async function call(path, body, signal) {
-  const headers = {};
-  if (apiKey()) headers.Authorization = `Bearer ${apiKey()}`;
-  if (body) headers["Content-Type"] = "application/json";
+  const headers = new Headers();
+  if (apiKey()) headers.set("Authorization", `Bearer ${apiKey()}`);
+  if (body) headers.set("Content-Type", "application/json");
   const method = body ? "POST" : "GET";
   let response;
   try {

@@ -3,7 +3,7 @@
 
 const NEAR_END = 80; // pixels: who has scrolled further up reads, and is left there
 
-function exchangeView(exchange, model, { edit, again, snippetOf }) {
+function exchangeView(exchange, model, { edit, again }) {
   const element = fromTemplate("exchange-template");
   const { text, pictures } = exchange.question;
   write(element, { ".question .text": text, ".model": model });
@@ -11,8 +11,8 @@ function exchangeView(exchange, model, { edit, again, snippetOf }) {
   onClick(element.querySelector(".edit"), edit);
   onClick(element.querySelector(".again"), again);
   copyOnClick(element.querySelector(".copy"), () => exchange.answer.text);
-  copyOnClick(element.querySelector(".curl"), () => snippetOf(curlSnippet));
-  copyOnClick(element.querySelector(".python"), () => snippetOf(pythonSnippet));
+  copyOnClick(element.querySelector(".curl"), () => curlSnippet(exchange.asked));
+  copyOnClick(element.querySelector(".python"), () => pythonSnippet(exchange.asked));
   return element;
 }
 

@@ -7,6 +7,24 @@ const NUMBERS = ["temperature", "top_p", "seed", "max_tokens", "max_tiles"];
 const DEFAULTS = { max_tokens: "512" };
 const darkSystem = matchMedia("(prefers-color-scheme: dark)");
 
+// A browser that keeps nothing throws on every access to a storage.
+function recall(storage, name) {
+  try {
+    return window[storage].getItem(name);
+  } catch {
+    return null;
+  }
+}
+
+function remember(storage, name, value) {
+  try {
+    if (value) window[storage].setItem(name, value);
+    else window[storage].removeItem(name);
+  } catch {
+    // it holds until the page is left
+  }
+}
+
 const apiKey = () => byId("key").value.trim();
 const systemMessage = () => byId("system").value.trim();
 
@@ -17,21 +35,16 @@ function sampling() {
 }
 
 function loadPreferences() {
-  let stored = DEFAULTS;
-  try {
-    stored = { ...DEFAULTS, ...JSON.parse(localStorage.getItem(SETTINGS)) };
-  } catch {
-    localStorage.removeItem(SETTINGS);
-  }
+  const stored = { ...DEFAULTS, ...JSON.parse(recall("localStorage", SETTINGS)) };
   for (const name of ["system", ...NUMBERS]) byId(name).value = stored[name] ?? "";
-  byId("key").value = sessionStorage.getItem(KEY) ?? "";
-  document.documentElement.dataset.theme = localStorage.getItem(THEME) ?? "";
+  byId("key").value = recall("sessionStorage", KEY) ?? "";
+  document.documentElement.dataset.theme = recall("localStorage", THEME) ?? "";
 }
 
 function savePreferences() {
   const values = ["system", ...NUMBERS].map((name) => [name, byId(name).value]);
-  localStorage.setItem(SETTINGS, JSON.stringify(Object.fromEntries(values)));
-  sessionStorage.setItem(KEY, apiKey());
+  remember("localStorage", SETTINGS, JSON.stringify(Object.fromEntries(values)));
+  remember("sessionStorage", KEY, apiKey());
 }
 
 // --- light and dark --------------------------------------------------------------------------------------------------
@@ -50,8 +63,7 @@ function switchTheme() {
   const dark = !isDark();
   const theme = dark === darkSystem.matches ? "" : dark ? "dark" : "light";
   document.documentElement.dataset.theme = theme;
-  if (theme) localStorage.setItem(THEME, theme);
-  else localStorage.removeItem(THEME);
+  remember("localStorage", THEME, theme);
   showTheme();
 }
 

@@ -1,8 +1,7 @@
 // Writes a request as a command or a program. Images are named, not contained: their text would fill pages.
 
 // Return the body as JSON whose images are marks, and what each mark stands for.
-function markedJson(body, exchanges) {
-  const pictures = picturesOf(exchanges);
+function markedJson({ body, pictures }) {
   const marks = new Map(pictures.map((picture, index) => [picture.uri, { mark: `@image-${index}@`, picture }]));
   const marked = (key, value) => (key === "url" ? marks.get(value).mark : value);
   const json = JSON.stringify(body, marked, 2);
@@ -16,8 +15,8 @@ function dataPrefix(picture) {
   return picture.uri.slice(0, picture.uri.indexOf(",") + 1);
 }
 
-function curlSnippet(body, exchanges) {
-  const { json, marks } = markedJson(body, exchanges);
+function curlSnippet(asked) {
+  const { json, marks } = markedJson(asked);
   let data = json.replace(/[\\$`]/g, "\\$&"); // what a shell would read in the text
   for (const { mark, picture } of marks) {
     const encoded = `$(base64 < ${shellQuoted(picture.name)} | tr -d '\\n')`;
@@ -35,8 +34,8 @@ function shellQuoted(text) {
 // Keys that the openai package does not know go through its extra_body.
 const EXTRA_KEYS = ["max_tiles"];
 
-function pythonSnippet(body, exchanges) {
-  const { json, marks } = markedJson(body, exchanges);
+function pythonSnippet(asked) {
+  const { json, marks } = markedJson(asked);
   const hasImages = marks.length > 0;
   const request = JSON.parse(json);
   const extra = EXTRA_KEYS.filter((key) => key in request).map((key) => [key, request[key]]);

@@ -36,7 +36,7 @@ function chooseModel(cards, index) {
 
 function onPreference(id) {
   if (id === "key") findModels();
-  else if (["system", "max_tiles"].includes(id)) recount();
+  else recount(); // the server says at once which value it refuses
 }
 
 function onEscape(event) {
