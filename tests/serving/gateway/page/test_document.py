@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
+from command_line import Run, assert_one_line_error
 from gateway_calls import Reply
 from live_gateway import LiveGateway, open_gateway
 
@@ -74,7 +75,19 @@ def test_no_key_is_needed_and_head_is_answered(engine: Callable[[str], Path]) ->
         assert closed.call("GET", "/v1/models").status == 401
 
 
-def test_it_can_be_left_out(engine: Callable[[str], Path]) -> None:
+def test_it_can_be_left_out(
+    live: LiveGateway, engine: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     with open_gateway(engine("nvlm-h-tiny"), GatewayOptions(has_page=False)) as bare:
         assert bare.call("GET", "/").error["code"] == "not_found"
         assert bare.call("GET", "/v1/models").status == 200
+        bare.server.announce()
+        assert capsys.readouterr().out == f"OpenAI endpoint at {bare.url}\n"
+    live.server.announce()
+    assert capsys.readouterr().out == f"OpenAI endpoint at {live.url}\npage to try it at {live.url[:-2]}\n"
+
+
+def test_the_option(run_cli: Run) -> None:
+    message = "an option of the OpenAI endpoint has no effect without one"
+    assert_one_line_error(run_cli("serve", "engine", "--no-ui"), message)
+    assert_one_line_error(run_cli("gateway", "--engine", "/nowhere", "--no-ui"), "/nowhere is not an engine")

@@ -1,6 +1,6 @@
 // Shows an image as the model sees it. The server says the grid, the tags and the tokens; the page draws them.
 
-const WHOLE_EDGE = 440; // pixels of the canvas, twice those on the screen
+const WHOLE_SIZE = [440, 300]; // pixels of the canvas at most, twice those on the screen
 const TILE_EDGE = 192;
 
 // Return the element of a picture. `remove` is called by its button, which is absent without it.
@@ -49,9 +49,9 @@ function tilingOf(count) {
 
 function tokensOf(count) {
   const parts = [];
-  if (count.image_tokens) parts.push(`${count.image_tokens} image tokens in the prompt`);
+  if (count.image_tokens) parts.push(`${count.image_tokens} in the prompt`);
   if (count.cross_tokens) parts.push(`${count.cross_tokens} cross-attended`);
-  return parts.join(", ");
+  return `Image tokens: ${parts.join(", ")}`;
 }
 
 // NVLM-D has all tiles in the prompt and NVLM-X all in cross-attention; NVLM-H has the thumbnail alone in the prompt.
@@ -94,7 +94,7 @@ function drawTile(canvas, { preview, count }, index) {
 
 function drawWhole(canvas, picture) {
   const { width, height } = picture.count ?? picture.preview ?? { width: 4, height: 3 };
-  const scale = WHOLE_EDGE / Math.max(width, height);
+  const scale = Math.min(WHOLE_SIZE[0] / width, WHOLE_SIZE[1] / height);
   canvas.width = Math.max(1, Math.round(width * scale));
   canvas.height = Math.max(1, Math.round(height * scale));
   const context = onWhite(canvas);
