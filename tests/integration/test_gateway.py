@@ -124,6 +124,7 @@ def serve(engine: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], 
             line = process.stdout.readline()
             assert line.startswith("OpenAI endpoint at http://127.0.0.1:"), line
             port = int(line.rpartition(":")[2].removesuffix("/v1\n"))
+            assert process.stdout.readline() == f"page to try it at http://127.0.0.1:{port}/\n"
             assert process.stdout.readline().startswith("serving at grpc://")
             yield process, Endpoint(port, NAME)
         finally:
