@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from live_gateway import LiveGateway, open_gateway
@@ -36,7 +37,7 @@ def open_page(chromium: object) -> Iterator[Callable[..., OpenPage]]:
     page must have written nothing to the console: no error, and no violation of its policy."""
     opened = []
 
-    def open_at(gateway: LiveGateway, **settings: object) -> OpenPage:
+    def open_at(gateway: LiveGateway, **settings: Any) -> OpenPage:
         opened.append(OpenPage.open(chromium, gateway, **settings))
         return opened[-1]
 

@@ -51,7 +51,7 @@ function tokensOf(count) {
   const parts = [];
   if (count.image_tokens) parts.push(`${count.image_tokens} in the prompt`);
   if (count.cross_tokens) parts.push(`${count.cross_tokens} cross-attended`);
-  return `Image tokens: ${parts.join(", ")}`;
+  return `Tokens: ${parts.join(", ")}`;
 }
 
 // NVLM-D has all tiles in the prompt and NVLM-X all in cross-attention; NVLM-H has the thumbnail alone in the prompt.
