@@ -8,7 +8,7 @@ from nvlm_trt.backends.spec import StageWeights
 
 # NVIDIA's builder and the process that waits for it, with their libraries; and the weights of a stage: mapped from the
 # graph's file, in the plan, and some of them in the builder's own layouts. Weights in blocks are in the plan in two
-# layouts.
+# layouts. What follows is 0.9 to 1.15 times what builds took (docs/tensorrt_rtx.md).
 _LIBRARIES = 1.25e9
 _COPIES = 2.45
 _COPIES_OF_BLOCKS = 3.45
