@@ -124,7 +124,7 @@ def over_grpc(client: Client) -> Ask:
 def over_http(port: int, model: str) -> Ask:
     def ask(question: str, images: Sequence[bytes], tokens: int) -> Answer:
         started, ttft, text = time.perf_counter(), 0.0, ""
-        uris = [f"data:image/png;base64,{base64.b64encode(image).decode()}" for image in images]
+        uris = [f"data:image/jpeg;base64,{base64.b64encode(image).decode()}" for image in images]
         content = [{"type": "image_url", "image_url": uri} for uri in uris] + [{"type": "text", "text": question}]
         body = {"model": model, "messages": [{"role": "user", "content": content}], "max_tokens": tokens}
         data = json.dumps({**body, "ignore_eos": True, "stream": True})
