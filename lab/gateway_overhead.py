@@ -127,7 +127,7 @@ def over_http(port: int, model: str) -> Ask:
         uris = [f"data:image/jpeg;base64,{base64.b64encode(image).decode()}" for image in images]
         content = [{"type": "image_url", "image_url": uri} for uri in uris] + [{"type": "text", "text": question}]
         body = {"model": model, "messages": [{"role": "user", "content": content}], "max_tokens": tokens}
-        data = json.dumps({**body, "ignore_eos": True, "stream": True})
+        data = json.dumps({**body, "ignore_eos": True, "stream": True}, allow_nan=False)
         with closing(http.client.HTTPConnection("127.0.0.1", port)) as connection:
             connection.request("POST", "/v1/chat/completions", data, {"Content-Type": "application/json"})
             response = connection.getresponse()

@@ -36,6 +36,7 @@ OTHERS = {
     "deploy": ["ENGINE", "--target", "compose", "--output", "OUTPUT"],
     "verify": ["ENGINE", "--checkpoint", "CHECKPOINT"],
     "serve": ["ENGINE"],
+    "gateway": ["--engine", "ENGINE"],
     "ask": ["Hello", "--engine", "ENGINE"],
     "ask max_tiles": ["--image", str(IMAGE)],
     "tiles": [str(IMAGE), "--output", "OUTPUT.png"],
@@ -130,7 +131,7 @@ def test_a_plan_without_tiles_takes_as_many_as_fit(run_cli: Run) -> None:
 def test_a_wrong_option_is_one_line(run_cli: Run) -> None:
     assert_one_line_error(run_cli("plan", "--nope"), "--nope", "plan --help`")
     assert_one_line_error(run_cli("plam"), "plam", "--help`")
-    assert_one_line_error(run_cli("build"), "checkpoint", "build --help`")
+    assert_one_line_error(run_cli("build"), "--output", "build --help`")
     assert_one_line_error(run_cli("plan", "--text-tokens", "many"), "--text-tokens")
 
 
