@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -94,7 +95,13 @@ def test_a_stream_is_the_answer_in_pieces(served: ServerByName) -> None:
 @pytest.mark.parametrize("name", ENGINES)
 def test_several_answers_are_those_of_single_requests_with_their_seeds(name: str, served: ServerByName) -> None:
     """The logprobs are compared too, with the text and bytes of each token: all that a response has but the times."""
-    common = {"max_tokens": 20, "temperature": 1.3, "presence_penalty": 1, "frequency_penalty": 0.5, "min_tokens": 5}
+    common: dict[str, Any] = {
+        "max_tokens": 20,
+        "temperature": 1.3,
+        "presence_penalty": 1,
+        "frequency_penalty": 0.5,
+        "min_tokens": 5,
+    }
     common |= {"logit_bias": {"65": -100, "66": 3}, "logprobs": 5}
     question = {"messages": CONVERSATION, "images": [make_image(31), make_image(32, 90, 200)]}
     with Client(served(name).address) as client:

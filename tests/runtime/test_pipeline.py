@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -201,7 +202,12 @@ def test_an_answer_depends_on_each_image_and_on_their_order(engine: DirectoryByN
 def test_answer_i_of_n_is_that_of_a_request_with_its_seed_bit_for_bit(engine: DirectoryByName, name: str) -> None:
     """The logprobs are compared, which show a difference in the last bit of a logit. The answers have neighbours, end
     at different times, and are drawn with all parameters that look at earlier tokens."""
-    common = {"temperature": 1.5, "presence_penalty": 0.5, "frequency_penalty": 0.3, "repetition_penalty": 1.1}
+    common: dict[str, Any] = {
+        "temperature": 1.5,
+        "presence_penalty": 0.5,
+        "frequency_penalty": 0.3,
+        "repetition_penalty": 1.1,
+    }
     common |= {"logit_bias": {65: 2, 66: -100}, "min_tokens": 4, "logprobs": 20, "max_tokens": 25}
     images = make_image(1), make_image(2, 50, 150)
     options = RuntimeOptions(prefill_chunk=32)

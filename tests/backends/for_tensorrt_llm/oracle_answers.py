@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from nvlm_trt.api import ChatRequest, TokenLogprob
+from nvlm_trt.api import ChatRequest
 from nvlm_trt.backends.opening import open_backend
 from nvlm_trt.engine import Engine
 from nvlm_trt.image.decoding import load_image
@@ -18,7 +18,7 @@ from nvlm_trt.prompt.encoder import PromptEncoder
 from nvlm_trt.prompt.image_tokens import split_tiles
 from nvlm_trt.prompt.tokenizer import Tokenizer
 from nvlm_trt.reference.model import ReferenceModel
-from nvlm_trt.runtime.sampling import Sampler
+from nvlm_trt.runtime.sampling import Logprobs, Sampler
 
 
 @lru_cache(maxsize=4)
@@ -36,7 +36,7 @@ def image_tokens(engine: Engine, image: Any) -> torch.Tensor:
 
 
 @torch.no_grad()
-def answer_alone(engine: Engine, checkpoint: Path, chat: ChatRequest) -> list[tuple[int, TokenLogprob | None]]:
+def answer_alone(engine: Engine, checkpoint: Path, chat: ChatRequest) -> list[tuple[int, Logprobs | None]]:
     """Returns the tokens, up to and with the first stop id."""
     model, config = oracle(checkpoint), engine.config
     tokenizer = Tokenizer.from_directory(engine.path)
@@ -58,7 +58,7 @@ def answer_alone(engine: Engine, checkpoint: Path, chat: ChatRequest) -> list[tu
     sampler = Sampler(chat.sampling, prompt.input_ids, {model.image_token_id})
     ids, ranges = torch.from_numpy(prompt.input_ids)[None], torch.from_numpy(prompt.cross_ranges)[None]
     everything = torch.tensor([[prompt.decode_range]], dtype=ranges.dtype)
-    generated: list[tuple[int, TokenLogprob | None]] = []
+    generated: list[tuple[int, Logprobs | None]] = []
     cache = None
     while len(generated) < min(chat.sampling.max_tokens, engine.limits.max_seq_len - len(prompt.input_ids)):
         logits, cache = model(ids, rows if len(generated) == 0 and len(rows) else None, cross_kv, ranges, cache)

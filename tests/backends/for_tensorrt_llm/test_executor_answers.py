@@ -66,7 +66,7 @@ def test_a_mixed_batch_answers_as_the_oracle_does(
         assert len(logprobs) == (len(expected) if one.sampling.logprobs else 0)
         for found, (_, wanted) in zip(logprobs, expected, strict=False):
             assert wanted is not None
-            assert [token.token_id for token in found.top] == [i for i, _ in wanted.top]
+            assert [token.token_id for token in found.top] == [token_id for token_id, _ in wanted.top]
             assert math.isclose(found.logprob, wanted.logprob, abs_tol=1e-4)
         usage = deltas[-1].usage
         assert usage is not None
