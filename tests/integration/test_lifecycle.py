@@ -241,8 +241,8 @@ def test_a_server_whose_supervisor_and_guard_were_killed_ends(serve: Callable[..
         if "nvlm_trt.serving.triton.guard" in process.cmdline():
             process.kill()
     command.process.kill()
-    _, alive = psutil.wait_procs(processes, timeout=60)
-    assert not alive
+    psutil.wait_procs(processes, timeout=60)
+    assert_all_gone(processes, command.directory)
 
 
 @pytest.mark.parametrize(

@@ -27,9 +27,9 @@ class ServerFolder:
         """Make the folder. Raises EngineError without a folder for temporary files, OSError if that one is full."""
         parent = temporary_folder()
         for left in abandoned(sorted(parent.glob(f"{_NAME}*"))):
-            remove_files(left, _shm_prefix(left))
+            remove_files(left, shm_prefix_of(left))
         path = parent / f"{_NAME}{secrets.token_hex(4)}"
-        return cls(path, _shm_prefix(path), make_owned_folder(path))
+        return cls(path, shm_prefix_of(path), make_owned_folder(path))
 
     def remove(self) -> None:
         """Remove the folder and the shared memory. Call it once."""
@@ -37,5 +37,6 @@ class ServerFolder:
         os.close(self._lock)
 
 
-def _shm_prefix(folder: Path) -> str:
+def shm_prefix_of(folder: Path) -> str:
+    """Return what the names of a server's shared memory begin with."""
     return f"nvlm_trt_{folder.name.removeprefix(_NAME)}_"

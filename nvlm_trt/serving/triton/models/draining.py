@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import psutil
 
 from nvlm_trt.errors import ServerError
+from nvlm_trt.serving.triton import guard
 from nvlm_trt.serving.triton.drain_channel import ENCODED, IDLE
 from nvlm_trt.serving.triton.models.answer_sender import AnswerSender
 from nvlm_trt.serving.triton.process_watch import STUB
+from nvlm_trt.serving.triton.server_folder import shm_prefix_of
 
 _POLL_SECONDS = 0.02
 _FINISH_SECONDS = 1
@@ -23,9 +27,16 @@ _ORPHAN_SECONDS = 30  # for the open requests of a server without a supervisor
 
 
 def end_server() -> None:
-    """End tritonserver, which leads the process group of its models' processes. Does nothing in any other process."""
-    if psutil.Process().cmdline()[0].endswith(STUB):
-        os.kill(os.getpgrp(), signal.SIGTERM)
+    """Start a guard that ends this process's tritonserver, with its models and files, at once.
+
+    Does nothing in a process that is no model of tritonserver."""
+    if not psutil.Process().cmdline()[0].endswith(STUB):
+        return
+    # tritonserver leads the process group of its models, and its folder is their working directory
+    folder = Path.cwd()
+    arguments = [str(os.getpgrp()), str(folder), shm_prefix_of(folder)]
+    command = [sys.executable or "python3", "-m", guard.__name__, *arguments]
+    subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
 
 
 class Draining:
