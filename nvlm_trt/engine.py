@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -31,6 +31,9 @@ MANIFEST = "manifest.json"
 CALIBRATION = "calibration.json"
 # Files up to this size are hashed whenever an engine is opened, larger files when the engine is served or verified.
 _QUICK_HASH_BYTES = 16 << 20
+
+
+Record = TypeVar("Record", bound=BaseModel)  # a backend's, in the manifest
 
 
 class _Record(BaseModel):
@@ -113,6 +116,16 @@ class Engine:
             manifest.checkpoint_digest,
         ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def read_record(engine: Engine, kind: type[Record]) -> Record:
+    """Read the backend's record of an engine. Raises EngineError if it is missing or incomplete."""
+    try:
+        return kind.model_validate(engine.manifest.backend_record)
+    except ValidationError:
+        raise EngineError(
+            f"engine {engine.path} does not say what it was built for; rebuild it with `nvlm-trt build`"
+        ) from None
 
 
 @contextlib.contextmanager

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from pydantic import BaseModel, ConfigDict
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
-from nvlm_trt.engine import Engine
-from nvlm_trt.errors import EngineError
 from nvlm_trt.model.config import NvlmConfig
 
 
@@ -21,19 +17,6 @@ class PlanRecord(BaseModel):
     # stage -> for each optimisation profile, input -> smallest, usual and largest shape
     profiles: dict[str, list[dict[str, list[list[int]]]]]
     weight_streaming: bool = False  # True: weights that do not fit on the GPU stay in host memory
-
-
-Record = TypeVar("Record", bound=PlanRecord)
-
-
-def read_record(engine: Engine, kind: type[Record]) -> Record:
-    """Return the record of an engine. Raises EngineError if it is missing or incomplete."""
-    try:
-        return kind.model_validate(engine.manifest.backend_record)
-    except ValidationError:
-        raise EngineError(
-            f"engine {engine.path} does not say what it was built for; rebuild it with `nvlm-trt build`"
-        ) from None
 
 
 def aliases(config: NvlmConfig) -> dict[str, str]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from nvlm_trt.backends.plans.record import PlanRecord, read_record
-from nvlm_trt.engine import Engine
+from nvlm_trt.backends.plans.record import PlanRecord
+from nvlm_trt.engine import Engine, read_record
 
 
 class TensorRtRecord(PlanRecord):

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from nvlm_trt.engine import Engine
-from nvlm_trt.errors import EngineError
+from nvlm_trt.engine import Engine, read_record
 
 
 class TrtLlmRecord(BaseModel):
@@ -35,9 +34,4 @@ class TrtLlmRecord(BaseModel):
 
 def record_of(engine: Engine) -> TrtLlmRecord:
     """Return the record of an engine. Raises EngineError if it is missing or incomplete."""
-    try:
-        return TrtLlmRecord.model_validate(engine.manifest.backend_record)
-    except ValidationError:
-        raise EngineError(
-            f"engine {engine.path} does not say what it was built for; rebuild it with `nvlm-trt build`"
-        ) from None
+    return read_record(engine, TrtLlmRecord)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from nvlm_trt.backends.plans.record import PlanRecord, read_record
-from nvlm_trt.engine import Engine
+from nvlm_trt.backends.plans.record import PlanRecord
+from nvlm_trt.engine import Engine, read_record
 
 
 class RtxRecord(PlanRecord):
