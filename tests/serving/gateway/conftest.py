@@ -8,7 +8,25 @@ from pathlib import Path
 import pytest
 from live_gateway import LiveGateway, open_gateway
 
+from nvlm_trt.builders.engine_build import build_engine
 from nvlm_trt.serving.gateway.gateway import GatewayOptions
+
+CHECKPOINTS = Path(__file__).parents[3] / "checkpoints"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An engine of the trained nvlm-h-tiny."""
+    engine = tmp_path_factory.mktemp("trained") / "nvlm-h-tiny"
+    build_engine(CHECKPOINTS / "nvlm-h-tiny", engine)
+    return engine
+
+
+@pytest.fixture(scope="module")
+def reading(trained: Path) -> Iterator[LiveGateway]:
+    """A gateway over a model that can read."""
+    with open_gateway(trained, GatewayOptions()) as gateway:
+        yield gateway
 
 
 @pytest.fixture(scope="module")

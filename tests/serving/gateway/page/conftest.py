@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-from live_gateway import LiveGateway, open_gateway
+from live_gateway import LiveGateway
 from open_page import OpenPage
 
-from nvlm_trt.builders.engine_build import build_engine
-from nvlm_trt.serving.gateway.gateway import GatewayOptions
-
-CHECKPOINTS = Path(__file__).parents[4] / "checkpoints"
 CHROMIUMS = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -45,18 +40,3 @@ def open_page(chromium: object) -> Iterator[Callable[..., OpenPage]]:
     for page in opened:
         page.close()
         assert page.unexpected() == []
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An engine of the trained nvlm-h-tiny."""
-    engine = tmp_path_factory.mktemp("trained") / "nvlm-h-tiny"
-    build_engine(CHECKPOINTS / "nvlm-h-tiny", engine)
-    return engine
-
-
-@pytest.fixture(scope="module")
-def reading(trained: Path) -> Iterator[LiveGateway]:
-    """A gateway over a model that can read."""
-    with open_gateway(trained, GatewayOptions()) as gateway:
-        yield gateway
