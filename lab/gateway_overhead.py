@@ -24,16 +24,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
-import numpy as np
-
-from lab.common import parser, run
+from lab.common import run
 from lab.engines import random_engine
 from lab.images import ImageSize, new_image
+from lab.overhead import more, overhead_options, write_questions
 from lab.rounds import Contender, Rounds
-from lab.spread import Spread
 from nvlm_trt.api import ImagePart, Message, Part, SamplingParams, TextPart
-from nvlm_trt.benchmark.prompts import PromptWriter
-from nvlm_trt.prompt.tokenizer import Tokenizer
 from nvlm_trt.serving.client import Client
 from nvlm_trt.serving.triton.repository import RepositoryOptions
 from nvlm_trt.serving.triton.server import ServerOptions, TritonServer
@@ -54,23 +50,13 @@ Ask = Callable[[str, Sequence[bytes], int], Answer]  # a question, its images, t
 
 
 def options() -> argparse.ArgumentParser:
-    made = parser(__doc__, rounds=7)
-    made.add_argument("--preset", default="nvlm-d-small")
-    made.add_argument("--precision", default="int8-weight-only")
-    made.add_argument("--concurrency", type=int, default=8)
-    made.add_argument("--requests", type=int, default=16, help="requests per round, for the throughput")
-    made.add_argument("--prompt-tokens", type=int, default=64)
-    made.add_argument("--output-tokens", type=int, default=64)
-    made.add_argument("--image-size", default="448x448", help="WIDTHxHEIGHT")
-    made.add_argument("--repeats", type=int, default=5, help="measurements of every TTFT in a round")
-    return made
+    return overhead_options(__doc__, requests=16)
 
 
 def measure(arguments: argparse.Namespace, rounds: Rounds) -> None:
     size = ImageSize.parse(arguments.image_size, "--image-size")
     engine = random_engine(arguments.work, arguments.preset, arguments.precision)
-    writer, rng = PromptWriter(Tokenizer.from_directory(engine.path)), np.random.default_rng(0)
-    questions = [writer.write(arguments.prompt_tokens, rng) for _ in range(arguments.requests)]
+    questions = write_questions(engine.path, arguments)
     image = new_image(size)
     texts: dict[str, list[str]] = {}
     served = ServerOptions(repository=RepositoryOptions(threads=arguments.threads))
@@ -83,16 +69,10 @@ def measure(arguments: argparse.Namespace, rounds: Rounds) -> None:
         contenders = {name: contender(ask, questions, image, arguments, texts, name) for name, ask in asks.items()}
         rounds.run(contenders, arguments.rounds)
     assert texts[GRPC] == texts[HTTP], "the answers over HTTP differ"
-    more_ms = {metric: str(more(rounds, metric)) for metric in (TEXT, REPEATED)}
+    more_ms = {metric: str(more(rounds, metric, HTTP, GRPC)) for metric in (TEXT, REPEATED)}
     rounds.report([(THROUGHPUT, HTTP, GRPC)], more_ttft_ms=more_ms)
     for metric, spread in more_ms.items():
         print(f"{metric}: over HTTP {spread} more")
-
-
-def more(rounds: Rounds, metric: str) -> Spread:
-    """Subtracts the time over gRPC from the time over HTTP, within the rounds."""
-    pairs = zip(rounds.values[HTTP][metric], rounds.values[GRPC][metric], strict=True)
-    return Spread.of([over_http - over_grpc for over_http, over_grpc in pairs])
 
 
 @contextmanager

@@ -17,16 +17,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import numpy as np
-
-from lab.common import parser, run
+from lab.common import run
 from lab.engines import random_engine
 from lab.images import ImageSize, new_image
+from lab.overhead import more, overhead_options, write_questions
 from lab.rounds import Contender, Rounds
-from lab.spread import Spread
 from nvlm_trt.api import ChatRequest, Delta, Message, SamplingParams
-from nvlm_trt.benchmark.prompts import PromptWriter
-from nvlm_trt.prompt.tokenizer import Tokenizer
 from nvlm_trt.runtime.pipeline import Pipeline
 from nvlm_trt.serving.client import Client
 from nvlm_trt.serving.triton.repository import RepositoryOptions
@@ -48,23 +44,13 @@ class Answer:
 
 
 def options() -> argparse.ArgumentParser:
-    made = parser(__doc__, rounds=7)
-    made.add_argument("--preset", default="nvlm-d-small")
-    made.add_argument("--precision", default="int8-weight-only")
-    made.add_argument("--concurrency", type=int, default=8)
-    made.add_argument("--requests", type=int, default=32, help="requests per round, for the throughput")
-    made.add_argument("--prompt-tokens", type=int, default=64)
-    made.add_argument("--output-tokens", type=int, default=64)
-    made.add_argument("--image-size", default="448x448", help="WIDTHxHEIGHT")
-    made.add_argument("--repeats", type=int, default=5, help="measurements of every TTFT in a round")
-    return made
+    return overhead_options(__doc__, requests=32)
 
 
 def measure(arguments: argparse.Namespace, rounds: Rounds) -> None:
     size = ImageSize.parse(arguments.image_size, "--image-size")
     engine = random_engine(arguments.work, arguments.preset, arguments.precision)
-    writer, rng = PromptWriter(Tokenizer.from_directory(engine.path)), np.random.default_rng(0)
-    questions = [writer.write(arguments.prompt_tokens, rng) for _ in range(arguments.requests)]
+    questions = write_questions(engine.path, arguments)
     answers: dict[str, list[list[int]]] = {}
     served = ServerOptions(repository=RepositoryOptions(threads=arguments.threads))
     with (
@@ -77,15 +63,11 @@ def measure(arguments: argparse.Namespace, rounds: Rounds) -> None:
         rounds.run(contenders, arguments.rounds)
     assert len({str(tokens) for tokens in answers.values()}) <= 1, "the served engine gives other answers"
     ratios = [(THROUGHPUT, SERVED, IN_PROCESS), (REPEATED, SERVED, IN_PROCESS)]
-    rounds.report(ratios, more_ttft_ms={metric: str(more(rounds, metric)) for metric in (TEXT, NEW, REPEATED)})
+    rounds.report(
+        ratios, more_ttft_ms={metric: str(more(rounds, metric, SERVED, IN_PROCESS)) for metric in (TEXT, NEW, REPEATED)}
+    )
     for metric in (TEXT, NEW, REPEATED):
-        print(f"{metric}: through Triton {more(rounds, metric)} more")
-
-
-def more(rounds: Rounds, metric: str) -> Spread:
-    """Subtracts the time in process from the time served, within the rounds."""
-    pairs = zip(rounds.values[SERVED][metric], rounds.values[IN_PROCESS][metric], strict=True)
-    return Spread.of([served - in_process for served, in_process in pairs])
+        print(f"{metric}: through Triton {more(rounds, metric, SERVED, IN_PROCESS)} more")
 
 
 def in_process(pipeline: Pipeline) -> Ask:
