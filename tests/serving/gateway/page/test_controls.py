@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -40,20 +41,30 @@ def taken(live: LiveGateway, count: int) -> Iterator[None]:
         yield
 
 
-def answer_for_long(page: OpenPage) -> None:
-    """Make the page's requests go on behind the end of a text: a random model may end one with any token."""
+def answer_for_long(page: OpenPage, live: LiveGateway, patch: pytest.MonkeyPatch) -> None:
+    """Make the page's answers last: they go on behind the end of a text, because a random model may end one with any
+    token, and a step takes 10 ms, because the browser is slower than a tiny model."""
 
     def changed(route: Any) -> None:
         route.continue_(post_data=json.dumps({**route.request.post_data_json, "ignore_eos": True}, allow_nan=False))
 
+    def decode(*arguments: Any) -> Any:
+        time.sleep(0.01)
+        return at_once(*arguments)
+
+    backend = live.pipeline._generator._backend
+    at_once = backend.decode
+    patch.setattr(backend, "decode", decode)
     page.view.route("**/v1/chat/completions", changed)
     page.set(max_tokens=LONG)
 
 
 @pytest.mark.parametrize("how", ["button", "Escape"])
-def test_stop_frees_the_slot_and_keeps_the_text(open_page: Open, live: LiveGateway, how: str) -> None:
+def test_stop_frees_the_slot_and_keeps_the_text(
+    open_page: Open, live: LiveGateway, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
     page = open_page(live)
-    answer_for_long(page)
+    answer_for_long(page, live, monkeypatch)
     page.ask("Go on")
     page.says(page.answers.first).to_have_text(re.compile("."))
     assert live.active == 1
@@ -173,11 +184,11 @@ def test_a_server_that_is_gone(open_page: Open, live: LiveGateway) -> None:
     page.context.set_offline(False)
 
 
-def test_a_server_that_stops(open_page: Open, engine: Callable[[str], Path]) -> None:
+def test_a_server_that_stops(open_page: Open, engine: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     with open_gateway(engine("nvlm-h-tiny"), GatewayOptions()) as gateway:
         page = open_page(gateway)
         page.expected += ["503 (Service Unavailable)", "ERR_INCOMPLETE_CHUNKED_ENCODING", "ERR_CONNECTION_REFUSED"]
-        answer_for_long(page)
+        answer_for_long(page, gateway, monkeypatch)
         page.ask("Go on")
         page.says(page.answers.first).to_have_text(re.compile("."))
         gateway.server.drain()
