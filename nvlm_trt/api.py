@@ -198,6 +198,7 @@ class Usage:
     ttft_s: float | None  # from submission to the first token; None: no token was generated
     total_s: float  # from submission to the end of the last answer
     image_tokens: int = 0  # image placeholders among prompt_tokens
+    cached_tokens: int = 0  # of prompt_tokens, those whose keys and values an earlier prompt has left
 
 
 @dataclass(frozen=True)

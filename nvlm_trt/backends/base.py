@@ -118,6 +118,10 @@ class StepBackend(Protocol):
         """Copy the first `length` cached and the first `cross_length` cross-attended tokens of `source` to `target`."""
         ...
 
+    def swap_slots(self, first: int, second: int, length: int, cross_length: int) -> None:
+        """Exchange the first `length` cached and the first `cross_length` cross-attended tokens of two slots."""
+        ...
+
     # --- lifetime ----------------------------------------------------------------------------------------------------
 
     def to_host(self, array: BackendArray) -> FloatArray:

@@ -43,6 +43,9 @@ class SplitBackend(ClosedOnExit):
     def move_slot(self, source: int, target: int, length: int, cross_length: int) -> None:
         self._text.move_slot(source, target, length, cross_length)
 
+    def swap_slots(self, first: int, second: int, length: int, cross_length: int) -> None:
+        self._text.swap_slots(first, second, length, cross_length)
+
     def to_host(self, array: BackendArray) -> FloatArray:
         return self._text.to_host(array)
 

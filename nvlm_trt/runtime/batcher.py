@@ -14,12 +14,18 @@ class Batcher(GeneratorThread):
     """Implements `TextGenerator`. Calls `on_delta` and `on_error` on the batcher's thread, between two steps."""
 
     def __init__(
-        self, backend: StepBackend, tokenizer: Tokenizer, max_queue: int = 64, prefill_chunk: int = 256
+        self,
+        backend: StepBackend,
+        tokenizer: Tokenizer,
+        max_queue: int = 64,
+        prefill_chunk: int = 256,
+        reuse_prompts: bool = True,
     ) -> None:
         """Take over `backend`. At most `max_queue` requests wait for a slot; at most `prefill_chunk` prompt tokens run
-        between two decoding steps."""
+        between two decoding steps. `reuse_prompts`: as in GeneratorOptions."""
         self._backend = backend
-        super().__init__(Scheduler(backend, tokenizer, max_queue, prefill_chunk), "nvlm-batcher")
+        scheduler = Scheduler(backend, tokenizer, max_queue, prefill_chunk, reuse_prompts)
+        super().__init__(scheduler, "nvlm-batcher")
 
     def encode(self, pixel_values: FloatArray) -> BackendArray:
         return self._backend.encode(pixel_values)

@@ -22,15 +22,22 @@ from nvlm_trt.runtime.text_generator import GeneratorMetrics
 class Scheduler:
     """Implements `Steps`: decides what the backend runs next. Only `enqueue` and `metrics` are thread-safe."""
 
-    def __init__(self, backend: StepBackend, tokenizer: Tokenizer, max_queue: int, prefill_chunk: int) -> None:
+    def __init__(
+        self, backend: StepBackend, tokenizer: Tokenizer, max_queue: int, prefill_chunk: int, reuse_prompts: bool = True
+    ) -> None:
+        """`reuse_prompts`: take over what the caches hold of a prompt from earlier ones."""
         self._backend = backend
         self._tokenizer = tokenizer
         self._prefill_chunk = prefill_chunk
+        # no prompt has a whole chunk of max_seq_len tokens
+        self._shared_chunk = prefill_chunk if reuse_prompts else backend.limits.max_seq_len
         assert backend.config.image_token_id is not None, "read_config takes image_token_id from the tokenizer"
         self._placeholder_id = backend.config.image_token_id
         self._queue = RequestQueue(max_queue)
         self._slots = Slots(backend)
         self._delivery = Delivery()
+        self._prompt_tokens = 0
+        self._cached_tokens = 0
 
     def enqueue(self, request: Request) -> None:
         """Queue a request. Raises QueueFullError, and ParameterError for sampling parameters that the engine cannot
@@ -54,10 +61,10 @@ class Scheduler:
     def step(self) -> None:
         """Run at most one chunk of one prompt, then one token of every active answer."""
         self._drop_ended()
-        if self._slots.prefilling is None and self._slots.free:
+        if not self._slots.prefilling and self._slots.free:
             self._admit()
         if self._slots.prefilling:
-            self._prefill(self._slots.prefilling)
+            self._prefill(self._slots.prefilling[0])
         if self._slots.active:
             self._decode(self._slots.active)
 
@@ -80,6 +87,9 @@ class Scheduler:
             free_slots=self._slots.free,
             tokens_generated=self._delivery.tokens_generated,
             requests_finished=dict(self._delivery.finished),
+            kept_prompts=self._slots.kept,
+            prompt_tokens=self._prompt_tokens,
+            cached_tokens=self._cached_tokens,
         )
 
     # --- the parts of a step -----------------------------------------------------------------------------------------
@@ -105,24 +115,26 @@ class Scheduler:
             self._delivery.fail(request, error)
             return
         try:
-            self._slots.admit(request)
+            self._slots.admit(request, request.key(self._placeholder_id, self._shared_chunk))
         except RequestError as error:  # the backend refuses this request; any other error means that it has failed
             self._drop(request, error)
+        self._prompt_tokens += len(request.prompt.input_ids)
+        self._cached_tokens += request.reused
 
     def _prefill(self, request: Request) -> None:
         chunk = request.next_chunk(self._prefill_chunk)
         try:
             embeddings = self._backend.embeddings(request.images, chunk.first_embedding, chunk.last_embedding)
             logits = self._backend.prefill(
-                self._slots.prefill_slot, chunk.position, chunk.input_ids, embeddings, chunk.cross_ranges
+                request.slot, chunk.position, chunk.input_ids, embeddings, chunk.cross_ranges
             )  # [vocab]
         except RequestError as error:
             self._drop(request, error)
             return
         if request.is_prefilled:
             self._accept(request.choices, [logits] * len(request.choices))
-        if request.is_prefilled and self._slots.prefilling:  # the request may have ended with its first token
-            self._slots.activate(request.unfinished)
+        if request.is_prefilled and request in self._slots.prefilling:  # it may have ended with its first token
+            self._slots.activate(request, request.unfinished)
 
     def _decode(self, active: Sequence[Choice]) -> None:
         choices = tuple(active)
@@ -138,6 +150,8 @@ class Scheduler:
         answers = list(zip(choices, results, strict=True))
         ended = [(choice, result) for choice, result in answers if _ends_answer(result)]
         if ended:
+            failed = [choice.request for choice, result in ended if isinstance(result, Exception)]
+            self._slots.retire(failed, sound=False)
             requests = [choice.request for choice, result in ended if _ends_request(result)]
             self._slots.retire(requests, [choice for choice, _ in ended])
         for choice, result in answers:
@@ -156,7 +170,7 @@ class Scheduler:
             self._drop(request, error)
 
     def _drop(self, request: Request, error: Exception) -> None:
-        self._slots.retire([request])
+        self._slots.retire([request], sound=False)
         self._delivery.fail(request, error)
 
 

@@ -14,6 +14,7 @@ from nvlm_trt.runtime.request import Request
 class GeneratorOptions:
     max_queue: int = 64  # most requests that wait for a slot
     prefill_chunk: int | None = None  # most prompt tokens between two decoding steps; None: the backend's default
+    reuse_prompts: bool = True  # keep the keys and values of prompts for later prompts that begin alike
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,9 @@ class GeneratorMetrics:
     free_slots: int
     tokens_generated: int
     requests_finished: Mapping[str, int]  # by "stop", "length", "cancelled" and "error"
+    kept_prompts: int = 0  # of ended requests, for later prompts that begin alike
+    prompt_tokens: int = 0  # of all requests that had a slot
+    cached_tokens: int = 0  # of these, tokens whose keys and values an earlier prompt had left
 
 
 class TextGenerator(Protocol):

@@ -80,6 +80,10 @@ class AbacusBackend:
     def move_slot(self, source: int, target: int, length: int, cross_length: int) -> None:
         self._prompt_lengths[target] = self._prompt_lengths[source]
 
+    def swap_slots(self, first: int, second: int, length: int, cross_length: int) -> None:
+        lengths = self._prompt_lengths
+        lengths[first], lengths[second] = lengths[second], lengths[first]
+
     def to_host(self, array: BackendArray) -> FloatArray:
         return np.asarray(array, np.float32)
 

@@ -140,6 +140,14 @@ class OnnxRuntimeBackend(ClosedOnExit):
             used = cross_length if name.startswith("cross_") else length
             cache[target, :, :used] = cache[source, :, :used]
 
+    def swap_slots(self, first: int, second: int, length: int, cross_length: int) -> None:
+        """Exchange the used parts of two slots."""
+        for name, cache in self._cache.items():
+            used = cross_length if name.startswith("cross_") else length
+            kept = cache[first, :, :used].copy()
+            cache[first, :, :used] = cache[second, :, :used]
+            cache[second, :, :used] = kept
+
     def _step(
         self,
         first_slot: int,

@@ -40,7 +40,8 @@ def observe(engine_dir: Path, samples: Sequence[Sample], progress: Progress) -> 
     digest = digest_of(samples, progress)
     backend = ObservingBackend(engine)
     tokenizer = Tokenizer.from_directory(engine_dir)
-    with Pipeline(engine, Batcher(backend, tokenizer), tokenizer) as pipeline:
+    batcher = Batcher(backend, tokenizer, reuse_prompts=False)  # what is not run again is not observed again
+    with Pipeline(engine, batcher, tokenizer) as pipeline:
         for done, sample in enumerate(samples):
             progress("calibrating", done, len(samples))
             request = ChatRequest(

@@ -199,6 +199,15 @@ class PlanBackend(ClosedOnExit):
                 used = cross_length if name.startswith("cross_") else length
                 cache[target, :, :used] = cache[source, :, :used]
 
+    def swap_slots(self, first: int, second: int, length: int, cross_length: int) -> None:
+        """Exchange the used parts of two slots."""
+        with self._torch.cuda.stream(self._plan("decoder").stream):
+            for name, cache in self._cache.items():
+                used = cross_length if name.startswith("cross_") else length
+                kept = cache[first, :, :used].clone()
+                cache[first, :, :used] = cache[second, :, :used]
+                cache[second, :, :used] = kept
+
     # --- lifetime ----------------------------------------------------------------------------------------------------
 
     def close(self) -> None:

@@ -99,6 +99,9 @@ class TorchVisionEncoder(ClosedOnExit):
     def move_slot(self, source: int, target: int, length: int, cross_length: int) -> None:
         self._refuse()
 
+    def swap_slots(self, first: int, second: int, length: int, cross_length: int) -> None:
+        self._refuse()
+
 
 def copy_tokens(tokens: Any, dtype: torch.dtype, device: str) -> torch.Tensor:
     """Copy a NumPy array, or any tensor that supports DLPack, to the device."""
