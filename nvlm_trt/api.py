@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from nvlm_trt.bounds import MAX_COUNT, MAX_SEED, MAX_SLOTS
+from nvlm_trt.bounds import MAX_COUNT, MAX_PRIORITY, MAX_SEED, MAX_SLOTS
 from nvlm_trt.errors import ParameterError
 
 Role = Literal["system", "user", "assistant"]
@@ -113,6 +113,10 @@ class SamplingParams(BaseModel):
     logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS, description=f"an integer from 0 to {MAX_LOGPROBS}")
     # True: generate until max_tokens
     ignore_eos: bool = Field(False, description="true or false")
+    # requests of a lower number have their prompts read first
+    priority: int = Field(
+        0, ge=-MAX_PRIORITY, le=MAX_PRIORITY, description=f"an integer from {-MAX_PRIORITY} to {MAX_PRIORITY}"
+    )
 
     def __init__(self, max_tokens: int = 256, **values: Any) -> None:
         values = {"max_tokens": max_tokens, **values}

@@ -197,6 +197,7 @@ def ask(
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; repeat for several.")] = None,
     min_tokens: Annotated[int, typer.Option(help="Least tokens to generate.")] = 0,
+    priority: Annotated[int, typer.Option(help="A server reads prompts of lower numbers first.")] = 0,
     n: Annotated[int, typer.Option("--n", help="Answers to the one question.")] = 1,
     logprobs: Annotated[int, typer.Option(help="Report log-probabilities with this many alternatives.")] = 0,
     max_tiles: Annotated[int | None, typer.Option(help="Tiles per image, thumbnail not counted.")] = None,
@@ -229,6 +230,7 @@ def ask(
         seed=seed,
         stop=tuple(stop or ()),
         min_tokens=min_tokens,
+        priority=priority,
         n=n,
         logprobs=logprobs,
     )

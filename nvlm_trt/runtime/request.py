@@ -56,6 +56,7 @@ class Request:
         self.sampling = sampling
         self.on_delta, self.on_error = on_delta, on_error
         self.state = State.ENCODING
+        self.arrived = 0  # on the clock of the text generator
         self.failure: Exception | None = None  # why the images could not be encoded
         self.slot = -1  # while its prompt is prefilled
         self.cached = 0  # tokens of the prompt in the KV cache

@@ -12,11 +12,14 @@ from nvlm_trt.errors import RequestError
 from nvlm_trt.prompt.tokenizer import Tokenizer
 from nvlm_trt.runtime.choice import Choice
 from nvlm_trt.runtime.delivery import Delivery
+from nvlm_trt.runtime.prompt_key import PromptKey
 from nvlm_trt.runtime.request import Request, State
 from nvlm_trt.runtime.request_queue import RequestQueue
 from nvlm_trt.runtime.sampling import check_bias
 from nvlm_trt.runtime.slots import Slots
 from nvlm_trt.runtime.text_generator import GeneratorMetrics
+
+PATIENCE = 2
 
 
 class Scheduler:
@@ -36,6 +39,7 @@ class Scheduler:
         self._queue = RequestQueue(max_queue)
         self._slots = Slots(backend)
         self._delivery = Delivery()
+        self._chunks = 0  # that were run
         self._prompt_tokens = 0
         self._cached_tokens = 0
 
@@ -47,6 +51,7 @@ class Scheduler:
         if sampling.logit_bias:
             stop_ids = () if sampling.ignore_eos else self._tokenizer.stop_ids
             check_bias(sampling, vocab_size, {self._placeholder_id}, stop_ids)
+        request.arrived = self._chunks
         self._queue.put(request)
 
     @property
@@ -61,10 +66,8 @@ class Scheduler:
     def step(self) -> None:
         """Run at most one chunk of one prompt, then one token of every active answer."""
         self._drop_ended()
-        if not self._slots.prefilling and self._slots.free:
-            self._admit()
-        if self._slots.prefilling:
-            self._prefill(self._slots.prefilling[0])
+        if request := self._next_prompt():
+            self._prefill(request)
         if self._slots.active:
             self._decode(self._slots.active)
 
@@ -102,27 +105,53 @@ class Scheduler:
         for request in cancelled:
             self._delivery.cancel(request)
 
-    def _admit(self) -> None:
-        """Give slots to the oldest request whose images are encoded, once there are enough for all its answers."""
-        request = self._queue.take_first(
-            lambda waiting: waiting.state is State.READY, lambda waiting: waiting.sampling.n <= self._slots.free
-        )
-        if request is None:
-            return
+    def _next_prompt(self) -> Request | None:
+        """Choose whose chunk is run: of the prompts that are prefilled, and of the waiting ones, which get slots only
+        when it is their turn. A request that has its turn, but not enough free slots, lets nobody behind it have
+        them: it would wait for as long as small requests come."""
+        while True:
+            running = min(self._slots.prefilling, key=self._turn, default=None)
+            waiting = self._queue.first(_is_ready, self._turn) if self._slots.free else None
+            if waiting is None or (running and self._turn(running) <= self._turn(waiting)):
+                return running
+            if waiting.sampling.n > self._slots.free:
+                return running
+            self._queue.remove(waiting)
+            if self._admit(waiting):
+                return waiting
+
+    def _turn(self, request: Request) -> tuple[int, float]:
+        """Return a number for the order of prompts, lowest first, behind the request's priority.
+
+        The shortest rest of a prompt comes first, but a prompt of r chunks lets later ones go before it only if they
+        arrive while PATIENCE * r chunks are run."""
+        key = self._key(request)
+        tokens = len(request.prompt.input_ids)
+        done = request.cached if request.state is State.PREFILLING else self._slots.cached_tokens(key, tokens)
+        return request.sampling.priority, request.arrived + PATIENCE * -(-(tokens - done) // self._prefill_chunk)
+
+    def _key(self, request: Request) -> PromptKey:
+        return request.key(self._placeholder_id, self._shared_chunk)
+
+    def _admit(self, request: Request) -> bool:
+        """Give slots to a request for all its answers. Return False if it has failed."""
         try:
             request.admit(self._backend.limits, self._placeholder_id, self._tokenizer)
         except Exception as error:
             self._delivery.fail(request, error)
-            return
+            return False
         try:
-            self._slots.admit(request, request.key(self._placeholder_id, self._shared_chunk))
+            self._slots.admit(request, self._key(request))
         except RequestError as error:  # the backend refuses this request; any other error means that it has failed
             self._drop(request, error)
+            return False
         self._prompt_tokens += len(request.prompt.input_ids)
         self._cached_tokens += request.reused
+        return True
 
     def _prefill(self, request: Request) -> None:
         chunk = request.next_chunk(self._prefill_chunk)
+        self._chunks += 1
         try:
             embeddings = self._backend.embeddings(request.images, chunk.first_embedding, chunk.last_embedding)
             logits = self._backend.prefill(
@@ -172,6 +201,10 @@ class Scheduler:
     def _drop(self, request: Request, error: Exception) -> None:
         self._slots.retire([request], sound=False)
         self._delivery.fail(request, error)
+
+
+def _is_ready(request: Request) -> bool:
+    return request.state is State.READY
 
 
 def _next_delta(choice: Choice, logits: FloatArray) -> Delta | Exception:

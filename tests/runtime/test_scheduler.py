@@ -83,6 +83,7 @@ def clients(draw: st.DrawFn, image_token_id: int, slots: int) -> list[Client]:
             min_tokens=draw(st.sampled_from([0, 0, max_tokens])),
             n=draw(st.integers(1, slots)),
             ignore_eos=draw(st.booleans()),
+            priority=draw(st.sampled_from([0, 0, 0, -1, 1])),
         )
         relation = draw(st.sampled_from(["new", "follows", "other image"])) if schedule else "new"
         earlier = draw(st.sampled_from(schedule)).asked if schedule else None

@@ -22,6 +22,7 @@ _SAME = (
     "frequency_penalty",
     "min_tokens",
     "n",
+    "priority",
 )
 
 
