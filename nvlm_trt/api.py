@@ -22,6 +22,7 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
 MAX_LOGPROBS = 20
 MAX_BIASES = 1024
+MAX_DRAFT_TOKENS = 32
 BAN = -100  # a bias of this much is a ban
 
 # --- what is asked ---------------------------------------------------------------------------------------------------
@@ -113,6 +114,8 @@ class SamplingParams(BaseModel):
     logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS, description=f"an integer from 0 to {MAX_LOGPROBS}")
     # True: generate until max_tokens
     ignore_eos: bool = Field(False, description="true or false")
+    # tokens that are drafted from prompt and answer, to be checked in one step; 0: none
+    draft_tokens: int = Field(0, ge=0, le=MAX_DRAFT_TOKENS, description=f"an integer from 0 to {MAX_DRAFT_TOKENS}")
     # requests of a lower number have their prompts read first
     priority: int = Field(
         0, ge=-MAX_PRIORITY, le=MAX_PRIORITY, description=f"an integer from {-MAX_PRIORITY} to {MAX_PRIORITY}"

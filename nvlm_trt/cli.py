@@ -198,6 +198,7 @@ def ask(
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; repeat for several.")] = None,
     min_tokens: Annotated[int, typer.Option(help="Least tokens to generate.")] = 0,
     priority: Annotated[int, typer.Option(help="A server reads prompts of lower numbers first.")] = 0,
+    draft_tokens: Annotated[int, typer.Option(help="Most tokens to draft and check in one step.")] = 0,
     n: Annotated[int, typer.Option("--n", help="Answers to the one question.")] = 1,
     logprobs: Annotated[int, typer.Option(help="Report log-probabilities with this many alternatives.")] = 0,
     max_tiles: Annotated[int | None, typer.Option(help="Tiles per image, thumbnail not counted.")] = None,
@@ -231,6 +232,7 @@ def ask(
         stop=tuple(stop or ()),
         min_tokens=min_tokens,
         priority=priority,
+        draft_tokens=draft_tokens,
         n=n,
         logprobs=logprobs,
     )

@@ -40,6 +40,11 @@ class SplitBackend(ClosedOnExit):
     def decode(self, input_ids: IntArray, positions: IntArray, cross_ranges: RangeArray) -> FloatArray:
         return self._text.decode(input_ids, positions, cross_ranges)
 
+    def score_tokens(
+        self, slot: int, position: int, input_ids: IntArray, cross_ranges: RangeArray
+    ) -> FloatArray | None:
+        return self._text.score_tokens(slot, position, input_ids, cross_ranges)
+
     def move_slot(self, source: int, target: int, length: int, cross_length: int) -> None:
         self._text.move_slot(source, target, length, cross_length)
 

@@ -40,6 +40,9 @@ class Scheduler:
         self._slots = Slots(backend)
         self._delivery = Delivery()
         self._chunks = 0  # that were run
+        self._checks_drafts = True  # until the backend says that it cannot
+        self._draft_tokens = 0
+        self._accepted_draft_tokens = 0
         self._prompt_tokens = 0
         self._cached_tokens = 0
 
@@ -64,12 +67,13 @@ class Scheduler:
         return not self._slots.is_empty or self._queue.any(lambda waiting: waiting.needs_a_step)
 
     def step(self) -> None:
-        """Run at most one chunk of one prompt, then one token of every active answer."""
+        """Run at most one chunk of one prompt, then one token of every active answer, and what is drafted of it."""
         self._drop_ended()
         if request := self._next_prompt():
             self._prefill(request)
         if self._slots.active:
             self._decode(self._slots.active)
+            self._check_drafts()
 
     def cancel_all(self) -> None:
         """Cancel every request: they end with the next step."""
@@ -93,6 +97,8 @@ class Scheduler:
             kept_prompts=self._slots.kept,
             prompt_tokens=self._prompt_tokens,
             cached_tokens=self._cached_tokens,
+            draft_tokens=self._draft_tokens,
+            accepted_draft_tokens=self._accepted_draft_tokens,
         )
 
     # --- the parts of a step -----------------------------------------------------------------------------------------
@@ -172,6 +178,33 @@ class Scheduler:
             np.array(token_ids, np.int64), np.array(positions, np.int64), np.array(ranges, np.int32)
         )  # [n, vocab]
         self._accept(choices, logits)
+
+    def _check_drafts(self) -> None:
+        """Run the drafted tokens of each answer in one step, and accept what is drawn from the logits until a token is
+        not the drafted one. Each token is drawn as without drafts, so the answer has the same distribution."""
+        for choice in tuple(self._slots.active):
+            drafted = choice.draft() if self._checks_drafts and choice in self._slots.active else []
+            if not drafted:
+                continue
+            input_ids = np.array([choice.last_id, *drafted], np.int64)
+            ranges = np.tile(np.array(choice.request.prompt.decode_range, np.int32), (len(input_ids), 1))
+            logits = self._backend.score_tokens(choice.slot, choice.cached, input_ids, ranges)  # [S, vocab]
+            if logits is None:
+                self._checks_drafts = False
+                return
+            accepted = self._accept_drafted(choice, drafted, logits)
+            choice.learn(len(drafted), accepted)
+            self._draft_tokens += len(drafted)
+            self._accepted_draft_tokens += accepted
+
+    def _accept_drafted(self, choice: Choice, drafted: Sequence[int], logits: FloatArray) -> int:
+        """Draw tokens until one differs from the draft, or the answer ends. Return how many were drafted."""
+        for accepted, row in enumerate(logits):
+            choice.cached += 1
+            self._accept([choice], [row])
+            if choice not in self._slots.active or choice.last_id != [*drafted, None][accepted]:
+                return accepted
+        return len(drafted)
 
     def _accept(self, choices: Sequence[Choice], logits: Sequence[FloatArray] | FloatArray) -> None:
         """Draw a token for each answer from its logits [vocab]. Frees slots before it reports that answers ended."""

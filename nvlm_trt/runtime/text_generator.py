@@ -29,6 +29,8 @@ class GeneratorMetrics:
     kept_prompts: int = 0  # of ended requests, for later prompts that begin alike
     prompt_tokens: int = 0  # of all requests that had a slot
     cached_tokens: int = 0  # of these, tokens whose keys and values an earlier prompt had left
+    draft_tokens: int = 0  # drafted tokens that were checked
+    accepted_draft_tokens: int = 0  # of these, tokens that became part of an answer
 
 
 class TextGenerator(Protocol):

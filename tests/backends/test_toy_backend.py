@@ -77,6 +77,8 @@ class AbacusBackend:
         generated = positions - np.array(self._prompt_lengths[: len(positions)])
         return np.stack([self._logits(int(n) + 1) for n in generated])
 
+    def score_tokens(self, slot: int, position: int, input_ids: IntArray, cross_ranges: RangeArray) -> None: ...
+
     def move_slot(self, source: int, target: int, length: int, cross_length: int) -> None:
         self._prompt_lengths[target] = self._prompt_lengths[source]
 

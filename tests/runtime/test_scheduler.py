@@ -71,7 +71,7 @@ def run(scheduler: Scheduler) -> None:
 def clients(draw: st.DrawFn, image_token_id: int, slots: int) -> list[Client]:
     schedule = []
     for index in range(draw(st.integers(1, 9))):
-        max_tokens = draw(st.integers(1, 12))
+        max_tokens = draw(st.integers(1, 18))
         sampling = SamplingParams(
             max_tokens=max_tokens,
             temperature=draw(st.sampled_from([0.0, 1.0])),
@@ -79,7 +79,14 @@ def clients(draw: st.DrawFn, image_token_id: int, slots: int) -> list[Client]:
             repetition_penalty=draw(st.sampled_from([1.0, 1.3])),
             presence_penalty=draw(st.sampled_from([0.0, 0.0, 1.5])),
             frequency_penalty=draw(st.sampled_from([0.0, 0.0, 0.5])),
-            logit_bias=draw(st.dictionaries(st.integers(60, 260), st.sampled_from([-100, 2]), max_size=3)),
+            # two letters only: their words repeat, so drafts are right now and then
+            logit_bias=draw(
+                st.one_of(
+                    st.dictionaries(st.integers(60, 260), st.sampled_from([-100, 2]), max_size=3),
+                    st.just({65: 100, 66: 99}),
+                )
+            ),
+            draft_tokens=draw(st.sampled_from([0, 1, 5])),
             min_tokens=draw(st.sampled_from([0, 0, max_tokens])),
             n=draw(st.integers(1, slots)),
             ignore_eos=draw(st.booleans()),
@@ -135,8 +142,14 @@ def test_every_schedule_gives_each_request_its_own_tokens(tokenizer: Tokenizer, 
 
         # one step: one chunk at most, and one token of everything that was being decoded and was not cancelled
         kinds = [kind for kind, _ in backend.calls]
+        checks = kinds.count("score")
+        assert checks <= scheduler.metrics().active + decoding
+        assert kinds[len(kinds) - checks :] == ["score"] * checks
+        assert not checks or "decode" in kinds
+        kinds = kinds[: len(kinds) - checks]
         assert kinds in ([], ["prefill"], ["decode"], ["prefill", "decode"])
-        assert all(size <= (chunk if kind == "prefill" else slots) for kind, size in backend.calls)
+        most = {"prefill": chunk, "decode": slots, "score": 6}
+        assert all(size <= most[kind] for kind, size in backend.calls)
         prefilled += sum(size for kind, size in backend.calls if kind == "prefill")
         stays = decoding - sum(client.request.sampling.n for client in schedule if client.request.cancelled)
         assert stays <= 0 or kinds[-1] == "decode"

@@ -84,6 +84,19 @@ class ToyBackend:
             self._read(slot, position + 1)
         return self._logits[: len(input_ids)]
 
+    def score_tokens(
+        self, slot: int, position: int, input_ids: np.ndarray, cross_ranges: np.ndarray
+    ) -> np.ndarray | None:
+        self._begin("score", len(input_ids))
+        assert len(input_ids) > 1
+        assert self.config.image_token_id not in input_ids
+        rows = []
+        for token_id, (start, end) in zip(input_ids, cross_ranges, strict=True):
+            self._values[slot, position] = value(int(token_id), self._memory[slot, start:end])
+            position += 1
+            rows.append(self._read(slot, position).copy())
+        return np.array(rows)
+
     def move_slot(self, source: int, target: int, length: int, cross_length: int) -> None:
         self._logits[:] = np.nan  # no longer valid
         self.moves += 1

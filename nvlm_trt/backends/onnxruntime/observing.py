@@ -89,10 +89,11 @@ class ObservingBackend(OnnxRuntimeBackend):
         positions: IntArray,
         embeddings: BackendArray,
         cross_ranges: RangeArray,
+        every_token: bool = False,
     ) -> FloatArray:
         # an observing graph runs the gated blocks for text alone too, and discards their results: not measured
         self._cross_attends = bool((cross_ranges[..., 0] < cross_ranges[..., 1]).any())
-        return super()._step(first_slot, input_ids, positions, embeddings, cross_ranges)
+        return super()._step(first_slot, input_ids, positions, embeddings, cross_ranges, every_token)
 
     def _run(self, component: str, binding: IOBinding) -> None:
         reports = self._reports[component]

@@ -192,6 +192,9 @@ class PlanBackend(ClosedOnExit):
                 graph.replay()
             return _numpy(tensors["logits"])
 
+    def score_tokens(self, slot: int, position: int, input_ids: IntArray, cross_ranges: RangeArray) -> None:
+        """Return None: a plan computes the logits of one token per sequence."""
+
     def move_slot(self, source: int, target: int, length: int, cross_length: int) -> None:
         """Copy the used part of one slot to another."""
         with self._torch.cuda.stream(self._plan("decoder").stream):

@@ -23,6 +23,7 @@ _SAME = (
     "min_tokens",
     "n",
     "priority",
+    "draft_tokens",
 )
 
 

@@ -21,6 +21,8 @@ _DESCRIPTIONS = {
     "nvlm_kept_prompts": "Prompts of ended requests whose keys and values are kept",
     "nvlm_prompt_tokens_total": "Tokens of the prompts of requests that had a slot",
     "nvlm_cached_prompt_tokens_total": "Tokens of prompts whose keys and values were kept from earlier ones",
+    "nvlm_draft_tokens_total": "Drafted tokens that were checked",
+    "nvlm_accepted_draft_tokens_total": "Drafted tokens that became part of an answer",
     "nvlm_generated_tokens_total": "Tokens generated",
     "nvlm_late_tokens_total": "Tokens generated for requests after their cancellation was noticed",
     "nvlm_finished_requests_total": "Requests that ended, by reason",
@@ -71,6 +73,8 @@ class ModelMetrics:
         self._set("nvlm_kept_prompts", generator.kept_prompts)
         self._set("nvlm_prompt_tokens_total", generator.prompt_tokens)
         self._set("nvlm_cached_prompt_tokens_total", generator.cached_tokens)
+        self._set("nvlm_draft_tokens_total", generator.draft_tokens)
+        self._set("nvlm_accepted_draft_tokens_total", generator.accepted_draft_tokens)
         self._set("nvlm_generated_tokens_total", generator.tokens_generated)
         self._set("nvlm_late_tokens_total", self._late_tokens)
         for reason, count in generator.requests_finished.items():
