@@ -126,6 +126,9 @@ def serve(
     metrics_port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free port.")] = 8002,
     max_decode_seconds: DecodeSecondsOption = None,
     max_decode_memory: DecodeMemoryOption = None,
+    no_prompt_reuse: Annotated[
+        bool, typer.Option("--no-prompt-reuse", help="Take nothing over from earlier prompts.")
+    ] = False,
     openai_port: Annotated[
         int | None, typer.Option(min=0, max=65535, help="Serve OpenAI's endpoints too; 0 picks a free port [off].")
     ] = None,
@@ -150,7 +153,7 @@ def serve(
     from nvlm_trt.serving.triton.server import ServerOptions
 
     limits = image_limits(max_decode_seconds, max_decode_memory)
-    repository = RepositoryOptions(image_limits=limits)
+    repository = RepositoryOptions(image_limits=limits, reuse_prompts=not no_prompt_reuse)
     options = ServerOptions(host, grpc_port, http_port, metrics_port, repository)
     if openai_port is None:
         of_openai = (served_model_name, api_key, api_key_file, no_auth, allowed_media_domain, cors_origin, no_ui)

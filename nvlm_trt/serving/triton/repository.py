@@ -37,6 +37,7 @@ _VISION_ENCODER = "vision_encoder"  # the name of the model; its folder in trito
 class RepositoryOptions:
     threads: int | None = None  # CPU threads of the encoder, and of the decoder; None: all usable cores
     max_queue: int = 64  # most requests that wait for a slot; more are rejected
+    reuse_prompts: bool = True  # as in GeneratorOptions
     image_limits: ImageLimits = field(default_factory=ImageLimits)
 
 
@@ -103,6 +104,7 @@ def _template_values(
         "decode_workers": str(default_workers()),
         "threads": str(options.threads or cores),
         "max_queue": str(options.max_queue),
+        "reuse_prompts": "yes" if options.reuse_prompts else "no",
         "encode_workers": str(ENCODE_WORKERS),
         "max_pixels": str(limits.max_pixels),
         "max_bytes": str(limits.max_bytes),
