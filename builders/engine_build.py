@@ -172,7 +172,8 @@ class _Builder:
     def _write(self, chosen: Precisions, directory: Path, steps: BuildSteps) -> Manifest:
         precisions = {name: chosen[name] for name in components_of(self.source.config)}
         recipe = self._recipe(precisions, directory)
-        return write_engine(self.source, directory, recipe, self.spec.name, steps.tools, steps.write_stages)
+        runtimes = self.spec.runtimes_of(precisions)
+        return write_engine(self.source, directory, recipe, self.spec.name, steps.tools, steps.write_stages, runtimes)
 
     def try_out(self, smoke: SmokeTest, directory: Path, precisions: Precisions) -> None:
         try:
@@ -215,16 +216,18 @@ def write_engine(
     backend: str,
     tools: Sequence[str],
     write_stages: Callable[[Path, Recipe], dict[str, Any] | None],
+    runtimes: Mapping[str, str] | None = None,
 ) -> Manifest:
     """Write config, tokenizer, stages and manifest into an empty directory. Memory does not grow with the model.
 
-    Raises EngineError for a full disk."""
+    `runtimes`: those of single stages, for the manifest. Raises EngineError for a full disk."""
     source.write_model_files(directory)
     record = write_stages(directory, recipe)
     manifest = Manifest(
         model_name=source.config.name,
         architecture=source.config.architecture,
         backend=backend,
+        runtimes=dict(runtimes or {}),
         precision={component: recipe.precisions[component] for component in components_of(source.config)},
         limits=source.limits,
         checkpoint_digest=source.digest,

@@ -14,14 +14,27 @@ from nvlm_trt.errors import EngineError
 
 
 def backend_of(engine: Engine, stage: str = "decoder") -> BackendSpec:
-    """Return the backend that runs a stage of an engine. Raises EngineError for an unknown backend."""
-    name = engine.manifest.runtimes.get(stage, engine.manifest.backend)
+    """Return the backend that opens a stage of an engine. Raises EngineError for an unknown backend or runtime."""
+    own, name = engine.manifest.backend, engine.manifest.runtimes.get(stage, engine.manifest.backend)
+    if own in backend_names() and name in find_backend(own).stage_runtimes:
+        return find_backend(own)
     if name not in backend_names():
         raise EngineError(
             f"engine {engine.path} was built for the backend {name!r}, which this nvlm-trt does not have; rebuild it "
             "with `nvlm-trt build`"
         )
     return find_backend(name)
+
+
+def runtimes_here(engine: Engine) -> dict[str, str]:
+    """Say, by stage, which runtime runs an engine on this machine, with its version.
+
+    Raises EngineError if a runtime is missing that nothing replaces."""
+    named = {}
+    for stage in stages_of(engine.config):
+        spec = backend_of(engine, stage)
+        named[stage] = spec.runtimes_here(engine)[stage] if spec.runtimes_here else spec.probe()
+    return named
 
 
 def open_backend(

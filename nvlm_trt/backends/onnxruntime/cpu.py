@@ -1,4 +1,4 @@
-"""Says which faults ONNX Runtime's kernels for x86 have on this CPU.
+"""Says which products this CPU computes in hardware, and which faults ONNX Runtime's kernels for x86 have on it.
 
 ONNX Runtime chooses kernels by the same instruction sets (core/mlas/lib/platform.cpp). Its kernels for other processors
 have no such fault that is known."""
@@ -23,6 +23,11 @@ def single_rows_differ() -> bool:
     """Return whether a single row times 4-bit weights gives other bits than the same row among others: without AVX-512,
     single rows have a kernel of their own."""
     return _is_x86() and not flags() >= _AVX512
+
+
+def multiplies_bf16() -> bool:
+    """Return whether the CPU multiplies bfloat16, for which OpenVINO then has kernels (AVX-512 BF16 or AMX)."""
+    return _is_x86() and not flags().isdisjoint({"avx512_bf16", "amx_bf16"})
 
 
 @functools.cache
