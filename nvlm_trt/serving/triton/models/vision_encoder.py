@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ class VisionEncoderModel:
     def initialize(self, args: dict[str, str]) -> None:
         parameters = read_parameters(args)
         engine = open_engine(parameters)
+        os.nice(int(parameters["niceness"]))  # before threads start, which inherit the niceness
         self._backend = open_backend(engine, ["vision_encoder"], threads=int(parameters["threads"]))
         self._pb_utils.Logger.log_info(f"vision_encoder: {runtimes_here(engine)['vision_encoder']}")
 
