@@ -33,7 +33,7 @@ class Examination:
         progress: Progress,
     ) -> None:
         """`what` names the engine in progress and errors. `images`: None for the engine's own vision encoder."""
-        self._what = what
+        self.what = what
         self._samples = samples
         self._progress = progress
         encode_tiles = images.encode if images else None
@@ -47,20 +47,27 @@ class Examination:
         Raises EngineError for logits that are not finite."""
 
         def progress(description: str, done: float, total: float) -> None:
-            self._progress(f"accuracy gate: {self._what} {description}", done, len(self._samples))
+            self._report(done, len(self._samples))
 
         try:
             with self._results:
                 evaluate(self._samples[:count], self._answerer, self._results, _OPTIONS, progress, resumable=False)
         except NotFiniteError:
             raise EngineError(
-                f"accuracy gate ({self._what}): the engine computes logits that are not finite; check the checkpoint's "
+                f"accuracy gate ({self.what}): the engine computes logits that are not finite; check the checkpoint's "
                 "weights, or choose another --precision"
             ) from None
+
+    def end(self) -> None:
+        """Report that no more samples will be asked."""
+        self._report(len(self.answers), len(self.answers))
 
     @property
     def answers(self) -> Mapping[str, str]:
         return self._results.answers
+
+    def _report(self, done: float, total: float) -> None:
+        self._progress(f"accuracy gate: {self.what} answering", done, total)
 
     @property
     def _asked(self) -> list[Sample]:

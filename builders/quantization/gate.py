@@ -124,6 +124,8 @@ class AccuracyGate:
             allowed = (self._max_drop + _ROUNDING) / 100
             if is_decided(reference.scores(), quantised.scores(), allowed, MEANINGFUL_SCORE):
                 break
+        for examination in (reference, quantised):
+            examination.end()
         return count
 
     def _record(self, reference: Examination, quantised: Examination, asked: int) -> dict[str, Any]:
@@ -164,6 +166,7 @@ class AccuracyGate:
             self._write(precisions, directory)
             examination = self._examination(what, directory, self._shared(images, precisions))
             examination.ask(asked)
+            examination.end()
         return examination
 
     def _examination(self, what: str, engine_dir: Path, images: EncodedImages | None) -> Examination:
