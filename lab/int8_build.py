@@ -5,7 +5,8 @@
 `now` is a build of this checkout, measured from the beginning to the end. `before` is a git worktree of --before, run
 by the same Python. Its time is linear in the samples, all of which it uses, and hours long: it gets --few of each kind,
 and its total is `rest` + samples * time per sample. Opening an engine for the gate counts as rest. `all samples s` is
-the same sum for both: what a build takes if nothing lets it end its calibration or its gate early.
+the same sum for both: what a build takes if nothing lets it end its calibration or its gate early. Core seconds are
+those of all threads of the build together: other work on the machine changes them less.
 
 The checkpoint has random weights. Its scores are 0, so the gate ends as soon as that is beyond doubt. The gate of a
 trained model that loses little asks all of its samples: `all samples s` is nearer to its time.
@@ -34,10 +35,10 @@ from nvlm_trt.errors import EngineError
 RESULT = "int8_build.json"
 PACKAGES = ("nvlm-trt", "onnxruntime", "onnx", "numpy")
 BEFORE = "b032f91"
-TOTAL, ALL_SAMPLES = "total s", "all samples s"
+COMPARED = ("total s", "total core s", "all samples s", "all samples core s")
 
-# Runs at both commits. Prints [seconds since the start, description, done] of every report of progress, the seconds
-# that opening engines took, and the samples that were used.
+# Runs at both commits. Prints every report of progress as [seconds since the start, seconds of all threads on a core,
+# description, done], both kinds of seconds that opening engines took, and the samples that were used.
 BUILD = """
 import json, sys, time
 from pathlib import Path
@@ -48,18 +49,21 @@ from nvlm_trt.runtime.pipeline import Pipeline
 
 root, checkpoint, output, calibration_samples, gate_samples = sys.argv[1:]
 assert Path(nvlm_trt.__file__).is_relative_to(root), nvlm_trt.__file__
-real, opening, events = Pipeline.open.__func__, [0.0], []
+real, opening, events = Pipeline.open.__func__, [0.0, 0.0], []
+
+def clocks():
+    return [time.perf_counter() - start, time.process_time()]
 
 def timed(cls, *arguments, **options):
-    begin = time.perf_counter()
+    begin = clocks()
     try:
         return real(cls, *arguments, **options)
     finally:
-        opening[0] += time.perf_counter() - begin
+        opening[:] = [total + now - then for total, now, then in zip(opening, clocks(), begin)]
 
 Pipeline.open = classmethod(timed)
 start = time.perf_counter()
-report = lambda description, done, total: events.append([time.perf_counter() - start, description, done])
+report = lambda description, done, total: events.append([*clocks(), description, done])
 quantization = QuantizationOptions(
     calibration_samples=int(calibration_samples), gate=GateOptions(count=int(gate_samples))
 )
@@ -67,7 +71,7 @@ engine = build_engine(checkpoint, output, precision="int8", progress=report, qua
 report("published", 1, 1)
 manifest = engine.manifest
 used = [manifest.calibration["samples"]["count"], manifest.accuracy_gate["samples"]["count"]]
-print(json.dumps({"events": events, "opening": opening[0], "used": used, "result": manifest.accuracy_gate["result"]}))
+print(json.dumps({"events": events, "opening": opening, "used": used, "result": manifest.accuracy_gate["result"]}))
 """
 
 
@@ -91,7 +95,7 @@ def measure(arguments: argparse.Namespace, rounds: Rounds) -> None:
         "now": contender(ROOT, checkpoint, output, wanted, wanted),
     }
     rounds.run(contenders, arguments.rounds, warm_up=False)  # a warm-up would build everything twice
-    rounds.report([(TOTAL, "now", "before"), (ALL_SAMPLES, "now", "before")], before=arguments.before)
+    rounds.report([(metric, "now", "before") for metric in COMPARED], before=arguments.before)
 
 
 def worktree(path: Path, commit: str) -> Path:
@@ -127,22 +131,24 @@ def contender(
 
 def summary(record: Mapping[str, Any], samples: tuple[int, int], wanted: tuple[int, int]) -> dict[str, float]:
     """Divides the time of a build among its parts, and adds it up for the `wanted` samples."""
-    seconds = parts(record["events"])
-    used = record["used"]
-    gate = seconds["gate"] - record["opening"]
-    per_sample = (seconds["calibration"] / used[0], gate / used[1])
-    rest = seconds["rest"] + record["opening"]
-    all_samples = rest + sum(each * count for each, count in zip(per_sample, wanted, strict=True))
-    return {
-        TOTAL: seconds["whole"] if samples == wanted else all_samples,
-        ALL_SAMPLES: all_samples,
-        "measured s": seconds["whole"],
-        "calibration samples": float(used[0]),
-        "calibration s per sample": per_sample[0],
-        "gate samples": float(used[1]),
-        "gate s per sample": per_sample[1],
-        "rest s": rest,
-    }
+    values = {"calibration samples": float(record["used"][0]), "gate samples": float(record["used"][1])}
+    for clock, unit in enumerate(("s", "core s")):
+        seconds = parts([(event[clock], event[2], event[3]) for event in record["events"]])
+        opening = record["opening"][clock]
+        per_sample = {
+            "calibration": seconds["calibration"] / record["used"][0],
+            "gate": (seconds["gate"] - opening) / record["used"][1],
+        }
+        rest = seconds["rest"] + opening
+        all_samples = rest + sum(each * count for each, count in zip(per_sample.values(), wanted, strict=True))
+        values |= {
+            f"total {unit}": seconds["whole"] if samples == wanted else all_samples,
+            f"all samples {unit}": all_samples,
+            f"measured {unit}": seconds["whole"],
+            **{f"{part} {unit} per sample": each for part, each in per_sample.items()},
+            f"rest {unit}": rest,
+        }
+    return values
 
 
 def parts(events: Sequence[tuple[float, str, float]]) -> dict[str, float]:

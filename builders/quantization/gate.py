@@ -110,8 +110,8 @@ class AccuracyGate:
         worst = max(costs, key=lambda cost: cost.drop)
         raise AccuracyError(
             f"accuracy gate: {100 * quantised.score:.2f} points against {100 * reference.score:.2f} in "
-            f"{self._unquantised}, a loss of {drop:.2f} where {self._max_drop:g} is allowed; {worst.component} costs "
-            f"most ({worst.drop:.2f} in {worst.precision}): build with --precision ...,"
+            f"{self._unquantised}, a loss of {drop:.2f} where {self._max_drop:g} is allowed, on {asked} samples; "
+            f"{worst.component} costs most ({worst.drop:.2f} in {worst.precision}): build with --precision ...,"
             f"{worst.component}={self._unquantised}, or raise --max-accuracy-drop",
             costs,
         )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from statistics import fmean
 from typing import Final
 
 BLOCK: Final = 16  # samples between two looks at the scales
 _STILL_BLOCKS = 2
-_TOLERANCE = 0.05  # a little more than a bin of the histograms (4 %), whose edges the clips are
-# An abs_max may hang on one number of millions, so some of many still grow when all else has come to rest.
-_GROWING_LAYERS = 0.05
+_CLIP_CHANGE = 0.05  # a little more than a bin of the histograms (4 %), whose edges the clips are
+# An abs_max hangs on a single number of millions, so those of some layers go on growing however many samples there are.
+_MEAN_GROWTH = 0.02
 
 Scales = Mapping[str, tuple[float, float]]  # layer -> abs_max, clip
 
@@ -21,17 +22,19 @@ class ScaleWatch:
         self._looks: list[Scales] = []
 
     def are_still(self, scales: Scales) -> bool:
-        """Return whether the last two blocks moved no clip by more than 5 %, and the abs_max of no more than 1 layer in
-        20 by more than 5 %, and reached no new layer."""
+        """Return whether the last two blocks moved no clip by more than 5 %, the abs_max of all layers by no more than
+        2 % on average, and reached no new layer."""
         self._looks.append(scales)
         if len(self._looks) <= _STILL_BLOCKS:
             return False
         before = self._looks[-1 - _STILL_BLOCKS]
-        if before.keys() != scales.keys():
+        if before.keys() != scales.keys() or not scales:
             return False
-        growing, clips_move = 0, False
-        for name, (abs_max, clip) in scales.items():
-            abs_max_then, clip_then = before[name]
-            growing += abs_max - abs_max_then > _TOLERANCE * abs_max_then
-            clips_move |= abs(clip - clip_then) > _TOLERANCE * clip_then
-        return not clips_move and growing <= _GROWING_LAYERS * len(scales)
+        clips = (_change(clip, before[name][1]) for name, (_, clip) in scales.items())
+        growth = fmean(_change(abs_max, before[name][0]) for name, (abs_max, _) in scales.items())
+        return growth <= _MEAN_GROWTH and max(clips) <= _CLIP_CHANGE
+
+
+def _change(now: float, then: float) -> float:
+    """Return the change as a share of `then`; inputs may all have been zero."""
+    return 0.0 if now == then else abs(now - then) / then if then else float("inf")

@@ -81,6 +81,14 @@ def test_more_answers_of_a_kind_never_undo_a_verdict() -> None:
         assert verdicts[-1]
 
 
+@pytest.mark.parametrize(("allowance", "samples"), [(0.05, 116), (0.03, 195), (0.01, 590)])
+def test_the_samples_that_the_documentation_names(allowance: float, samples: int) -> None:
+    enough = [n for n in range(1, 700) if is_decided(*scores(n, 0), allowance, MEANINGFUL)]
+    assert enough == list(range(samples, 700))
+    unknown = [n for n in range(1, 100) if is_decided(*scores(n, 0, unquantised=0), allowance, MEANINGFUL)]
+    assert unknown == list(range(57, 100))
+
+
 def test_looks_are_at_whole_rounds() -> None:
     tasks = [39] * 6 + [38] * 7  # samples of 13 tasks: 500
     rounds = [[task for task in range(13) if number < tasks[task]] for number in range(39)]

@@ -171,7 +171,7 @@ def test_ends_early_when_the_loss_leaves_no_doubt(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Examination, "ask", noted)
-        with pytest.raises(AccuracyError, match="a loss of 100.00 .*decoder costs most"):
+        with pytest.raises(AccuracyError, match="a loss of 100.00 .* on 32 samples; decoder costs most"):
             build(checkpoint, tmp_path / "engine", absurd_calibration, gate, "decoder=int8,projector=fp8")
     # a destroyed engine needs fewer samples than an eighth; then each component alone, on the same ones
     assert asked == ["fp32 32", "quantised 32", "projector 32", "decoder 32"]
