@@ -2,11 +2,12 @@
 
     python -m lab.int8_build --work WORK
 
-`now` is a build of this checkout, measured from the beginning to the end. `before` is a git worktree of --before, run
-by the same Python. Its time is linear in the samples, all of which it uses, and hours long: it gets --few of each kind,
-and its total is `rest` + samples * time per sample. Opening an engine for the gate counts as rest. `all samples s` is
-the same sum for both: what a build takes if nothing lets it end its calibration or its gate early. Core seconds are
-those of all threads of the build together: other work on the machine changes them less.
+`before` is a git worktree of --before, run by the same Python. Its time is linear in the samples, all of which it uses,
+and hours long: it gets --few of each kind, and its total is `rest` + samples * time per sample. `now, few samples` is
+this checkout with as few, for the time per sample; `now` is a whole build, measured from the beginning to the end.
+Opening an engine for the gate counts as rest. `all samples s` is the same sum for each: what a build takes if nothing
+lets it end its calibration or its gate early. Core seconds are those of all threads of the build together: other work
+on the machine changes them less.
 
 The checkpoint has random weights. Its scores are 0, so the gate ends as soon as that is beyond doubt. The gate of a
 trained model that loses little asks all of its samples: `all samples s` is nearer to its time.
@@ -79,7 +80,7 @@ def options() -> argparse.ArgumentParser:
     made = parser(__doc__, rounds=1)
     made.add_argument("--preset", default="nvlm-d-small")
     made.add_argument("--before", default=BEFORE, help="commit to compare with")
-    made.add_argument("--few", type=int, default=14, help="samples of each kind for the commit before")
+    made.add_argument("--few", type=int, default=14, help="samples of each kind where not all are used")
     made.add_argument("--calibration-samples", type=int, default=CALIBRATION_SAMPLES, help="as for `nvlm-trt build`")
     made.add_argument("--gate-samples", type=int, default=DOCUMENT_SAMPLES, help="as for `nvlm-trt build`")
     return made
@@ -90,8 +91,10 @@ def measure(arguments: argparse.Namespace, rounds: Rounds) -> None:
     before = worktree(arguments.work / "before", arguments.before)
     wanted = (arguments.calibration_samples, arguments.gate_samples)
     output = arguments.work / "int8_build"
+    few = (arguments.few, arguments.few)
     contenders = {
-        "before": contender(before, checkpoint, output, (arguments.few, arguments.few), wanted),
+        "before": contender(before, checkpoint, output, few, wanted),
+        "now, few samples": contender(ROOT, checkpoint, output, few, wanted),
         "now": contender(ROOT, checkpoint, output, wanted, wanted),
     }
     rounds.run(contenders, arguments.rounds, warm_up=False)  # a warm-up would build everything twice
