@@ -201,6 +201,8 @@ def _complete(continued: Path, output: Path, overwrite: bool) -> None:
 def _note_engine(engine: Engine, output: Path) -> None:
     from nvlm_trt.backends.opening import backend_of
 
+    if engine.manifest.calibration:
+        _note_calibration(engine.manifest.calibration["samples"])
     _note_gate(engine.manifest.accuracy_gate)
     for line in backend_of(engine).describe(engine):
         terminal.note(line)
@@ -232,18 +234,32 @@ def _option(options: dict[str, Any]) -> str:
     return typed.get(name, name.replace("_", "-"))
 
 
+def _note_calibration(samples: dict[str, Any]) -> None:
+    if "of" in samples:  # a calibration.json of an earlier version does not say it
+        stopped = "; more moved no scale" if samples["count"] < samples["of"] else ""
+        terminal.note(f"calibration: {_used(samples)}{stopped}")
+
+
 def _note_gate(record: dict[str, Any] | None) -> None:
     if record is None:
         return
     if record["result"] == "not measured":
         terminal.note("accuracy gate: not measured")
         return
-    unquantised = record["unquantised"]
+    unquantised, samples = record["unquantised"], record["samples"]
     scores = f"{100 * record['score']:.2f} points against {100 * record['fp32_score']:.2f} in {unquantised}"
     equal = f"{100 * record['equal_answers']:.1f} % of the answers are the same"
+    asked = f"{_used(samples)}{', which leave no doubt' if samples['count'] < samples['of'] else ''}"
     if record["result"] == "meaningless":
         terminal.note(
-            f"warning: the accuracy gate says nothing, the {unquantised} engine knows too little ({scores}; {equal})"
+            f"warning: the accuracy gate says nothing, the {unquantised} engine knows too little ({scores}; {equal}; "
+            f"{asked})"
         )
     else:
-        terminal.note(f"accuracy gate: passed ({scores}; {equal})")
+        terminal.note(f"accuracy gate: passed ({scores}; {equal}; {asked})")
+
+
+def _used(samples: dict[str, Any]) -> str:
+    """Say how many samples were used, from the record of a calibration or a gate."""
+    count, of = samples["count"], samples["of"]
+    return f"{count} samples" if count == of else f"{count} of {of} samples"
