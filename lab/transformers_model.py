@@ -94,6 +94,32 @@ def whole_model(checkpoint: Path, dtype: torch.dtype = torch.float32) -> PreTrai
     return model
 
 
+def write_vision_encoder(checkpoint: Path, path: Path) -> None:
+    """Writes vision encoder and projector of NVLM-D as TorchScript: tiles [n, 3, E, E] -> [n, T, hidden], float32."""
+    model = whole_model(checkpoint)
+    model.set_attn_implementation("sdpa")
+    edge = _config(checkpoint).vision.image_size
+    traced = torch.jit.trace(_VisionEncoder(model), torch.zeros(2, 3, edge, edge))
+    temporary = path.with_name(f"{path.name}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    traced.save(temporary)
+    temporary.rename(path)
+
+
+class _VisionEncoder(nn.Module):
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model.model
+
+    @torch.no_grad()
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        found = self.model.get_image_features(
+            pixel_values, vision_feature_layer=-1, vision_feature_select_strategy="default"
+        )
+        features: Tensor = found.pooler_output
+        return features
+
+
 def llm_config(llm: LlmConfig) -> Any:
     kind = Qwen2Config if llm.family == "qwen2" else LlamaConfig
     return kind(
