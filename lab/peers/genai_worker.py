@@ -121,7 +121,7 @@ def convert_language_model(source: Path, folder: Path) -> None:
 
     model = AutoModelForCausalLM.from_pretrained(source, dtype="float32")
     described = (model.config.model_type, model.config, "int64", "fp32")
-    embedding = model.get_input_embeddings()
+    embedding: Any = model.get_input_embeddings()
     embedding.config = model.config
     export(embedding, get_vlm_text_embeddings_config(*described), folder / TEXT, stateful=False, library_name=LIBRARY)
     export(model, get_vlm_text_generation_config(*described), folder / LANGUAGE, stateful=True, library_name=LIBRARY)

@@ -15,11 +15,11 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
+from gguf import GGMLQuantizationType as Type
 from safetensors import safe_open
 
 from lab.peers.internvl import MESSAGE_END, Vocabulary
 
-Type = gguf.GGMLQuantizationType
 FILE_TYPES = {Type.Q8_0: gguf.LlamaFileType.MOSTLY_Q8_0, Type.BF16: gguf.LlamaFileType.MOSTLY_BF16}
 # Parts of the names in NVLM's checkpoints, which are those of InternVL's, and llama.cpp's names for them.
 _VISION_NAMES = {
