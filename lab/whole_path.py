@@ -76,7 +76,8 @@ def measure(arguments: argparse.Namespace, rounds: Rounds) -> None:
             name: contender(ask, questions, arguments.answer_tokens, config, answers.setdefault(name, {}))
             for name, ask in asks.items()
         }
-        versions = {name: peer.version for name, peer in peers.items()}
+        # the origin has the versions of this environment
+        versions = {name: peer.version for name, peer in peers.items() if not name.startswith((OURS, TRANSFORMERS))}
         rounds.add_versions(versions)
         rounds.run(contenders, arguments.rounds)
     report(arguments, rounds, answers, notes, versions)

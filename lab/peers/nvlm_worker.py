@@ -6,6 +6,7 @@ python -m lab.peers.nvlm_worker ENGINE THREADS
 from __future__ import annotations
 
 import base64
+import queue
 import sys
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lab.peers.worker import Answer, Clock, serve
-from nvlm_trt.api import ChatRequest, Message, SamplingParams
+from nvlm_trt.api import ChatRequest, Delta, Message, SamplingParams
 from nvlm_trt.backends.base import BackendArray
 from nvlm_trt.backends.opening import open_backend
 from nvlm_trt.engine import Engine
@@ -46,13 +47,22 @@ def load(engine: Engine, threads: int) -> tuple[str, Answer]:
     def answer(image: str, question: str, tokens: int) -> dict[str, Any]:
         sampling = SamplingParams(max_tokens=tokens, ignore_eos=True)
         request = ChatRequest([Message("user", question)], [base64.b64decode(image)], sampling)
-        clock = Clock()
         answers: list[int] = []
-        for delta in pipeline.generate(request):
+        ended: queue.SimpleQueue[Delta | Exception] = queue.SimpleQueue()
+
+        def on_delta(delta: Delta) -> None:
             for token in delta.token_ids:
                 clock.tick()
                 answers.append(token)
-        usage = delta.usage
+            if delta.finish_reason is not None:
+                ended.put(delta)
+
+        clock = Clock()
+        pipeline.submit(request, on_delta, ended.put)
+        last = ended.get()
+        if isinstance(last, Exception):
+            raise last
+        usage = last.usage
         assert usage is not None, "the last delta has the usage"
         assert usage.ttft_s is not None, "an answer of some tokens"
         assert not usage.cached_images, "the image is known"
