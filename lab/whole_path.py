@@ -103,7 +103,7 @@ def workers_of(arguments: argparse.Namespace, checkpoint: Path) -> dict[str, Wor
         if not vision.exists():
             write_vision_encoder(checkpoint, vision)
     for name, weights in OPENVINO_WEIGHTS.items():
-        folder = work / "hf" / f"{checkpoint.name} OpenVINO GenAI {name}"
+        folder = work / "hf" / f"{checkpoint.name} OpenVINO GenAI"
         of_all = [exported, checkpoint, vision, folder, weights, threads]
         workers[f"OpenVINO GenAI {name}"] = Worker(theirs, "lab.peers.genai_worker", of_all)
     for kind in GGUF_TYPES:

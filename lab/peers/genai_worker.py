@@ -11,10 +11,12 @@ converted here with its functions, and OpenVINO's, one by one.
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +40,16 @@ def main() -> None:
 
 
 def load(source: Path, checkpoint: Path, vision: Path, folder: Path, weights: str, threads: int) -> tuple[str, Answer]:
-    if not folder.exists():
-        convert(source, checkpoint, vision, folder, weights)
+    original, compressed = folder / "float", folder / "int8"
+    if not original.exists():
+        convert(source, checkpoint, vision, original)
+    if weights == "int8" and not compressed.exists():
+        compress(original, compressed)
     scheduler = openvino_genai.SchedulerConfig()
     scheduler.max_num_batched_tokens = 1 << 20  # as by default: no limit
     scheduler.enable_prefix_caching = False  # every round's image has the same pixels, and would be known
     pipeline = openvino_genai.VLMPipeline(
-        folder, "CPU", scheduler_config=scheduler, INFERENCE_NUM_THREADS=threads, PERFORMANCE_HINT="LATENCY"
+        folder / weights, "CPU", scheduler_config=scheduler, INFERENCE_NUM_THREADS=threads, PERFORMANCE_HINT="LATENCY"
     )
     text = pipeline.get_tokenizer()
 
@@ -85,28 +90,49 @@ class Streamer(openvino_genai.StreamerBase):
         pass
 
 
-def convert(source: Path, checkpoint: Path, vision: Path, folder: Path, weights: str) -> None:
+def convert(source: Path, checkpoint: Path, vision: Path, folder: Path) -> None:
+    """Writes the parts with float32 weights."""
+    with filled(folder) as temporary:
+        convert_language_model(source, temporary)
+        convert_vision_encoder(vision, temporary / VISION)
+        convert_tokenizer(Vocabulary.of(checkpoint), temporary)
+        config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+        edge = config["vision_config"]["image_size"]
+        described = {
+            "config.json": {"model_type": "internvl_chat", "hidden_size": config["llm_config"]["hidden_size"]},
+            "preprocessor_config.json": {
+                "image_mean": [0.485, 0.456, 0.406],
+                "image_std": [0.229, 0.224, 0.225],
+                "size": {"shortest_edge": edge},
+                "crop_size": {"height": edge, "width": edge},
+            },
+        }
+        for name, content in described.items():
+            (temporary / name).write_text(json.dumps(content), encoding="utf-8")
+
+
+def compress(original: Path, folder: Path) -> None:
+    """Compresses the weights of all parts to 8 bits, asymmetric in the language model, as optimum-intel chooses."""
+    import nncf
+
+    parts = (LANGUAGE, VISION, TEXT)
+    with filled(folder) as temporary:
+        for part in parts:
+            kind = nncf.CompressWeightsMode.INT8_ASYM if part == LANGUAGE else nncf.CompressWeightsMode.INT8_SYM
+            model = nncf.compress_weights(openvino.Core().read_model(original / part), mode=kind)
+            openvino.save_model(model, temporary / part, compress_to_fp16=False)
+        for file in original.iterdir():
+            if not file.name.startswith(tuple(Path(part).stem for part in parts)):
+                shutil.copy(file, temporary)
+
+
+@contextlib.contextmanager
+def filled(folder: Path) -> Iterator[Path]:
+    """Yields a temporary folder, which becomes `folder` when all of it is written."""
     temporary = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    convert_language_model(source, temporary)
-    convert_vision_encoder(vision, temporary / VISION)
-    if weights == "int8":
-        compress(temporary)
-    convert_tokenizer(Vocabulary.of(checkpoint), temporary)
-    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    edge = config["vision_config"]["image_size"]
-    described = {
-        "config.json": {"model_type": "internvl_chat", "hidden_size": config["llm_config"]["hidden_size"]},
-        "preprocessor_config.json": {
-            "image_mean": [0.485, 0.456, 0.406],
-            "image_std": [0.229, 0.224, 0.225],
-            "size": {"shortest_edge": edge},
-            "crop_size": {"height": edge, "width": edge},
-        },
-    }
-    for name, content in described.items():
-        (temporary / name).write_text(json.dumps(content), encoding="utf-8")
+    yield temporary
     temporary.rename(folder)
 
 
@@ -135,19 +161,6 @@ def convert_vision_encoder(vision: Path, path: Path) -> None:
     model.outputs[0].get_tensor().set_names({"last_hidden_state"})
     model.inputs[0].get_tensor().set_names({"pixel_values"})
     openvino.save_model(model, path, compress_to_fp16=False)
-
-
-def compress(folder: Path) -> None:
-    """Compresses the weights of all parts to 8 bits, asymmetric in the language model, as optimum-intel chooses."""
-    import nncf
-
-    for name in (LANGUAGE, VISION, TEXT):
-        kind = nncf.CompressWeightsMode.INT8_ASYM if name == LANGUAGE else nncf.CompressWeightsMode.INT8_SYM
-        model = nncf.compress_weights(openvino.Core().read_model(folder / name), mode=kind)
-        compressed = folder / f"compressed_{name}"
-        openvino.save_model(model, compressed, compress_to_fp16=False)
-        for suffix in (".xml", ".bin"):
-            compressed.with_suffix(suffix).replace((folder / name).with_suffix(suffix))
 
 
 def convert_tokenizer(vocabulary: Vocabulary, folder: Path) -> None:
