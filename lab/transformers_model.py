@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,9 @@ def write_vision_encoder(checkpoint: Path, path: Path) -> None:
     model = whole_model(checkpoint)
     model.set_attn_implementation("sdpa")
     edge = _config(checkpoint).vision.image_size
-    traced = torch.jit.trace(_VisionEncoder(model), torch.zeros(2, 3, edge, edge))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # only the number of tiles varies
+        traced = torch.jit.trace(_VisionEncoder(model), torch.zeros(2, 3, edge, edge))
     temporary = path.with_name(f"{path.name}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     traced.save(temporary)
