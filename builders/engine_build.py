@@ -72,7 +72,8 @@ class BuildSteps(Protocol):
     trial: BuildSteps | None
 
     def unquantised(self, precisions: Precisions) -> str:
-        """Return the precision of the unquantised engine that a quantised engine is compared with."""
+        """Name the precision, of the backend's table, of the unquantised engine that a quantised one is compared
+        with."""
         ...
 
     def write_stages(self, directory: Path, recipe: Recipe) -> dict[str, Any] | None:
@@ -125,7 +126,8 @@ def build_engine(
         smoke_test = smoke_test and runs_here
         if quantization.gate and is_quantised and runs_here:
             unquantised = steps.unquantised(precisions)
-            gate = AccuracyGate(quantization.gate, builder.write_trial, staging, progress, unquantised)
+            floating = spec.precisions.parse(unquantised)
+            gate = AccuracyGate(quantization.gate, builder.write_trial, staging, progress, unquantised, floating)
         manifest = builder.write(precisions, staging)
         with builder.trial_engine(precisions, staging, wanted=smoke_test or gate is not None) as directory:
             if smoke_test:

@@ -20,7 +20,7 @@ from nvlm_trt.builders.quantization.examination import Examination
 from nvlm_trt.errors import EngineError
 from nvlm_trt.evaluation.accuracy import agreement
 from nvlm_trt.evaluation.samples import digest_of
-from nvlm_trt.model.precision import COMPONENTS, quantised_components
+from nvlm_trt.model.precision import quantised_components
 from nvlm_trt.progress import Progress
 from nvlm_trt.staging import temporary_sibling
 
@@ -73,10 +73,16 @@ class AccuracyGate:
     """Compares the quantised engine of a build with temporary engines, which `write` makes."""
 
     def __init__(
-        self, options: GateOptions, write: WriteEngine, beside: Path, progress: Progress, unquantised: str = "fp32"
+        self,
+        options: GateOptions,
+        write: WriteEngine,
+        beside: Path,
+        progress: Progress,
+        unquantised: str,
+        floating: Mapping[str, str],
     ) -> None:
-        """Read or draw the samples. `unquantised` is the floating-point type of the engine's unquantised components,
-        and of all components of the unquantised engine. Raises RequestError and ImageError for faulty samples."""
+        """Read or draw the samples. `unquantised` names the precision of the unquantised engine, `floating` says it
+        for each component. Raises RequestError and ImageError for faulty samples."""
         if options.samples:
             samples = read_first_samples(options.samples, options.count)
         else:
@@ -87,7 +93,7 @@ class AccuracyGate:
         self._looks = looks(rounds)
         self._max_drop = options.max_drop
         self._write = write
-        self._unquantised = unquantised
+        self._unquantised, self._floating = unquantised, floating
         self._beside = beside
         self._progress = progress
 
@@ -95,7 +101,7 @@ class AccuracyGate:
         """Measure both engines and return the record for the manifest. Raises AccuracyError for too large a loss."""
         with ExitStack() as temporary:
             reference_dir, tokens_dir = (temporary.enter_context(temporary_sibling(self._beside)) for _ in range(2))
-            self._write(dict.fromkeys(COMPONENTS, self._unquantised), reference_dir)
+            self._write(self._floating, reference_dir)
             images = temporary.enter_context(EncodedImages(reference_dir, tokens_dir))
             reference = self._examination(self._unquantised, reference_dir, images)
             quantised = self._examination("quantised", engine_dir, self._shared(images, precisions))
@@ -112,7 +118,7 @@ class AccuracyGate:
             f"accuracy gate: {100 * quantised.score:.2f} points against {100 * reference.score:.2f} in "
             f"{self._unquantised}, a loss of {drop:.2f} where {self._max_drop:g} is allowed, on {asked} samples; "
             f"{worst.component} costs most ({worst.drop:.2f} in {worst.precision}): build with --precision ...,"
-            f"{worst.component}={self._unquantised}, or raise --max-accuracy-drop",
+            f"{worst.component}={self._floating[worst.component]}, or raise --max-accuracy-drop",
             costs,
         )
 
@@ -155,7 +161,7 @@ class AccuracyGate:
         components = quantised_components(precisions)
         costs = []
         for component in components:
-            alone = dict.fromkeys(COMPONENTS, self._unquantised) | {component: precisions[component]}
+            alone = {**self._floating, component: precisions[component]}
             # `check` has already measured an engine whose only quantised component is this one
             answers = quantised if len(components) == 1 else self._measured(component, alone, images, asked)
             costs.append(ComponentCost(component, precisions[component], answers.score, _points(reference, answers)))
@@ -174,8 +180,8 @@ class AccuracyGate:
 
     def _shared(self, images: EncodedImages, precisions: Mapping[str, str]) -> EncodedImages | None:
         """Return `images` if an engine of these precisions has the vision encoder of the unquantised engine."""
-        of_encoder = (precisions[component] for component in ("vision_encoder", "projector"))
-        return images if all(precision == self._unquantised for precision in of_encoder) else None
+        same = (precisions[component] == self._floating[component] for component in ("vision_encoder", "projector"))
+        return images if all(same) else None
 
 
 def _points(reference: Examination, other: Examination) -> float:

@@ -15,9 +15,12 @@ from nvlm_trt.errors import EngineError
 
 def backend_of(engine: Engine, stage: str = "decoder") -> BackendSpec:
     """Return the backend that opens a stage of an engine. Raises EngineError for an unknown backend or runtime."""
-    own, name = engine.manifest.backend, engine.manifest.runtimes.get(stage, engine.manifest.backend)
-    if own in backend_names() and name in find_backend(own).stage_runtimes:
-        return find_backend(own)
+    own = _known(engine, engine.manifest.backend)
+    name = engine.manifest.runtimes.get(stage, own.name)
+    return own if name in own.stage_runtimes else _known(engine, name)
+
+
+def _known(engine: Engine, name: str) -> BackendSpec:
     if name not in backend_names():
         raise EngineError(
             f"engine {engine.path} was built for the backend {name!r}, which this nvlm-trt does not have; rebuild it "

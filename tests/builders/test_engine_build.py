@@ -48,8 +48,11 @@ def test_publishes_a_complete_engine(engine: Directory, checkpoint: Directory, n
         *(f"{component}.onnx" for component in components),
         *(f"{component}.onnx.data" for component in components),
     }
-    quantisable = ["vision_encoder", "projector", "decoder", "lm_head"] + ["cross_attention"] * (name != "nvlm-d-tiny")
-    assert opened.manifest.precision == dict.fromkeys(quantisable, "fp32")
+    assert opened.manifest.precision == {
+        **dict.fromkeys(("vision_encoder", "projector"), "bf16"),
+        **dict.fromkeys(["decoder", "lm_head"] + ["cross_attention"] * (name != "nvlm-d-tiny"), "fp32"),
+    }
+    assert opened.manifest.runtimes == {"vision_encoder": "openvino"}
     assert opened.manifest.calibration is None
     assert opened.manifest.accuracy_gate is None
     assert opened.manifest.model_name == name

@@ -39,7 +39,7 @@ class OnnxRuntimeSteps:
         self._job = job
 
     def unquantised(self, precisions: Mapping[str, str]) -> str:
-        return "fp32"
+        return "fp32" if "fp32" in (precisions["vision_encoder"], precisions["projector"]) else "bf16"
 
     def write_stages(self, directory: Path, recipe: Recipe) -> dict[str, Any] | None:
         write_graphs(self._job.source, self._job.progress, directory, recipe)

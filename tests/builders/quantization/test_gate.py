@@ -101,7 +101,7 @@ def test_logits_that_are_not_finite_have_the_advice_of_a_build(
 
     monkeypatch.setattr(Sampler, "sample", sample)
     options = QuantizationOptions(gate=GateOptions(known_answers))
-    with pytest.raises(EngineError, match=r"^accuracy gate \(fp32\): .* not finite; check the checkpoint") as caught:
+    with pytest.raises(EngineError, match=r"^accuracy gate \(bf16\): .* not finite; check the checkpoint") as caught:
         build_engine(checkpoint(NAME), tmp_path / "engine", precision="int8-weight-only", quantization=options)
     assert "--output" not in str(caught.value)
     assert "verify" not in str(caught.value)
@@ -150,7 +150,7 @@ def test_ends_early_when_the_unquantised_engine_knows_nothing(checkpoint: Direct
     assert record["result"] == "meaningless"
     assert (record["samples"]["count"], record["samples"]["of"]) == (ASKED, OF)
     assert (record["equal_answers"] * ASKED).is_integer()
-    for which in ("fp32", "quantised"):
+    for which in ("bf16", "quantised"):
         assert seen[f"accuracy gate: {which} answering"] == (ASKED, ASKED)
 
 
@@ -174,7 +174,7 @@ def test_ends_early_when_the_loss_leaves_no_doubt(
         with pytest.raises(AccuracyError, match="a loss of 100.00 .* on 32 samples; decoder costs most"):
             build(checkpoint, tmp_path / "engine", absurd_calibration, gate, "decoder=int8,projector=fp8")
     # a destroyed engine needs fewer samples than an eighth; then each component alone, on the same ones
-    assert asked == ["fp32 32", "quantised 32", "projector 32", "decoder 32"]
+    assert asked == ["bf16 32", "quantised 32", "projector 32", "decoder 32"]
 
 
 # --- images ------------------------------------------------------------------------------------------------------
