@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 
 from lab.common import run
 from lab.engines import random_engine
@@ -89,11 +88,10 @@ def texts(client: Client, question: str, tokens: int) -> Work:
     def once(stop: threading.Event) -> float:
         done = 0
         sampling = SamplingParams(max_tokens=tokens, ignore_eos=True)
-        with closing(client.stream(question, sampling=sampling)) as stream:
-            for delta in stream:
-                done += len(delta.token_ids)
-                if stop.is_set():
-                    break
+        for delta in client.stream(question, sampling=sampling):
+            done += len(delta.token_ids)
+            if stop.is_set():
+                break  # which cancels the request
         return done
 
     return once
