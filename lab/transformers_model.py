@@ -102,7 +102,7 @@ def write_vision_encoder(checkpoint: Path, path: Path) -> None:
     edge = _config(checkpoint).vision.image_size
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)  # only the number of tiles varies
-        traced = torch.jit.trace(_VisionEncoder(model), torch.zeros(2, 3, edge, edge))
+        traced = torch.jit.trace(_VisionEncoder(model), torch.zeros(2, 3, edge, edge), check_trace=False)
     temporary = path.with_name(f"{path.name}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     traced.save(temporary)
@@ -113,6 +113,7 @@ class _VisionEncoder(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model.model
+        self.model.language_model = nn.Identity()  # not to be written with it
 
     @torch.no_grad()
     def forward(self, pixel_values: Tensor) -> Tensor:
