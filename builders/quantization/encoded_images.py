@@ -19,18 +19,21 @@ CAPACITY = 8 << 30
 
 
 class EncodedImages(ClosedOnExit):
-    """Holds the vision encoder of one engine, and a folder with the image tokens that it computed."""
+    """Holds the vision encoder of one engine, while it is needed, and a folder with the image tokens that it computed.
+
+    A context manager that may be entered again: leaving it frees the vision encoder and keeps the folder."""
 
     def __init__(self, engine_dir: Path, folder: Path, capacity: int = CAPACITY) -> None:
-        """Load the vision encoder when the first image comes. Beyond `capacity` bytes, and on a full disk, images are
-        encoded whenever they are asked for."""
+        """Take an empty folder; its owner removes it. Beyond `capacity` bytes, and on a full disk, images are encoded
+        whenever they are asked for."""
         self._engine_dir = engine_dir
         self._folder = folder
         self._room = capacity
         self._encoder: StepBackend | None = None
 
     def encode(self, tiles: npt.NDArray[np.uint8]) -> FloatArray:
-        """Return the image tokens [tiles, T, hidden] of RGB tiles [tiles, 3, E, E]. One thread calls at a time."""
+        """Return the image tokens [tiles, T, hidden] of RGB tiles [tiles, 3, E, E]. Loads the vision encoder for an
+        image that is not in the folder. One thread calls at a time."""
         path = self._folder / f"{hashlib.sha256(tiles.tobytes()).hexdigest()}.npy"
         if path.exists():
             kept: FloatArray = np.load(path)
@@ -43,7 +46,7 @@ class EncodedImages(ClosedOnExit):
         return tokens
 
     def close(self) -> None:
-        """Free the vision encoder. The folder is the caller's."""
+        """Free the vision encoder."""
         if self._encoder is not None:
             self._encoder.close()
             self._encoder = None

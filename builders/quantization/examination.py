@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ class Examination:
         """`what` names the engine in progress and errors. `images`: None for the engine's own vision encoder."""
         self.what = what
         self._samples = samples
+        self._images = images
         self._progress = progress
         encode_tiles = images.encode if images else None
         self._answerer = EngineAnswerer(engine_dir, _OPTIONS.max_tokens, encode_tiles=encode_tiles)
@@ -42,7 +44,7 @@ class Examination:
         self._results = ResultsFile(None, header, [sample.name for sample in samples])
 
     def ask(self, count: int) -> None:
-        """Ask those of the first `count` samples that were not asked before. Opens the engine for that time.
+        """Ask those of the first `count` samples that were not asked before. Opens engine and images for that time.
 
         Raises EngineError for logits that are not finite."""
 
@@ -50,7 +52,7 @@ class Examination:
             self._report(done, len(self._samples))
 
         try:
-            with self._results:
+            with self._results, self._images or nullcontext():
                 evaluate(self._samples[:count], self._answerer, self._results, _OPTIONS, progress, resumable=False)
         except NotFiniteError:
             raise EngineError(

@@ -102,7 +102,7 @@ class AccuracyGate:
         with ExitStack() as temporary:
             reference_dir, tokens_dir = (temporary.enter_context(temporary_sibling(self._beside)) for _ in range(2))
             self._write(self._floating, reference_dir)
-            images = temporary.enter_context(EncodedImages(reference_dir, tokens_dir))
+            images = EncodedImages(reference_dir, tokens_dir)
             reference = self._examination(self._unquantised, reference_dir, images)
             quantised = self._examination("quantised", engine_dir, self._shared(images, precisions))
             asked = self._ask_until_decided(reference, quantised)

@@ -17,7 +17,7 @@ from one_linear import NAME, OneWeight, session
 from nvlm_trt.backends.onnxruntime.build import write_graphs
 from nvlm_trt.backends.onnxruntime.observing import observe as observe_samples
 from nvlm_trt.backends.opening import open_backend
-from nvlm_trt.builders.engine_build import QuantizationOptions, build_engine, write_engine
+from nvlm_trt.builders.engine_build import CALIBRATION_SAMPLES, QuantizationOptions, build_engine, write_engine
 from nvlm_trt.builders.graphs.common import FLOAT, StageGraph
 from nvlm_trt.builders.quantization.build_samples import document_samples, rounds_of
 from nvlm_trt.builders.quantization.calibration import is_calibration, read_calibration
@@ -36,6 +36,7 @@ from nvlm_trt.model.presets import PRESETS
 from nvlm_trt.progress import no_progress
 
 Directory = Callable[[str], Path]
+CHECKPOINTS = Path(__file__).parents[3] / "checkpoints"
 
 
 # --- magnitudes --------------------------------------------------------------------------------------------------
@@ -181,6 +182,13 @@ def test_samples_that_go_on_to_move_the_scales_are_all_asked(one_slot_engine: Pa
     same[2 * BLOCK] = dataclasses.replace(image, name=str(2 * BLOCK), task=str(2 * BLOCK))
     calibration = observe_samples(one_slot_engine, same, no_progress)
     assert calibration.samples["count"] == 4 * BLOCK
+
+
+@pytest.mark.parametrize("name", ["nvlm-d-tiny", "nvlm-x-tiny", "nvlm-h-tiny"])
+def test_trained_models_are_calibrated_on_all_samples(tmp_path: Path, name: str) -> None:
+    engine = write_observing(tmp_path, CHECKPOINTS / name, {})
+    calibration = observe_samples(engine, document_samples("train", CALIBRATION_SAMPLES, no_progress), no_progress)
+    assert calibration.samples["count"] == CALIBRATION_SAMPLES
 
 
 def test_rounds_stand_for_the_whole() -> None:

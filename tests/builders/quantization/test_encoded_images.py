@@ -47,6 +47,14 @@ def test_tokens_are_those_of_the_engine_whether_kept_or_not(engine: Directory, f
             np.testing.assert_array_equal(kept, tokens)
 
 
+def test_may_be_entered_again(engine: Directory, folder: Path) -> None:
+    images = EncodedImages(engine(NAME), folder, capacity=0)
+    with images:
+        first = images.encode(tiles(1))
+    with images:
+        np.testing.assert_array_equal(images.encode(tiles(1)), first)
+
+
 def test_keeps_no_more_than_its_capacity(engine: Directory, folder: Path) -> None:
     with EncodedImages(engine(NAME), folder, capacity=0) as images:
         one_tile = images.encode(tiles(1))
