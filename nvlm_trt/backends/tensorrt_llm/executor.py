@@ -69,6 +69,11 @@ class ExecutorGenerator(GeneratorThread):
         check_sampling(request.sampling, self._vocab_size)
         super().submit(request)
 
+    def compile(self, constraint: Constraint) -> Grammar:
+        """Raise ParameterError: see `submit`, which refuses a constraint."""
+        check_sampling(SamplingParams(constraint=constraint), self._vocab_size)
+        raise AssertionError("check_sampling refuses constraints")
+
     def encode(self, pixel_values: FloatArray) -> BackendArray:
         assert self._vision is not None, "the engine was opened without its vision encoder"
         return self.import_tokens(self._vision.encode(pixel_values))
