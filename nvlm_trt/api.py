@@ -137,7 +137,7 @@ class SamplingParams(BaseModel):
             )
         if self.constraint and self.ignore_eos:
             raise ParameterError(
-                "sampling parameter ignore_eos = True is not allowed with a constraint, which says where the answer ends"
+                "sampling parameter ignore_eos = True is not allowed with constraint, which says where the answer ends"
             )
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Defines what an answer may be bound to: a JSON schema, any JSON object, a regular expression, or one of some texts."""
+"""Defines what an answer may be bound to: a JSON schema, any JSON object, a regular expression, a choice of texts."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ class Constraint(BaseModel):
 
     json_schema: dict[str, Any] | None = Field(None, description="a JSON schema, an object such as {'type': 'object'}")
     json_object: Literal[True] | None = Field(None, description="true")
-    regex: Annotated[str, Field(min_length=1)] | None = Field(None, description="a regular expression of 1 or more characters")
+    regex: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="a regular expression of 1 or more characters"
+    )
     choice: _Choices | None = Field(None, description=f"a list of 1 to {MAX_CHOICES} texts, none of them empty")
 
     def __init__(self, **values: Any) -> None:
@@ -64,7 +66,7 @@ class Constraint(BaseModel):
             return json.dumps(getattr(self, self.kind), allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
             raise ParameterError(
-                f"sampling parameter constraint.{self.kind} is not JSON ({error}); pass numbers, strings, lists and dicts"
+                f"sampling parameter constraint.{self.kind} is not JSON ({error}); pass numbers, strings, lists, dicts"
             ) from None
 
     def check_size(self) -> None:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from cachetools import LRUCache
 
 from nvlm_trt.constraint import Constraint
-from nvlm_trt.errors import ParameterError, RequestError
+from nvlm_trt.errors import ParameterError
 from nvlm_trt.extras import missing_packages
 from nvlm_trt.prompt.tokenizer import Tokenizer
 from nvlm_trt.runtime.grammar_source import grammar_text, one_line, start_matcher
@@ -38,8 +38,8 @@ class Grammars:
         self._lock = threading.Lock()
 
     def prepare(self) -> None:
-        """Prepare the tokenizer if llguidance is installed, for a server: with 150,000 tokens that takes 1 s, in which no
-        other thread runs."""
+        """Prepare the tokenizer if llguidance is installed: with 150,000 tokens that takes 1 s, in which no other thread
+        of this process runs."""
         if not missing_packages(_EXTRA):
             self._prepared()
 
@@ -84,7 +84,7 @@ class Grammar:
 
 
 class GrammarState:
-    """Knows how much of a constraint one answer has fulfilled. Raises RequestError once it needs too much work."""
+    """Knows how much of a constraint one answer has fulfilled. Raises ParameterError once that takes too much work."""
 
     def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
         self._matcher = matcher
@@ -120,7 +120,7 @@ class GrammarState:
     def _check(self) -> None:
         if self._matcher.is_error():
             cause = one_line(self._matcher.get_error())
-            raise RequestError(f"the constraint takes too much work here ({cause}); simplify it")
+            raise ParameterError(f"sampling parameter constraint takes too much work here ({cause}); simplify it")
 
 
 def _tokens(tokenizer: Tokenizer, vocab_size: int) -> LLTokenizer:

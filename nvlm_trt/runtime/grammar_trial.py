@@ -58,9 +58,7 @@ class GrammarTrial(ClosedOnExit):
             # the path of imports is this process's: neither the folder it runs in nor -m adds to it
             command = [sys.executable or "python3", "-c", _CODE, *sys.path]
             environment = {**os.environ, **_ENVIRONMENT}
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
-            )
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         return self._process
 
     def _end(self) -> None:

@@ -58,7 +58,9 @@ def _try(tokenizer: Any, kind: Any, value: Any) -> str | None:
     """Return what is wrong with a constraint. The kernel may end the process instead."""
     most = max(map(repeated, patterns_of(kind, value)), default=0)
     if most > MOST_REPEATED:
-        return f"a regular expression repeats {most} parts by counts such as {{1,9}}; at most {MOST_REPEATED} are allowed"
+        return (
+            f"a regular expression repeats {most} parts by counts such as {{1,9}}; at most {MOST_REPEATED} are allowed"
+        )
     if kind == "json_schema" and not has_finite_answer(value):
         return "it refers to itself without an end, so that no finite JSON fits it"
     try:

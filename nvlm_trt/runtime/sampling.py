@@ -139,7 +139,7 @@ class Sampler:
         else:
             np.copyto(scores, -np.inf, where=~self._allowed(self._grammar))
             if scores.max() == -np.inf:
-                raise ParameterError("sampling parameter logit_bias bans every token that the constraint allows; ban fewer")
+                raise ParameterError("sampling parameter logit_bias bans every token that constraint allows; ban fewer")
         return scores
 
     def _allowed(self, grammar: GrammarState) -> BoolArray:
