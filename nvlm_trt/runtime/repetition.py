@@ -9,7 +9,7 @@ from typing import Any
 from nvlm_trt.constraint import Kind
 
 MOST_REPEATED = 2000
-_COUNT = re.compile(r"\{([0-9]{1,9})?(,)?([0-9]{1,9})?\}")
+_COUNT = re.compile(r"\{([0-9]{0,9})(?:,([0-9]{0,9}))?\}")  # llguidance refuses larger numbers
 _CLASS_START = re.compile(r"\[\^?\]?")
 
 
@@ -73,10 +73,10 @@ class _Scan:
     def _count(self) -> int | None:
         """Read `{m}`, `{m,}` or `{m,n}`; return the larger number."""
         found = _COUNT.match(self._pattern, self._at)
-        if found is None or not (found[1] or found[3]):
+        if found is None or not (found[1] or found[2]):
             return None
         self._at = found.end()
-        return max(int(found[1] or 0), int(found[3] or 0), 1)
+        return max(int(found[1] or 0), int(found[2] or 0), 1)
 
     def _skip_atom(self) -> None:
         """Pass one character, escape or class."""
