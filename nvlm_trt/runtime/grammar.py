@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from cachetools import LRUCache
 
-from nvlm_trt.constraint import Constraint
+from nvlm_trt.constraint import Constraint, Kind
 from nvlm_trt.errors import ParameterError
 from nvlm_trt.extras import missing_packages
 from nvlm_trt.prompt.tokenizer import Tokenizer
@@ -38,8 +38,8 @@ class Grammars:
         self._lock = threading.Lock()
 
     def prepare(self) -> None:
-        """Prepare the tokenizer if llguidance is installed: with 150,000 tokens that takes 1 s, in which no other thread
-        of this process runs."""
+        """Prepare the tokenizer if llguidance is installed. With 150,000 tokens that takes 1 s, in which no other
+        thread of this process runs."""
         if not missing_packages(_EXTRA):
             self._prepared()
 
@@ -57,7 +57,7 @@ class Grammars:
         if fault := self._trial.fault(constraint):
             raise ParameterError(f"sampling parameter constraint.{constraint.kind} cannot be followed: {fault}")
         text = grammar_text(constraint.kind, getattr(constraint, constraint.kind))
-        grammar = Grammar(start_matcher(self._prepared(), text), self._vocab_size)
+        grammar = Grammar(start_matcher(self._prepared(), text), self._vocab_size, constraint.kind)
         with self._lock:
             self._kept[key] = grammar
         return grammar
@@ -75,20 +75,22 @@ class Grammars:
 class Grammar:
     """A compiled constraint, from which every answer starts."""
 
-    def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
+    def __init__(self, matcher: LLMatcher, vocab_size: int, kind: Kind) -> None:
         self._matcher = matcher
         self._vocab_size = vocab_size
+        self._kind = kind
 
     def start(self) -> GrammarState:
-        return GrammarState(self._matcher.deep_copy(), self._vocab_size)
+        return GrammarState(self._matcher.deep_copy(), self._vocab_size, self._kind)
 
 
 class GrammarState:
     """Knows how much of a constraint one answer has fulfilled. Raises ParameterError once that takes too much work."""
 
-    def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
+    def __init__(self, matcher: LLMatcher, vocab_size: int, kind: Kind) -> None:
         self._matcher = matcher
         self._vocab_size = vocab_size
+        self._kind = kind
         self._bits: npt.NDArray[np.uint8] | None = None  # a bit per token; None: not computed yet for the next token
 
     def allows(self, token_id: int) -> bool:
@@ -120,7 +122,9 @@ class GrammarState:
     def _check(self) -> None:
         if self._matcher.is_error():
             cause = one_line(self._matcher.get_error())
-            raise ParameterError(f"sampling parameter constraint takes too much work here ({cause}); simplify it")
+            raise ParameterError(
+                f"sampling parameter constraint.{self._kind} takes too much work here ({cause}); simplify it"
+            )
 
 
 def _tokens(tokenizer: Tokenizer, vocab_size: int) -> LLTokenizer:

@@ -143,8 +143,8 @@ class Sampler:
         return scores
 
     def _allowed(self, grammar: GrammarState) -> BoolArray:
-        """Return which tokens [vocab] may be drawn: what `grammar` allows but the forbidden ids. Where that leaves none,
-        the answer ends before min_tokens."""
+        """Return which tokens [vocab] may be drawn: what `grammar` allows but the forbidden ids. Where that leaves
+        none, the answer ends before min_tokens."""
         allowed = grammar.allowed()
         allowed[self._banned] = False
         if self._not_yet:

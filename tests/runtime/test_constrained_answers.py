@@ -88,7 +88,7 @@ def test_a_refused_constraint_frees_its_place(pipeline: Pipeline) -> None:
     for constraint in (Constraint(regex="("), Constraint(json_schema={"$ref": "#"}), Constraint(regex="a{99999}")):
         with pytest.raises(ParameterError, match="cannot be followed"):
             list(pipeline.generate(chat("What is it?", png(), constraint=constraint)))
-    bans = {token_id: -100 for token_id in range(256)}
+    bans = dict.fromkeys(range(256), -100)
     with pytest.raises(ParameterError, match="logit_bias bans every token that constraint allows"):
         list(pipeline.generate(chat(constraint=BOUND, logit_bias=bans)))
     metrics = pipeline.metrics().generator
@@ -173,9 +173,7 @@ def test_no_constraint_is_forgotten(tokenizer: Tokenizer) -> None:
     """A request whose constraint nobody compiled is an error, not an answer of any text."""
     scheduler = Scheduler(ToyBackend(tokenizer.image_token_id), tokenizer, max_queue=4, prefill_chunk=4)
     receiver = Receiver()
-    scheduler.enqueue(
-        ask(tokenizer.image_token_id, 0, sampling=SamplingParams(constraint=BOUND)).request(receiver)
-    )
+    scheduler.enqueue(ask(tokenizer.image_token_id, 0, sampling=SamplingParams(constraint=BOUND)).request(receiver))
     while scheduler.has_work:
         scheduler.step()
     assert isinstance(receiver.error, AssertionError)

@@ -116,9 +116,7 @@ def test_what_a_regular_expression_allows(grammars: Grammars, tokenizer: Tokeniz
                 break
 
 
-@given(
-    choices=st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=6, unique=True), seed=st.integers(0, 999)
-)
+@given(choices=st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=6, unique=True), seed=st.integers(0, 999))
 @settings(max_examples=100)
 def test_an_answer_is_one_of_the_choices(
     grammars: Grammars, tokenizer: Tokenizer, choices: list[str], seed: int
