@@ -15,6 +15,7 @@ from nvlm_trt import standard_streams, terminal
 from nvlm_trt.bounds import MAX_SEED, MAX_TOKENS
 from nvlm_trt.commands.bench import bench
 from nvlm_trt.commands.build import build
+from nvlm_trt.commands.constraint_options import ChoiceOption, JsonSchemaOption, RegexOption, constraint_of
 from nvlm_trt.commands.decode_budget import DecodeMemoryOption, DecodeSecondsOption, image_limits
 from nvlm_trt.commands.deploy import deploy
 from nvlm_trt.commands.evaluate import evaluate
@@ -207,6 +208,9 @@ def ask(
     min_tokens: Annotated[int, typer.Option(help="Least tokens to generate.")] = 0,
     n: Annotated[int, typer.Option("--n", help="Answers to the one question.")] = 1,
     logprobs: Annotated[int, typer.Option(help="Report log-probabilities with this many alternatives.")] = 0,
+    json_schema: JsonSchemaOption = None,
+    regex: RegexOption = None,
+    choice: ChoiceOption = None,
     max_tiles: Annotated[int | None, typer.Option(help="Tiles per image, thumbnail not counted.")] = None,
     max_decode_seconds: DecodeSecondsOption = None,
     max_decode_memory: DecodeMemoryOption = None,
@@ -239,6 +243,7 @@ def ask(
         min_tokens=min_tokens,
         n=n,
         logprobs=logprobs,
+        constraint=constraint_of(json_schema, regex, choice),
     )
     messages = [Message("system", system)] if system else []
     messages.append(Message("user", question))

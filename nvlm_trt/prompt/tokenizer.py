@@ -143,6 +143,10 @@ class Tokenizer:
             raise RequestError(f"text holds the control token {self._special[min(forged)]}; remove it from the text")
         return encoding.ids, encoding.offsets
 
+    def to_json(self) -> str:
+        """Return the tokenizer as tokenizer.json describes it, with the tokens of the prompt format marked special."""
+        return self._raw.to_str()
+
     def decode(self, token_ids: Iterable[int]) -> str:
         """Decode ids. Special tokens and ids outside the vocabulary give no text; invalid UTF-8 becomes U+FFFD."""
         decoder = IncrementalDecoder(self)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from nvlm_trt.backends.base import BackendArray, FloatArray, ImageFeatures, StepBackend
+from nvlm_trt.constraint import Constraint
 from nvlm_trt.prompt.tokenizer import Tokenizer
 from nvlm_trt.runtime.generator_thread import GeneratorThread
+from nvlm_trt.runtime.grammar import Grammar, Grammars
 from nvlm_trt.runtime.scheduler import Scheduler
 
 
@@ -14,12 +16,23 @@ class Batcher(GeneratorThread):
     """Implements `TextGenerator`. Calls `on_delta` and `on_error` on the batcher's thread, between two steps."""
 
     def __init__(
-        self, backend: StepBackend, tokenizer: Tokenizer, max_queue: int = 64, prefill_chunk: int = 256
+        self,
+        backend: StepBackend,
+        tokenizer: Tokenizer,
+        max_queue: int = 64,
+        prefill_chunk: int = 256,
+        prepare_constraints: bool = False,
     ) -> None:
         """Take over `backend`. At most `max_queue` requests wait for a slot; at most `prefill_chunk` prompt tokens run
-        between two decoding steps."""
+        between two decoding steps. `prepare_constraints`: see `Grammars.prepare`."""
         self._backend = backend
+        self._grammars = Grammars(tokenizer, backend.config.llm.vocab_size)
+        if prepare_constraints:
+            self._grammars.prepare()
         super().__init__(Scheduler(backend, tokenizer, max_queue, prefill_chunk), "nvlm-batcher")
+
+    def compile(self, constraint: Constraint) -> Grammar:
+        return self._grammars.compile(constraint)
 
     def encode(self, pixel_values: FloatArray) -> BackendArray:
         return self._backend.encode(pixel_values)
@@ -33,4 +46,5 @@ class Batcher(GeneratorThread):
     def close(self, drain: bool = True) -> None:
         """See `TextGenerator.close`."""
         self.finish(drain)
+        self._grammars.close()
         self._backend.close()

@@ -45,6 +45,7 @@ class ChatModel:
                 encode_workers=int(parameters["encode_workers"]),
                 decode_workers=int(parameters["decode_workers"]) if "decode_workers" in parameters else None,
                 image_limits=self._image_limits,
+                prepare_constraints=True,
             ),
         )
         self._responses = Responses(self._pb_utils)
