@@ -16,7 +16,6 @@ from nvlm_trt.api import Delta, ImagePart, Message, PromptCount, SamplingParams,
 from nvlm_trt.errors import RequestError
 from nvlm_trt.serving.chat_tensors import CANCEL, CANCEL_TOKEN, MODEL, decode_count, decode_delta, decode_error
 
-
 _FINAL = "triton_final_response"
 
 
