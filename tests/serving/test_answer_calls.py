@@ -168,6 +168,26 @@ def test_an_answer_that_is_read_to_its_end_cancels_nothing(serve: Serve, asynchr
     assert (stream.cancelled, stream.half_closed, len(stream.tokens)) == (False, True, 1)
 
 
+def test_a_stream_ends_with_its_answer_however_slowly_it_is_taken(serve: Serve) -> None:
+    """A server that stops would wait for it, and break off what has not been taken."""
+    server, address = serve(tokens=5)
+
+    async def take_slowly() -> list[Delta]:
+        async with AsyncClient(address) as client:
+            stream = client.stream("Hi")
+            first = await anext(stream)
+            await asyncio.to_thread(server.streams[-1].ended.wait, WAIT)
+            assert not server.streams[-1].cancelled
+            return [first, *[delta async for delta in stream]]
+
+    with Client(address) as client:
+        stream = client.stream("Hi")
+        first = next(stream)
+        assert not server.streams[-1].cancelled  # it has ended
+        taken = [first, *stream]
+    assert len(taken) == len(asyncio.run(take_slowly())) == 5
+
+
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_server_that_does_not_answer_is_left_as_grpc_does(
     serve: Serve, asynchronous: bool, monkeypatch: pytest.MonkeyPatch
