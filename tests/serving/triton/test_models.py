@@ -355,7 +355,7 @@ def test_packed_tiles_have_to_fit(count: int, edge: int) -> None:
 def test_vision_encoder_gives_each_request_its_tokens(engine: Callable[[str], Path]) -> None:
     model = VisionEncoderModel(fake_pb_utils())
     path = engine("nvlm-d-tiny")
-    model.initialize(arguments(engine=path, threads=1))
+    model.initialize(arguments(engine=path, threads=1, niceness=0))
     noise = np.random.default_rng(0).standard_normal((4, 3, 56, 56), dtype=np.float32)
     responses = model.execute([Request(pixel_values=noise[:1]), Request(pixel_values=noise[1:])])
     model.finalize()
