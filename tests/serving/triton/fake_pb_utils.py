@@ -125,6 +125,7 @@ def fake_pb_utils(run: Callable[[SimpleNamespace], InferenceResponse] | None = N
         return request
 
     logged: list[str] = []
+    informed: list[str] = []
     return SimpleNamespace(
         Tensor=Tensor,
         TritonError=TritonError,
@@ -133,8 +134,9 @@ def fake_pb_utils(run: Callable[[SimpleNamespace], InferenceResponse] | None = N
         TRITONSERVER_RESPONSE_COMPLETE_FINAL=FINAL,
         get_input_tensor_by_name=lambda request, name: request.input(name),
         get_output_tensor_by_name=lambda response, name: response.tensors.get(name),
-        Logger=SimpleNamespace(log_error=logged.append),
+        Logger=SimpleNamespace(log_error=logged.append, log_info=informed.append),
         logged=logged,
+        informed=informed,
     )
 
 
