@@ -49,7 +49,7 @@ def build(
     calibration_samples: Annotated[
         int | None,
         typer.Option(
-            min=1, max=_MOST_SAMPLES, help="Samples to calibrate on [all of a file, 128 of the document tasks]."
+            min=1, max=_MOST_SAMPLES, help="Most samples to calibrate on [all of a file, 128 of the document tasks]."
         ),
     ] = None,
     smoothquant_alpha: Annotated[
@@ -61,7 +61,9 @@ def build(
     ] = None,
     gate_samples: Annotated[
         int | None,
-        typer.Option(min=1, max=_MOST_SAMPLES, help="Samples to judge by [all of a file, 500 of the document tasks]."),
+        typer.Option(
+            min=1, max=_MOST_SAMPLES, help="Most samples to judge by [all of a file, 500 of the document tasks]."
+        ),
     ] = None,
     max_accuracy_drop: Annotated[
         float | None, typer.Option(help="Points that a quantised engine may score below the unquantised one [1].")
