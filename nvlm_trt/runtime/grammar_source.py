@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
 # A space, or a new line and its indentation: without a bound, a small model may write spaces until max_tokens.
 _WHITESPACE = r" |\n {0,20}"
-_JSON_OPTIONS = {"whitespace_pattern": _WHITESPACE}
 _ANY_OBJECT = {"type": "object"}
 _CAUSE = re.compile(r"^error: (.*)$", re.MULTILINE)  # of a regular expression, below a drawing of the place
 _PLACE = re.compile(r"^at [0-9]+\([0-9]+\): ")
@@ -31,12 +30,11 @@ def grammar_text(kind: Kind, value: Any) -> str:
     schema = _ANY_OBJECT if kind == "json_object" else value
     # llguidance's own key would change what a schema means
     schema = {key: item for key, item in schema.items() if key != "x-guidance"}
-    return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_JSON_OPTIONS)
+    return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides={"whitespace_pattern": _WHITESPACE})
 
 
 def parser_limits() -> LLParserLimits:
-    """Return the limits: a third to a tenth of llguidance's own, so that a mask takes milliseconds at most, and an
-    answer tens of megabytes."""
+    """Return the limits, a part of llguidance's own: they bound the time of a mask and the memory of an answer."""
     from llguidance import LLParserLimits
 
     return LLParserLimits(

@@ -24,12 +24,14 @@ CPU_SECONDS = 0.5  # for one constraint: 50 times what a schema of 100 propertie
 MEMORY_BYTES = 32 << 20  # beyond what the process has at its start
 # A thread of the process that serves has at least 2 MiB: what compiles here compiles there.
 _STACK_BYTES = 1 << 20
+_NICENESS = 10  # running answers come first
 _STEPS = 64  # of an answer in bytes, which is made up
 
 
 def main() -> None:
     """Try constraints until the owner closes the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C in the terminal is the owner's business
+    os.nice(_NICENESS)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     threading.stack_size(_STACK_BYTES)
     thread = threading.Thread(target=_serve)
