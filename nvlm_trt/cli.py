@@ -30,6 +30,7 @@ from nvlm_trt.commands.gateway_options import (
     ServedNameOption,
     gateway_options,
 )
+from nvlm_trt.commands.inspect_checkpoint import inspect
 from nvlm_trt.commands.plan import plan
 from nvlm_trt.commands.tiles import tiles
 from nvlm_trt.commands.tinydocs import tinydocs
@@ -88,6 +89,7 @@ def init_checkpoint(
     terminal.note(f"wrote {directory} (random weights of {preset}, seed {seed})")
 
 
+app.command()(inspect)
 app.command()(build)
 app.command()(plan)
 

@@ -17,15 +17,16 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from nvlm_trt.bounded_file import INDEX_BYTES, read_bounded
-from nvlm_trt.checkpoint.dummy_heads import PROJECTION, padded_shape, real_heads
-from nvlm_trt.checkpoint.safetensors_file import FloatArray, SafetensorsFile, TensorRecord
-from nvlm_trt.checkpoint.writer import INDEX_FILE, WEIGHTS_FILE
+from nvlm_trt.checkpoint.accounting import Accounting, account, dummy_channels, has_tied_copy
+from nvlm_trt.checkpoint.dummy_heads import PROJECTION, real_heads
+from nvlm_trt.checkpoint.file_state import TensorRecord
+from nvlm_trt.checkpoint.safetensors_file import FloatArray, SafetensorsFile
+from nvlm_trt.checkpoint.weight_files import weight_files
 from nvlm_trt.closing import ClosedOnExit
 from nvlm_trt.errors import CheckpointError
 from nvlm_trt.model.config import NvlmConfig
 from nvlm_trt.model.hf_config import config_to_hf, read_config
-from nvlm_trt.model.layout import EMBEDDING, IGNORED, LM_HEAD, checkpoint_layout
+from nvlm_trt.model.layout import EMBEDDING, LM_HEAD, checkpoint_layout
 
 # The digest hashes checkpoints up to this size whole (seconds), and samples of larger ones.
 _FULL_DIGEST_BYTES = 4 << 30
@@ -76,8 +77,10 @@ class Checkpoint(ClosedOnExit):
         self._layout = checkpoint_layout(config)
         self._file_of = _locate(directory, files)
         self._remaining = dict.fromkeys(self._layout)
-        self._padding = self._dummy_channels()
-        self._check_shapes()
+        records = {name: file.records[name] for name, file in self._file_of.items()}
+        self._padding = dummy_channels(config, records)
+        self._has_tied_copy = has_tied_copy(config, records)
+        self._check_tensors(account(config, records))
 
     @classmethod
     def open(cls, directory: Path | str) -> Checkpoint:
@@ -89,7 +92,7 @@ class Checkpoint(ClosedOnExit):
         config = read_config(directory)
         with contextlib.ExitStack() as opened:
             files = []
-            for name in _shard_names(directory):
+            for name in weight_files(directory):
                 files.append(SafetensorsFile(directory / name))
                 opened.callback(files[-1].close)
             checkpoint = cls(directory, config, files)
@@ -148,14 +151,6 @@ class Checkpoint(ClosedOnExit):
         for file in self._files:
             file.close()
 
-    def _dummy_channels(self) -> int:
-        """Counts the channels of the vision encoder's dummy heads, by the first layer's `proj`; 0 if it has none."""
-        vision = self.config.vision
-        name = "vision_model.encoder.layers.0.attn.proj.weight"
-        shape = self._file_of[name].records[name].shape if name in self._file_of else ()
-        extra = shape[1] - vision.hidden_size if len(shape) == 2 else 0
-        return extra if extra > 0 and extra % vision.head_dim == 0 else 0
-
     def _check_dummy_heads(self, attention: str) -> None:
         """Raises CheckpointError unless dummy heads add nothing: their columns of `proj` are 0, or their values."""
         projection, qkv = f"{attention}.proj.weight", f"{attention}.qkv.weight"
@@ -170,11 +165,6 @@ class Checkpoint(ClosedOnExit):
                 f"config.json's {self.config.vision.num_heads}, and they are not zero; correct num_attention_heads"
             )
 
-    @property
-    def _has_tied_copy(self) -> bool:
-        """Whether the checkpoint stores lm_head beside the embeddings that it is tied to, as some exports do."""
-        return self.config.llm.tie_word_embeddings and LM_HEAD in self._file_of
-
     def _check_tied_copy(self) -> None:
         """Raises CheckpointError unless lm_head equals the embeddings."""
         table, copy = (LazyWeight(name, self._layout[EMBEDDING], self._file_of[name]) for name in (EMBEDDING, LM_HEAD))
@@ -187,61 +177,27 @@ class Checkpoint(ClosedOnExit):
                     "but config.json says tie_word_embeddings; set it to false, or remove the tensor"
                 )
 
-    def _check_shapes(self) -> None:
-        missing = [name for name in self._layout if name not in self._file_of]
-        if missing:
+    def _check_tensors(self, accounting: Accounting) -> None:
+        """Raises CheckpointError for a tensor that is missing, not expected or misshapen."""
+        if missing := accounting.missing:
             raise CheckpointError(
                 f"{self.directory} has no tensor {missing[0]}{_others(missing)}, which its config.json asks for; "
                 "restore the missing shard or correct config.json"
             )
-        expected = self._layout | ({LM_HEAD: self._layout[EMBEDDING]} if self._has_tied_copy else {})
-        extra = [name for name in self._file_of if name not in expected and not IGNORED.fullmatch(name)]
-        if extra:
+        if unexpected := accounting.unexpected:
             raise CheckpointError(
-                f"{self.directory} has the tensor {extra[0]}{_others(extra)}, which a model of its config.json does "
-                "not use; correct config.json or remove the tensor"
+                f"{self.directory} has the tensor {unexpected[0]}{_others(unexpected)}, which a model of its "
+                "config.json does not use; correct config.json or remove the tensor"
             )
-        for name, shape in expected.items():
-            stored = self._file_of[name].records[name].shape
-            if stored != padded_shape(name, shape, self._padding):
-                raise CheckpointError(
-                    f"tensor {name} in {self._file_of[name].path} has shape {list(stored)}, config.json asks for "
-                    f"{list(shape)}; correct config.json or write the checkpoint again"
-                )
+        for tensor in accounting.misshapen:
+            raise CheckpointError(
+                f"tensor {tensor.name} in {self._file_of[tensor.name].path} has shape {list(tensor.stored)}, "
+                f"config.json asks for {list(tensor.wanted)}; correct config.json or write the checkpoint again"
+            )
 
 
 def _others(names: Sequence[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-
-
-def _shard_names(directory: Path) -> list[str]:
-    """Lists the weight files: those of the index, or the one file of a small checkpoint."""
-    index = directory / INDEX_FILE
-    if not index.exists():
-        if not (directory / WEIGHTS_FILE).exists():
-            raise CheckpointError(
-                f"{directory} has neither {WEIGHTS_FILE} nor {INDEX_FILE}; name a checkpoint in HF layout"
-            )
-        return [WEIGHTS_FILE]
-    if (directory / WEIGHTS_FILE).exists():
-        raise CheckpointError(
-            f"{directory} has both {WEIGHTS_FILE} and {INDEX_FILE}; remove the one that is out of date"
-        )
-    return sorted(set(_weight_map(index).values()))
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    """Reads model.safetensors.index.json -> tensor name: file name."""
-    try:
-        weight_map = json.loads(read_bounded(index, INDEX_BYTES).decode())["weight_map"]
-        outside = [name for name in weight_map.values() if Path(name).name != name]
-    except OSError as error:
-        raise CheckpointError(f"cannot read {index} ({error.strerror}); restore it from the checkpoint") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise CheckpointError(f"{index} is not a safetensors index; restore it from the checkpoint") from None
-    if outside:
-        raise CheckpointError(f"{index} names {outside[0]!r}, which is not a file beside it; restore the index")
-    return weight_map
 
 
 def _locate(directory: Path, files: Sequence[SafetensorsFile]) -> dict[str, SafetensorsFile]:

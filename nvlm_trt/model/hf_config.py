@@ -65,6 +65,15 @@ def read_config(directory: Path) -> NvlmConfig:
     """Reads DIR/config.json; takes the image placeholder's id from DIR/tokenizer.json if the config has none.
 
     Raises ConfigError for a file that is missing, malformed or asks for something that is not supported."""
+    raw = read_raw_config(directory)
+    config = config_from_hf(raw, name=Path(directory).resolve().name)
+    if config.image_token_id is None:
+        config = replace(config, image_token_id=_image_token_from_tokenizer(Path(directory)))
+    return config
+
+
+def read_raw_config(directory: Path) -> dict[str, Any]:
+    """Reads the JSON object DIR/config.json. Raises ConfigError for a file that is missing or malformed."""
     path = Path(directory) / "config.json"
     try:
         raw = json.loads(read_bounded(path, CONFIG_BYTES).decode())
@@ -76,10 +85,7 @@ def read_config(directory: Path) -> NvlmConfig:
         raise ConfigError(f"{path} is not JSON ({error}); restore it from the checkpoint") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} does not hold a JSON object; restore it from the checkpoint")
-    config = config_from_hf(raw, name=Path(directory).resolve().name)
-    if config.image_token_id is None:
-        config = replace(config, image_token_id=_image_token_from_tokenizer(Path(directory)))
-    return config
+    return raw
 
 
 def config_from_hf(raw: Mapping[str, Any], name: str = "nvlm") -> NvlmConfig:

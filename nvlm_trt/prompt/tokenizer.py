@@ -15,9 +15,10 @@ from nvlm_trt.bounded_file import TOKENIZER_BYTES, read_bounded
 from nvlm_trt.errors import ConfigError, RequestError
 from nvlm_trt.model.config import IMAGE_TOKEN
 from nvlm_trt.prompt.detokenizer import IncrementalDecoder, TokenBytes, byte_level_alphabet
+from nvlm_trt.prompt.tokenizer_files import TOKENIZER_CONFIG
 
 TOKENIZER_JSON = "tokenizer.json"
-TOKENIZER_FILES = (TOKENIZER_JSON, "tokenizer_config.json")  # the second is optional: only transformers reads it
+TOKENIZER_FILES = (TOKENIZER_JSON, TOKENIZER_CONFIG)  # the second is optional: only transformers reads it
 MESSAGE_START = "<|im_start|>"
 MESSAGE_END = "<|im_end|>"
 END_OF_TEXT = "<|endoftext|>"
