@@ -98,6 +98,7 @@ app.command()(plan)
 def verify(
     engine: EngineArgument,
     checkpoint: CheckpointOption,
+    lora: Annotated[Path | None, typer.Option(help="The adapter that the engine was built with.")] = None,
     tokens: Annotated[int, typer.Option(min=1, max=MAX_TOKENS, help="Greedy tokens to compare.")] = 64,
     tolerance: Annotated[float, typer.Option(min=0, max=1e6, help="Largest absolute difference allowed.")] = 1e-3,
     image: Annotated[Path | None, typer.Option(help="Image to compare on; default: one drawn for the purpose.")] = None,
@@ -110,7 +111,7 @@ def verify(
     from nvlm_trt.evaluation.parity import verify_engine
 
     with terminal.progress() as progress:
-        report = verify_engine(engine, checkpoint, image, tokens, tolerance, progress)
+        report = verify_engine(engine, checkpoint, image, tokens, tolerance, progress, lora)
     if as_json:
         print(json.dumps(report.to_dict(), indent=2, allow_nan=False))
     else:

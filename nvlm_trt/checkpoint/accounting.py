@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -9,8 +10,12 @@ from nvlm_trt.checkpoint.dummy_heads import padded_shape
 from nvlm_trt.checkpoint.file_state import TensorRecord
 from nvlm_trt.model.config import NvlmConfig
 from nvlm_trt.model.layout import EMBEDDING, IGNORED, LM_HEAD, checkpoint_layout
+from nvlm_trt.model.quantised_source import FP8_DTYPE, Fp8Scheme
 
 Records = Mapping[str, TensorRecord]
+
+# scales of activations and of KV caches, which quantised copies carry for other runtimes
+_OTHER_SCALES = re.compile(r".*\.(input|output|q|k|v|kv)_scale")
 
 
 @dataclass(frozen=True)
@@ -32,13 +37,15 @@ class Accounting:
     skipped: tuple[str, ...]  # no NVLM model reads them
 
 
-def account(config: NvlmConfig, records: Records) -> Accounting:
-    """Compares the tensors of all files with `checkpoint_layout`."""
+def account(config: NvlmConfig, records: Records, scheme: Fp8Scheme | None = None) -> Accounting:
+    """Compares the tensors of all files with `checkpoint_layout`. `scheme`: how they are quantised, if they are."""
     layout = checkpoint_layout(config)
     padding = dummy_channels(config, records)
     expected = layout | ({LM_HEAD: layout[EMBEDDING]} if has_tied_copy(config, records) else {})
-    others = [name for name in records if name not in expected]
-    skipped = [name for name in others if IGNORED.fullmatch(name)]
+    scaled = [name for name in expected if scheme and name in records and records[name].dtype == FP8_DTYPE]
+    scales = {scale_name(name): name for name in scaled}
+    others = [name for name in records if name not in expected and name not in scales]
+    skipped = [name for name in others if IGNORED.fullmatch(name) or (scheme and _OTHER_SCALES.fullmatch(name))]
     present = [(name, records[name].shape, shape) for name, shape in expected.items() if name in records]
     return Accounting(
         missing=tuple(name for name in layout if name not in records),
@@ -48,6 +55,11 @@ def account(config: NvlmConfig, records: Records) -> Accounting:
         ),
         skipped=tuple(skipped),
     )
+
+
+def scale_name(weight: str) -> str:
+    """Returns the name of an FP8 weight's scales."""
+    return f"{weight}_scale"
 
 
 def has_tied_copy(config: NvlmConfig, records: Records) -> bool:

@@ -17,6 +17,7 @@ from nvlm_trt.checkpoint.weight_files import weight_files
 from nvlm_trt.errors import CheckpointError, ConfigError, NvlmError
 from nvlm_trt.model.config import NvlmConfig
 from nvlm_trt.model.hf_config import config_from_hf, read_raw_config
+from nvlm_trt.model.quantised_source import FP8_DTYPE, Fp8Scheme, read_scheme
 from nvlm_trt.prompt.encoder import PromptEncoder
 from nvlm_trt.prompt.tokenizer import Tokenizer
 from nvlm_trt.prompt.tokenizer_files import chat_template_file
@@ -68,6 +69,7 @@ class Inspection(_Record):
     directory: str
     model: dict[str, Any] | None  # None: config.json cannot be used
     shards: list[Shard]
+    quantised: str | None  # the scheme, if it is one that can be read
     parts: dict[str, Part]
     tokenizer: TokenizerFound | None
     missing: list[str]  # tensors
@@ -91,10 +93,11 @@ def inspect_checkpoint(directory: Path | str) -> Inspection:
     faults += [state.fault for state in states if state.fault is not None]
     records = _records(states, faults)
     tokenizer = _tokenizer(directory, config, faults)
-    accounting = account(config, records) if config is not None else None
+    scheme = _scheme(directory, faults) if config is not None else None
+    accounting = account(config, records, scheme) if config is not None else None
     if accounting is not None:
         whole = bool(states) and all(state.kind == "whole" for state in states)
-        faults += _tensor_faults(directory, accounting, records, whole)
+        faults += _tensor_faults(directory, accounting, records, scheme, whole)
     return Inspection(
         directory=str(directory),
         model=_described(config) if config is not None else None,
@@ -102,6 +105,7 @@ def inspect_checkpoint(directory: Path | str) -> Inspection:
             Shard(name=state.path.name, state=state.kind, nbytes=state.nbytes, whole_nbytes=state.whole_nbytes)
             for state in states
         ],
+        quantised=str(scheme) if scheme else None,
         parts=_parts(records),
         tokenizer=tokenizer,
         missing=list(accounting.missing) if accounting else [],
@@ -114,6 +118,14 @@ def inspect_checkpoint(directory: Path | str) -> Inspection:
 def _config(directory: Path, faults: list[str]) -> NvlmConfig | None:
     try:
         return config_from_hf(read_raw_config(directory), name=directory.resolve().name)
+    except ConfigError as error:
+        faults.append(str(error))
+        return None
+
+
+def _scheme(directory: Path, faults: list[str]) -> Fp8Scheme | None:
+    try:
+        return read_scheme(read_raw_config(directory), directory)
     except ConfigError as error:
         faults.append(str(error))
         return None
@@ -146,7 +158,11 @@ def _records(states: list[FileState], faults: list[str]) -> dict[str, TensorReco
 
 
 def _tensor_faults(
-    directory: Path, accounting: Accounting, records: Mapping[str, TensorRecord], whole: bool
+    directory: Path,
+    accounting: Accounting,
+    records: Mapping[str, TensorRecord],
+    scheme: Fp8Scheme | None,
+    whole: bool,
 ) -> list[str]:
     """Say what keeps the tensors from being a model of config.json. Tensors of files that are not `whole` are missing
     for that reason."""
@@ -168,7 +184,8 @@ def _tensor_faults(
             f"asks for {list(tensor.wanted)}; correct config.json or write the checkpoint again"
         )
     ignored = {*accounting.unexpected, *accounting.skipped}
-    unread = [name for name, record in records.items() if record.dtype not in FLOAT_DTYPES and name not in ignored]
+    readable = (*FLOAT_DTYPES, FP8_DTYPE) if scheme else FLOAT_DTYPES
+    unread = [name for name, record in records.items() if record.dtype not in readable and name not in ignored]
     if unread:
         faults.append(
             f"{_several(unread)} is stored as {records[unread[0]].dtype}; convert the checkpoint to BF16, F16 or F32"

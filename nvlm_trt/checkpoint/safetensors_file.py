@@ -20,11 +20,12 @@ from nvlm_trt.checkpoint.file_state import TensorRecord, file_state
 from nvlm_trt.checkpoint.finite import first_not_finite
 from nvlm_trt.checkpoint.stored_names import layout_name
 from nvlm_trt.errors import CheckpointError
+from nvlm_trt.model.quantised_source import FP8_DTYPE
 
 FloatArray = npt.NDArray[np.float32]
 
-_ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
-FLOAT_DTYPES = frozenset(_ITEM_BYTES)
+FLOAT_DTYPES = ("BF16", "F16", "F32")
+_ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, FP8_DTYPE: 1}
 _BLOCK_BYTES = 16 << 20  # read and converted at a time: a load holds one float32 tensor and little more
 
 
@@ -89,7 +90,8 @@ class SafetensorsFile:
     def read_floats(self, name: str, record: TensorRecord, first: int, out: FloatArray) -> None:
         """Fills the flat `out` with elements [first, first + len(out)) of a tensor.
 
-        Raises CheckpointError for a dtype other than BF16, F16 and F32, and for an element that is not finite."""
+        Raises CheckpointError for a dtype other than BF16, F16, F32 and F8_E4M3, and for an element that is not
+        finite."""
         if record.dtype not in _ITEM_BYTES:
             raise CheckpointError(
                 f"{self.path}: {name} is stored as {record.dtype}; convert the checkpoint to BF16, F16 or F32"
@@ -104,6 +106,8 @@ class SafetensorsFile:
                 raise self._not_finite(name, record, first + start + fault)
             if record.dtype == "BF16":  # the upper half of a float32
                 np.left_shift(bits, 16, out=target.view(np.uint32), dtype=np.uint32)
+            elif record.dtype == FP8_DTYPE:
+                np.take(_FP8_VALUES, bits, out=target)
             else:
                 target[:] = bits.view(f"<f{item}")
 
@@ -113,3 +117,15 @@ class SafetensorsFile:
             f"{self.path}: {name} has a value at {place} that is not finite (NaN or infinity); restore the file, or "
             "export the checkpoint from an earlier step of its training"
         )
+
+
+def _fp8_values() -> FloatArray:
+    """Computes the 256 values of float8_e4m3fn: sign, 4 bits of exponent with bias 7, 3 bits of mantissa."""
+    bits = np.arange(256)
+    exponent, mantissa = bits >> 3 & 15, bits & 7
+    magnitude = np.where(exponent > 0, np.ldexp(1 + mantissa / 8, exponent - 7), np.ldexp(mantissa / 8, -6))
+    magnitude[bits & 0x7F == 0x7F] = np.nan
+    return np.where(bits < 0x80, magnitude, -magnitude).astype(np.float32)
+
+
+_FP8_VALUES = _fp8_values()
