@@ -50,7 +50,7 @@ def weight_map(index: Path) -> dict[str, str]:
     that leads out of its folder."""
     try:
         names = json.loads(read_bounded(index, INDEX_BYTES).decode())["weight_map"]
-        outside = [name for name in names.values() if Path(name).name != name]
+        outside = [name for name in names.values() if name in ("", "..") or Path(name).name != name]
     except OSError as error:
         raise CheckpointError(f"cannot read {index} ({error.strerror}); restore it from the checkpoint") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

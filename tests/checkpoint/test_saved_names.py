@@ -131,7 +131,9 @@ def test_one_weight_under_two_names_is_refused(checkpoint: Directory, tmp_path: 
 def test_a_text_model_alone_is_not_taken_for_one_with_images(checkpoint: Directory, tmp_path: Path) -> None:
     source = Path(shutil.copytree(checkpoint("nvlm-d-tiny"), tmp_path / "saved"))
     tensors = load_file(source / "model.safetensors")
-    text = {name.removeprefix("language_model."): tensor for name, tensor in tensors.items() if "language_model" in name}
+    text = {
+        name.removeprefix("language_model."): tensor for name, tensor in tensors.items() if "language_model" in name
+    }
     save_file(text, source / "model.safetensors")
     with pytest.raises(CheckpointError, match="no tensor vision_model"):
         Checkpoint.open(source)
