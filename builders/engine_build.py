@@ -20,7 +20,6 @@ from nvlm_trt.builders.quantization.formats import Recipe, WeightForm, quantised
 from nvlm_trt.builders.quantization.gate import NOT_MEASURED, AccuracyGate, GateOptions
 from nvlm_trt.builders.smoke_test import SmokeTest
 from nvlm_trt.builders.source import EngineSource
-from nvlm_trt.checkpoint.reader import Checkpoint
 from nvlm_trt.engine import CALIBRATION, Engine, Manifest, publish, save_manifest, tool_versions, write_manifest
 from nvlm_trt.errors import DeviceMemoryError, EngineError
 from nvlm_trt.evaluation.samples import Sample
@@ -96,11 +95,13 @@ def build_engine(
     quantization: QuantizationOptions | None = None,
     backend: str = DEFAULT_BACKEND,
     options: Mapping[str, Any] | None = None,
+    lora: Path | None = None,
 ) -> Engine:
     """Publish the engine of a checkpoint as the directory `output`. A failed build leaves nothing there.
 
     `overrides` replaces fields of `default_limits`; `precision` is text for the backend's PrecisionTable, None for the
-    table's default; `options` are the options that only this backend has. Memory does not grow with the model, except
+    table's default; `options` are the options that only this backend has; `lora` is an adapter that is merged into the
+    weights. Memory does not grow with the model, except
     in the smoke test, the calibration and the gate, each of which loads an engine.
     Raises CheckpointError and ConfigError for the checkpoint; EngineError for backend, precision, limits, an existing
     `output`, a full disk, a calibration that does not fit or an engine whose results are not finite; AccuracyError if
@@ -115,7 +116,7 @@ def build_engine(
     progress = progress or no_progress
     quantization = quantization or QuantizationOptions(gate=None)
     with publish(output, overwrite) as staging:
-        source = EngineSource(checkpoint_dir, overrides or {})
+        source = EngineSource(checkpoint_dir, overrides or {}, lora)
         precisions = {name: chosen[name] for name in components_of(source.config)}
         smoke = SmokeTest(source.prompts, source.limits, source.config)
         spec.check_limits(source.config, source.limits, precisions)
@@ -136,6 +137,7 @@ def build_engine(
                 progress("smoke test", 1, 1)
             if is_quantised:
                 manifest.accuracy_gate = gate.check(directory, precisions) if gate else NOT_MEASURED
+        source.check_unchanged()
         save_manifest(staging, manifest)
         engine = Engine.open(staging)  # opened before other builds can replace it
     return replace(engine, path=Path(output))
@@ -191,7 +193,7 @@ class _Builder:
         calibration = self._calibration if needs_calibration(precisions) else None
         if calibration:
             calibration.save(directory / CALIBRATION)
-        with Checkpoint.open(self.source.checkpoint_dir) as checkpoint:
+        with self.source.open_checkpoint() as checkpoint:
             alpha = self.quantization.smoothquant_alpha
             return quantised(checkpoint, precisions, calibration, alpha, self.steps.weight_form)
 

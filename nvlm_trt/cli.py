@@ -31,6 +31,7 @@ from nvlm_trt.commands.gateway_options import (
     ServedNameOption,
     gateway_options,
 )
+from nvlm_trt.commands.inspect_checkpoint import inspect
 from nvlm_trt.commands.plan import plan
 from nvlm_trt.commands.tiles import tiles
 from nvlm_trt.commands.tinydocs import tinydocs
@@ -89,6 +90,7 @@ def init_checkpoint(
     terminal.note(f"wrote {directory} (random weights of {preset}, seed {seed})")
 
 
+app.command()(inspect)
 app.command()(build)
 app.command()(plan)
 
@@ -97,6 +99,7 @@ app.command()(plan)
 def verify(
     engine: EngineArgument,
     checkpoint: CheckpointOption,
+    lora: Annotated[Path | None, typer.Option(help="The adapter that the engine was built with.")] = None,
     tokens: Annotated[int, typer.Option(min=1, max=MAX_TOKENS, help="Greedy tokens to compare.")] = 64,
     tolerance: Annotated[
         float | None,
@@ -117,7 +120,7 @@ def verify(
     from nvlm_trt.evaluation.parity import verify_engine
 
     with terminal.progress() as progress:
-        report = verify_engine(engine, checkpoint, image, tokens, tolerance, progress)
+        report = verify_engine(engine, checkpoint, image, tokens, tolerance, progress, lora)
     if as_json:
         print(json.dumps(report.to_dict(), indent=2, allow_nan=False))
     else:

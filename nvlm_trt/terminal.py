@@ -90,3 +90,11 @@ def accuracy_table(summary: Summary, title: str) -> None:
 def printable(text: str) -> str:
     """Replaces control characters by U+FFFD: an answer must not steer the terminal that shows it."""
     return "".join(c if c in "\n\t" or c.isprintable() else "�" for c in text)
+
+
+def scaled(number: float, unit: str) -> str:
+    """Writes a number with a prefix: 12300000, "B" -> 12.30 MB."""
+    for prefix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if number >= size:
+            return f"{number / size:.2f} {prefix}{unit}"
+    return f"{number / 1e3:.2f} k{unit}"

@@ -24,6 +24,9 @@ def build(
     context: typer.Context,
     output: Annotated[Path, typer.Option(help="Engine directory to publish.")],
     checkpoint: Annotated[Path | None, typer.Option(help="Checkpoint directory in HF layout.")] = None,
+    lora: Annotated[
+        Path | None, typer.Option(help="LoRA adapter of PEFT, merged into the checkpoint's weights.")
+    ] = None,
     continued: Annotated[
         Path | None,
         typer.Option("--continue", help="Instead: complete an engine that was built with --checkpoint-only."),
@@ -168,6 +171,7 @@ def build(
                 quantization=_options(calibrating, judging, no_gate),
                 backend=backend,
                 options=_given(options),
+                lora=lora,
             )
     except AccuracyError as error:
         for cost in error.costs:

@@ -112,20 +112,22 @@ def verify_engine(
     tokens: int = 64,
     tolerance: float | None = None,
     progress: Progress = no_progress,
+    lora: Path | None = None,
 ) -> ParityReport:
     """Compares an engine with the reference of `checkpoint` and records the result in the engine's manifest.
 
     `tolerance` None: TOLERANCE, and a share of the largest value for image tokens that the engine computes in bf16.
+    `lora`: the adapter that the engine was built with.
     Raises EngineError if the engine was built from another checkpoint, NvlmError if torch is not installed.
     """
     engine = Engine.open(engine_path, full_check=True)
-    with Checkpoint.open(checkpoint) as source:
+    with Checkpoint.open(checkpoint, lora) as source:
         if source.digest != engine.manifest.checkpoint_digest:
             raise EngineError(
                 f"engine {engine_path} was not built from checkpoint {checkpoint} (their digests differ); "
-                "name the checkpoint it was built from"
+                "name the checkpoint, and the --lora, that it was built from"
             )
-    reference = _load_reference(checkpoint)
+    reference = _load_reference(checkpoint, lora)
     report = ParityReport(
         f"{engine.config.name} on {engine.manifest.backend}", TOLERANCE if tolerance is None else tolerance
     )
@@ -241,8 +243,8 @@ def draw_image(engine: Engine) -> bytes:
     return encoded.getvalue()
 
 
-def _load_reference(checkpoint: Path) -> ReferenceModel:
+def _load_reference(checkpoint: Path, lora: Path | None) -> ReferenceModel:
     require("reference", "the PyTorch reference")
     from nvlm_trt.reference.model import ReferenceModel
 
-    return ReferenceModel.from_checkpoint(checkpoint)
+    return ReferenceModel.from_checkpoint(checkpoint, lora=lora)

@@ -179,7 +179,8 @@ def test_a_tensor_that_no_graph_reads_fails_the_build(
     shutil.copytree(checkpoint("nvlm-x-tiny"), tmp_path / "checkpoint")
     weights = tmp_path / "checkpoint" / "model.safetensors"
     save_file(load_file(weights) | {name: np.ones(6, np.float32)}, weights)
-    monkeypatch.setattr("nvlm_trt.checkpoint.reader.checkpoint_layout", extended)
+    for module in ("reader", "accounting"):
+        monkeypatch.setattr(f"nvlm_trt.checkpoint.{module}.checkpoint_layout", extended)
     with pytest.raises(CheckpointError, match=f"1 tensors .* never used, the first is {name}"):
         build_engine(tmp_path / "checkpoint", tmp_path / "engine")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
