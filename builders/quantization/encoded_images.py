@@ -30,6 +30,7 @@ class EncodedImages(ClosedOnExit):
         self._folder = folder
         self._room = capacity
         self._encoder: StepBackend | None = None
+        self.complete = True  # every image that was encoded is in the folder: no engine is needed to give it again
 
     def encode(self, tiles: npt.NDArray[np.uint8]) -> FloatArray:
         """Return the image tokens [tiles, T, hidden] of RGB tiles [tiles, 3, E, E]. Loads the vision encoder for an
@@ -41,8 +42,7 @@ class EncodedImages(ClosedOnExit):
         if self._encoder is None:
             self._encoder = open_backend(Engine.open(self._engine_dir), ["vision_encoder"])
         tokens = self._encoder.to_host(self._encoder.encode(normalise_tiles(tiles)))
-        if tokens.nbytes <= self._room:
-            self._keep(path, tokens)
+        self.complete &= tokens.nbytes <= self._room and self._keep(path, tokens)
         return tokens
 
     def close(self) -> None:
@@ -51,10 +51,12 @@ class EncodedImages(ClosedOnExit):
             self._encoder.close()
             self._encoder = None
 
-    def _keep(self, path: Path, tokens: FloatArray) -> None:
+    def _keep(self, path: Path, tokens: FloatArray) -> bool:
         try:
             np.save(path, tokens)
-            self._room -= tokens.nbytes
         except OSError:  # no room on the disk: the build needs none for this
             path.unlink(missing_ok=True)
             self._room = 0
+            return False
+        self._room -= tokens.nbytes
+        return True

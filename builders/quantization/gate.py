@@ -7,7 +7,6 @@ Both engines answer the same questions, part by part, until all are asked or the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -99,20 +98,21 @@ class AccuracyGate:
 
     def check(self, engine_dir: Path, precisions: Mapping[str, str]) -> dict[str, Any]:
         """Measure both engines and return the record for the manifest. Raises AccuracyError for too large a loss."""
-        with ExitStack() as temporary:
-            reference_dir, tokens_dir = (temporary.enter_context(temporary_sibling(self._beside)) for _ in range(2))
-            self._write(self._floating, reference_dir)
-            images = EncodedImages(reference_dir, tokens_dir)
-            reference = self._examination(self._unquantised, reference_dir, images)
-            quantised = self._examination("quantised", engine_dir, self._shared(images, precisions))
-            asked = self._ask_until_decided(reference, quantised)
+        with temporary_sibling(self._beside) as tokens_dir:
+            with temporary_sibling(self._beside) as reference_dir:
+                self._write(self._floating, reference_dir)
+                images = EncodedImages(reference_dir, tokens_dir)
+                reference = self._examination(self._unquantised, reference_dir, images)
+                quantised = self._examination("quantised", engine_dir, self._shared(images, precisions))
+                asked = self._ask_until_decided(reference, quantised)
             record = self._record(reference, quantised, asked)
             drop = _points(reference, quantised)
             if reference.score < MEANINGFUL_SCORE:
                 return {"result": "meaningless", **record}
             if drop <= self._max_drop + _ROUNDING:
                 return {"result": "passed", **record}
-            costs = self._costs(reference, quantised, precisions, images, asked)
+            # the unquantised engine has left the disk, which need not hold three engines at once
+            costs = self._costs(reference, quantised, precisions, images if images.complete else None, asked)
         worst = max(costs, key=lambda cost: cost.drop)
         raise AccuracyError(
             f"accuracy gate: {100 * quantised.score:.2f} points against {100 * reference.score:.2f} in "
@@ -154,7 +154,7 @@ class AccuracyGate:
         reference: Examination,
         quantised: Examination,
         precisions: Mapping[str, str],
-        images: EncodedImages,
+        images: EncodedImages | None,
         asked: int,
     ) -> list[ComponentCost]:
         """Measure each quantised component alone."""
@@ -167,7 +167,9 @@ class AccuracyGate:
             costs.append(ComponentCost(component, precisions[component], answers.score, _points(reference, answers)))
         return costs
 
-    def _measured(self, what: str, precisions: Mapping[str, str], images: EncodedImages, asked: int) -> Examination:
+    def _measured(
+        self, what: str, precisions: Mapping[str, str], images: EncodedImages | None, asked: int
+    ) -> Examination:
         with temporary_sibling(self._beside) as directory:
             self._write(precisions, directory)
             examination = self._examination(what, directory, self._shared(images, precisions))
@@ -178,7 +180,7 @@ class AccuracyGate:
     def _examination(self, what: str, engine_dir: Path, images: EncodedImages | None) -> Examination:
         return Examination(what, engine_dir, self._samples, self._digest, images, self._progress)
 
-    def _shared(self, images: EncodedImages, precisions: Mapping[str, str]) -> EncodedImages | None:
+    def _shared(self, images: EncodedImages | None, precisions: Mapping[str, str]) -> EncodedImages | None:
         """Return `images` if an engine of these precisions has the vision encoder of the unquantised engine."""
         same = (precisions[component] == self._floating[component] for component in ("vision_encoder", "projector"))
         return images if all(same) else None

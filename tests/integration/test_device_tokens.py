@@ -54,7 +54,7 @@ class TritonPythonModel:
 
 
 def render_for_a_cpu(
-    exact_engine: Engine, placement: TritonPlacement, directory: Path, drain_descriptor: int, options: RepositoryOptions
+    engine: Engine, placement: TritonPlacement, directory: Path, drain_descriptor: int, options: RepositoryOptions
 ) -> None:
     placed = placement_of(for_tensorrt(engine, "bf16"))
     render_repository(engine, placed, directory, drain_descriptor, options)

@@ -40,6 +40,7 @@ def test_tokens_are_those_of_the_engine_whether_kept_or_not(engine: Directory, f
     with EncodedImages(engine(NAME), folder) as first:
         for each, tokens in zip(images, expected, strict=True):
             np.testing.assert_array_equal(first.encode(each), tokens)
+        assert first.complete
     with EncodedImages(nowhere, folder) as second:  # has no vision encoder
         for each, tokens in zip(images, expected, strict=True):
             kept = second.encode(each)
@@ -62,6 +63,7 @@ def test_keeps_no_more_than_its_capacity(engine: Directory, folder: Path) -> Non
     with EncodedImages(engine(NAME), folder, capacity=3 * one_tile.nbytes) as images:
         for seed in range(5):
             np.testing.assert_array_equal(images.encode(tiles(2, seed)), images.encode(tiles(2, seed)))
+        assert not images.complete
     (kept,) = folder.iterdir()
     assert kept.stat().st_size < 3 * one_tile.nbytes
 
@@ -69,3 +71,4 @@ def test_keeps_no_more_than_its_capacity(engine: Directory, folder: Path) -> Non
 def test_goes_on_where_nothing_can_be_written(engine: Directory, folder: Path) -> None:
     with EncodedImages(engine(NAME), folder / "missing") as images:
         np.testing.assert_array_equal(images.encode(tiles(1)), images.encode(tiles(1)))
+        assert not images.complete

@@ -131,6 +131,17 @@ def questions(path: Path, answers: list[str]) -> GateOptions:
     return GateOptions(path)
 
 
+def answered(engine_dir: Path, gate: GateOptions) -> GateOptions:
+    """Replace the known answers by those of an engine."""
+    assert gate.samples is not None
+    lines = [json.loads(line) for line in gate.samples.read_text().splitlines()]
+    with EngineAnswerer(engine_dir, max_tokens=32) as answerer:
+        for sample, text in answerer.answers(read_samples(gate.samples)):
+            lines[int(sample.name) - 1]["answer"] = text
+    gate.samples.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return gate
+
+
 def test_ends_early_when_the_unquantised_engine_knows_nothing(checkpoint: Directory, tmp_path: Path) -> None:
     seen: dict[str, tuple[float, float]] = {}
 
@@ -157,11 +168,7 @@ def test_ends_early_when_the_unquantised_engine_knows_nothing(checkpoint: Direct
 def test_ends_early_when_the_loss_leaves_no_doubt(
     checkpoint: Directory, engine: Directory, tmp_path: Path, absurd_calibration: Path
 ) -> None:
-    gate = questions(tmp_path / "gate.jsonl", ["unknown"] * OF)
-    assert gate.samples is not None
-    with EngineAnswerer(engine(NAME), max_tokens=32) as answerer:
-        answers = {sample.name: text for sample, text in answerer.answers(read_samples(gate.samples))}
-    gate = questions(tmp_path / "gate.jsonl", [answers[name] for name in sorted(answers, key=int)])
+    gate = answered(engine(NAME), questions(tmp_path / "gate.jsonl", ["unknown"] * OF))
     asked: list[str] = []
     real = Examination.ask
 
@@ -182,22 +189,28 @@ def test_ends_early_when_the_loss_leaves_no_doubt(
 TRAINED = Path(__file__).parents[3] / "checkpoints" / "nvlm-h-tiny"
 
 
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """Collects the pixels of every image that a vision encoder gets."""
+    seen: list[bytes] = []
+    real = OnnxRuntimeBackend.encode
+
+    def noted(backend: OnnxRuntimeBackend, pixel_values: np.ndarray) -> np.ndarray:
+        seen.append(pixel_values.tobytes())
+        return real(backend, pixel_values)
+
+    monkeypatch.setattr(OnnxRuntimeBackend, "encode", noted)
+    return seen
+
+
 @pytest.mark.parametrize(
     ("precision", "encodings"),
     [("int8-weight-only", 1), ("int8-weight-only,vision_encoder=int8-weight-only", 2)],
     ids=["one encoder", "two encoders"],
 )
 def test_an_image_is_encoded_once_by_each_vision_encoder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, encodings: int
+    tmp_path: Path, encoded: list[bytes], precision: str, encodings: int
 ) -> None:
-    encoded: list[bytes] = []
-    real = OnnxRuntimeBackend.encode
-
-    def noted(backend: OnnxRuntimeBackend, pixel_values: np.ndarray) -> np.ndarray:
-        encoded.append(pixel_values.tobytes())
-        return real(backend, pixel_values)
-
-    monkeypatch.setattr(OnnxRuntimeBackend, "encode", noted)
     options = QuantizationOptions(gate=GateOptions(count=26))
     engine = build_engine(TRAINED, tmp_path / "engine", precision=precision, quantization=options, smoke_test=False)
     record = engine.manifest.accuracy_gate
@@ -206,6 +219,27 @@ def test_an_image_is_encoded_once_by_each_vision_encoder(
     assert record["fp32_score"] > 0.9
     assert len(encoded) == encodings * len(set(encoded)) > 20
     assert [path.name for path in tmp_path.iterdir()] == ["engine"]
+
+
+def test_a_refusal_measures_components_without_encoding_again(
+    checkpoint: Directory, engine: Directory, tmp_path: Path, absurd_calibration: Path, encoded: list[bytes]
+) -> None:
+    image = TRAINED.parents[1] / "docs" / "images" / "receipt.png"
+    (tmp_path / "gate.jsonl").write_text(json.dumps({"prompt": "Total?", "answer": "unknown", "image": str(image)}))
+    gate = answered(engine(NAME), GateOptions(tmp_path / "gate.jsonl"))
+    encoded.clear()
+    options = QuantizationOptions(calibration=absurd_calibration, smoothquant_alpha=0, gate=gate)
+    with pytest.raises(AccuracyError, match="decoder costs most") as caught:
+        build_engine(
+            checkpoint(NAME),
+            tmp_path / "engine",
+            precision="decoder=int8,lm_head=int8-weight-only",
+            quantization=options,
+            smoke_test=False,
+        )
+    assert [cost.component for cost in caught.value.costs] == ["decoder", "lm_head"]
+    assert len(encoded) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["gate.jsonl"]
 
 
 def test_kept_image_tokens_change_no_answer(tmp_path: Path, engine: Directory) -> None:
