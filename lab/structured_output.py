@@ -77,7 +77,7 @@ def measure(arguments: argparse.Namespace, rounds: Rounds) -> None:
     questions = [writer.write(arguments.prompt_tokens, rng) for _ in range(arguments.concurrency)]
     texts: dict[str, list[str]] = {}
     with Pipeline.open(engine.path, threads=arguments.threads) as pipeline:
-        contenders: dict[str, Contender] = {ITSELF: lambda: by_itself(large_tokenizer())}
+        contenders: dict[str, Contender] = {ITSELF: by_itself}
         for name in (FREE, BOUND, REFUSED):
             contenders[name] = neighbours(pipeline, questions, arguments.output_tokens, name, texts)
         rounds.run(contenders, arguments.rounds)
@@ -98,7 +98,8 @@ def large_tokenizer() -> Tokenizer:
     return Tokenizer(raw)
 
 
-def by_itself(tokenizer: Tokenizer) -> Mapping[str, float]:
+def by_itself() -> Mapping[str, float]:
+    tokenizer = large_tokenizer()
     vocab_size = tokenizer.vocab_size
     grammars, started = Grammars(tokenizer, vocab_size), time.perf_counter()
     grammars.prepare()
@@ -122,11 +123,9 @@ def by_itself(tokenizer: Tokenizer) -> Mapping[str, float]:
         state.accept(token)
         masks.append(computed + time.perf_counter() - begun)
     draws = {
-        f"{kind} step {way} us": drawing(
-            SamplingParams(temperature=temperature, seed=0), logits, grammar if way else None
-        )
+        f"{kind} step{bound} us": drawing(SamplingParams(temperature=temperature, seed=0), logits, of)
         for kind, temperature in (("greedy", 0.0), ("sampled", 1.0))
-        for way in ("bound", "")
+        for bound, of in (("", None), (", bound", grammar))
     }
     return {
         "prepare s": prepared,
@@ -134,7 +133,7 @@ def by_itself(tokenizer: Tokenizer) -> Mapping[str, float]:
         "compile again ms": again,
         "mask us": 1e6 * statistics.mean(masks),
         "slowest mask us": 1e6 * max(masks),
-        **{name.replace("  ", " "): value for name, value in draws.items()},
+        **draws,
     }
 
 

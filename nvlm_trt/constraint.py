@@ -53,7 +53,11 @@ class Constraint(BaseModel):
                 f"sampling parameter constraint has {' and '.join(given) or 'nothing'}; give exactly one of "
                 f"{', '.join(KINDS)}"
             )
-        self.check_size()
+        size = len(self.to_json())
+        if size > MAX_BYTES:
+            raise ParameterError(
+                f"sampling parameter constraint.{self.kind} has {size} bytes as JSON; at most {MAX_BYTES} are allowed"
+            )
 
     @property
     def kind(self) -> Kind:
@@ -68,14 +72,6 @@ class Constraint(BaseModel):
             raise ParameterError(
                 f"sampling parameter constraint.{self.kind} is not JSON ({error}); pass numbers, strings, lists, dicts"
             ) from None
-
-    def check_size(self) -> None:
-        """Raise ParameterError for a value of more than MAX_BYTES."""
-        size = len(self.to_json())
-        if size > MAX_BYTES:
-            raise ParameterError(
-                f"sampling parameter constraint.{self.kind} has {size} bytes as JSON; at most {MAX_BYTES} are allowed"
-            )
 
 
 def _fault(name: str) -> ParameterError:

@@ -6,6 +6,7 @@ from typing import Any
 
 from nvlm_trt.backends.base import BackendArray, FloatArray, ImageFeatures, StepBackend
 from nvlm_trt.constraint import Constraint
+from nvlm_trt.lane import IsOver, never
 from nvlm_trt.prompt.tokenizer import Tokenizer
 from nvlm_trt.runtime.generator_thread import GeneratorThread
 from nvlm_trt.runtime.grammar import Grammar, Grammars
@@ -31,8 +32,8 @@ class Batcher(GeneratorThread):
             self._grammars.prepare()
         super().__init__(Scheduler(backend, tokenizer, max_queue, prefill_chunk), "nvlm-batcher")
 
-    def compile(self, constraint: Constraint) -> Grammar:
-        return self._grammars.compile(constraint)
+    def compile(self, constraint: Constraint, is_over: IsOver = never) -> Grammar:
+        return self._grammars.compile(constraint, is_over)
 
     def encode(self, pixel_values: FloatArray) -> BackendArray:
         return self._backend.encode(pixel_values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from typing import TYPE_CHECKING
 
@@ -12,12 +13,15 @@ from cachetools import LRUCache
 from nvlm_trt.constraint import Constraint, Kind
 from nvlm_trt.errors import ParameterError
 from nvlm_trt.extras import missing_packages
+from nvlm_trt.lane import IsOver, never
 from nvlm_trt.prompt.tokenizer import Tokenizer
 from nvlm_trt.runtime.grammar_source import grammar_text, one_line, start_matcher
 from nvlm_trt.runtime.grammar_trial import GrammarTrial
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
+
+logger = logging.getLogger(__name__)
 
 _EXTRA = "structured"
 _KEPT = 16  # compiled constraints, of some megabytes at most each
@@ -38,13 +42,18 @@ class Grammars:
         self._lock = threading.Lock()
 
     def prepare(self) -> None:
-        """Prepare the tokenizer if llguidance is installed. With 150,000 tokens that takes 1 s, in which no other
+        """Prepare the tokenizer if llguidance is installed. With 150,000 tokens that takes seconds, in which no other
         thread of this process runs."""
-        if not missing_packages(_EXTRA):
+        if missing_packages(_EXTRA):
+            return
+        try:
             self._prepared()
+        except ParameterError as error:
+            logger.warning("%s", error)
 
-    def compile(self, constraint: Constraint) -> Grammar:
-        """Compile a constraint; a trial has bounded the time. Raises ParameterError for one that cannot be followed."""
+    def compile(self, constraint: Constraint, is_over: IsOver = never) -> Grammar:
+        """Compile a constraint; a trial has bounded the time. Raises ParameterError for one that cannot be followed,
+        and AbandonedError once `is_over` returns True while it waits for its trial."""
         if missing := missing_packages(_EXTRA):
             raise ParameterError(
                 f"sampling parameter constraint needs {', '.join(missing)}; install with: pip install "
@@ -54,7 +63,7 @@ class Grammars:
         with self._lock:
             if kept := self._kept.get(key):
                 return kept
-        if fault := self._trial.fault(constraint):
+        if fault := self._trial.fault(constraint, is_over):
             raise ParameterError(f"sampling parameter constraint.{constraint.kind} cannot be followed: {fault}")
         text = grammar_text(constraint.kind, getattr(constraint, constraint.kind))
         grammar = Grammar(start_matcher(self._prepared(), text), self._vocab_size, constraint.kind)
@@ -68,7 +77,13 @@ class Grammars:
     def _prepared(self) -> LLTokenizer:
         with self._lock:
             if self._tokens is None:
-                self._tokens = _tokens(self._tokenizer, self._vocab_size)
+                try:
+                    self._tokens = _tokens(self._tokenizer, self._vocab_size)
+                except ValueError as error:
+                    cause = one_line(str(error))
+                    raise ParameterError(
+                        f"sampling parameter constraint is not allowed with this engine's tokenizer ({cause})"
+                    ) from None
             return self._tokens
 
 

@@ -11,8 +11,8 @@ from nvlm_trt.constraint import Kind
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-# A space, or a new line and its indentation: without a bound, a small model may write spaces until max_tokens.
-_WHITESPACE = r" |\n {0,20}"
+# At most one between two parts of JSON: more would take tokens, and a small model may write them without end.
+_WHITESPACE = " "
 _ANY_OBJECT = {"type": "object"}
 _CAUSE = re.compile(r"^error: (.*)$", re.MULTILINE)  # of a regular expression, below a drawing of the place
 _PLACE = re.compile(r"^at [0-9]+\([0-9]+\): ")

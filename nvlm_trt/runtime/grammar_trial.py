@@ -7,11 +7,11 @@ import json
 import os
 import subprocess
 import sys
-import threading
 
 from nvlm_trt.closing import ClosedOnExit
 from nvlm_trt.constraint import Constraint
 from nvlm_trt.errors import EngineError
+from nvlm_trt.lane import IsOver, Lane, never
 from nvlm_trt.runtime.grammar_trial_worker import CPU_SECONDS, MEMORY_BYTES
 
 _CODE = "import sys; sys.path[:] = sys.argv[1:]; from nvlm_trt.runtime.grammar_trial_worker import main; main()"
@@ -23,13 +23,14 @@ class GrammarTrial(ClosedOnExit):
     """Tries one constraint at a time, in a process that is started when it is needed. Thread-safe."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lane = Lane(1)
         self._process: subprocess.Popen[bytes] | None = None
 
-    def fault(self, constraint: Constraint) -> str | None:
-        """Return what keeps an engine from following a constraint; None: nothing. Raises EngineError."""
+    def fault(self, constraint: Constraint, is_over: IsOver = never) -> str | None:
+        """Return what keeps an engine from following a constraint; None: nothing. Raises EngineError, and
+        AbandonedError once `is_over` returns True before its turn."""
         job = f'{{"kind": "{constraint.kind}", "value": {constraint.to_json()}}}\n'.encode()
-        with self._lock:
+        with self._lane.turn(is_over):
             process = self._running()
             assert process.stdin is not None
             assert process.stdout is not None
@@ -47,7 +48,7 @@ class GrammarTrial(ClosedOnExit):
 
     def close(self) -> None:
         """End the process."""
-        with self._lock:
+        with self._lane.turn():
             self._end()
 
     def _running(self) -> subprocess.Popen[bytes]:
@@ -58,7 +59,12 @@ class GrammarTrial(ClosedOnExit):
             # the path of imports is this process's: neither the folder it runs in nor -m adds to it
             command = [sys.executable or "python3", "-c", _CODE, *sys.path]
             environment = {**os.environ, **_ENVIRONMENT}
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+            try:
+                self._process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+                )
+            except OSError as error:
+                raise EngineError(f"the process that tries constraints cannot be started ({error})") from None
         return self._process
 
     def _end(self) -> None:

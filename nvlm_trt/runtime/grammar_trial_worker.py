@@ -20,7 +20,7 @@ from nvlm_trt.runtime.finite_schema import has_finite_answer
 from nvlm_trt.runtime.grammar_source import grammar_text, one_line, start_matcher
 from nvlm_trt.runtime.repetition import MOST_REPEATED, patterns_of, repeated
 
-CPU_SECONDS = 0.5  # for one constraint: 50 times what a schema of 100 properties takes
+CPU_SECONDS = 0.5  # for one constraint: 50 times what a schema of 300 properties takes
 MEMORY_BYTES = 32 << 20  # beyond what the process has at its start
 # A thread of the process that serves has at least 2 MiB: what compiles here compiles there.
 _STACK_BYTES = 1 << 20

@@ -223,7 +223,7 @@ class Pipeline:
         its own."""
         try:
             if request.sampling.constraint:
-                request.grammar = self._generator.compile(request.sampling.constraint)
+                request.grammar = self._generator.compile(request.sampling.constraint, lambda: request.is_over)
             self._encode_images(request, draft, images, text_tokens)
         except AbandonedError:
             return

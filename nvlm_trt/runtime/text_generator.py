@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from nvlm_trt.backends.base import BackendArray, FloatArray, ImageFeatures
 from nvlm_trt.constraint import Constraint
+from nvlm_trt.lane import IsOver, never
 from nvlm_trt.runtime.grammar import Grammar
 from nvlm_trt.runtime.request import Request
 
@@ -41,8 +42,9 @@ class TextGenerator(Protocol):
         after `close` or a failure of the engine."""
         ...
 
-    def compile(self, constraint: Constraint) -> Grammar:
-        """Compile a constraint for `Request.grammar`. Raises ParameterError for one that the engine cannot follow."""
+    def compile(self, constraint: Constraint, is_over: IsOver = never) -> Grammar:
+        """Compile a constraint for `Request.grammar`. Raises ParameterError for one that the engine cannot follow, and
+        AbandonedError if it still waits for its turn when `is_over` returns True."""
         ...
 
     def encode(self, pixel_values: FloatArray) -> BackendArray:

@@ -32,5 +32,5 @@ def test_all_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd:
     for metrics in rounds.values():
         assert all(value > 0 for values in metrics.values() for value in values)
         assert {len(values) for values in metrics.values()} == {2}
-    assert {"mask us", "compile ms", "greedy step us", "greedy step bound us"} <= set(rounds[ITSELF])
+    assert {"mask us", "compile ms", "greedy step us", "greedy step, bound us"} <= set(rounds[ITSELF])
     assert f"{INTER_TOKEN}: {BOUND} / {FREE} = " in capfd.readouterr().out

@@ -101,10 +101,10 @@ def test_a_slow_compilation_holds_up_nobody(pipeline: Pipeline, monkeypatch: pyt
     grammars: Any = pipeline._generator._grammars  # type: ignore[attr-defined]
     compile_now, may_go_on, begun = grammars.compile, threading.Event(), threading.Event()
 
-    def compile_later(constraint: Constraint) -> Any:
+    def compile_later(*arguments: Any) -> Any:
         begun.set()
         assert may_go_on.wait(60)
-        return compile_now(constraint)
+        return compile_now(*arguments)
 
     monkeypatch.setattr(grammars, "compile", compile_later)
     ended, deltas = threading.Event(), list[Delta]()

@@ -13,6 +13,7 @@ from toy_backend import CONFIG, byte_tokenizer
 
 from nvlm_trt.api import Constraint, SamplingParams
 from nvlm_trt.errors import ParameterError
+from nvlm_trt.lane import AbandonedError
 from nvlm_trt.prompt.tokenizer import Tokenizer
 from nvlm_trt.runtime.finite_schema import has_finite_answer
 from nvlm_trt.runtime.grammar import Grammars
@@ -168,6 +169,21 @@ def test_the_trial_begins_anew_after_its_end(grammars: Grammars) -> None:
     process.wait()
     grammars.compile(Constraint(regex="b"))
     assert grammars._trial._process is not process
+
+
+def test_a_request_that_is_over_waits_for_no_trial(grammars: Grammars) -> None:
+    with grammars._trial._lane.turn(), pytest.raises(AbandonedError):
+        grammars.compile(Constraint(regex="not tried yet"), lambda: True)
+
+
+def test_a_tokenizer_that_llguidance_refuses(tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
+    """A server starts all the same: here the tokenizer has more tokens than logits have columns."""
+    grammars = Grammars(tokenizer, 100)
+    grammars.prepare()
+    assert "is not allowed with this engine's tokenizer" in caplog.text
+    with pytest.raises(ParameterError, match="is not allowed with this engine's tokenizer"):
+        grammars.compile(Constraint(regex="a"))
+    grammars.close()
 
 
 def test_an_answer_ends_with_an_error_where_a_step_takes_too_much(grammars: Grammars) -> None:

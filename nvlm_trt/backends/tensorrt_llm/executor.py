@@ -24,6 +24,7 @@ from nvlm_trt.backends.tensorrt_llm.torch_device import check_device, torch_dtyp
 from nvlm_trt.constraint import Constraint
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import EngineError
+from nvlm_trt.lane import IsOver, never
 from nvlm_trt.prompt.tokenizer import Tokenizer
 from nvlm_trt.runtime.generator_thread import GeneratorThread
 from nvlm_trt.runtime.grammar import Grammar
@@ -72,7 +73,7 @@ class ExecutorGenerator(GeneratorThread):
         check_sampling(request.sampling, self._vocab_size)
         super().submit(request)
 
-    def compile(self, constraint: Constraint) -> Grammar:
+    def compile(self, constraint: Constraint, is_over: IsOver = never) -> Grammar:
         """Raise ParameterError: see `submit`, which refuses a constraint."""
         check_sampling(SamplingParams(constraint=constraint), self._vocab_size)
         raise AssertionError("check_sampling refuses constraints")
