@@ -17,6 +17,7 @@ from nvlm_trt.commands.bench import bench
 from nvlm_trt.commands.build import build
 from nvlm_trt.commands.decode_budget import DecodeMemoryOption, DecodeSecondsOption, image_limits
 from nvlm_trt.commands.deploy import deploy
+from nvlm_trt.commands.doctor import doctor
 from nvlm_trt.commands.evaluate import evaluate
 from nvlm_trt.commands.gateway import gateway
 from nvlm_trt.commands.gateway_options import (
@@ -274,6 +275,7 @@ def _biases(options: list[str]) -> dict[int, float]:
 
 
 app.command()(deploy)
+app.command()(doctor)
 app.command()(gateway)
 app.command()(tiles)
 app.command("eval")(evaluate)
