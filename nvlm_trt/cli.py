@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import json
 import os
 import sys
@@ -18,6 +19,7 @@ from nvlm_trt.commands.build import build
 from nvlm_trt.commands.constraint_options import ChoiceOption, JsonSchemaOption, RegexOption, constraint_of
 from nvlm_trt.commands.decode_budget import DecodeMemoryOption, DecodeSecondsOption, image_limits
 from nvlm_trt.commands.deploy import deploy
+from nvlm_trt.commands.doctor import doctor
 from nvlm_trt.commands.evaluate import evaluate
 from nvlm_trt.commands.gateway import gateway
 from nvlm_trt.commands.gateway_options import (
@@ -49,7 +51,6 @@ app = typer.Typer(
     name="nvlm-trt",
     help="Build, verify, serve and ask NVLM-1.0 engines (NVLM-D, NVLM-X, NVLM-H).",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -63,9 +64,18 @@ ThreadsOption = Annotated[
 ]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"nvlm-trt {importlib.metadata.version('nvlm-trt')}")
+        raise typer.Exit
+
+
 @app.callback()
 def main_options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     if debug:
         os.environ["NVLM_TRT_DEBUG"] = "1"
@@ -192,6 +202,7 @@ def serve(
 def ask(
     question: Annotated[str, typer.Argument(help="The question; <image> marks the place of an image.")],
     image: Annotated[list[Path] | None, typer.Option(help="Image to ask about; repeat for several.")] = None,
+    video: Annotated[list[Path] | None, typer.Option(help="Refused: NVLM-1.0 was not trained on video.")] = None,
     engine: Annotated[Path | None, typer.Option(help="Engine directory, run in this process.")] = None,
     url: Annotated[str | None, typer.Option(help="A running server, grpc://host:port.")] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
@@ -225,6 +236,11 @@ def ask(
 
     Example: nvlm-trt ask "What is the total?" --image docs/images/receipt.png --engine engines/nvlm-h --stats
     """
+    if video:
+        raise NvlmError(
+            f"--video {video[0]}: NVLM-1.0 was trained on still images, never on the frames of a video, so its answers "
+            "about them would mean nothing; pass single pictures as --image"
+        )
     if (engine is None) == (url is None):
         raise NvlmError("name either an engine or a server: pass one of --engine DIR and --url grpc://host:port")
     from nvlm_trt.answer_printing import print_answers
@@ -292,6 +308,7 @@ def _biases(options: list[str]) -> dict[int, float]:
 
 
 app.command()(deploy)
+app.command()(doctor)
 app.command()(gateway)
 app.command()(tiles)
 app.command("eval")(evaluate)
