@@ -90,7 +90,7 @@ def _quoted(token: ScoredToken) -> str:
 
 def _statistics(usage: Usage, ttft_s: float | None, answers: int) -> Iterator[str]:
     yield f"{usage.image_tiles} tiles{' from cache' if usage.cached_images else ''}"
-    yield f"{usage.prompt_tokens} prompt tokens"
+    yield f"{usage.prompt_tokens} prompt tokens{f', {usage.cached_tokens} cached' if usage.cached_tokens else ''}"
     if usage.cross_tokens:
         yield f"{usage.cross_tokens} cross-attended"
     yield f"{usage.completion_tokens} tokens"

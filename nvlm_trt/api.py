@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from nvlm_trt.bounds import MAX_COUNT, MAX_SEED, MAX_SLOTS
+from nvlm_trt.bounds import MAX_COUNT, MAX_PRIORITY, MAX_SEED, MAX_SLOTS
 from nvlm_trt.constraint import KINDS
 from nvlm_trt.constraint import Constraint as Constraint
 from nvlm_trt.errors import ParameterError
@@ -24,6 +24,7 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
 MAX_LOGPROBS = 20
 MAX_BIASES = 1024
+MAX_DRAFT_TOKENS = 32
 BAN = -100  # a bias of this much is a ban
 
 # --- what is asked ---------------------------------------------------------------------------------------------------
@@ -123,6 +124,12 @@ class SamplingParams(BaseModel):
     ignore_eos: bool = Field(False, description="true or false")
     # what the whole text of each answer must be; the answer ends once nothing may follow, before min_tokens too
     constraint: _Constraint = Field(None, description=f"an object with one of {', '.join(KINDS)}")
+    # tokens that are drafted from prompt and answer, to be checked in one step; 0: none
+    draft_tokens: int = Field(0, ge=0, le=MAX_DRAFT_TOKENS, description=f"an integer from 0 to {MAX_DRAFT_TOKENS}")
+    # requests of a lower number have their prompts read first
+    priority: int = Field(
+        0, ge=-MAX_PRIORITY, le=MAX_PRIORITY, description=f"an integer from {-MAX_PRIORITY} to {MAX_PRIORITY}"
+    )
 
     def __init__(self, max_tokens: int = 256, **values: Any) -> None:
         values = {"max_tokens": max_tokens, **values}
@@ -212,6 +219,7 @@ class Usage:
     ttft_s: float | None  # from submission to the first token; None: no token was generated
     total_s: float  # from submission to the end of the last answer
     image_tokens: int = 0  # image placeholders among prompt_tokens
+    cached_tokens: int = 0  # of prompt_tokens, those whose keys and values an earlier prompt has left
 
 
 @dataclass(frozen=True)

@@ -6,4 +6,5 @@ MAX_TILES = 64  # tests/image/test_tiling.py checks the tiling rule up to here; 
 MAX_SLOTS = 1 << 16
 MAX_TOKENS = 1 << 26  # of a sequence
 MAX_COUNT = (1 << 31) - 1  # of a sampling parameter
+MAX_PRIORITY = (1 << 31) - 1  # and the least is its negative
 MAX_SEED = (1 << 64) - 1

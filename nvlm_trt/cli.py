@@ -148,6 +148,9 @@ def serve(
     metrics_port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free port.")] = 8002,
     max_decode_seconds: DecodeSecondsOption = None,
     max_decode_memory: DecodeMemoryOption = None,
+    no_prompt_reuse: Annotated[
+        bool, typer.Option("--no-prompt-reuse", help="Take nothing over from earlier prompts.")
+    ] = False,
     openai_port: Annotated[
         int | None, typer.Option(min=0, max=65535, help="Serve OpenAI's endpoints too; 0 picks a free port [off].")
     ] = None,
@@ -172,7 +175,7 @@ def serve(
     from nvlm_trt.serving.triton.server import ServerOptions
 
     limits = image_limits(max_decode_seconds, max_decode_memory)
-    repository = RepositoryOptions(image_limits=limits)
+    repository = RepositoryOptions(image_limits=limits, reuse_prompts=not no_prompt_reuse)
     options = ServerOptions(host, grpc_port, http_port, metrics_port, repository)
     if openai_port is None:
         of_openai = (served_model_name, api_key, api_key_file, no_auth, allowed_media_domain, cors_origin, no_ui)
@@ -220,6 +223,8 @@ def ask(
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; repeat for several.")] = None,
     min_tokens: Annotated[int, typer.Option(help="Least tokens to generate.")] = 0,
+    priority: Annotated[int, typer.Option(help="A server reads prompts of lower numbers first.")] = 0,
+    draft_tokens: Annotated[int, typer.Option(help="Most tokens to draft and check in one step.")] = 0,
     n: Annotated[int, typer.Option("--n", help="Answers to the one question.")] = 1,
     logprobs: Annotated[int, typer.Option(help="Report log-probabilities with this many alternatives.")] = 0,
     json_schema: JsonSchemaOption = None,
@@ -260,6 +265,8 @@ def ask(
         seed=seed,
         stop=tuple(stop or ()),
         min_tokens=min_tokens,
+        priority=priority,
+        draft_tokens=draft_tokens,
         n=n,
         logprobs=logprobs,
         constraint=constraint_of(json_schema, regex, choice),

@@ -31,7 +31,8 @@ def three_prompts(engine: Engine) -> dict[str, object]:
 
 
 def run_steps(engine: Engine, steps: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Prefill three slots, decode them twice as one batch, move a slot, decode two, copy a slot, decode both."""
+    """Prefill three slots, decode them twice as one batch, move a slot, decode two, copy a slot, decode both,
+    exchange two slots, decode two."""
     answers: dict[str, np.ndarray] = {}
     with open_backend(engine) as backend:
         tokens: Any = backend.encode(steps["pixels"])
@@ -56,4 +57,7 @@ def run_steps(engine: Engine, steps: dict[str, Any]) -> dict[str, np.ndarray]:
         cross_length = features.cross_tokens if backend.config.cross_layers else 0
         backend.move_slot(1, 0, int(lengths[1]) + 3, cross_length)
         answers["copied"] = backend.decode(steps["next"][[0, 0]], moved[[1, 1]] + 1, last[[1, 1]]).copy()
+        backend.swap_slots(0, 2, int(lengths[1]) + 4, cross_length)
+        swapped = np.array([lengths[2] + 2, lengths[1] + 4])
+        answers["swapped"] = backend.decode(steps["next"][[2, 1]], swapped, last[[2, 1]]).copy()
     return answers

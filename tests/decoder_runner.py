@@ -61,10 +61,12 @@ class DecoderRunner:
         logit_index: list[int] | None = None,
     ) -> np.ndarray:
         batch, tokens = input_ids.shape
+        wanted = np.array(logit_index or [tokens - 1] * batch)
+        (of_graph,) = (entry for entry in self.session.get_inputs() if entry.name == "logit_index")
         feeds = {
             "input_ids": input_ids,
             "write_indices": np.array(cached),
-            "logit_index": np.array(logit_index or [tokens - 1] * batch),
+            "logit_index": wanted.reshape(batch, -1) if len(of_graph.shape) == 2 else wanted,
             "image_tokens": self.no_image_tokens if image_tokens is None else image_tokens,
             **{f"past_{name}": values for name, values in self.cache.items()},
         }

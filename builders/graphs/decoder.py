@@ -3,10 +3,12 @@
 B sequences, S new tokens, L = max_seq_len, N cross-attended tokens, hd = head_dim:
 
     input_ids [B, S], write_indices [B] (tokens cached before), logit_index [B] (the row whose logits are wanted)
+        or, in a form with several logits, logit_index [B, R]
     image_tokens [M, hidden]: the image embeddings, which replace the image placeholders of input_ids in order
     past_key.{i}, past_value.{i} [B, kv_heads, L, hd]
     cross_key.{j}, cross_value.{j} [B, kv_heads, N, hd], cross_ranges [B, S, 2] int32   (X, H)
-    -> logits [B, vocab], present_key.{i}, present_value.{i}: the caches, to be bound to the memory of past_*
+    -> logits [B, vocab] or [B * R, vocab]
+       present_key.{i}, present_value.{i}: the caches, to be bound to the memory of past_*
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ def decoder_graph(
     input_ids = graph.input("input_ids", INT64, ["batch", "sequence"])
     image_tokens = graph.input("image_tokens", dtype, ["image_tokens", llm.hidden_size])
     write_indices = graph.input("write_indices", INT64, ["batch"])
-    logit_index = graph.input("logit_index", INT64, ["batch"])
+    several = attention.several_logits
+    logit_index = graph.input("logit_index", INT64, ["batch", "logits"] if several else ["batch"])
     self_attention = attention(graph, llm, input_ids, write_indices, limits.max_seq_len)
     skip_when_unused = skip_unused_blocks and attention.skippable_blocks
     cross = CrossAttentionBlocks(graph, config, cross_attention, skip_when_unused) if config.cross_layers else None
@@ -56,14 +59,16 @@ def decoder_graph(
             if cross is not None and i in config.cross_layers:
                 x = cross.block(x, config.cross_layers.index(i))
             x = _layer(graph, llm, x, i, limits.max_seq_len, self_attention)
-    x = graph.op.GatherND(x, graph.op.Unsqueeze(logit_index, [1]), batch_dims=1)  # [B, hidden]
+    x = graph.op.GatherND(x, graph.op.Unsqueeze(logit_index, [-1]), batch_dims=1)  # [B, hidden] or [B, R, hidden]
+    if several:
+        x = graph.op.Reshape(x, [-1, llm.hidden_size])  # [B * R, hidden]
     x = graph.rms_norm(x, "language_model.model.norm", llm.norm_eps)
     tied = llm.tie_word_embeddings
     logits = graph.tied_linear(x, embedding) if tied else graph.linear(x, "language_model.lm_head")
     if dtype != FLOAT:
         logits = graph.op.Cast(logits, to=FLOAT)
     logits.dtype = FLOAT
-    graph.output(logits, "logits", ["batch", llm.vocab_size])
+    graph.output(logits, "logits", ["rows" if several else "batch", llm.vocab_size])
     return graph.model()
 
 

@@ -26,6 +26,9 @@ class SelfAttention(ABC):
     # takes plugins in the main graph only, so a portable graph has the blocks there.
     skippable_blocks: ClassVar[bool] = False
 
+    # Whether logit_index names several tokens of each sequence, [B, R]: a step can check R drafted tokens.
+    several_logits: ClassVar[bool] = False
+
     def __init__(
         self, graph: StageGraph, llm: LlmConfig, input_ids: ir.Value, write_indices: ir.Value, max_seq_len: int
     ) -> None:
@@ -113,6 +116,7 @@ class GroupQueryAttention(SelfAttention):
 
     opset = OPSET
     skippable_blocks = True
+    several_logits = True
 
     def __init__(
         self, graph: StageGraph, llm: LlmConfig, input_ids: ir.Value, write_indices: ir.Value, max_seq_len: int

@@ -114,8 +114,20 @@ class StepBackend(Protocol):
         Returns logits [n, vocab], valid until the next call."""
         ...
 
+    def score_tokens(
+        self, slot: int, position: int, input_ids: IntArray, cross_ranges: RangeArray
+    ) -> FloatArray | None:
+        """Run input_ids [S], text only and S > 1, of one slot from `position` on; cross_ranges [S, 2].
+
+        Returns the logits [S, vocab] of all tokens, valid until the next call, or None if the engine cannot."""
+        ...
+
     def move_slot(self, source: int, target: int, length: int, cross_length: int) -> None:
         """Copy the first `length` cached and the first `cross_length` cross-attended tokens of `source` to `target`."""
+        ...
+
+    def swap_slots(self, first: int, second: int, length: int, cross_length: int) -> None:
+        """Exchange the first `length` cached and the first `cross_length` cross-attended tokens of two slots."""
         ...
 
     # --- lifetime ----------------------------------------------------------------------------------------------------

@@ -40,8 +40,16 @@ class SplitBackend(ClosedOnExit):
     def decode(self, input_ids: IntArray, positions: IntArray, cross_ranges: RangeArray) -> FloatArray:
         return self._text.decode(input_ids, positions, cross_ranges)
 
+    def score_tokens(
+        self, slot: int, position: int, input_ids: IntArray, cross_ranges: RangeArray
+    ) -> FloatArray | None:
+        return self._text.score_tokens(slot, position, input_ids, cross_ranges)
+
     def move_slot(self, source: int, target: int, length: int, cross_length: int) -> None:
         self._text.move_slot(source, target, length, cross_length)
+
+    def swap_slots(self, first: int, second: int, length: int, cross_length: int) -> None:
+        self._text.swap_slots(first, second, length, cross_length)
 
     def to_host(self, array: BackendArray) -> FloatArray:
         return self._text.to_host(array)

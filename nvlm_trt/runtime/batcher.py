@@ -22,15 +22,18 @@ class Batcher(GeneratorThread):
         tokenizer: Tokenizer,
         max_queue: int = 64,
         prefill_chunk: int = 256,
+        reuse_prompts: bool = True,
         prepare_constraints: bool = False,
     ) -> None:
         """Take over `backend`. At most `max_queue` requests wait for a slot; at most `prefill_chunk` prompt tokens run
-        between two decoding steps. `prepare_constraints`: see `Grammars.prepare`."""
+        between two decoding steps. `reuse_prompts`: as in GeneratorOptions; `prepare_constraints`: see
+        `Grammars.prepare`."""
         self._backend = backend
         self._grammars = Grammars(tokenizer, backend.config.llm.vocab_size)
         if prepare_constraints:
             self._grammars.prepare()
-        super().__init__(Scheduler(backend, tokenizer, max_queue, prefill_chunk), "nvlm-batcher")
+        scheduler = Scheduler(backend, tokenizer, max_queue, prefill_chunk, reuse_prompts)
+        super().__init__(scheduler, "nvlm-batcher")
 
     def compile(self, constraint: Constraint, is_over: IsOver = never) -> Grammar:
         return self._grammars.compile(constraint, is_over)

@@ -10,6 +10,7 @@ from nvlm_trt.api import Delta, FinishReason, ScoredToken, TokenLogprob, Usage
 from nvlm_trt.backends.base import FloatArray
 from nvlm_trt.prompt.detokenizer import IncrementalDecoder
 from nvlm_trt.prompt.tokenizer import Tokenizer
+from nvlm_trt.runtime.drafting import Drafter
 from nvlm_trt.runtime.sampling import Logprobs, Sampler
 from nvlm_trt.runtime.text_stream import TextStream
 
@@ -35,12 +36,24 @@ class Choice:
         self._stop_ids: Collection[int] = () if sampling.ignore_eos else tokenizer.stop_ids
         self._text = TextStream(IncrementalDecoder(tokenizer), sampling.stop, sampling.min_tokens)
         self._grammar = request.grammar.start() if request.grammar else None
-        self._last_id = -1
+        self._drafter: Drafter | None = None  # from the first token on, if the request asks for drafts
+        self.last_id = -1
 
     def next_token(self) -> tuple[int, int, tuple[int, int]]:
         """Count the last token as cached; return (its id, its position, its cross-attention range) for decoding."""
         self.cached += 1
-        return self._last_id, self.cached - 1, self.request.prompt.decode_range
+        return self.last_id, self.cached - 1, self.request.prompt.decode_range
+
+    def draft(self) -> list[int]:
+        """Return the tokens that may follow the last one; none unless the request asks for drafts."""
+        # the token behind the draft is part of the answer, too
+        most = min(self.request.sampling.draft_tokens, self.request.max_tokens - self.generated - 1)
+        return self._drafter.draft(most) if self._drafter and most > 0 else []
+
+    def learn(self, drafted: int, accepted: int) -> None:
+        """Note how many tokens of a draft were right."""
+        assert self._drafter is not None
+        self._drafter.learn(drafted, accepted)
 
     @functools.cached_property
     def _sampler(self) -> Sampler:
@@ -58,8 +71,12 @@ class Choice:
         """Add a token that was drawn to the answer; `logprobs`: of this token, if the request asks for them."""
         if not self.generated:
             self.request.note_first_token()
-        self._last_id = token_id
+            if most := self.request.sampling.draft_tokens:
+                self._drafter = Drafter(self.request.prompt.input_ids.tolist(), most, self._placeholder_id)
+        self.last_id = token_id
         self.generated += 1
+        if self._drafter:
+            self._drafter.add(token_id)
         text, finish_reason = self._advance_text(token_id)
         return Delta(
             text=text,

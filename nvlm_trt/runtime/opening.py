@@ -29,5 +29,5 @@ def open_generator(
         return spec.open_generator(engine, tokenizer, open_vision, own, options)
     stages = ["cross_kv", "decoder", *(["vision_encoder"] if encodes_images else [])]
     backend = open_backend(engine, stages, threads=threads, device=device)
-    prefill_chunk = options.prefill_chunk or spec.prefill_chunk
-    return Batcher(backend, tokenizer, options.max_queue, prefill_chunk, options.prepare_constraints)
+    chunk = options.prefill_chunk or spec.prefill_chunk
+    return Batcher(backend, tokenizer, options.max_queue, chunk, options.reuse_prompts, options.prepare_constraints)

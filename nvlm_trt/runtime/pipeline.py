@@ -233,13 +233,14 @@ class Pipeline:
     def _encode_images(self, request: Request, draft: PromptDraft, images: Sequence[_Image], text_tokens: int) -> None:
         started = time.monotonic()
         features: list[ImageFeatures] = []
+        keys = [self._image_key(image) for image in images]
         tiles = [1] * len(images)  # a lower bound where an image is not decoded yet
         cached = 0
-        for index, image in enumerate(images):
+        for index, (image, key) in enumerate(zip(images, keys, strict=True)):
             if request.is_over:
                 return
             with _naming(index):
-                of_image, is_cached = self._features(image, request)
+                of_image, is_cached = self._features(image, key, request)
             features.append(of_image)
             cached += is_cached
             tiles[index] = of_image.tiles
@@ -247,7 +248,7 @@ class Pipeline:
             self._check_tokens(tiles, text_tokens)
         prompt = draft.encode(tiles)
         self._engine.limits.check_prompt(len(prompt.input_ids), prompt.placeholders)
-        request.provide(prompt, features, cached, time.monotonic() - started)
+        request.provide(prompt, features, cached, time.monotonic() - started, keys)
 
     def _check_tokens(self, tiles: Sequence[int], text_tokens: int) -> None:
         """Check the limits. The prompt has at least `text_tokens` tokens that are no image placeholders."""
@@ -256,11 +257,16 @@ class Pipeline:
         self._engine.limits.check_prompt(text_tokens + placeholders, placeholders)
         self._engine.limits.check_cross_tokens(cross_tokens)
 
-    def _features(self, image: _Image, request: Request) -> tuple[ImageFeatures, bool]:
+    def _image_key(self, image: _Image) -> str | None:
+        """Return what an image file has in common with equal ones only. Image tokens have no key."""
+        if not isinstance(image.data, bytes):
+            return None
+        return image_key(image.data, self._engine.config.vision.image_size, image.max_tiles, self._engine.digest)
+
+    def _features(self, image: _Image, key: str | None, request: Request) -> tuple[ImageFeatures, bool]:
         data, max_tiles = image.data, image.max_tiles
-        if not isinstance(data, bytes):
+        if key is None:
             return self._generator.features(data), False
-        key = image_key(data, self._engine.config.vision.image_size, max_tiles, self._engine.digest)
 
         def is_over() -> bool:
             return request.is_over

@@ -17,6 +17,7 @@ from nvlm_trt.prompt.encoder import EncodedPrompt
 from nvlm_trt.prompt.tokenizer import Tokenizer
 from nvlm_trt.runtime.choice import Choice
 from nvlm_trt.runtime.grammar import Grammar
+from nvlm_trt.runtime.prompt_key import PromptKey, prompt_key
 from nvlm_trt.runtime.sampling import Logprobs
 
 OnDelta = Callable[[Delta], None]
@@ -56,13 +57,18 @@ class Request:
         self.sampling = sampling
         self.on_delta, self.on_error = on_delta, on_error
         self.state = State.ENCODING
+        self.arrived = 0  # on the clock of the text generator
         self.failure: Exception | None = None  # why the images could not be encoded
+        self.slot = -1  # while its prompt is prefilled
         self.cached = 0  # tokens of the prompt in the KV cache
+        self.reused = 0  # of these, tokens that an earlier request has left
         self.choices: Sequence[Choice] = ()  # its n answers, once it has slots
         self.prompt: EncodedPrompt  # set when the state becomes READY
         self.images: Sequence[ImageFeatures] = ()
         self.grammar: Grammar | None = None  # of sampling.constraint; set before the state becomes READY
         self.max_tokens: int  # of each answer in this engine; set when the request is admitted
+        self._image_keys: Sequence[str | None] = ()
+        self._key: PromptKey | None = None
         self._cached_images = 0
         self._encode_s = 0.0
         self._ending = threading.Lock()  # a request may end while another thread provides its images
@@ -79,12 +85,15 @@ class Request:
         images: Sequence[ImageFeatures] = (),
         cached_images: int = 0,
         encode_s: float = 0.0,
+        image_keys: Sequence[str | None] | None = None,
     ) -> None:
-        """Set the prompt and the features of its images, in order; `cached_images` of them are from the image cache."""
+        """Set the prompt and the features of its images, in order; `cached_images` of them are from the image cache.
+        Images with equal `image_keys` are equal; an image whose key is None is unlike any other."""
         with self._ending:
             if self.state is not State.ENCODING:
                 return
             self.prompt, self.images = prompt, images
+            self._image_keys = [None] * len(images) if image_keys is None else image_keys
             self._cached_images, self._encode_s = cached_images, encode_s
             self.state = State.READY
         self._wake()
@@ -137,6 +146,17 @@ class Request:
         self._admitted = time.monotonic()
         self.state = State.PREFILLING
 
+    def key(self, placeholder_id: int, chunk_size: int) -> PromptKey:
+        """Return what tells which chunks of the prompt other prompts share; both arguments are always the same."""
+        if self._key is None:
+            self._key = prompt_key(self.prompt, self.images, self._image_keys, placeholder_id, chunk_size)
+        return self._key
+
+    def skip(self, tokens: int) -> None:
+        """Count the first `tokens` tokens of the prompt as cached: an earlier request has left them."""
+        self.cached = self.reused = tokens
+        self._embeddings_used = int(np.count_nonzero(self.prompt.input_ids[:tokens] == self._placeholder_id))
+
     def next_chunk(self, size: int) -> Chunk:
         """Return the next `size` tokens of the prompt, or the rest, and count them as cached."""
         start, first = self.cached, self._embeddings_used
@@ -188,4 +208,5 @@ class Request:
             ttft_s=self._first_token - self._submitted if self._first_token else None,
             total_s=time.monotonic() - self._submitted,
             image_tokens=self.prompt.placeholders,
+            cached_tokens=self.reused,
         )

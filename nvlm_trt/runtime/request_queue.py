@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Any
 
 from nvlm_trt.errors import QueueFullError
 from nvlm_trt.runtime.request import Request
@@ -39,14 +40,13 @@ class RequestQueue:
         with self._lock:
             return any(map(condition, self._waiting))
 
-    def take_first(self, condition: Condition, fits: Condition = lambda _: True) -> Request | None:
-        """Remove and return the oldest request for which the condition holds, if it fits. No later one is taken
-        instead: a large request would wait for as long as small ones come."""
+    def first(self, condition: Condition, turn: Callable[[Request], Any]) -> Request | None:
+        """Return the request with the least `turn` of those for which the condition holds; the oldest of several."""
+        return min(filter(condition, self.snapshot()), key=turn, default=None)
+
+    def remove(self, request: Request) -> None:
         with self._lock:
-            for index, request in enumerate(self._waiting):
-                if condition(request):
-                    return self._waiting.pop(index) if fits(request) else None
-        return None
+            self._waiting.remove(request)
 
     def take_all(self, condition: Condition) -> list[Request]:
         """Remove and return all requests for which the condition holds."""

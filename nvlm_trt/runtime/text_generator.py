@@ -18,6 +18,7 @@ class GeneratorOptions:
     max_queue: int = 64  # most requests that wait for a slot
     prefill_chunk: int | None = None  # most prompt tokens between two decoding steps; None: the backend's default
     prepare_constraints: bool = False  # when the engine is opened, so that the first constraint delays no other request
+    reuse_prompts: bool = True  # keep the keys and values of prompts for later prompts that begin alike
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,11 @@ class GeneratorMetrics:
     free_slots: int
     tokens_generated: int
     requests_finished: Mapping[str, int]  # by "stop", "length", "cancelled" and "error"
+    kept_prompts: int = 0  # of ended requests, for later prompts that begin alike
+    prompt_tokens: int = 0  # of all requests that had a slot
+    cached_tokens: int = 0  # of these, tokens whose keys and values an earlier prompt had left
+    draft_tokens: int = 0  # drafted tokens that were checked
+    accepted_draft_tokens: int = 0  # of these, tokens that became part of an answer
 
 
 class TextGenerator(Protocol):

@@ -149,6 +149,20 @@ def test_move_slot_leaves_the_source_as_it_was(backend: StepBackend, engine: Dir
     assert np.array_equal(decode(backend, [request] * 3, np.array([65, 66, 67]), 0), np.array(alone))
 
 
+def test_swap_slots(backend: StepBackend, engine: Directory, name: str) -> None:
+    """Two slots of different lengths exchange all that their next tokens depend on."""
+    requests = [StepRequest(backend, engine(name), "What is " + "<image>" * n, [7] * n, seed=n) for n in (2, 1)]
+    tokens = np.array([65, 66])
+    for slot, request in enumerate(requests):
+        request.prefill(slot)
+    expected = decode(backend, requests, tokens, 0).copy()
+    for slot, request in enumerate(requests):
+        request.prefill(slot)
+    longer = requests[0]
+    backend.swap_slots(0, 1, longer.length, longer.prompt.cross_tokens)
+    assert np.array_equal(decode(backend, requests[::-1], tokens[::-1], 0), expected[::-1])
+
+
 @pytest.mark.parametrize("name", NAMES[1:])
 def test_text_only_is_bit_identical_to_the_llm_without_cross_attention(
     backend: StepBackend, engine: Directory, name: str

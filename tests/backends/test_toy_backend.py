@@ -77,8 +77,14 @@ class AbacusBackend:
         generated = positions - np.array(self._prompt_lengths[: len(positions)])
         return np.stack([self._logits(int(n) + 1) for n in generated])
 
+    def score_tokens(self, slot: int, position: int, input_ids: IntArray, cross_ranges: RangeArray) -> None: ...
+
     def move_slot(self, source: int, target: int, length: int, cross_length: int) -> None:
         self._prompt_lengths[target] = self._prompt_lengths[source]
+
+    def swap_slots(self, first: int, second: int, length: int, cross_length: int) -> None:
+        lengths = self._prompt_lengths
+        lengths[first], lengths[second] = lengths[second], lengths[first]
 
     def to_host(self, array: BackendArray) -> FloatArray:
         return np.asarray(array, np.float32)

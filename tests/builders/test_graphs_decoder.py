@@ -100,6 +100,14 @@ def test_logit_index_selects_the_row(attention: type[SelfAttention]) -> None:
     assert_close(runner.step(input_ids, [0, 0], ranges, logit_index=[2, 7]), expected[[0, 1], [2, 7]])
 
 
+def test_logit_index_may_select_several_rows_of_each_sequence() -> None:
+    runner = DecoderRunner(random_reference(tiny_config("D")), GroupQueryAttention, slots=2)
+    input_ids, ranges = random_prompt(2, 9)
+    expected = runner.reference_logits(input_ids, ranges)
+    logits = runner.step(input_ids, [0, 0], ranges, logit_index=[2, 0, 8, 7, 3, 3])
+    assert_close(logits, expected[[0, 0, 0, 1, 1, 1], [2, 0, 8, 7, 3, 3]])
+
+
 @pytest.mark.parametrize("attention", FORMS)
 @pytest.mark.parametrize("neighbour_has_image", [False, True])
 def test_text_only_is_bit_identical_to_the_llm_alone(attention: type[SelfAttention], neighbour_has_image: bool) -> None:

@@ -99,6 +99,7 @@ def test_logprobs_are_reported_beside_the_answer(run: Run, engine) -> None:
         (("--max-tokens", -1), "max_tokens"),
         (("--n", 0), "n = 0"),
         (("--n", 9), "the slots of the engine"),
+        (("--priority", 1 << 31), "priority"),
         (("--min-tokens", 257), "min_tokens = 257"),
         (("--presence-penalty", 2.5), "presence_penalty"),
         (("--frequency-penalty", "nan"), "frequency_penalty"),

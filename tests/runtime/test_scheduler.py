@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import gc
 import weakref
 from dataclasses import dataclass, field
@@ -9,7 +10,18 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_backend import CONFIG, POISON, Asked, Receiver, ToyBackend, ask, byte_tokenizer, tokens_alone
+from toy_backend import (
+    CONFIG,
+    POISON,
+    Asked,
+    Receiver,
+    ToyBackend,
+    ask,
+    byte_tokenizer,
+    follow_up,
+    tokens_alone,
+    with_other_image,
+)
 
 from nvlm_trt.api import SamplingParams
 from nvlm_trt.errors import EngineError, ImageError, ParameterError, QueueFullError, RequestError
@@ -59,7 +71,7 @@ def run(scheduler: Scheduler) -> None:
 def clients(draw: st.DrawFn, image_token_id: int, slots: int) -> list[Client]:
     schedule = []
     for index in range(draw(st.integers(1, 9))):
-        max_tokens = draw(st.integers(1, 12))
+        max_tokens = draw(st.integers(1, 18))
         sampling = SamplingParams(
             max_tokens=max_tokens,
             temperature=draw(st.sampled_from([0.0, 1.0])),
@@ -67,19 +79,36 @@ def clients(draw: st.DrawFn, image_token_id: int, slots: int) -> list[Client]:
             repetition_penalty=draw(st.sampled_from([1.0, 1.3])),
             presence_penalty=draw(st.sampled_from([0.0, 0.0, 1.5])),
             frequency_penalty=draw(st.sampled_from([0.0, 0.0, 0.5])),
-            logit_bias=draw(st.dictionaries(st.integers(60, 260), st.sampled_from([-100, 2]), max_size=3)),
+            # two letters only: their words repeat, so drafts are right now and then
+            logit_bias=draw(
+                st.one_of(
+                    st.dictionaries(st.integers(60, 260), st.sampled_from([-100, 2]), max_size=3),
+                    st.just({65: 100, 66: 99}),
+                )
+            ),
+            draft_tokens=draw(st.sampled_from([0, 1, 5])),
             min_tokens=draw(st.sampled_from([0, 0, max_tokens])),
             n=draw(st.integers(1, slots)),
             ignore_eos=draw(st.booleans()),
+            priority=draw(st.sampled_from([0, 0, 0, -1, 1])),
         )
-        asked = ask(
-            image_token_id,
-            seed=draw(st.integers(0, 99)),
-            length=draw(st.integers(8, 45)),
-            images=draw(st.integers(0, 3)),
-            sampling=sampling,
-            first_token=100 + index,
-        )
+        relation = draw(st.sampled_from(["new", "follows", "other image"])) if schedule else "new"
+        earlier = draw(st.sampled_from(schedule)).asked if schedule else None
+        if earlier and relation == "follows":
+            kept = draw(st.integers(1, len(earlier.prompt.input_ids)))
+            asked = follow_up(earlier, kept, seed=index, length=draw(st.integers(1, 9)), sampling=sampling)
+        elif earlier and relation == "other image" and earlier.images:
+            other = with_other_image(earlier, draw(st.integers(0, len(earlier.images) - 1)))
+            asked = dataclasses.replace(other, sampling=sampling)
+        else:
+            asked = ask(
+                image_token_id,
+                seed=draw(st.integers(0, 99)),
+                length=draw(st.integers(8, 40)),
+                images=draw(st.integers(0, 3)),
+                sampling=sampling,
+                first_token=100 + index,
+            )
         cancelled_after = draw(st.one_of(st.none(), st.integers(0, 12)))
         schedule.append(Client(asked, draw(st.integers(0, 12)), draw(st.sampled_from([0, 0, 1, 5])), cancelled_after))
     return sorted(schedule, key=lambda client: client.arrives)
@@ -92,6 +121,7 @@ def test_every_schedule_gives_each_request_its_own_tokens(tokenizer: Tokenizer, 
     backend = ToyBackend(tokenizer.image_token_id, max_slots=slots)
     scheduler = Scheduler(backend, tokenizer, max_queue, chunk)
     schedule = data.draw(clients(tokenizer.image_token_id, slots))
+    prefilled = 0
 
     for now in range(2000):
         for client in schedule:
@@ -112,8 +142,15 @@ def test_every_schedule_gives_each_request_its_own_tokens(tokenizer: Tokenizer, 
 
         # one step: one chunk at most, and one token of everything that was being decoded and was not cancelled
         kinds = [kind for kind, _ in backend.calls]
+        checks = kinds.count("score")
+        assert checks <= scheduler.metrics().active + decoding
+        assert kinds[len(kinds) - checks :] == ["score"] * checks
+        assert not checks or "decode" in kinds
+        kinds = kinds[: len(kinds) - checks]
         assert kinds in ([], ["prefill"], ["decode"], ["prefill", "decode"])
-        assert all(size <= (chunk if kind == "prefill" else slots) for kind, size in backend.calls)
+        most = {"prefill": chunk, "decode": slots, "score": 6}
+        assert all(size <= most[kind] for kind, size in backend.calls)
+        prefilled += sum(size for kind, size in backend.calls if kind == "prefill")
         stays = decoding - sum(client.request.sampling.n for client in schedule if client.request.cancelled)
         assert stays <= 0 or kinds[-1] == "decode"
         metrics = scheduler.metrics()
@@ -135,6 +172,9 @@ def test_every_schedule_gives_each_request_its_own_tokens(tokenizer: Tokenizer, 
     generated = {client.request: sum(map(len, client.receiver.tokens)) for client in served}
     assert sum(scheduler.metrics().requests_finished.values()) == len(served)
     assert scheduler.metrics().tokens_generated == sum(generated.values())
+    unread = scheduler.metrics().prompt_tokens - scheduler.metrics().cached_tokens - prefilled
+    assert unread == 0 or (unread > 0 and any(client.request.cancelled for client in served))
+    assert scheduler.metrics().kept_prompts <= slots
     for client in served:
         usage = client.receiver.usage
         assert usage.completion_tokens == generated[client.request] if usage else client.request.cancelled

@@ -84,6 +84,19 @@ class ToyBackend:
             self._read(slot, position + 1)
         return self._logits[: len(input_ids)]
 
+    def score_tokens(
+        self, slot: int, position: int, input_ids: np.ndarray, cross_ranges: np.ndarray
+    ) -> np.ndarray | None:
+        self._begin("score", len(input_ids))
+        assert len(input_ids) > 1
+        assert self.config.image_token_id not in input_ids
+        rows = []
+        for token_id, (start, end) in zip(input_ids, cross_ranges, strict=True):
+            self._values[slot, position] = value(int(token_id), self._memory[slot, start:end])
+            position += 1
+            rows.append(self._read(slot, position).copy())
+        return np.array(rows)
+
     def move_slot(self, source: int, target: int, length: int, cross_length: int) -> None:
         self._logits[:] = np.nan  # no longer valid
         self.moves += 1
@@ -92,6 +105,15 @@ class ToyBackend:
             cache[target] = 12345  # nothing may be read there, except:
             cache[target, :used] = row[:used]
         self._poisoned[target] = self._poisoned[source]
+
+    def swap_slots(self, first: int, second: int, length: int, cross_length: int) -> None:
+        self._logits[:] = np.nan
+        self.moves += 1
+        for cache, used in ((self._values, length), (self._memory, cross_length)):
+            rows = cache[[second, first]]
+            rows[:, used:] = 12345
+            cache[[first, second]] = rows
+        self._poisoned[[first, second]] = self._poisoned[[second, first]]
 
     def close(self) -> None:
         self.calls.append(("close", 0))
@@ -127,6 +149,7 @@ class Asked:
     prompt: EncodedPrompt
     sampling: SamplingParams
     images: list[ImageFeatures]
+    image_keys: Sequence[str | None] | None = None  # None: every image is unlike any other
 
     def request(self, receiver: Receiver, ready: bool = True) -> Request:
         """Makes the request to submit. Unless `ready`, its images are still being encoded."""
@@ -135,8 +158,13 @@ class Asked:
             self.provide(request)
         return request
 
+    @property
+    def is_image(self) -> np.ndarray:
+        """Which of the prompt's tokens are image placeholders: [S]; no text has ids above 127."""
+        return self.prompt.input_ids > 127
+
     def provide(self, request: Request) -> None:
-        request.provide(self.prompt, self.images)
+        request.provide(self.prompt, self.images, image_keys=self.image_keys)
 
 
 def ask(
@@ -161,7 +189,31 @@ def ask(
     input_ids[0] = first_token
     ranges = np.sort(random.integers(0, in_memory + 1, (length + in_llm, 2)), axis=1).astype(np.int32)
     prompt = EncodedPrompt(input_ids.astype(np.int64), ranges, in_llm, in_memory)
-    return Asked(prompt, sampling or SamplingParams(), features)
+    keys = [f"image {i} of {seed}" for i in range(images)]
+    return Asked(prompt, sampling or SamplingParams(), features, keys)
+
+
+def follow_up(asked: Asked, kept: int, seed: int, length: int, sampling: SamplingParams) -> Asked:
+    """A prompt that begins with the first `kept` tokens of another, has its images too, and `length` tokens of text."""
+    random = np.random.default_rng(seed)
+    before = asked.prompt
+    place_holder = before.input_ids[asked.is_image][:1]
+    missing = np.repeat(place_holder, int(asked.is_image[kept:].sum()))
+    input_ids = np.concatenate([before.input_ids[:kept], missing, random.integers(32, 127, length)])
+    new = (len(input_ids) - len(before.input_ids[:kept]), 2)
+    ranges = np.sort(random.integers(0, before.cross_tokens + 1, new), axis=1).astype(np.int32)
+    ranges = np.concatenate([before.cross_ranges[:kept], ranges])
+    prompt = EncodedPrompt(input_ids.astype(np.int64), ranges, before.placeholders, before.cross_tokens)
+    return Asked(prompt, sampling, asked.images, asked.image_keys)
+
+
+def with_other_image(asked: Asked, index: int) -> Asked:
+    """The same prompt about other images: image `index` has the same shape and another content."""
+    images, keys = list(asked.images), list(asked.image_keys or ())
+    image = images[index]
+    images[index] = dataclasses.replace(image, embeddings=image.embeddings + 1, cross_kv=image.cross_kv + 1)  # type: ignore[operator]
+    keys[index] = f"not {keys[index]}"
+    return dataclasses.replace(asked, images=images, image_keys=keys)
 
 
 def tokens_alone(backend: ToyBackend, tokenizer: Tokenizer, asked: Asked, index: int = 0) -> list[int]:

@@ -63,6 +63,7 @@ class OnnxRuntimeBackend(ClosedOnExit):
         }
         self._encoder = encoder
         self._cache = _allocate(self.config, self.limits) if "decoder" in self._sessions else {}
+        self._several_logits = "decoder" in self._sessions and _takes_several(self._sessions["decoder"])
         self._logits = np.empty((self.limits.max_slots, self.config.llm.vocab_size), np.float32)
         self._no_embeddings = np.empty((0, self.config.llm.hidden_size), np.float32)
         self._bindings: dict[tuple[int, int], IOBinding] = {}  # by first slot and last slot + 1
@@ -143,11 +144,29 @@ class OnnxRuntimeBackend(ClosedOnExit):
         """Run one token of each slot 0 .. n-1. Returns logits [n, vocab], valid until the next call."""
         return self._step(0, input_ids[:, None], positions, self._no_embeddings, cross_ranges[:, None])
 
+    def score_tokens(
+        self, slot: int, position: int, input_ids: IntArray, cross_ranges: RangeArray
+    ) -> FloatArray | None:
+        """Run input_ids [S] of one slot from `position` on. Returns the logits [S, vocab] of all tokens, or None for an
+        engine of an earlier version, whose logit_index has no second dimension."""
+        if not self._several_logits:
+            return None
+        positions = np.array([position])
+        return self._step(slot, input_ids[None], positions, self._no_embeddings, cross_ranges[None], every_token=True)
+
     def move_slot(self, source: int, target: int, length: int, cross_length: int) -> None:
         """Copy the used part of one slot to another."""
         for name, cache in self._cache.items():
             used = cross_length if name.startswith("cross_") else length
             cache[target, :, :used] = cache[source, :, :used]
+
+    def swap_slots(self, first: int, second: int, length: int, cross_length: int) -> None:
+        """Exchange the used parts of two slots."""
+        for name, cache in self._cache.items():
+            used = cross_length if name.startswith("cross_") else length
+            kept = cache[first, :, :used].copy()
+            cache[first, :, :used] = cache[second, :, :used]
+            cache[second, :, :used] = kept
 
     def _step(
         self,
@@ -156,9 +175,10 @@ class OnnxRuntimeBackend(ClosedOnExit):
         positions: IntArray,
         embeddings: BackendArray,
         cross_ranges: RangeArray,
+        every_token: bool = False,
     ) -> FloatArray:
         """Run input_ids [B, S], positions [B], embeddings [M, hidden], cross_ranges [B, S, 2] of the B slots from
-        first_slot on. Returns logits [B, vocab]."""
+        first_slot on. Returns the logits [B, vocab] of the last tokens, or those of every token [B * S, vocab]."""
         batch, tokens = input_ids.shape
         check_embeddings(int(np.count_nonzero(input_ids == self.config.image_token_id)), len(embeddings))
         self.limits.check_sequence(int(positions.max()) + tokens)
@@ -166,15 +186,24 @@ class OnnxRuntimeBackend(ClosedOnExit):
             "input_ids": np.ascontiguousarray(input_ids, np.int64),
             "image_tokens": self._rows(embeddings),
             "write_indices": np.ascontiguousarray(positions, np.int64),
-            "logit_index": np.full(batch, tokens - 1, np.int64),
+            "logit_index": self._wanted(batch, tokens, every_token),
         }
         if self.config.cross_layers:
             inputs["cross_ranges"] = np.ascontiguousarray(cross_ranges, np.int32)
         binding = self._decoder_binding(first_slot, first_slot + batch)
+        logits = self._logits[first_slot : first_slot + batch]
+        if every_token:
+            logits = np.empty((batch * tokens, self.config.llm.vocab_size), np.float32)
+        bind_output(binding, "logits", logits)
         for name, array in inputs.items():
             bind_input(binding, name, array)
         self._run("decoder", binding)
-        return self._logits[first_slot : first_slot + batch]
+        return logits
+
+    def _wanted(self, batch: int, tokens: int, every_token: bool) -> IntArray:
+        """Return logit_index [B, R]: the tokens of each sequence whose logits are wanted; [B] in earlier engines."""
+        wanted = np.arange(tokens) if every_token else np.array([tokens - 1])
+        return np.tile(wanted, (batch, 1)) if self._several_logits else np.repeat(wanted, batch)
 
     def _rows(self, embeddings: BackendArray) -> FloatArray:
         """Return the decoder's input image_tokens for embeddings [M, hidden]."""
@@ -183,14 +212,13 @@ class OnnxRuntimeBackend(ClosedOnExit):
     # --- sessions and buffers ----------------------------------------------------------------------------------------
 
     def _decoder_binding(self, first: int, stop: int) -> IOBinding:
-        """Bind the caches and logits of slots first .. stop-1, once per range of slots."""
+        """Bind the caches of slots first .. stop-1, once per range of slots."""
         if (first, stop) not in self._bindings:
             binding = self._session("decoder").io_binding()
             for name, cache in self._cache.items():
                 bind_input(binding, name, cache[first:stop])
                 if name.startswith("past_"):
                     bind_output(binding, name.replace("past_", "present_"), cache[first:stop])
-            bind_output(binding, "logits", self._logits[first:stop])
             self._bindings[first, stop] = binding
         return self._bindings[first, stop]
 
@@ -220,6 +248,12 @@ class OnnxRuntimeBackend(ClosedOnExit):
             yield
         except RUNTIME_ERRORS as error:
             raise EngineError(f"{stage} of engine {self._path} failed: {first_line(error)}") from error
+
+
+def _takes_several(decoder: InferenceSession) -> bool:
+    """Return whether a decoder computes the logits of several tokens of a sequence."""
+    (wanted,) = (entry for entry in decoder.get_inputs() if entry.name == "logit_index")
+    return len(wanted.shape) == 2
 
 
 def _allocate(config: NvlmConfig, limits: EngineLimits) -> dict[str, FloatArray]:

@@ -50,7 +50,9 @@ def observe(engine_dir: Path, samples: Sequence[Sample], progress: Progress) -> 
     order = list(chain.from_iterable(rounds_of(samples)))
     watch = ScaleWatch()
     asked = 0
-    with Pipeline(engine, Batcher(backend, tokenizer, prefill_chunk=_PREFILL_CHUNK), tokenizer) as pipeline:
+    # what is not run again is not observed again
+    batcher = Batcher(backend, tokenizer, prefill_chunk=_PREFILL_CHUNK, reuse_prompts=False)
+    with Pipeline(engine, batcher, tokenizer) as pipeline:
         progress("calibrating", 0, len(order))
         while asked < len(order):
             block = order[asked : asked + BLOCK]
@@ -127,10 +129,11 @@ class ObservingBackend(OnnxRuntimeBackend):
         positions: IntArray,
         embeddings: BackendArray,
         cross_ranges: RangeArray,
+        every_token: bool = False,
     ) -> FloatArray:
         # an observing graph runs the gated blocks for text alone too, and discards their results: not measured
         self._cross_attends = bool((cross_ranges[..., 0] < cross_ranges[..., 1]).any())
-        return super()._step(first_slot, input_ids, positions, embeddings, cross_ranges)
+        return super()._step(first_slot, input_ids, positions, embeddings, cross_ranges, every_token)
 
     def _run(self, component: str, binding: IOBinding) -> None:
         reports = self._reports[component]

@@ -192,12 +192,24 @@ class PlanBackend(ClosedOnExit):
                 graph.replay()
             return _numpy(tensors["logits"])
 
+    def score_tokens(self, slot: int, position: int, input_ids: IntArray, cross_ranges: RangeArray) -> None:
+        """Return None: a plan computes the logits of one token per sequence."""
+
     def move_slot(self, source: int, target: int, length: int, cross_length: int) -> None:
         """Copy the used part of one slot to another."""
         with self._torch.cuda.stream(self._plan("decoder").stream):
             for name, cache in self._cache.items():
                 used = cross_length if name.startswith("cross_") else length
                 cache[target, :, :used] = cache[source, :, :used]
+
+    def swap_slots(self, first: int, second: int, length: int, cross_length: int) -> None:
+        """Exchange the used parts of two slots."""
+        with self._torch.cuda.stream(self._plan("decoder").stream):
+            for name, cache in self._cache.items():
+                used = cross_length if name.startswith("cross_") else length
+                kept = cache[first, :, :used].clone()
+                cache[first, :, :used] = cache[second, :, :used]
+                cache[second, :, :used] = kept
 
     # --- lifetime ----------------------------------------------------------------------------------------------------
 

@@ -108,10 +108,13 @@ class ExecutorSteps:
                 self._delivery.cancel(request)
 
     def _admit(self) -> bool:
-        """Give the executor the oldest request whose images are encoded. Return False if there is none."""
-        request = self._queue.take_first(lambda waiting: waiting.state is State.READY)
+        """Give the executor the most urgent request whose images are encoded. Return False if there is none."""
+        request = self._queue.first(
+            lambda waiting: waiting.state is State.READY, lambda waiting: waiting.sampling.priority
+        )
         if request is None:
             return False
+        self._queue.remove(request)
         try:
             request.admit(self._limits, self._placeholder_id, self._tokenizer)
             number = self._executor.enqueue_request(self._make_request(request))

@@ -96,7 +96,15 @@ class TorchVisionEncoder(ClosedOnExit):
     def decode(self, input_ids: IntArray, positions: IntArray, cross_ranges: RangeArray) -> FloatArray:
         self._refuse()
 
+    def score_tokens(
+        self, slot: int, position: int, input_ids: IntArray, cross_ranges: RangeArray
+    ) -> FloatArray | None:
+        self._refuse()
+
     def move_slot(self, source: int, target: int, length: int, cross_length: int) -> None:
+        self._refuse()
+
+    def swap_slots(self, first: int, second: int, length: int, cross_length: int) -> None:
         self._refuse()
 
 

@@ -65,7 +65,9 @@ def scored_tokens(part: Delta | Answer) -> Sequence[TokenLogprob]:
 def usage_json(usage: Usage) -> Json:
     """Write the usage of a whole request. `nvlm` has what OpenAI's interface has no place for."""
     return {
-        **_tokens(usage.prompt_tokens, usage.completion_tokens, usage.image_tokens, usage.image_tiles),
+        **_tokens(
+            usage.prompt_tokens, usage.completion_tokens, usage.image_tokens, usage.image_tiles, usage.cached_tokens
+        ),
         "nvlm": {
             "cross_attended_tokens": usage.cross_tokens,
             "cached_images": usage.cached_images,
@@ -78,16 +80,15 @@ def usage_json(usage: Usage) -> Json:
 
 
 def running_usage_json(prompt: PromptCount, completion_tokens: int) -> Json:
-    """Write the usage up to now of a request that is still answered."""
+    """Write the usage up to now of a request that is still answered. How many tokens were cached shows at its end."""
     tiles = sum(image.tiles for image in prompt.images)
-    return _tokens(prompt.prompt_tokens, completion_tokens, prompt.image_tokens, tiles)
+    return _tokens(prompt.prompt_tokens, completion_tokens, prompt.image_tokens, tiles, cached=0)
 
 
-def _tokens(prompt: int, completion: int, image_tokens: int, tiles: int) -> Json:
+def _tokens(prompt: int, completion: int, image_tokens: int, tiles: int, cached: int) -> Json:
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
-        # no prompt's tokens are kept from one request to the next
-        "prompt_tokens_details": {"cached_tokens": 0, "image_tokens": image_tokens, "image_tiles": tiles},
+        "prompt_tokens_details": {"cached_tokens": cached, "image_tokens": image_tokens, "image_tiles": tiles},
     }

@@ -7,8 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from nvlm_trt.api import BAN, MAX_BIASES, MAX_LOGPROBS, MAX_STOP_LENGTH, MAX_STOP_STRINGS
-from nvlm_trt.bounds import MAX_COUNT, MAX_SEED, MAX_TILES
+from nvlm_trt.api import BAN, MAX_BIASES, MAX_DRAFT_TOKENS, MAX_LOGPROBS, MAX_STOP_LENGTH, MAX_STOP_STRINGS
+from nvlm_trt.bounds import MAX_COUNT, MAX_PRIORITY, MAX_SEED, MAX_TILES
 from nvlm_trt.serving.gateway.errors import unsupported
 
 
@@ -38,6 +38,8 @@ Stop = Annotated[
 ]
 Logprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 MinTokens = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+DraftTokens = Annotated[int, Field(ge=0, le=MAX_DRAFT_TOKENS)]
+Priority = Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)]
 Tiles = Annotated[int, Field(ge=1, le=MAX_TILES)]
 TokenId = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")]
 LogitBias = Annotated[dict[TokenId, Annotated[float, Field(ge=BAN, le=-BAN)]], Field(max_length=MAX_BIASES)]
@@ -108,6 +110,8 @@ class SamplingFields(Strict):
     repetition_penalty: RepetitionPenalty | None = None
     ignore_eos: bool | None = None
     min_tokens: MinTokens | None = None
+    priority: Priority | None = None
+    draft_tokens: DraftTokens | None = None
     structured_outputs: StructuredOutputs | None = None
     # accepted without effect
     user: str | None = None

@@ -21,6 +21,8 @@ _SAME = (
     "frequency_penalty",
     "min_tokens",
     "n",
+    "priority",
+    "draft_tokens",
 )
 
 

@@ -210,7 +210,11 @@ def test_single_steps_are_refused(executors: list[Any], written: Directory) -> N
     with pytest.raises(EngineError, match="batches by itself and runs no single steps"):
         open_backend(engine)
     with open_backend(engine, ["vision_encoder"]) as backend:
-        for call in (lambda: backend.features(torch.zeros(1)), lambda: backend.move_slot(0, 1, 2, 3)):
+        for call in (
+            lambda: backend.features(torch.zeros(1)),
+            lambda: backend.move_slot(0, 1, 2, 3),
+            lambda: backend.swap_slots(0, 1, 2, 3),
+        ):
             with pytest.raises(EngineError, match="runs no single steps"):
                 call()
 

@@ -168,6 +168,8 @@ FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "logit_bias of too many ids": ({"logit_bias": {str(i): 1 for i in range(1025)}}, "invalid_value"),
     "presence_penalty = 3": ({"presence_penalty": 3}, "invalid_value"),
     "min_tokens over max_tokens": ({"min_tokens": 50, "max_tokens": 8}, "invalid_value"),
+    "a priority of 32 bits": ({"priority": 1 << 31}, "invalid_value"),
+    "a priority that is no integer": ({"priority": "high"}, "invalid_value"),
     "a seed of 65 bits": ({"seed": 1 << 64}, "invalid_value"),
     "max_tiles over the engine's": ({"max_tiles": 7}, "invalid_value"),
     "an unknown key": ({"temprature": 0.7}, "unknown_parameter"),

@@ -12,6 +12,9 @@ from hypothesis import strategies as st
 from live_gateway import LiveGateway
 
 from nvlm_trt.api import Answer, ChatRequest, ImagePart, Message, SamplingParams, TextPart, merge_answers
+from nvlm_trt.serving.gateway.chat_request import ChatCompletionRequest
+from nvlm_trt.serving.gateway.sampling import sampling_params
+from nvlm_trt.serving.gateway.source import ServedModel
 
 
 def in_process(live: LiveGateway, messages: list[Message], **sampling: Any) -> Answer:
@@ -159,6 +162,7 @@ PARAMETERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "logit_bias": ({"logit_bias": {"70": 100}}, {"logit_bias": {70: 100.0}}),
     "min_tokens": ({"min_tokens": 20, "logit_bias": {"1": 50}}, {"min_tokens": 20, "logit_bias": {1: 50.0}}),
     "ignore_eos": ({"ignore_eos": True}, {"ignore_eos": True}),
+    "priority": ({"priority": -3}, {"priority": -3}),
 }
 
 
@@ -168,6 +172,23 @@ def test_a_parameter_has_its_effect(live: LiveGateway, name: str) -> None:
     expected = in_process(live, [user(TextPart("Tell me a story"))], **{"max_tokens": 40, **sampling})
     (choice,) = live.chat("Tell me a story", **{"max_tokens": 40, **fields}).json["choices"]
     assert (choice["message"]["content"], choice["finish_reason"]) == (expected.text, expected.finish_reason)
+
+
+@pytest.mark.parametrize("priority", [None, 0, -(2**31) + 1, 2**31 - 1])
+def test_the_priority_reaches_the_runtime(priority: int | None) -> None:
+    """tests/runtime/test_turns.py tests what the runtime does with it."""
+    body = {"model": "m", "messages": [{"role": "user", "content": "Hi"}], "priority": priority}
+    fields, model = ChatCompletionRequest.model_validate(body), ServedModel("m", "", "", 99, 8, 6)
+    assert sampling_params(fields, model, 5, 0).priority == (priority or 0)
+
+
+def test_usage_counts_the_tokens_that_an_earlier_prompt_began_with(live: LiveGateway) -> None:
+    """256 tokens are one chunk; the tokens of this engine are bytes."""
+    told = "There once was a king, who had a daughter. " * 10
+    first, second = (live.chat(told + question).json["usage"] for question in ("Who?", "Whose daughter?"))
+    assert first["prompt_tokens_details"]["cached_tokens"] == 0
+    assert second["prompt_tokens_details"]["cached_tokens"] == 256
+    assert first["prompt_tokens"] < second["prompt_tokens"] == second["total_tokens"] - second["completion_tokens"]
 
 
 WITHOUT_EFFECT: dict[str, Any] = {

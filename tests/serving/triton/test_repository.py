@@ -94,12 +94,14 @@ def test_an_ensemble_connects_tensors_that_exist_and_agree(opened: Engine, tmp_p
 def test_paths_and_options_arrive_as_they_are(opened: Engine, tmp_path: Path) -> None:
     odd = tmp_path / 'it\'s "an" engine, 5$ ${x} \\n ü'
     shutil.copytree(opened.path, odd)
-    options = RepositoryOptions(threads=3, max_queue=5, image_limits=ImageLimits(max_pixels=7, max_images=2))
+    limits = ImageLimits(max_pixels=7, max_images=2)
+    options = RepositoryOptions(threads=3, max_queue=5, reuse_prompts=False, image_limits=limits)
     configs = render(Engine.open(odd), tmp_path / "models", options)
     for name in ("vision_encoder", "nvlm"):
         assert parameter(configs[name], "engine") == str(odd)
         assert parameter(configs[name], "threads") == "3"
     assert parameter(configs["nvlm"], "max_queue") == "5"
+    assert parameter(configs["nvlm"], "reuse_prompts") == "no"
     assert parameter(configs["nvlm"], "drain_descriptor") == "7"
     for name in ("tiling", "nvlm"):
         assert (parameter(configs[name], "max_pixels"), parameter(configs[name], "max_images")) == ("7", "2")

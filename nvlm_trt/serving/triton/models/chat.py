@@ -43,6 +43,7 @@ class ChatModel:
             encode_tiles=ImageEncoder(self._pb_utils).encode_tiles,
             options=RuntimeOptions(
                 max_queue=int(parameters["max_queue"]),
+                reuse_prompts=parameters.get("reuse_prompts") != "no",
                 encode_workers=int(parameters["encode_workers"]),
                 decode_workers=int(parameters["decode_workers"]) if "decode_workers" in parameters else None,
                 image_limits=self._image_limits,

@@ -18,6 +18,11 @@ _DESCRIPTIONS = {
     "nvlm_image_cache_bytes": "Bytes of cached image features",
     "nvlm_image_cache_hits_total": "Images whose features were cached",
     "nvlm_image_cache_misses_total": "Images that were tiled and encoded",
+    "nvlm_kept_prompts": "Prompts of ended requests whose keys and values are kept",
+    "nvlm_prompt_tokens_total": "Tokens of the prompts of requests that had a slot",
+    "nvlm_cached_prompt_tokens_total": "Tokens of prompts whose keys and values were kept from earlier ones",
+    "nvlm_draft_tokens_total": "Drafted tokens that were checked",
+    "nvlm_accepted_draft_tokens_total": "Drafted tokens that became part of an answer",
     "nvlm_generated_tokens_total": "Tokens generated",
     "nvlm_late_tokens_total": "Tokens generated for requests after their cancellation was noticed",
     "nvlm_finished_requests_total": "Requests that ended, by reason",
@@ -65,6 +70,11 @@ class ModelMetrics:
         self._set("nvlm_image_cache_bytes", cache.nbytes)
         self._set("nvlm_image_cache_hits_total", cache.hits)
         self._set("nvlm_image_cache_misses_total", cache.misses)
+        self._set("nvlm_kept_prompts", generator.kept_prompts)
+        self._set("nvlm_prompt_tokens_total", generator.prompt_tokens)
+        self._set("nvlm_cached_prompt_tokens_total", generator.cached_tokens)
+        self._set("nvlm_draft_tokens_total", generator.draft_tokens)
+        self._set("nvlm_accepted_draft_tokens_total", generator.accepted_draft_tokens)
         self._set("nvlm_generated_tokens_total", generator.tokens_generated)
         self._set("nvlm_late_tokens_total", self._late_tokens)
         for reason, count in generator.requests_finished.items():

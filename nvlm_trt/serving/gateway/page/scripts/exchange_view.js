@@ -58,6 +58,7 @@ function figures({ usage, finish, state, browserSeconds }) {
 function countFigures(usage) {
   const { nvlm, prompt_tokens_details: details } = usage;
   const list = [["prompt", plural(usage.prompt_tokens, "token")]];
+  if (details.cached_tokens) list.push(["known already", plural(details.cached_tokens, "token")]);
   if (details.image_tiles) {
     list.push(["images", plural(details.image_tiles, "tile")]);
     list.push(["from the cache", nvlm.cached_images ? plural(nvlm.cached_images, "image") : "none"]);
