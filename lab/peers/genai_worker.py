@@ -108,7 +108,7 @@ def convert(source: Path, checkpoint: Path, vision: Path, folder: Path) -> None:
             },
         }
         for name, content in described.items():
-            (temporary / name).write_text(json.dumps(content), encoding="utf-8")
+            (temporary / name).write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
 
 
 def compress(original: Path, folder: Path) -> None:
@@ -168,7 +168,7 @@ def convert_tokenizer(vocabulary: Vocabulary, folder: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     path = folder / "tokenizer.json"
-    path.write_text(json.dumps(vocabulary.tokenizer), encoding="utf-8")
+    path.write_text(json.dumps(vocabulary.tokenizer, allow_nan=False), encoding="utf-8")
     fast = PreTrainedTokenizerFast(tokenizer_file=str(path), eos_token=MESSAGE_END)
     models = openvino_tokenizers.convert_tokenizer(fast, with_detokenizer=True)
     for model, name in zip(models, ("openvino_tokenizer.xml", "openvino_detokenizer.xml"), strict=True):

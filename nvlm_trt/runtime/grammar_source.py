@@ -30,7 +30,9 @@ def grammar_text(kind: Kind, value: Any) -> str:
     schema = _ANY_OBJECT if kind == "json_object" else value
     # llguidance's own key would change what a schema means
     schema = {key: item for key, item in schema.items() if key != "x-guidance"}
-    return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides={"whitespace_pattern": _WHITESPACE})
+    return LLMatcher.grammar_from_json_schema(
+        json.dumps(schema, allow_nan=False), overrides={"whitespace_pattern": _WHITESPACE}
+    )
 
 
 def parser_limits() -> LLParserLimits:
