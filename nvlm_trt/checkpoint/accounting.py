@@ -49,9 +49,9 @@ def account(config: NvlmConfig, records: Records, scheme: Fp8Scheme | None = Non
     present = [(name, records[name].shape, shape) for name, shape in expected.items() if name in records]
     misshapen = [Misshapen(*entry) for entry in present if entry[1] != padded_shape(entry[0], entry[2], padding)]
     for name, weight in scales.items():
-        rows = records[weight].shape[0]
-        if name in records and records[name].shape not in ((), (1,), (rows,), (rows, 1)):
-            misshapen.append(Misshapen(name, records[name].shape, (rows, 1)))
+        rows = records[weight].shape[:1]
+        if name in records and records[name].shape not in ((), (1,), rows, (*rows, 1)):
+            misshapen.append(Misshapen(name, records[name].shape, (*rows, 1)))
     return Accounting(
         missing=tuple(name for name in (*layout, *scales) if name not in records),
         unexpected=tuple(name for name in others if name not in skipped),

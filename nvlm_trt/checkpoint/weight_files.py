@@ -15,7 +15,7 @@ INDEX_FILE = "model.safetensors.index.json"
 _INDEX_SUFFIX = ".safetensors.index.json"
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 _ADAPTER = "adapter_model.safetensors"
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_PICKLES = ("pytorch_model*.bin", "model*.bin", "consolidated*.pt*", "*.ckpt")
 
 
 def weight_files(directory: Path) -> tuple[str, ...]:
@@ -26,12 +26,9 @@ def weight_files(directory: Path) -> tuple[str, ...]:
     indexes = sorted(path.name for path in directory.glob(f"*{_INDEX_SUFFIX}"))
     if len(indexes) > 1:
         raise CheckpointError(f"{directory} has two indexes, {indexes[0]} and {indexes[1]}; remove the one out of date")
-    if (directory / _ADAPTER).exists():
-        raise CheckpointError(
-            f"{directory} is a LoRA adapter, not a whole checkpoint; name the checkpoint it was trained on, and pass "
-            f"--lora {directory} to `nvlm-trt build`"
-        )
     found = sorted(path.name for path in directory.glob("*.safetensors"))
+    if _ADAPTER in found:
+        raise _adapter(directory, alone=len(found) == 1 and not indexes)
     if indexes:
         if WEIGHTS_FILE in found:
             raise CheckpointError(
@@ -71,6 +68,18 @@ def _numbered_shards(directory: Path, found: list[str]) -> tuple[str, ...]:
         )
     ((stem, count),) = (key for key in sets if key is not None)
     return tuple(f"{stem}-{number:05}-of-{count}.safetensors" for number in range(1, int(count) + 1))
+
+
+def _adapter(directory: Path, alone: bool) -> CheckpointError:
+    if alone:
+        return CheckpointError(
+            f"{directory} is a LoRA adapter, not a whole checkpoint; name the checkpoint it was trained on, and pass "
+            f"--lora {directory} to `nvlm-trt build`"
+        )
+    return CheckpointError(
+        f"{directory} has a LoRA adapter beside its weights; move {_ADAPTER} and adapter_config.json to a folder of "
+        "their own, and pass that folder as --lora to `nvlm-trt build`"
+    )
 
 
 def _no_weights(directory: Path) -> CheckpointError:

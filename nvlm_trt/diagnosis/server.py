@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from nvlm_trt.diagnosis.finding import Finding, Severity, note, ok, tried, warning
@@ -106,13 +107,15 @@ def _port(name: str) -> Finding:
 
 def _disks() -> list[Finding]:
     """Report free disk in the working directory and for temporary files."""
-    places = {"disk": Path.cwd(), "disk for temporary files": temporary_folder()}
-    findings = []
-    for name, place in places.items():
-        free = shutil.disk_usage(place).free
-        detail = f"{free / 1e9:.1f} GB free in {place}"
-        if free < _LEAST_DISK:
-            findings.append(warning(name, detail, "free space there; an engine takes the size of its checkpoint"))
-        else:
-            findings.append(ok(name, detail))
-    return findings
+    return [_disk("disk", Path.cwd), _disk("disk for temporary files", temporary_folder)]
+
+
+def _disk(name: str, find: Callable[[], Path]) -> Finding:
+    found = tried(name, lambda: str(find()), Severity.ERROR)
+    if found.severity is not Severity.OK:
+        return found
+    free = shutil.disk_usage(found.detail).free
+    detail = f"{free / 1e9:.1f} GB free in {found.detail}"
+    if free < _LEAST_DISK:
+        return warning(name, detail, "free space there; an engine takes the size of its checkpoint")
+    return ok(name, detail)

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from sparse_checkpoint import write_sparse_checkpoint
 
+from nvlm_trt.checkpoint.file_state import file_state
 from nvlm_trt.checkpoint.inspection import inspect_checkpoint
 from nvlm_trt.checkpoint.reader import Checkpoint
 from nvlm_trt.errors import ConfigError, NvlmError
@@ -112,6 +116,35 @@ class TestFilesThatAreNotWhole:
             path.unlink()
         (sharded / "pytorch_model-00001-of-00002.bin").write_bytes(b"\x80")
         assert "pytorch_model-00001-of-00002.bin, a format that can run code" in the_fault(sharded)
+
+
+@given(
+    cut=st.integers(0, 2000),
+    garbage=st.binary(max_size=20),
+    length=st.one_of(st.none(), st.integers(0, (1 << 64) - 1)),
+    header=st.one_of(st.none(), st.recursive(
+        st.none() | st.integers() | st.text(max_size=5) | st.floats(allow_nan=False),
+        lambda children: st.lists(children, max_size=3)
+        | st.dictionaries(st.sampled_from(["dtype", "shape", "data_offsets", "__metadata__"]), children, max_size=4),
+    )),
+)  # fmt: skip
+def test_no_file_stops_an_inspection(
+    tmp_path_factory: pytest.TempPathFactory, cut: int, garbage: bytes, length: int | None, header: object
+) -> None:
+    path = tmp_path_factory.mktemp("fuzz") / "model.safetensors"
+    save_file({"mlp1.1.weight": np.ones((20, 20), np.float32)}, path)
+    data = path.read_bytes()
+    if header is not None:
+        text = json.dumps({"a": header}).encode()
+        data = struct.pack("<Q", len(text)) + text + garbage
+    if length is not None:
+        data = struct.pack("<Q", length) + data[8:]
+    path.write_bytes(data[:cut] + garbage)
+    state = file_state(path)
+    assert (state.fault is None) == (state.kind == "whole")
+    assert inspect_checkpoint(path.parent).faults
+    with pytest.raises(NvlmError):
+        open_like_a_build(path.parent)
 
 
 class TestTensors:

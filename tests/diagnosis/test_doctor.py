@@ -209,6 +209,16 @@ def test_a_port_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found.severity, found.detail) == (Severity.NOTE, "is in use (HTTP)")
 
 
+def test_no_folder_for_temporary_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> str:
+        raise FileNotFoundError
+
+    monkeypatch.setattr("tempfile.gettempdir", none)
+    found = by_name(server.examine_server())["disk for temporary files"]
+    assert found.severity is Severity.ERROR
+    assert "TMPDIR" in f"{found.detail} {found.remedy}"
+
+
 def test_the_exit_status_is_the_greatest_severity() -> None:
     findings = [ok("a", "b"), note("a", "b")]
     assert exit_status([]) == exit_status(findings) == 0
