@@ -33,11 +33,13 @@ def runtimes_here(engine: Engine) -> dict[str, str]:
     """Say, by stage, which runtime runs an engine on this machine, with its version.
 
     Raises EngineError if a runtime is missing that nothing replaces."""
-    named = {}
-    for stage in stages_of(engine.config):
-        spec = backend_of(engine, stage)
-        named[stage] = spec.runtimes_here(engine)[stage] if spec.runtimes_here else spec.probe()
-    return named
+    return {stage: runtime_here(engine, stage) for stage in stages_of(engine.config)}
+
+
+def runtime_here(engine: Engine, stage: str) -> str:
+    """Say which runtime runs one stage of an engine on this machine; see `runtimes_here`."""
+    spec = backend_of(engine, stage)
+    return spec.runtimes_here(engine)[stage] if spec.runtimes_here else spec.probe()
 
 
 def open_backend(

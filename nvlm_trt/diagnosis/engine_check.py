@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 
 from nvlm_trt.backends.base import stages_of
-from nvlm_trt.backends.opening import backend_of
+from nvlm_trt.backends.opening import backend_of, runtime_here
 from nvlm_trt.backends.spec import BackendSpec
 from nvlm_trt.diagnosis.finding import Finding, Severity, error, note, ok, tried
 from nvlm_trt.diagnosis.hardware import query_gpus
@@ -35,12 +35,11 @@ def examine_engine(path: Path) -> list[Finding]:
 
 
 def _stages(engine: Engine) -> Iterator[Finding]:
-    """Probe the runtime of each stage, as the manifest names it."""
+    """Name the runtime that runs each stage on this machine."""
     for stage in stages_of(engine.config):
 
         def check(stage: str = stage) -> str:
-            spec = backend_of(engine, stage)
-            return f"{spec.name}: {spec.probe()}"
+            return runtime_here(engine, stage)
 
         yield tried(f"stage {stage}", check, Severity.ERROR)
 
