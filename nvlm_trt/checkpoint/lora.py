@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from nvlm_trt.checkpoint.safetensors_file import FloatArray, SafetensorsFile
+from nvlm_trt.checkpoint.stored_names import layout_name
 from nvlm_trt.closing import ClosedOnExit
 from nvlm_trt.errors import CheckpointError, ConfigError
 from nvlm_trt.model.json_file import read_json_object
@@ -98,7 +99,7 @@ class LoraAdapter(ClosedOnExit):
                 f"{self.directory} has its weights in adapter_model.bin, a format that can run code when it is read; "
                 "save the adapter with safe_serialization=True"
             )
-        self.file = SafetensorsFile(self.directory / ADAPTER_FILE)
+        self.file = SafetensorsFile(self.directory / ADAPTER_FILE, layout_name)
         try:
             self.replaced, parts = self._sorted_tensors()
             self.updates = {f"{module}.weight": self._update(module, names) for module, names in parts.items()}

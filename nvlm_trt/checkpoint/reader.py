@@ -22,6 +22,7 @@ from nvlm_trt.checkpoint.file_state import TensorRecord
 from nvlm_trt.checkpoint.lazy_weight import LazyWeight
 from nvlm_trt.checkpoint.lora import LoraAdapter
 from nvlm_trt.checkpoint.safetensors_file import FloatArray, SafetensorsFile
+from nvlm_trt.checkpoint.stored_names import layout_name
 from nvlm_trt.checkpoint.weight_files import weight_files
 from nvlm_trt.closing import ClosedOnExit
 from nvlm_trt.errors import CheckpointError
@@ -75,7 +76,7 @@ class Checkpoint(ClosedOnExit):
         with contextlib.ExitStack() as opened:
             files = []
             for name in weight_files(directory):
-                files.append(SafetensorsFile(directory / name))
+                files.append(SafetensorsFile(directory / name, layout_name))
                 opened.callback(files[-1].close)
             adapter = None if lora is None else opened.enter_context(LoraAdapter(lora))
             checkpoint = cls(directory, config, files, scheme, adapter)

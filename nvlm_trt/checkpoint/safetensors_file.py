@@ -8,7 +8,7 @@ and a file that shrinks under a map kills the process with SIGBUS instead of rai
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,7 +18,6 @@ import numpy.typing as npt
 from nvlm_trt.bounded_file import open_regular
 from nvlm_trt.checkpoint.file_state import TensorRecord, file_state
 from nvlm_trt.checkpoint.finite import first_not_finite
-from nvlm_trt.checkpoint.stored_names import layout_name
 from nvlm_trt.errors import CheckpointError
 from nvlm_trt.model.quantised_source import FP8_DTYPE
 
@@ -30,19 +29,18 @@ _BLOCK_BYTES = 16 << 20  # read and converted at a time: a load holds one float3
 
 
 class SafetensorsFile:
-    """An open file and its `records` by tensor name, as the layout spells it. Reads are positional, so threads may
-    share the file."""
+    """An open file and its `records` by tensor name. Reads are positional, so threads may share it."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises CheckpointError when the file is absent, truncated, or has a corrupt header, and for two tensors of
-        one name."""
+    def __init__(self, path: Path, rename: Callable[[str], str] = str) -> None:
+        """`rename` translates the stored names. Raises CheckpointError when the file is absent, truncated, or has a
+        corrupt header, and for two tensors of one name."""
         self.path = path
         state = file_state(path)
         if state.fault is not None:
             raise CheckpointError(state.fault)
         self.records: dict[str, TensorRecord] = {}
         for stored, record in state.records.items():
-            name = layout_name(stored)
+            name = rename(stored)
             if name in self.records:
                 raise CheckpointError(f"{path} has {name} twice, once as {stored}; write the checkpoint again")
             self.records[name] = record
