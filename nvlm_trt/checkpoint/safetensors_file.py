@@ -29,20 +29,18 @@ _BLOCK_BYTES = 16 << 20  # read and converted at a time: a load holds one float3
 
 
 class SafetensorsFile:
-    """An open file and its `records` by tensor name. Reads are positional, so threads may share the file."""
+    """An open file and its `records` by tensor name. Reads are positional, so threads may share it."""
 
-    def __init__(self, path: Path, spell: Callable[[str], str] = str) -> None:
-        """`spell` turns the names of the file into those of `records`.
-
-        Raises CheckpointError when the file is absent, truncated, or has a corrupt header, and for two tensors of one
-        name."""
+    def __init__(self, path: Path, rename: Callable[[str], str] = str) -> None:
+        """`rename` translates the stored names. Raises CheckpointError when the file is absent, truncated, or has a
+        corrupt header, and for two tensors of one name."""
         self.path = path
         state = file_state(path)
         if state.fault is not None:
             raise CheckpointError(state.fault)
         self.records: dict[str, TensorRecord] = {}
         for stored, record in state.records.items():
-            name = spell(stored)
+            name = rename(stored)
             if name in self.records:
                 raise CheckpointError(f"{path} has {name} twice, once as {stored}; write the checkpoint again")
             self.records[name] = record
