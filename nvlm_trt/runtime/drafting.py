@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-_WORD = 3  # tokens that are looked up
+# Tokens that are looked up, the most that are found. Tokens of a few characters need many for a certain place.
+_WORDS = (8, 5, 3)
 _FIRST_LENGTH = 4  # tokens of the first draft
 # In decoding steps of one answer. Checking S tokens takes about 1 + S / 6 of them (docs/onnxruntime.md, batch 1 and 8).
 _COST, _COST_PER_TOKEN = 1.0, 1 / 6
@@ -19,7 +20,7 @@ class Drafter:
     def __init__(self, token_ids: Sequence[int], most: int, never: int) -> None:
         """Start behind the prompt `token_ids`. Drafts have at most `most` tokens, and end before a token `never`."""
         self._tokens: list[int] = []
-        self._after: dict[tuple[int, ...], int] = {}  # word -> where the token stands that came after it last
+        self._after: dict[tuple[int, ...], int] = {}  # tokens -> where the token stands that came after them last
         self._most, self._never = most, never
         self._length = min(_FIRST_LENGTH, most)
         self._balance = _FIRST_BALANCE
@@ -33,7 +34,8 @@ class Drafter:
 
     def draft(self, most: int) -> list[int]:
         """Return the tokens that may come next, at most `most`; often none."""
-        start = self._after.get(tuple(self._tokens[-_WORD:]))
+        found = (self._after.get(tuple(self._tokens[-size:])) for size in _WORDS)
+        start = next((start for start in found if start is not None), None)
         if start is None or self._balance < 0:
             return []
         drafted: list[int] = []
@@ -54,6 +56,7 @@ class Drafter:
         self._balance = min(self._balance + accepted + 1 - cost, _MOST_BALANCE)
 
     def _append(self, token_id: int) -> None:
-        if len(self._tokens) >= _WORD:
-            self._after[tuple(self._tokens[-_WORD:])] = len(self._tokens)
+        for size in _WORDS:
+            if len(self._tokens) >= size:
+                self._after[tuple(self._tokens[-size:])] = len(self._tokens)
         self._tokens.append(token_id)

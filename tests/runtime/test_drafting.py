@@ -44,6 +44,13 @@ def test_what_came_after_the_same_three_tokens_last_is_drafted() -> None:
     assert drafter.draft(1) == [8]
 
 
+def test_the_longest_repetition_counts() -> None:
+    drafter = Drafter([1, 2, 3, 4, 5, 6, 7, 9, 9, 9, 3, 4, 5, 8, 8, 0, 1, 2], most=3, never=NEVER)
+    for token_id in (3, 4, 5):
+        drafter.add(token_id)
+    assert drafter.draft(2) == [6, 7]  # after 1, 2, 3, 4, 5, and not after the last 3, 4, 5
+
+
 def test_a_repetition_is_drafted_on_beyond_its_end() -> None:
     drafter = Drafter([5, 1, 2, 3, 1, 2, 3], most=8, never=NEVER)
     drafter.learn(4, 4)
@@ -62,7 +69,8 @@ def test_a_draft_is_what_followed(tokens: list[int], most: int, wanted: int) -> 
     drafter = Drafter(tokens[:half], most, never=NEVER)
     for token_id in tokens[half:]:
         drafter.add(token_id)
-    places = [i for i in range(3, len(tokens)) if tokens[i - 3 : i] == tokens[-3:]]
+    found = ([i for i in range(n, len(tokens)) if tokens[i - n : i] == tokens[-n:]] for n in (8, 5, 3))
+    places = next(filter(None, found), [])
     drafted = drafter.draft(wanted)
     if not places:
         assert drafted == []
