@@ -20,7 +20,6 @@ from nvlm_trt.builders.quantization.formats import Recipe, WeightForm, quantised
 from nvlm_trt.builders.quantization.gate import NOT_MEASURED, AccuracyGate, GateOptions
 from nvlm_trt.builders.smoke_test import SmokeTest
 from nvlm_trt.builders.source import EngineSource
-from nvlm_trt.checkpoint.reader import Checkpoint
 from nvlm_trt.engine import CALIBRATION, Engine, Manifest, publish, save_manifest, tool_versions, write_manifest
 from nvlm_trt.errors import DeviceMemoryError, EngineError
 from nvlm_trt.evaluation.samples import Sample
@@ -72,7 +71,8 @@ class BuildSteps(Protocol):
     trial: BuildSteps | None
 
     def unquantised(self, precisions: Precisions) -> str:
-        """Return the precision of the unquantised engine that a quantised engine is compared with."""
+        """Name the precision, of the backend's table, of the unquantised engine that a quantised one is compared
+        with."""
         ...
 
     def write_stages(self, directory: Path, recipe: Recipe) -> dict[str, Any] | None:
@@ -95,11 +95,13 @@ def build_engine(
     quantization: QuantizationOptions | None = None,
     backend: str = DEFAULT_BACKEND,
     options: Mapping[str, Any] | None = None,
+    lora: Path | None = None,
 ) -> Engine:
     """Publish the engine of a checkpoint as the directory `output`. A failed build leaves nothing there.
 
     `overrides` replaces fields of `default_limits`; `precision` is text for the backend's PrecisionTable, None for the
-    table's default; `options` are the options that only this backend has. Memory does not grow with the model, except
+    table's default; `options` are the options that only this backend has; `lora` is an adapter that is merged into the
+    weights. Memory does not grow with the model, except
     in the smoke test, the calibration and the gate, each of which loads an engine.
     Raises CheckpointError and ConfigError for the checkpoint; EngineError for backend, precision, limits, an existing
     `output`, a full disk, a calibration that does not fit or an engine whose results are not finite; AccuracyError if
@@ -114,7 +116,7 @@ def build_engine(
     progress = progress or no_progress
     quantization = quantization or QuantizationOptions(gate=None)
     with publish(output, overwrite) as staging:
-        source = EngineSource(checkpoint_dir, overrides or {})
+        source = EngineSource(checkpoint_dir, overrides or {}, lora)
         precisions = {name: chosen[name] for name in components_of(source.config)}
         smoke = SmokeTest(source.prompts, source.limits, source.config)
         spec.check_limits(source.config, source.limits, precisions)
@@ -125,7 +127,8 @@ def build_engine(
         smoke_test = smoke_test and runs_here
         if quantization.gate and is_quantised and runs_here:
             unquantised = steps.unquantised(precisions)
-            gate = AccuracyGate(quantization.gate, builder.write_trial, staging, progress, unquantised)
+            floating = spec.precisions.parse(unquantised)
+            gate = AccuracyGate(quantization.gate, builder.write_trial, staging, progress, unquantised, floating)
         manifest = builder.write(precisions, staging)
         with builder.trial_engine(precisions, staging, wanted=smoke_test or gate is not None) as directory:
             if smoke_test:
@@ -134,6 +137,7 @@ def build_engine(
                 progress("smoke test", 1, 1)
             if is_quantised:
                 manifest.accuracy_gate = gate.check(directory, precisions) if gate else NOT_MEASURED
+        source.check_unchanged()
         save_manifest(staging, manifest)
         engine = Engine.open(staging)  # opened before other builds can replace it
     return replace(engine, path=Path(output))
@@ -172,7 +176,8 @@ class _Builder:
     def _write(self, chosen: Precisions, directory: Path, steps: BuildSteps) -> Manifest:
         precisions = {name: chosen[name] for name in components_of(self.source.config)}
         recipe = self._recipe(precisions, directory)
-        return write_engine(self.source, directory, recipe, self.spec.name, steps.tools, steps.write_stages)
+        runtimes = self.spec.runtimes_of(precisions)
+        return write_engine(self.source, directory, recipe, self.spec.name, steps.tools, steps.write_stages, runtimes)
 
     def try_out(self, smoke: SmokeTest, directory: Path, precisions: Precisions) -> None:
         try:
@@ -188,7 +193,7 @@ class _Builder:
         calibration = self._calibration if needs_calibration(precisions) else None
         if calibration:
             calibration.save(directory / CALIBRATION)
-        with Checkpoint.open(self.source.checkpoint_dir) as checkpoint:
+        with self.source.open_checkpoint() as checkpoint:
             alpha = self.quantization.smoothquant_alpha
             return quantised(checkpoint, precisions, calibration, alpha, self.steps.weight_form)
 
@@ -215,16 +220,18 @@ def write_engine(
     backend: str,
     tools: Sequence[str],
     write_stages: Callable[[Path, Recipe], dict[str, Any] | None],
+    runtimes: Mapping[str, str] | None = None,
 ) -> Manifest:
     """Write config, tokenizer, stages and manifest into an empty directory. Memory does not grow with the model.
 
-    Raises EngineError for a full disk."""
+    `runtimes`: those of single stages, for the manifest. Raises EngineError for a full disk."""
     source.write_model_files(directory)
     record = write_stages(directory, recipe)
     manifest = Manifest(
         model_name=source.config.name,
         architecture=source.config.architecture,
         backend=backend,
+        runtimes=dict(runtimes or {}),
         precision={component: recipe.precisions[component] for component in components_of(source.config)},
         limits=source.limits,
         checkpoint_digest=source.digest,

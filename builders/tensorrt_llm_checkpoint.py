@@ -37,18 +37,20 @@ def write_llm_checkpoint(
     progress: Progress,
     *,
     dtype: str = "bf16",
+    lora: Path | None = None,
 ) -> None:
     """Write the checkpoint that trtllm-build reads into `directory`, which need not exist.
 
     `config` is that of the checkpoint. `dtype`: bf16 or fp16. `max_encoder_len`: the most cross-attended tokens of a
-    request (X, H). Memory does not grow with the model: every tensor of `checkpoint` is read once, some rows at a time,
-    and written to all ranks that need it. An interrupted call leaves a journal, with which the next call goes on if it
-    is about the same weights, scales and split; otherwise that call starts anew. A finished directory has no journal.
+    request (X, H). `lora`: an adapter that is merged into the weights.
+    Memory does not grow with the model: every tensor of `checkpoint` is read once, some rows at a time, and written to
+    all ranks that need it. An interrupted call leaves a journal, with which the next call goes on if it is about the
+    same weights, scales and split; otherwise that call starts anew. A finished directory has no journal.
     Raises EngineError for a split that does not fit, for values beyond `dtype`, for a calibration that lacks a layer
     and for a full disk; CheckpointError for the checkpoint."""
     settings = checkpoint_config(config, mapping, quantization, max_encoder_len, dtype)
     layouts = [rank_layout(config, mapping, quantization, rank, dtype) for rank in range(mapping.world_size)]
-    with Checkpoint.open(checkpoint) as source, storage_errors(directory):
+    with Checkpoint.open(checkpoint, lora) as source, storage_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
         what = {
             "format": _FORMAT,

@@ -30,7 +30,7 @@ from lab.common import parser, run
 from lab.rounds import Contender, Rounds
 from nvlm_trt.builders.quantization.calibration import Calibration, LinearInput
 from nvlm_trt.checkpoint.reader import Checkpoint
-from nvlm_trt.checkpoint.writer import WEIGHTS_FILE
+from nvlm_trt.checkpoint.weight_files import WEIGHTS_FILE
 from nvlm_trt.engine import CALIBRATION
 from nvlm_trt.errors import EngineError
 from nvlm_trt.model.config import NvlmConfig

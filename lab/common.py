@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import importlib
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from lab.rounds import Contender, Rounds
 from nvlm_trt.errors import NvlmError
 
 RESULTS = ROOT / "lab" / "results"  # committed
+PICTURES = ROOT / "docs" / "images"  # committed
 NOT_SETTINGS = ("work", "json", "rounds", "publish", "peers")  # runs that differ in these alone measure the same
 
 
@@ -49,8 +51,11 @@ def run(
     measure: Callable[[argparse.Namespace, Rounds], None],
     result: str,
     packages: Sequence[str] = PACKAGES,
+    picture: str | None = None,
 ) -> None:
-    """Parses the command line, measures, and publishes if --publish is given. `result` names the JSON file."""
+    """Parses the command line, measures, and publishes if --publish is given.
+
+    `result` names the JSON file, `picture` the plot that `measure` draws beside it."""
     arguments = options.parse_args()
     if arguments.publish and arguments.contender:
         options.error("--publish takes the benchmark's own contenders only; leave out --contender")
@@ -64,6 +69,8 @@ def run(
             measure(arguments, rounds)
         if arguments.publish:
             rounds.publish(RESULTS / result)
+            if picture is not None:
+                shutil.copyfile(result_path(arguments, result).with_name(picture), PICTURES / picture)
 
 
 def result_path(arguments: argparse.Namespace, result: str) -> Path:

@@ -175,7 +175,7 @@ def kernels(events: list[dict[str, Any]], first: int, last: int) -> Iterator[tup
 
 
 def profile_of_peer(peer: Peer, prompt: np.ndarray, steps: int, placeholder: int) -> Profile:
-    answer = peer.ask(prompt, steps, placeholder)
+    answer = peer.ask({"prompt": prompt.tolist(), "steps": steps, "banned": placeholder})
     return by_kind(
         answer["seconds"] * 1e3 / steps,
         (

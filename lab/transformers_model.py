@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,35 @@ def whole_model(checkpoint: Path, dtype: torch.dtype = torch.float32) -> PreTrai
             state[name.replace("mlp1.", "model.multi_modal_projector.")] = tensor
     _load(model, state)
     return model
+
+
+def write_vision_encoder(checkpoint: Path, path: Path) -> None:
+    """Writes vision encoder and projector of NVLM-D as TorchScript: tiles [n, 3, E, E] -> [n, T, hidden], float32."""
+    model = whole_model(checkpoint)
+    model.set_attn_implementation("sdpa")
+    edge = _config(checkpoint).vision.image_size
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # only the number of tiles varies
+        traced = torch.jit.trace(_VisionEncoder(model), torch.zeros(2, 3, edge, edge), check_trace=False)
+    temporary = path.with_name(f"{path.name}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    traced.save(temporary)
+    temporary.rename(path)
+
+
+class _VisionEncoder(nn.Module):
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model.model
+        self.model.language_model = nn.Identity()  # not to be written with it
+
+    @torch.no_grad()
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        found = self.model.get_image_features(
+            pixel_values, vision_feature_layer=-1, vision_feature_select_strategy="default"
+        )
+        features: Tensor = found.pooler_output
+        return features
 
 
 def llm_config(llm: LlmConfig) -> Any:

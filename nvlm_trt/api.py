@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from nvlm_trt.bounds import MAX_COUNT, MAX_PRIORITY, MAX_SEED, MAX_SLOTS
+from nvlm_trt.constraint import KINDS
+from nvlm_trt.constraint import Constraint as Constraint
 from nvlm_trt.errors import ParameterError
 
 Role = Literal["system", "user", "assistant"]
@@ -71,11 +73,17 @@ def _with_integer_keys(value: Any) -> Any:
     return value
 
 
+def _as_constraint(value: Any) -> Any:
+    """Makes a constraint from the object that JSON has."""
+    return Constraint(**value) if isinstance(value, Mapping) and all(isinstance(key, str) for key in value) else value
+
+
 _DECIMAL = re.compile("0|[1-9][0-9]{0,9}")
 _StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 _StopStrings = Annotated[tuple[_StopString, ...], BeforeValidator(_as_tuple), Field(max_length=MAX_STOP_STRINGS)]
 _TokenId = Annotated[int, Field(ge=0)]
 _Bias = Annotated[float, Field(ge=BAN, le=-BAN)]
+_Constraint = Annotated[Constraint | None, BeforeValidator(_as_constraint)]
 _LogitBias = Annotated[dict[_TokenId, _Bias], BeforeValidator(_with_integer_keys), Field(max_length=MAX_BIASES)]
 
 
@@ -114,6 +122,8 @@ class SamplingParams(BaseModel):
     logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS, description=f"an integer from 0 to {MAX_LOGPROBS}")
     # True: generate until max_tokens
     ignore_eos: bool = Field(False, description="true or false")
+    # what the whole text of each answer must be; the answer ends once nothing may follow, before min_tokens too
+    constraint: _Constraint = Field(None, description=f"an object with one of {', '.join(KINDS)}")
     # tokens that are drafted from prompt and answer, to be checked in one step; 0: none
     draft_tokens: int = Field(0, ge=0, le=MAX_DRAFT_TOKENS, description=f"an integer from 0 to {MAX_DRAFT_TOKENS}")
     # requests of a lower number have their prompts read first
@@ -131,6 +141,10 @@ class SamplingParams(BaseModel):
             raise ParameterError(
                 f"sampling parameter min_tokens = {self.min_tokens} is not allowed; it is at most max_tokens, "
                 f"{self.max_tokens}"
+            )
+        if self.constraint and self.ignore_eos:
+            raise ParameterError(
+                "sampling parameter ignore_eos = True is not allowed with constraint, which says where the answer ends"
             )
 
     @classmethod

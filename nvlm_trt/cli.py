@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import json
 import os
 import sys
@@ -15,8 +16,10 @@ from nvlm_trt import standard_streams, terminal
 from nvlm_trt.bounds import MAX_SEED, MAX_TOKENS
 from nvlm_trt.commands.bench import bench
 from nvlm_trt.commands.build import build
+from nvlm_trt.commands.constraint_options import ChoiceOption, JsonSchemaOption, RegexOption, constraint_of
 from nvlm_trt.commands.decode_budget import DecodeMemoryOption, DecodeSecondsOption, image_limits
 from nvlm_trt.commands.deploy import deploy
+from nvlm_trt.commands.doctor import doctor
 from nvlm_trt.commands.evaluate import evaluate
 from nvlm_trt.commands.gateway import gateway
 from nvlm_trt.commands.gateway_options import (
@@ -30,6 +33,7 @@ from nvlm_trt.commands.gateway_options import (
     ServedNameOption,
     gateway_options,
 )
+from nvlm_trt.commands.inspect_checkpoint import inspect
 from nvlm_trt.commands.plan import plan
 from nvlm_trt.commands.tiles import tiles
 from nvlm_trt.commands.tinydocs import tinydocs
@@ -47,7 +51,6 @@ app = typer.Typer(
     name="nvlm-trt",
     help="Build, verify, serve and ask NVLM-1.0 engines (NVLM-D, NVLM-X, NVLM-H).",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -61,9 +64,18 @@ ThreadsOption = Annotated[
 ]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"nvlm-trt {importlib.metadata.version('nvlm-trt')}")
+        raise typer.Exit
+
+
 @app.callback()
 def main_options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     if debug:
         os.environ["NVLM_TRT_DEBUG"] = "1"
@@ -88,6 +100,7 @@ def init_checkpoint(
     terminal.note(f"wrote {directory} (random weights of {preset}, seed {seed})")
 
 
+app.command()(inspect)
 app.command()(build)
 app.command()(plan)
 
@@ -96,8 +109,17 @@ app.command()(plan)
 def verify(
     engine: EngineArgument,
     checkpoint: CheckpointOption,
+    lora: Annotated[Path | None, typer.Option(help="The adapter that the engine was built with.")] = None,
     tokens: Annotated[int, typer.Option(min=1, max=MAX_TOKENS, help="Greedy tokens to compare.")] = 64,
-    tolerance: Annotated[float, typer.Option(min=0, max=1e6, help="Largest absolute difference allowed.")] = 1e-3,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1e6,
+            help="Largest absolute difference allowed; default: 0.001, and a share of the largest value for image "
+            "tokens in bf16.",
+        ),
+    ] = None,
     image: Annotated[Path | None, typer.Option(help="Image to compare on; default: one drawn for the purpose.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -108,7 +130,7 @@ def verify(
     from nvlm_trt.evaluation.parity import verify_engine
 
     with terminal.progress() as progress:
-        report = verify_engine(engine, checkpoint, image, tokens, tolerance, progress)
+        report = verify_engine(engine, checkpoint, image, tokens, tolerance, progress, lora)
     if as_json:
         print(json.dumps(report.to_dict(), indent=2, allow_nan=False))
     else:
@@ -183,6 +205,7 @@ def serve(
 def ask(
     question: Annotated[str, typer.Argument(help="The question; <image> marks the place of an image.")],
     image: Annotated[list[Path] | None, typer.Option(help="Image to ask about; repeat for several.")] = None,
+    video: Annotated[list[Path] | None, typer.Option(help="Refused: NVLM-1.0 was not trained on video.")] = None,
     engine: Annotated[Path | None, typer.Option(help="Engine directory, run in this process.")] = None,
     url: Annotated[str | None, typer.Option(help="A running server, grpc://host:port.")] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
@@ -204,6 +227,9 @@ def ask(
     draft_tokens: Annotated[int, typer.Option(help="Most tokens to draft and check in one step.")] = 0,
     n: Annotated[int, typer.Option("--n", help="Answers to the one question.")] = 1,
     logprobs: Annotated[int, typer.Option(help="Report log-probabilities with this many alternatives.")] = 0,
+    json_schema: JsonSchemaOption = None,
+    regex: RegexOption = None,
+    choice: ChoiceOption = None,
     max_tiles: Annotated[int | None, typer.Option(help="Tiles per image, thumbnail not counted.")] = None,
     max_decode_seconds: DecodeSecondsOption = None,
     max_decode_memory: DecodeMemoryOption = None,
@@ -215,6 +241,11 @@ def ask(
 
     Example: nvlm-trt ask "What is the total?" --image docs/images/receipt.png --engine engines/nvlm-h --stats
     """
+    if video:
+        raise NvlmError(
+            f"--video {video[0]}: NVLM-1.0 was trained on still images, never on the frames of a video, so its answers "
+            "about them would mean nothing; pass single pictures as --image"
+        )
     if (engine is None) == (url is None):
         raise NvlmError("name either an engine or a server: pass one of --engine DIR and --url grpc://host:port")
     from nvlm_trt.answer_printing import print_answers
@@ -238,6 +269,7 @@ def ask(
         draft_tokens=draft_tokens,
         n=n,
         logprobs=logprobs,
+        constraint=constraint_of(json_schema, regex, choice),
     )
     messages = [Message("system", system)] if system else []
     messages.append(Message("user", question))
@@ -245,6 +277,8 @@ def ask(
     images = tuple(read_image_file(path) for path in paths)
     if engine is not None:
         from nvlm_trt.api import ChatRequest
+        from nvlm_trt.backends.opening import runtimes_here
+        from nvlm_trt.engine import Engine
         from nvlm_trt.image.fork_server import FORK_SERVER
         from nvlm_trt.runtime.pipeline import Pipeline, RuntimeOptions
 
@@ -254,6 +288,9 @@ def ask(
         with naming_files(paths), Pipeline.open(engine, threads=threads, options=options) as pipeline:
             stream = pipeline.generate(ChatRequest(messages, images, sampling, max_tiles))
             print_answers(stream, n, stats=stats, as_json=as_json)
+        if stats and not as_json:
+            runtimes = runtimes_here(Engine.open(engine))
+            terminal.note(f"[{' | '.join(f'{stage}: {runtime}' for stage, runtime in runtimes.items())}]")
     else:
         from nvlm_trt.serving.client import Client
 
@@ -278,6 +315,7 @@ def _biases(options: list[str]) -> dict[int, float]:
 
 
 app.command()(deploy)
+app.command()(doctor)
 app.command()(gateway)
 app.command()(tiles)
 app.command("eval")(evaluate)

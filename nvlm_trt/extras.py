@@ -20,9 +20,15 @@ EXTRAS = {
     ),
     "bench": ("matplotlib",),
     "openai": ("fastapi", "uvicorn", "sse_starlette"),
+    "structured": ("llguidance",),
     "reference": ("torch",),
     "deploy": ("yaml",),
 }
+
+
+def missing_packages(extra: str) -> list[str]:
+    """Return the modules of `extra` whose packages are not installed."""
+    return [module for module in EXTRAS[extra] if importlib.util.find_spec(module) is None]
 
 
 def require(extra: str, purpose: str) -> None:
@@ -30,6 +36,5 @@ def require(extra: str, purpose: str) -> None:
 
     Imports no package, so a command can check all packages quickly before it starts to work.
     """
-    missing = [module for module in EXTRAS[extra] if importlib.util.find_spec(module) is None]
-    if missing:
+    if missing := missing_packages(extra):
         raise NvlmError(f"{purpose} needs {', '.join(missing)}; install with: pip install 'nvlm-trt[{extra}]'")

@@ -1,7 +1,8 @@
-"""Counts the cores that the machine offers to this process."""
+"""Describes the processor that the machine offers to this process."""
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
@@ -14,3 +15,13 @@ def available_cores() -> int:
         return max(1, min(cores, round(int(quota) / int(period))))
     except (OSError, ValueError):  # no cgroup v2, or no quota ("max")
         return cores
+
+
+@functools.cache
+def cpu_flags() -> frozenset[str]:
+    """Return the instruction sets of the first core by their Linux names; none if Linux lists none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())

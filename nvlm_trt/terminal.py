@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBars
 from rich.table import Table
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 
 _stderr = Console(stderr=True, highlight=False)
+_SPEED_SECONDS = 3600.0  # over which a bar's speed is measured: one sample of a calibration may take minutes
 
 
 def error(message: str) -> None:
@@ -33,9 +34,17 @@ def note(message: str) -> None:
 
 @contextlib.contextmanager
 def progress() -> Iterator[Progress]:
-    """Yields a callback `(description, done, total)` that draws a bar per description, if stderr is a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with ProgressBars(*columns, console=_stderr, disable=not _stderr.is_terminal) as bars:
+    """Yields a callback `(description, done, total)` that draws a bar per description, if stderr is a terminal.
+
+    A bar shows the time that has passed and the time left."""
+    columns = (
+        *(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn()),
+        *(TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("left")),
+    )
+    bars = ProgressBars(
+        *columns, console=_stderr, disable=not _stderr.is_terminal, speed_estimate_period=_SPEED_SECONDS
+    )
+    with bars:
         tasks: dict[str, TaskID] = {}
 
         def report(description: str, done: float, total: float) -> None:
@@ -81,3 +90,11 @@ def accuracy_table(summary: Summary, title: str) -> None:
 def printable(text: str) -> str:
     """Replaces control characters by U+FFFD: an answer must not steer the terminal that shows it."""
     return "".join(c if c in "\n\t" or c.isprintable() else "�" for c in text)
+
+
+def scaled(number: float, unit: str) -> str:
+    """Writes a number with a prefix: 12300000, "B" -> 12.30 MB."""
+    for prefix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if number >= size:
+            return f"{number / size:.2f} {prefix}{unit}"
+    return f"{number / 1e3:.2f} k{unit}"

@@ -109,6 +109,21 @@ def engine(shared_folder: Path, checkpoint: DirectoryByName) -> DirectoryByName:
 
 
 @pytest.fixture(scope="session")
+def exact_engine(shared_folder: Path, checkpoint: DirectoryByName) -> DirectoryByName:
+    """`exact_engine("nvlm-h-tiny")` is an engine as `engine` makes, all of it in fp32, also the vision encoder."""
+    from nvlm_trt.builders.engine_build import build_engine
+
+    def make(name: str) -> Path:
+        directory = shared_folder / "exact_engines" / name
+        with FileLock(shared_folder / f"exact-engine-{name}.lock"):
+            if not directory.exists():
+                build_engine(checkpoint(name), directory, precision="fp32")
+        return directory
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def tensorrt_process(shared_folder: Path) -> Iterator[ProcessPoolExecutor]:
     """A process with TensorRT's real bindings and no builder. Its wheels are fetched once into the user's cache."""
     pytest.importorskip("triton", reason="needs triton: pip install 'nvlm-trt[test]'")

@@ -1,19 +1,25 @@
-"""Publishes a quantised engine only if it answers as well as the unquantised engine: the accuracy gate."""
+"""Publishes a quantised engine only if it answers as well as the unquantised engine: the accuracy gate.
+
+Both engines answer the same questions, part by part, until all are asked or the verdict is beyond doubt
+(`early_verdict`). They share the image tokens of one vision encoder, unless the build quantises it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from nvlm_trt.builders.quantization.build_samples import document_samples, read_first_samples
-from nvlm_trt.errors import EngineError, NotFiniteError
-from nvlm_trt.evaluation.accuracy import EvalOptions, Summary, agreement, evaluate, run_header
-from nvlm_trt.evaluation.answerers import EngineAnswerer
-from nvlm_trt.evaluation.results import ResultsFile
+from nvlm_trt.builders.quantization.build_samples import document_samples, read_first_samples, rounds_of
+from nvlm_trt.builders.quantization.early_verdict import is_decided, looks
+from nvlm_trt.builders.quantization.encoded_images import EncodedImages
+from nvlm_trt.builders.quantization.examination import Examination
+from nvlm_trt.errors import EngineError
+from nvlm_trt.evaluation.accuracy import agreement
 from nvlm_trt.evaluation.samples import digest_of
-from nvlm_trt.model.precision import COMPONENTS, quantised_components
+from nvlm_trt.model.precision import quantised_components
 from nvlm_trt.progress import Progress
 from nvlm_trt.staging import temporary_sibling
 
@@ -21,6 +27,7 @@ from nvlm_trt.staging import temporary_sibling
 MEANINGFUL_SCORE = 0.1
 DOCUMENT_SAMPLES = 500  # about 40 of each task
 NOT_MEASURED = {"result": "not measured"}
+_ROUNDING = 1e-9  # points
 
 # Writes an engine of the gate's checkpoint into an empty directory: (component -> precision, directory).
 WriteEngine = Callable[[Mapping[str, str], Path], object]
@@ -61,101 +68,123 @@ class AccuracyError(EngineError):
         self.costs = tuple(costs)
 
 
-@dataclass(frozen=True)
-class _Answers:
-    summary: Summary
-    texts: Mapping[str, str]
-
-    @property
-    def score(self) -> float:
-        return self.summary.overall.score
-
-
 class AccuracyGate:
     """Compares the quantised engine of a build with temporary engines, which `write` makes."""
 
     def __init__(
-        self, options: GateOptions, write: WriteEngine, beside: Path, progress: Progress, unquantised: str = "fp32"
+        self,
+        options: GateOptions,
+        write: WriteEngine,
+        beside: Path,
+        progress: Progress,
+        unquantised: str,
+        floating: Mapping[str, str],
     ) -> None:
-        """Read or draw the samples. `unquantised` is the floating-point type of the engine's unquantised components,
-        and of all components of the unquantised engine. Raises RequestError and ImageError for faulty samples."""
+        """Read or draw the samples. `unquantised` names the precision of the unquantised engine, `floating` says it
+        for each component. Raises RequestError and ImageError for faulty samples."""
         if options.samples:
-            self._samples = read_first_samples(options.samples, options.count)
+            samples = read_first_samples(options.samples, options.count)
         else:
-            self._samples = document_samples("validation", options.count or DOCUMENT_SAMPLES, progress)
-        self._digest = digest_of(self._samples, progress)
+            samples = document_samples("validation", options.count or DOCUMENT_SAMPLES, progress)
+        self._digest = digest_of(samples, progress)
+        rounds = rounds_of(samples)
+        self._samples = list(chain.from_iterable(rounds))
+        self._looks = looks(rounds)
         self._max_drop = options.max_drop
         self._write = write
-        self._unquantised = unquantised
+        self._unquantised, self._floating = unquantised, floating
         self._beside = beside
         self._progress = progress
 
     def check(self, engine_dir: Path, precisions: Mapping[str, str]) -> dict[str, Any]:
         """Measure both engines and return the record for the manifest. Raises AccuracyError for too large a loss."""
-        reference = self._answers_of(self._unquantised, dict.fromkeys(COMPONENTS, self._unquantised))
-        quantised = self._ask("quantised", engine_dir)
-        drop = _points(reference, quantised)
-        same = agreement(reference.texts, quantised.texts)
-        record = {
-            "samples": {"count": len(self._samples), "digest": self._digest},
+        with temporary_sibling(self._beside) as tokens_dir:
+            with temporary_sibling(self._beside) as reference_dir:
+                self._write(self._floating, reference_dir)
+                images = EncodedImages(reference_dir, tokens_dir)
+                reference = self._examination(self._unquantised, reference_dir, images)
+                quantised = self._examination("quantised", engine_dir, self._shared(images, precisions))
+                asked = self._ask_until_decided(reference, quantised)
+            record = self._record(reference, quantised, asked)
+            drop = _points(reference, quantised)
+            if reference.score < MEANINGFUL_SCORE:
+                return {"result": "meaningless", **record}
+            if drop <= self._max_drop + _ROUNDING:
+                return {"result": "passed", **record}
+            # the unquantised engine has left the disk, which need not hold three engines at once
+            costs = self._costs(reference, quantised, precisions, images if images.complete else None, asked)
+        worst = max(costs, key=lambda cost: cost.drop)
+        raise AccuracyError(
+            f"accuracy gate: {100 * quantised.score:.2f} points against {100 * reference.score:.2f} in "
+            f"{self._unquantised}, a loss of {drop:.2f} where {self._max_drop:g} is allowed, on {asked} samples; "
+            f"{worst.component} costs most ({worst.drop:.2f} in {worst.precision}): build with --precision ...,"
+            f"{worst.component}={self._floating[worst.component]}, or raise --max-accuracy-drop",
+            costs,
+        )
+
+    def _ask_until_decided(self, reference: Examination, quantised: Examination) -> int:
+        """Return the number of samples that both engines have answered."""
+        for count in self._looks:
+            reference.ask(count)
+            quantised.ask(count)
+            allowed = (self._max_drop + _ROUNDING) / 100
+            if is_decided(reference.scores(), quantised.scores(), allowed, MEANINGFUL_SCORE):
+                break
+        for examination in (reference, quantised):
+            examination.end()
+        return count
+
+    def _record(self, reference: Examination, quantised: Examination, asked: int) -> dict[str, Any]:
+        same = agreement(reference.answers, quantised.answers)
+        return {
+            "samples": {"count": asked, "of": len(self._samples), "digest": self._digest},
             "unquantised": self._unquantised,
             "fp32_score": reference.score,  # the unquantised engine's score, also in another type than fp32
             "score": quantised.score,
             "tasks": {
                 task.task: {"fp32_score": task.score, "score": after.score}
-                for task, after in zip(reference.summary.tasks, quantised.summary.tasks, strict=True)
+                for task, after in zip(reference.summary().tasks, quantised.summary().tasks, strict=True)
             },
             "max_drop_points": self._max_drop,
             "equal_answers": same.equal / same.total,
         }
-        if reference.score < MEANINGFUL_SCORE:
-            return {"result": "meaningless", **record}
-        if drop <= self._max_drop + 1e-9:
-            return {"result": "passed", **record}
-        costs = self._costs(reference, quantised, precisions)
-        worst = max(costs, key=lambda cost: cost.drop)
-        raise AccuracyError(
-            f"accuracy gate: {100 * quantised.score:.2f} points against {100 * reference.score:.2f} in "
-            f"{self._unquantised}, a loss of {drop:.2f} where {self._max_drop:g} is allowed; {worst.component} costs "
-            f"most ({worst.drop:.2f} in {worst.precision}): build with --precision ...,"
-            f"{worst.component}={self._unquantised}, or raise --max-accuracy-drop",
-            costs,
-        )
 
-    def _costs(self, reference: _Answers, quantised: _Answers, precisions: Mapping[str, str]) -> list[ComponentCost]:
+    def _costs(
+        self,
+        reference: Examination,
+        quantised: Examination,
+        precisions: Mapping[str, str],
+        images: EncodedImages | None,
+        asked: int,
+    ) -> list[ComponentCost]:
         """Measure each quantised component alone."""
         components = quantised_components(precisions)
         costs = []
         for component in components:
-            alone = dict.fromkeys(COMPONENTS, self._unquantised) | {component: precisions[component]}
+            alone = {**self._floating, component: precisions[component]}
             # `check` has already measured an engine whose only quantised component is this one
-            answers = quantised if len(components) == 1 else self._answers_of(component, alone)
+            answers = quantised if len(components) == 1 else self._measured(component, alone, images, asked)
             costs.append(ComponentCost(component, precisions[component], answers.score, _points(reference, answers)))
         return costs
 
-    def _answers_of(self, what: str, precisions: Mapping[str, str]) -> _Answers:
+    def _measured(
+        self, what: str, precisions: Mapping[str, str], images: EncodedImages | None, asked: int
+    ) -> Examination:
         with temporary_sibling(self._beside) as directory:
             self._write(precisions, directory)
-            return self._ask(what, directory)
+            examination = self._examination(what, directory, self._shared(images, precisions))
+            examination.ask(asked)
+            examination.end()
+        return examination
 
-    def _ask(self, what: str, engine_dir: Path) -> _Answers:
-        options = EvalOptions()
-        answerer = EngineAnswerer(engine_dir, options.max_tokens)
+    def _examination(self, what: str, engine_dir: Path, images: EncodedImages | None) -> Examination:
+        return Examination(what, engine_dir, self._samples, self._digest, images, self._progress)
 
-        def progress(description: str, done: float, total: float) -> None:
-            self._progress(f"accuracy gate: {what} {description}", done, total)
-
-        header = run_header(self._digest, len(self._samples), answerer, options)
-        with ResultsFile(None, header, [sample.name for sample in self._samples]) as results:
-            try:
-                summary = evaluate(self._samples, answerer, results, options, progress, resumable=False)
-            except NotFiniteError:
-                raise EngineError(
-                    f"accuracy gate ({what}): the engine computes logits that are not finite; check the checkpoint's "
-                    "weights, or choose another --precision"
-                ) from None
-        return _Answers(summary, results.answers)
+    def _shared(self, images: EncodedImages | None, precisions: Mapping[str, str]) -> EncodedImages | None:
+        """Return `images` if an engine of these precisions has the vision encoder of the unquantised engine."""
+        same = (precisions[component] == self._floating[component] for component in ("vision_encoder", "projector"))
+        return images if all(same) else None
 
 
-def _points(reference: _Answers, other: _Answers) -> float:
+def _points(reference: Examination, other: Examination) -> float:
     return 100 * (reference.score - other.score)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from nvlm_trt.builders.graphs.common import INT64, Embedding, LinearWeight, StageGraph, Unquantised
+from nvlm_trt.builders.graphs.common import INT32, Embedding, LinearWeight, StageGraph, Unquantised
 from nvlm_trt.builders.quantization.magnitudes import BIN_SCALE, BINS, FIRST_BIN, LOWEST_OCTAVE
 
 CHANNELS = "observed.channels."  # + layer: [inputs], the largest magnitude of each channel
@@ -40,7 +40,8 @@ def _observe(graph: StageGraph, x: ir.Value, weight: LinearWeight) -> None:
     first = op.Constant(value_float=float(FIRST_BIN))
     last = op.Constant(value_float=float(BINS - 1))
     zero = op.Constant(value_float=0.0)
-    bins = op.Cast(op.Clip(op.Sub(op.Floor(octaves), first), zero, last), to=INT64)
+    # ScatterElements, a third of the time of an observation, takes 1.7 times as long for indices of 64 bits
+    bins = op.Cast(op.Clip(op.Sub(op.Floor(octaves), first), zero, last), to=INT32)
     ones = op.Expand(op.Constant(value_float=1.0), op.Shape(bins))
     empty = op.Constant(value=ir.tensor(np.zeros(BINS, np.float32)))
     graph.output(op.ScatterElements(empty, bins, ones, axis=0, reduction="add"), COUNTS + name, [BINS])

@@ -25,7 +25,9 @@ from nvlm_trt.staging import storage_errors
 TAG_EMBEDDINGS: Final = "tag_embeddings"
 
 
-def write_vision_encoder(checkpoint: Path, config: NvlmConfig, path: Path, dtype: str, progress: Progress) -> None:
+def write_vision_encoder(
+    checkpoint: Path, config: NvlmConfig, path: Path, dtype: str, progress: Progress, lora: Path | None = None
+) -> None:
     """Write InternViT and the projector, without dummy heads, as one safetensors file of `dtype` (bf16 or fp16).
 
     Memory holds some rows of one tensor. Raises EngineError for values beyond `dtype` and for a full disk,
@@ -33,7 +35,7 @@ def write_vision_encoder(checkpoint: Path, config: NvlmConfig, path: Path, dtype
     shapes = {**vision_layout(config), **projector_layout(config)}
     layout = {name: TensorSpec(shape, DTYPES[dtype]) for name, shape in shapes.items()}
     total, written = sum(map(nbytes, layout.values())), 0
-    with Checkpoint.open(checkpoint) as source, storage_errors(path), _published(path, layout) as file:
+    with Checkpoint.open(checkpoint, lora) as source, storage_errors(path), _published(path, layout) as file:
         for name in layout:
             first = 0
             for block in blocks_of(source.take(name)):
@@ -42,13 +44,15 @@ def write_vision_encoder(checkpoint: Path, config: NvlmConfig, path: Path, dtype
                 progress("writing the vision encoder", written, total)
 
 
-def write_tag_embeddings(checkpoint: Path, config: NvlmConfig, path: Path, dtype: str) -> None:
+def write_tag_embeddings(
+    checkpoint: Path, config: NvlmConfig, path: Path, dtype: str, lora: Path | None = None
+) -> None:
     """Write the text embeddings of NVLM-H's tile tags, `tag_embeddings` [max_tiles, tag_length, hidden], which stand
     before the image tokens of their tiles. Raises EngineError for a full disk, CheckpointError for the checkpoint."""
     assert config.architecture == "H", "only NVLM-H cross-attends tile tags"
     tags = PromptEncoder(config, Tokenizer.from_directory(checkpoint)).tag_ids(config.max_tiles)
     layout = {TAG_EMBEDDINGS: TensorSpec((*tags.shape, config.llm.hidden_size), DTYPES[dtype])}
-    with Checkpoint.open(checkpoint) as source, storage_errors(path), _published(path, layout) as file:
+    with Checkpoint.open(checkpoint, lora) as source, storage_errors(path), _published(path, layout) as file:
         file.write(TAG_EMBEDDINGS, 0, source.rows(EMBEDDING, tags.reshape(-1)))
 
 

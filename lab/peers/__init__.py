@@ -1,1 +1,1 @@
-"""Other software that decodes the same model: a client here, workers that run in an environment of their own."""
+"""Programs that run the same model: a client here, a worker for each, most in an environment of their own."""

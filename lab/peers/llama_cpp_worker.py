@@ -5,9 +5,6 @@ python -m lab.peers.llama_cpp_worker HF_DIRECTORY GGUF THREADS
 
 from __future__ import annotations
 
-import ctypes
-import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -16,16 +13,9 @@ from typing import Any
 import llama_cpp as llama
 import numpy as np
 
-from lab.peers.worker import Decode, serve
-
-ERROR = 4  # GGML_LOG_LEVEL_ERROR
-
-
-@llama.llama_log_callback
-def _log(level: int, text: bytes, data: object) -> None:
-    """Prints errors only."""
-    if level == ERROR:
-        print(text.decode(errors="replace"), end="", file=sys.stderr)
+from lab.peers.gguf_files import Type, write_language_model
+from lab.peers.llama_cpp_model import load_model
+from lab.peers.worker import Answer, serve
 
 
 def main() -> None:
@@ -33,15 +23,10 @@ def main() -> None:
     serve(lambda: load(source, gguf, threads))
 
 
-def load(source: Path, path: Path, threads: int) -> tuple[str, Decode]:
+def load(source: Path, path: Path, threads: int) -> tuple[str, Answer]:
     if not path.exists():
-        convert(source, path)
-    llama.llama_log_set(_log, ctypes.c_void_p(0))
-    llama.llama_backend_init()
-    parameters = llama.llama_model_default_params()
-    parameters.n_gpu_layers = 0
-    model = llama.llama_model_load_from_file(str(path).encode(), parameters)
-    assert model, f"llama.cpp does not load {path}"
+        write_language_model(source, path, Type.Q8_0)
+    model = load_model(path)
     vocabulary = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
 
     def decode(prompt: list[list[int]], steps: int, banned: int) -> dict[str, Any]:
@@ -89,46 +74,6 @@ def load(source: Path, path: Path, threads: int) -> tuple[str, Decode]:
         return {"seconds": seconds, "tokens": np.array(answers).T.tolist()}
 
     return f"llama-cpp-python {llama.__version__}", decode
-
-
-def convert(source: Path, path: Path) -> None:
-    """Writes Qwen2 in HF layout, float32 safetensors, as GGUF: every matrix in Q8_0, norms and biases in float32.
-
-    Leaves out the tokenizer: the benchmark sends token ids."""
-    import gguf
-    from safetensors import safe_open
-
-    config = json.loads((source / "config.json").read_text())
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, config["num_hidden_layers"])
-    temporary = path.with_suffix(".tmp")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    writer = gguf.GGUFWriter(temporary, "qwen2")
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_vocab_size(config["vocab_size"])
-    writer.add_tokenizer_model("no_vocab")
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
-    with safe_open(source / "model.safetensors", framework="numpy") as tensors:
-        for name in tensors.keys():  # noqa: SIM118
-            tensor = tensors.get_tensor(name)
-            renamed = names.get_name(name, try_suffixes=(".weight", ".bias"))
-            assert renamed, name
-            if tensor.ndim == 1:
-                writer.add_tensor(renamed, tensor)
-            else:
-                quantised = gguf.quants.quantize(tensor, gguf.GGMLQuantizationType.Q8_0)
-                writer.add_tensor(renamed, quantised, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import openvino
 
-from lab.peers.worker import Decode, serve
+from lab.peers.worker import Answer, serve
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
     serve(lambda: load(source, target, threads, profile="--profile" in sys.argv[4:]))
 
 
-def load(source: Path, target: Path, threads: int, profile: bool) -> tuple[str, Decode]:
+def load(source: Path, target: Path, threads: int, profile: bool) -> tuple[str, Answer]:
     if not target.exists():
         convert(source, target)
     options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "PERF_COUNT": profile}

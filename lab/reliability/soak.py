@@ -72,7 +72,9 @@ def asking(wire: Wire) -> Ask:
         }
         if question.images:
             tensors["image"] = strings(*question.images)
-        return wire.send_grpc(message(tensors), question.leaves_after or 10_000, _REQUEST_SECONDS)
+        if question.leaves_after:
+            return wire.leave_grpc(message(tensors), question.leaves_after)
+        return wire.send_grpc(message(tensors), 10_000, _REQUEST_SECONDS)
 
     return ask
 

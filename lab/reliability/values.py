@@ -67,6 +67,17 @@ def valid_sampling(source: random.Random) -> dict[str, Any]:
     return {"max_tokens": source.randint(1, MOST_TOKENS), **chosen}
 
 
+_CONSTRAINTS: tuple[dict[str, Any], ...] = (
+    {"json_object": True},
+    {"choice": ["yes", "no"]},
+    {"choice": []},
+    {"json_schema": {"$ref": "#"}},
+    {"json_schema": {"type": "integer", "multipleOf": 1_000_003}},
+    {"regex": "a{100000000}"},
+    {"regex": "(a{40}){40}", "json_object": True},
+)
+
+
 def sampling(source: random.Random) -> Any:
     """Chooses parameters of which some are wrong."""
     values = valid_sampling(source)
@@ -77,6 +88,8 @@ def sampling(source: random.Random) -> Any:
         return odd(source)
     if source.random() < 0.1:
         values["stop"] = [text(source)] * source.choice((1, 16, 17, 1000))
+    if source.random() < 0.1:
+        values["constraint"] = source.choice((*_CONSTRAINTS, {"regex": text(source)}, odd(source)))
     return values
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import itertools
 import json
 import urllib.parse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -14,6 +15,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from nvlm_trt.api import Delta
 from nvlm_trt.errors import NvlmError, RequestError, ServerError
+from nvlm_trt.serving.answer_calls import AnswerCalls
 from nvlm_trt.serving.chat_tensors import decode_error
 from nvlm_trt.serving.grpc_messages import delta_of
 
@@ -47,30 +49,25 @@ class Wire:
     def __init__(self, address: str, http_address: str) -> None:
         self._channel = grpc.insecure_channel(address.removeprefix("grpc://"), _CHANNEL)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self._calls = AnswerCalls(self._stub)
         self._host = urllib.parse.urlsplit(http_address).netloc
 
     def close(self) -> None:
+        self._calls.finish()
         self._channel.close()
 
     def send_grpc(self, message: service_pb2.ModelInferRequest, take: int, seconds: float) -> Reply:
-        """Reads up to `take` deltas, then leaves."""
+        """Reads up to `take` deltas, then cancels as gRPC does."""
         call = self._stub.ModelStreamInfer(iter([message]), timeout=seconds)
-        tokens: list[int] = []
         try:
-            for count, response in enumerate(call, start=1):
-                delta = delta_of(response) if message.model_name.startswith("nvlm") else _foreign(response)
-                tokens += delta.token_ids if delta else []
-                if count >= take:
-                    break
-        except NvlmError as error:
-            return Reply(tuple(tokens), error)
-        except grpc.RpcError as error:
-            return _broken_call(tokens, error)
-        except (ValueError, KeyError, AssertionError) as error:
-            return Reply(tuple(tokens), broken=f"a response that the client cannot read ({error!r})")
+            return _read_stream(message, call, take)
         finally:
             call.cancel()
-        return Reply(tuple(tokens))
+
+    def leave_grpc(self, message: service_pb2.ModelInferRequest, take: int) -> Reply:
+        """Reads up to `take` deltas, then leaves as our client does."""
+        with contextlib.closing(self._calls.responses(message)) as responses:
+            return _read_stream(message, responses, take)
 
     def send_http(self, path: str, body: bytes, take: int, seconds: float) -> Reply:
         """Posts the body; reads up to `take` events of a stream, then leaves."""
@@ -121,6 +118,23 @@ def read_body(body: bytes, status: int) -> Reply:
 
 def refused(reply: Reply) -> bool:
     return isinstance(reply.error, RequestError)
+
+
+def _read_stream(
+    message: service_pb2.ModelInferRequest, responses: Iterable[service_pb2.ModelStreamInferResponse], take: int
+) -> Reply:
+    tokens: list[int] = []
+    try:
+        for response in itertools.islice(responses, take):
+            delta = delta_of(response) if message.model_name.startswith("nvlm") else _foreign(response)
+            tokens += delta.token_ids if delta else []
+    except NvlmError as error:
+        return Reply(tuple(tokens), error)
+    except grpc.RpcError as error:
+        return _broken_call(tokens, error)
+    except (ValueError, KeyError, AssertionError) as error:
+        return Reply(tuple(tokens), broken=f"a response that the client cannot read ({error!r})")
+    return Reply(tuple(tokens))
 
 
 def _foreign(response: service_pb2.ModelStreamInferResponse) -> Delta | None:

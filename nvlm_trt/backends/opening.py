@@ -14,14 +14,32 @@ from nvlm_trt.errors import EngineError
 
 
 def backend_of(engine: Engine, stage: str = "decoder") -> BackendSpec:
-    """Return the backend that runs a stage of an engine. Raises EngineError for an unknown backend."""
-    name = engine.manifest.runtimes.get(stage, engine.manifest.backend)
+    """Return the backend that opens a stage of an engine. Raises EngineError for an unknown backend or runtime."""
+    own = _known(engine, engine.manifest.backend)
+    name = engine.manifest.runtimes.get(stage, own.name)
+    return own if name in own.stage_runtimes else _known(engine, name)
+
+
+def _known(engine: Engine, name: str) -> BackendSpec:
     if name not in backend_names():
         raise EngineError(
             f"engine {engine.path} was built for the backend {name!r}, which this nvlm-trt does not have; rebuild it "
             "with `nvlm-trt build`"
         )
     return find_backend(name)
+
+
+def runtimes_here(engine: Engine) -> dict[str, str]:
+    """Say, by stage, which runtime runs an engine on this machine, with its version.
+
+    Raises EngineError if a runtime is missing that nothing replaces."""
+    return {stage: runtime_here(engine, stage) for stage in stages_of(engine.config)}
+
+
+def runtime_here(engine: Engine, stage: str) -> str:
+    """Say which runtime runs one stage of an engine on this machine; see `runtimes_here`."""
+    spec = backend_of(engine, stage)
+    return spec.runtimes_here(engine)[stage] if spec.runtimes_here else spec.probe()
 
 
 def open_backend(

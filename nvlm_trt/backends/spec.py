@@ -43,6 +43,8 @@ class MemoryModel:
     """Tells the planner how a backend holds and runs the stages of an engine."""
 
     device: str  # "host" or "gpu": the memory of weights, caches and activations
+    # the type of the caches, and of all numbers in the files that are not quantised; None: the floating-point type
+    floating: str | None = None
     encode_tiles: int | None = None  # tiles that are encoded at once; None: all tiles of an image
     # True: every token reads the whole cross-attention cache of its slot; False: the tokens in use
     whole_cross_cache: bool = False
@@ -124,6 +126,12 @@ class BackendSpec:
     check_options: Callable[[Mapping[str, Any], Mapping[str, str]], None] = lambda options, chosen: None
     check_limits: Callable[[NvlmConfig, EngineLimits, Mapping[str, str]], None] = lambda config, limits, chosen: None
     placement: Callable[[Engine], TritonPlacement] = lambda engine: TritonPlacement()
+    # runtimes beside its own that run stages of its engines, from the same files; their names stand in manifests
+    stage_runtimes: Collection[str] = ()
+    # precision of each component -> stage -> the one of `stage_runtimes` that runs it
+    runtimes_of: Callable[[Mapping[str, str]], Mapping[str, str]] = lambda precisions: {}
+    # stage -> the runtime that runs it on this machine, with its version, in words; None: `probe` says it all
+    runtimes_here: Callable[[Engine], Mapping[str, str]] | None = None
     # raises EngineError for an engine that cannot be served
     server_needs: Callable[[Engine], ServerNeeds] = lambda engine: ServerNeeds()
     # returns the lines that `nvlm-trt build` prints about an engine that it has published

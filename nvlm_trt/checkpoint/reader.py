@@ -9,23 +9,27 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from nvlm_trt.bounded_file import INDEX_BYTES, read_bounded
-from nvlm_trt.checkpoint.dummy_heads import PROJECTION, padded_shape, real_heads
-from nvlm_trt.checkpoint.safetensors_file import FloatArray, SafetensorsFile, TensorRecord
-from nvlm_trt.checkpoint.writer import INDEX_FILE, WEIGHTS_FILE
+from nvlm_trt.checkpoint.accounting import Accounting, account, dummy_channels, has_tied_copy, scale_name
+from nvlm_trt.checkpoint.dummy_heads import PROJECTION
+from nvlm_trt.checkpoint.file_state import TensorRecord
+from nvlm_trt.checkpoint.lazy_weight import LazyWeight
+from nvlm_trt.checkpoint.lora import LoraAdapter
+from nvlm_trt.checkpoint.safetensors_file import FloatArray, SafetensorsFile
+from nvlm_trt.checkpoint.stored_names import layout_name
+from nvlm_trt.checkpoint.weight_files import weight_files
 from nvlm_trt.closing import ClosedOnExit
 from nvlm_trt.errors import CheckpointError
 from nvlm_trt.model.config import NvlmConfig
-from nvlm_trt.model.hf_config import config_to_hf, read_config
-from nvlm_trt.model.layout import EMBEDDING, IGNORED, LM_HEAD, checkpoint_layout
+from nvlm_trt.model.hf_config import config_to_hf, read_config, read_raw_config
+from nvlm_trt.model.layout import EMBEDDING, LM_HEAD, checkpoint_layout
+from nvlm_trt.model.quantised_source import FP8_DTYPE, Fp8Scheme, read_scheme
 
 # The digest hashes checkpoints up to this size whole (seconds), and samples of larger ones.
 _FULL_DIGEST_BYTES = 4 << 30
@@ -34,65 +38,48 @@ _SAMPLES = 64
 _TIED_ROWS = 256  # compared at a time
 
 
-@dataclass(frozen=True)
-class LazyWeight:
-    """A tensor that every call of `load` and `rows` reads again; valid while its checkpoint is open."""
-
-    name: str
-    shape: tuple[int, ...]
-    file: SafetensorsFile
-
-    def load(self) -> FloatArray:
-        """Reads the tensor as a new float32 array, without dummy heads. BF16, F16 and F32 convert exactly."""
-        stored = self.file.load(self.name)
-        return stored if stored.shape == self.shape else real_heads(self.name, stored, self.shape)
-
-    def rows(self, start: int, stop: int) -> FloatArray:
-        """Reads rows [start, stop) of the array that `load` returns, [stop - start, ...], and no others."""
-        record = self.file.records[self.name]
-        if record.shape != self.shape:
-            return self._real_rows(start, stop, record.shape)
-        out = np.empty((stop - start, *self.shape[1:]), np.float32)
-        self.file.read_floats(self.name, record, start * math.prod(self.shape[1:]), out.reshape(-1))
-        return out
-
-    def _real_rows(self, start: int, stop: int, stored: tuple[int, ...]) -> FloatArray:
-        """Reads rows of a tensor that is stored with dummy heads."""
-        if len(self.shape) == 1:  # small
-            return self.load()[start:stop]
-        parts = 3 if ".attn.qkv." in self.name else 1  # q, k and v, each with dummy heads behind its own
-        part, row = np.divmod(np.arange(start, stop), self.shape[0] // parts)
-        rows = self.file.load_rows(self.name, part * (stored[0] // parts) + row)
-        return np.ascontiguousarray(rows[:, : self.shape[1]])
-
-
 class Checkpoint(ClosedOnExit):
     """An open checkpoint whose names and shapes match its config. A context manager."""
 
-    def __init__(self, directory: Path, config: NvlmConfig, files: Sequence[SafetensorsFile]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        config: NvlmConfig,
+        files: Sequence[SafetensorsFile],
+        scheme: Fp8Scheme | None = None,
+        adapter: LoraAdapter | None = None,
+    ) -> None:
         self.directory = directory
         self.config = config
         self._files = files
+        self._adapter = adapter
         self._layout = checkpoint_layout(config)
         self._file_of = _locate(directory, files)
         self._remaining = dict.fromkeys(self._layout)
-        self._padding = self._dummy_channels()
-        self._check_shapes()
+        records = {name: file.records[name] for name, file in self._file_of.items()}
+        self._padding = dummy_channels(config, records)
+        self._has_tied_copy = has_tied_copy(config, records)
+        self._check_tensors(account(config, records, scheme))
+        self._scheme = scheme
+        if adapter is not None:
+            adapter.check_base(self._layout, {name: record.shape for name, record in records.items()})
 
     @classmethod
-    def open(cls, directory: Path | str) -> Checkpoint:
-        """Checks every header against config.json; reads no tensor.
+    def open(cls, directory: Path | str, lora: Path | None = None) -> Checkpoint:
+        """Checks every header against config.json; reads no tensor. `lora`: an adapter that is added to the weights.
 
-        Raises ConfigError, or CheckpointError naming a tensor that is missing, not expected or misshapen, or a
-        file that is missing, truncated or corrupt."""
+        Raises ConfigError, or CheckpointError naming a tensor that is missing, not expected or misshapen, a file that
+        is missing, truncated or corrupt, or an adapter of another base."""
         directory = Path(directory)
         config = read_config(directory)
+        scheme = read_scheme(read_raw_config(directory), directory)
         with contextlib.ExitStack() as opened:
             files = []
-            for name in _shard_names(directory):
-                files.append(SafetensorsFile(directory / name))
+            for name in weight_files(directory):
+                files.append(SafetensorsFile(directory / name, layout_name))
                 opened.callback(files[-1].close)
-            checkpoint = cls(directory, config, files)
+            adapter = None if lora is None else opened.enter_context(LoraAdapter(lora))
+            checkpoint = cls(directory, config, files, scheme, adapter)
             opened.pop_all()
         return checkpoint
 
@@ -117,7 +104,17 @@ class Checkpoint(ClosedOnExit):
             digest.update(f"\n{name} {record.dtype} {record.shape}\n".encode())
             for block in _samples(self._file_of[name], record) if sampled else self._file_of[name].blocks(record):
                 digest.update(block)
+            if self._is_fp8(name):
+                digest.update(self._scales(name).tobytes())
+        if self._adapter is not None:
+            digest.update(f"\nlora {self._adapter.digest}".encode())
         return digest.hexdigest()
+
+    @property
+    def stamp(self) -> tuple[tuple[str, int, int], ...]:
+        """Name, size and time of change (ns) of every weight file: another stamp means other weights."""
+        paths = [file.path for file in (*self._files, *([self._adapter.file] if self._adapter else []))]
+        return tuple((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
 
     def take(self, name: str) -> LazyWeight:
         """Consumes a tensor. Raises CheckpointError when it was taken before or is not in the layout."""
@@ -130,11 +127,11 @@ class Checkpoint(ClosedOnExit):
             self._check_dummy_heads(match[1])
         if name == EMBEDDING and self._has_tied_copy:
             self._check_tied_copy()
-        return LazyWeight(name, self._layout[name], self._file_of[name])
+        return self._lazy(name)
 
     def rows(self, name: str, ids: npt.ArrayLike) -> FloatArray:
         """Reads rows `ids` [n] of a matrix, [n, columns] float32, without consuming it."""
-        return self._file_of[name].load_rows(name, np.asarray(ids, np.int64))
+        return self._lazy(name).pick(np.asarray(ids, np.int64))
 
     def finish(self) -> None:
         """Raises CheckpointError when a tensor was never taken."""
@@ -147,21 +144,38 @@ class Checkpoint(ClosedOnExit):
     def close(self) -> None:
         for file in self._files:
             file.close()
+        if self._adapter is not None:
+            self._adapter.close()
 
-    def _dummy_channels(self) -> int:
-        """Counts the channels of the vision encoder's dummy heads, by the first layer's `proj`; 0 if it has none."""
-        vision = self.config.vision
-        name = "vision_model.encoder.layers.0.attn.proj.weight"
-        shape = self._file_of[name].records[name].shape if name in self._file_of else ()
-        extra = shape[1] - vision.hidden_size if len(shape) == 2 else 0
-        return extra if extra > 0 and extra % vision.head_dim == 0 else 0
+    def _lazy(self, name: str) -> LazyWeight:
+        update = self._adapter.updates.get(name) if self._adapter is not None else None
+        if self._adapter is not None and name in self._adapter.replaced:
+            return LazyWeight(name, self._layout[name], self._adapter.file, update=update)
+        scales = self._scales(name) if self._is_fp8(name) else None
+        return LazyWeight(name, self._layout[name], self._file_of[name], scales, update)
+
+    def _is_fp8(self, name: str) -> bool:
+        """Whether a tensor has scales. Raises CheckpointError for FP8 without."""
+        if self._file_of[name].records[name].dtype != FP8_DTYPE:
+            return False
+        if self._scheme is None:
+            raise CheckpointError(
+                f"{self._file_of[name].path}: {name} is stored as {FP8_DTYPE}, but config.json has no "
+                "quantization_config that says how; restore it from the checkpoint"
+            )
+        return True
+
+    def _scales(self, name: str) -> FloatArray:
+        """Reads the scales of an FP8 tensor: [rows] or [1]."""
+        scale = scale_name(name)
+        return self._file_of[scale].load(scale).reshape(-1)
 
     def _check_dummy_heads(self, attention: str) -> None:
         """Raises CheckpointError unless dummy heads add nothing: their columns of `proj` are 0, or their values."""
         projection, qkv = f"{attention}.proj.weight", f"{attention}.qkv.weight"
         width = self.config.vision.hidden_size
         padded = width + self._padding
-        values = self.rows(qkv, np.arange(2 * padded + width, 3 * padded))
+        values = self._file_of[qkv].load_rows(qkv, np.arange(2 * padded + width, 3 * padded))
         columns = self._file_of[projection].load(projection)[:, width:]
         silent = not values.any() and not self.config.vision.qkv_bias
         if columns.any() and not silent:
@@ -170,14 +184,12 @@ class Checkpoint(ClosedOnExit):
                 f"config.json's {self.config.vision.num_heads}, and they are not zero; correct num_attention_heads"
             )
 
-    @property
-    def _has_tied_copy(self) -> bool:
-        """Whether the checkpoint stores lm_head beside the embeddings that it is tied to, as some exports do."""
-        return self.config.llm.tie_word_embeddings and LM_HEAD in self._file_of
-
     def _check_tied_copy(self) -> None:
         """Raises CheckpointError unless lm_head equals the embeddings."""
-        table, copy = (LazyWeight(name, self._layout[EMBEDDING], self._file_of[name]) for name in (EMBEDDING, LM_HEAD))
+        table, copy = (
+            LazyWeight(name, self._layout[EMBEDDING], self._file_of[name], self._scales(name) if fp8 else None)
+            for name, fp8 in ((name, self._is_fp8(name)) for name in (EMBEDDING, LM_HEAD))
+        )
         for start in range(0, table.shape[0], _TIED_ROWS):
             stop = min(start + _TIED_ROWS, table.shape[0])
             differing = (table.rows(start, stop) != copy.rows(start, stop)).any(axis=1)
@@ -187,61 +199,27 @@ class Checkpoint(ClosedOnExit):
                     "but config.json says tie_word_embeddings; set it to false, or remove the tensor"
                 )
 
-    def _check_shapes(self) -> None:
-        missing = [name for name in self._layout if name not in self._file_of]
-        if missing:
+    def _check_tensors(self, accounting: Accounting) -> None:
+        """Raises CheckpointError for a tensor that is missing, not expected or misshapen."""
+        if missing := accounting.missing:
             raise CheckpointError(
                 f"{self.directory} has no tensor {missing[0]}{_others(missing)}, which its config.json asks for; "
                 "restore the missing shard or correct config.json"
             )
-        expected = self._layout | ({LM_HEAD: self._layout[EMBEDDING]} if self._has_tied_copy else {})
-        extra = [name for name in self._file_of if name not in expected and not IGNORED.fullmatch(name)]
-        if extra:
+        if unexpected := accounting.unexpected:
             raise CheckpointError(
-                f"{self.directory} has the tensor {extra[0]}{_others(extra)}, which a model of its config.json does "
-                "not use; correct config.json or remove the tensor"
+                f"{self.directory} has the tensor {unexpected[0]}{_others(unexpected)}, which a model of its "
+                "config.json does not use; correct config.json or remove the tensor"
             )
-        for name, shape in expected.items():
-            stored = self._file_of[name].records[name].shape
-            if stored != padded_shape(name, shape, self._padding):
-                raise CheckpointError(
-                    f"tensor {name} in {self._file_of[name].path} has shape {list(stored)}, config.json asks for "
-                    f"{list(shape)}; correct config.json or write the checkpoint again"
-                )
+        for tensor in accounting.misshapen:
+            raise CheckpointError(
+                f"tensor {tensor.name} in {self._file_of[tensor.name].path} has shape {list(tensor.stored)}, "
+                f"config.json asks for {list(tensor.wanted)}; correct config.json or write the checkpoint again"
+            )
 
 
 def _others(names: Sequence[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-
-
-def _shard_names(directory: Path) -> list[str]:
-    """Lists the weight files: those of the index, or the one file of a small checkpoint."""
-    index = directory / INDEX_FILE
-    if not index.exists():
-        if not (directory / WEIGHTS_FILE).exists():
-            raise CheckpointError(
-                f"{directory} has neither {WEIGHTS_FILE} nor {INDEX_FILE}; name a checkpoint in HF layout"
-            )
-        return [WEIGHTS_FILE]
-    if (directory / WEIGHTS_FILE).exists():
-        raise CheckpointError(
-            f"{directory} has both {WEIGHTS_FILE} and {INDEX_FILE}; remove the one that is out of date"
-        )
-    return sorted(set(_weight_map(index).values()))
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    """Reads model.safetensors.index.json -> tensor name: file name."""
-    try:
-        weight_map = json.loads(read_bounded(index, INDEX_BYTES).decode())["weight_map"]
-        outside = [name for name in weight_map.values() if Path(name).name != name]
-    except OSError as error:
-        raise CheckpointError(f"cannot read {index} ({error.strerror}); restore it from the checkpoint") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise CheckpointError(f"{index} is not a safetensors index; restore it from the checkpoint") from None
-    if outside:
-        raise CheckpointError(f"{index} names {outside[0]!r}, which is not a file beside it; restore the index")
-    return weight_map
 
 
 def _locate(directory: Path, files: Sequence[SafetensorsFile]) -> dict[str, SafetensorsFile]:

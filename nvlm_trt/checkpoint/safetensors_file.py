@@ -7,56 +7,47 @@ and a file that shrinks under a map kills the process with SIGBUS instead of rai
 
 from __future__ import annotations
 
-import json
 import os
-import struct
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
 
 from nvlm_trt.bounded_file import open_regular
+from nvlm_trt.checkpoint.file_state import TensorRecord, file_state
 from nvlm_trt.checkpoint.finite import first_not_finite
 from nvlm_trt.errors import CheckpointError
+from nvlm_trt.model.quantised_source import FP8_DTYPE
 
 FloatArray = npt.NDArray[np.float32]
 
-_ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
+FLOAT_DTYPES = ("BF16", "F16", "F32")
+_ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, FP8_DTYPE: 1}
 _BLOCK_BYTES = 16 << 20  # read and converted at a time: a load holds one float32 tensor and little more
-
-
-@dataclass(frozen=True)
-class TensorRecord:
-    """Place of a tensor in a file: `begin` is its first byte from the start of the file."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    nbytes: int
 
 
 class SafetensorsFile:
     """An open file and its `records` by tensor name. Reads are positional, so threads may share it."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises CheckpointError when the file is absent, truncated, or has a corrupt header."""
+    def __init__(self, path: Path, rename: Callable[[str], str] = str) -> None:
+        """`rename` translates the stored names. Raises CheckpointError when the file is absent, truncated, or has a
+        corrupt header, and for two tensors of one name."""
         self.path = path
+        state = file_state(path)
+        if state.fault is not None:
+            raise CheckpointError(state.fault)
+        self.records: dict[str, TensorRecord] = {}
+        for stored, record in state.records.items():
+            name = rename(stored)
+            if name in self.records:
+                raise CheckpointError(f"{path} has {name} twice, once as {stored}; write the checkpoint again")
+            self.records[name] = record
         try:
-            open_regular(path).close()  # safe_open would wait for a pipe
-            with safe_open(path, framework="numpy"):
-                pass  # opening is the check
             self._file: BinaryIO = open_regular(path)
-        except FileNotFoundError:
-            raise CheckpointError(f"{path} is missing; download or write the checkpoint again") from None
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{path} is not a whole safetensors file ({error}); download or write it again"
-            ) from None
-        self.records = _read_header(self._file)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path} ({error.strerror}); restore it from the checkpoint") from None
 
     def load(self, name: str) -> FloatArray:
         """Reads a whole tensor as float32. Raises what `read_floats` raises."""
@@ -97,7 +88,8 @@ class SafetensorsFile:
     def read_floats(self, name: str, record: TensorRecord, first: int, out: FloatArray) -> None:
         """Fills the flat `out` with elements [first, first + len(out)) of a tensor.
 
-        Raises CheckpointError for a dtype other than BF16, F16 and F32, and for an element that is not finite."""
+        Raises CheckpointError for a dtype other than BF16, F16, F32 and F8_E4M3, and for an element that is not
+        finite."""
         if record.dtype not in _ITEM_BYTES:
             raise CheckpointError(
                 f"{self.path}: {name} is stored as {record.dtype}; convert the checkpoint to BF16, F16 or F32"
@@ -112,6 +104,8 @@ class SafetensorsFile:
                 raise self._not_finite(name, record, first + start + fault)
             if record.dtype == "BF16":  # the upper half of a float32
                 np.left_shift(bits, 16, out=target.view(np.uint32), dtype=np.uint32)
+            elif record.dtype == FP8_DTYPE:
+                np.take(_FP8_VALUES, bits, out=target)
             else:
                 target[:] = bits.view(f"<f{item}")
 
@@ -123,13 +117,13 @@ class SafetensorsFile:
         )
 
 
-def _read_header(file: BinaryIO) -> dict[str, TensorRecord]:
-    """Reads a checked header: its length, 8 bytes, then JSON {name: {dtype, shape, data_offsets from its end}}."""
-    (length,) = struct.unpack("<Q", file.read(8))
-    header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    records = {}
-    for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        records[name] = TensorRecord(entry["dtype"], tuple(entry["shape"]), 8 + length + begin, end - begin)
-    return records
+def _fp8_values() -> FloatArray:
+    """Computes the 256 values of float8_e4m3fn: sign, 4 bits of exponent with bias 7, 3 bits of mantissa."""
+    bits = np.arange(256)
+    exponent, mantissa = bits >> 3 & 15, bits & 7
+    magnitude = np.where(exponent > 0, np.ldexp(1 + mantissa / 8, exponent - 7), np.ldexp(mantissa / 8, -6))
+    magnitude[bits & 0x7F == 0x7F] = np.nan
+    return np.where(bits < 0x80, magnitude, -magnitude).astype(np.float32)
+
+
+_FP8_VALUES = _fp8_values()

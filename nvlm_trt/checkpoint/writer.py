@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from nvlm_trt.checkpoint.weight_files import INDEX_FILE, WEIGHTS_FILE
 from nvlm_trt.errors import CheckpointError
 from nvlm_trt.model.config import NvlmConfig
 from nvlm_trt.model.hf_config import config_to_hf
@@ -25,8 +26,6 @@ from nvlm_trt.model.layout import Shapes, checkpoint_layout
 from nvlm_trt.progress import Progress
 from nvlm_trt.staging import is_replaceable, published_directory
 
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 SHARD_BYTES = 4 << 30
 
 _ITEM_BYTES = 2  # bfloat16

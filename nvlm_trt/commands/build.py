@@ -24,6 +24,9 @@ def build(
     context: typer.Context,
     output: Annotated[Path, typer.Option(help="Engine directory to publish.")],
     checkpoint: Annotated[Path | None, typer.Option(help="Checkpoint directory in HF layout.")] = None,
+    lora: Annotated[
+        Path | None, typer.Option(help="LoRA adapter of PEFT, merged into the checkpoint's weights.")
+    ] = None,
     continued: Annotated[
         Path | None,
         typer.Option("--continue", help="Instead: complete an engine that was built with --checkpoint-only."),
@@ -49,7 +52,7 @@ def build(
     calibration_samples: Annotated[
         int | None,
         typer.Option(
-            min=1, max=_MOST_SAMPLES, help="Samples to calibrate on [all of a file, 128 of the document tasks]."
+            min=1, max=_MOST_SAMPLES, help="Most samples to calibrate on [all of a file, 128 of the document tasks]."
         ),
     ] = None,
     smoothquant_alpha: Annotated[
@@ -61,7 +64,9 @@ def build(
     ] = None,
     gate_samples: Annotated[
         int | None,
-        typer.Option(min=1, max=_MOST_SAMPLES, help="Samples to judge by [all of a file, 500 of the document tasks]."),
+        typer.Option(
+            min=1, max=_MOST_SAMPLES, help="Most samples to judge by [all of a file, 500 of the document tasks]."
+        ),
     ] = None,
     max_accuracy_drop: Annotated[
         float | None, typer.Option(help="Points that a quantised engine may score below the unquantised one [1].")
@@ -166,6 +171,7 @@ def build(
                 quantization=_options(calibrating, judging, no_gate),
                 backend=backend,
                 options=_given(options),
+                lora=lora,
             )
     except AccuracyError as error:
         for cost in error.costs:
@@ -201,6 +207,8 @@ def _complete(continued: Path, output: Path, overwrite: bool) -> None:
 def _note_engine(engine: Engine, output: Path) -> None:
     from nvlm_trt.backends.opening import backend_of
 
+    if engine.manifest.calibration:
+        _note_calibration(engine.manifest.calibration["samples"])
     _note_gate(engine.manifest.accuracy_gate)
     for line in backend_of(engine).describe(engine):
         terminal.note(line)
@@ -232,18 +240,32 @@ def _option(options: dict[str, Any]) -> str:
     return typed.get(name, name.replace("_", "-"))
 
 
+def _note_calibration(samples: dict[str, Any]) -> None:
+    if "of" in samples:  # a calibration.json of an earlier version does not say it
+        stopped = "; more moved no scale" if samples["count"] < samples["of"] else ""
+        terminal.note(f"calibration: {_used(samples)}{stopped}")
+
+
 def _note_gate(record: dict[str, Any] | None) -> None:
     if record is None:
         return
     if record["result"] == "not measured":
         terminal.note("accuracy gate: not measured")
         return
-    unquantised = record["unquantised"]
+    unquantised, samples = record["unquantised"], record["samples"]
     scores = f"{100 * record['score']:.2f} points against {100 * record['fp32_score']:.2f} in {unquantised}"
     equal = f"{100 * record['equal_answers']:.1f} % of the answers are the same"
+    asked = f"{_used(samples)}{', which leave no doubt' if samples['count'] < samples['of'] else ''}"
     if record["result"] == "meaningless":
         terminal.note(
-            f"warning: the accuracy gate says nothing, the {unquantised} engine knows too little ({scores}; {equal})"
+            f"warning: the accuracy gate says nothing, the {unquantised} engine knows too little ({scores}; {equal}; "
+            f"{asked})"
         )
     else:
-        terminal.note(f"accuracy gate: passed ({scores}; {equal})")
+        terminal.note(f"accuracy gate: passed ({scores}; {equal}; {asked})")
+
+
+def _used(samples: dict[str, Any]) -> str:
+    """Say how many samples were used, from the record of a calibration or a gate."""
+    count, of = samples["count"], samples["of"]
+    return f"{count} samples" if count == of else f"{count} of {of} samples"

@@ -16,6 +16,7 @@ from nvlm_trt.bounds import MAX_TOKENS
 from nvlm_trt.errors import EngineError, NvlmError
 from nvlm_trt.model.preset_names import PRESET_NAMES
 from nvlm_trt.planner.gpus import GPUS, check_gpu, find_gpu
+from nvlm_trt.terminal import scaled
 
 if TYPE_CHECKING:
     from nvlm_trt.backends.spec import BackendSpec
@@ -240,7 +241,7 @@ def _print_table(
     for name, work in works.items():
         seconds = times[name]
         shown = "" if seconds is None else f"{1e3 * seconds:.2f} ms"
-        table.add_row(name, _scaled(work.flops, "FLOP"), _scaled(work.nbytes, "B"), shown)
+        table.add_row(name, scaled(work.flops, "FLOP"), scaled(work.nbytes, "B"), shown)
     table.caption = f"{prompt}, then one token; activations and peaks are estimates"
     table.caption_justify = "left"
     Console(highlight=False).print(table)
@@ -249,7 +250,7 @@ def _print_table(
 def _memory_rows(planned: EnginePlan) -> Iterator[tuple[str, ...]]:
     for component, nbytes in planned.weights.items():
         parameters = planned.parameters.get(component)
-        yield f"{component} weights", _scaled(parameters, " parameters") if parameters else "", _scaled(nbytes, "B")
+        yield f"{component} weights", scaled(parameters, " parameters") if parameters else "", scaled(nbytes, "B")
     rows = {
         "KV cache": planned.self_cache,
         "cross-attention cache": planned.cross_cache,
@@ -262,12 +263,4 @@ def _memory_rows(planned: EnginePlan) -> Iterator[tuple[str, ...]]:
     }
     for name, nbytes in rows.items():
         if nbytes:
-            yield name, "", _scaled(nbytes, "B")
-
-
-def _scaled(number: float, unit: str) -> str:
-    """Write a number with a prefix: 12300000, "B" -> 12.30 MB."""
-    for prefix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
-        if number >= size:
-            return f"{number / size:.2f} {prefix}{unit}"
-    return f"{number / 1e3:.2f} k{unit}"
+            yield name, "", scaled(nbytes, "B")

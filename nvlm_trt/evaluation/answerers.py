@@ -12,7 +12,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from nvlm_trt.api import Delta, Message, SamplingParams
 from nvlm_trt.checkpoint.reader import Checkpoint
@@ -22,6 +22,9 @@ from nvlm_trt.evaluation.samples import Sample
 from nvlm_trt.extras import require
 from nvlm_trt.image.decoding import ImageLimits
 from nvlm_trt.machine import available_cores
+
+if TYPE_CHECKING:
+    from nvlm_trt.runtime.pipeline import EncodeTiles
 
 Answers = Iterator[tuple[Sample, str]]
 
@@ -64,21 +67,28 @@ class EngineAnswerer:
     """Answers by an engine in this process."""
 
     def __init__(
-        self, path: Path, max_tokens: int, concurrency: int | None = None, limits: ImageLimits | None = None
+        self,
+        path: Path,
+        max_tokens: int,
+        concurrency: int | None = None,
+        limits: ImageLimits | None = None,
+        encode_tiles: EncodeTiles | None = None,
     ) -> None:
-        """Runs `concurrency` requests at once, by default as many as the engine has slots."""
+        """Runs `concurrency` requests at once, by default as many as the engine has slots. `encode_tiles` replaces the
+        engine's vision encoder."""
         engine = Engine.open(path)
         self.identity = ModelIdentity("engine", engine.config.name, engine.digest)
         self._path = path
         self._sampling = SamplingParams(max_tokens=max_tokens)
         self._concurrency = concurrency or engine.limits.max_slots
         self._image_limits = limits or ImageLimits()
+        self._encode_tiles = encode_tiles
 
     def __enter__(self) -> EngineAnswerer:
         from nvlm_trt.runtime.pipeline import Pipeline, RuntimeOptions
 
         options = RuntimeOptions(max_queue=self._concurrency, image_limits=self._image_limits)
-        self._pipeline = Pipeline.open(self._path, options=options)
+        self._pipeline = Pipeline.open(self._path, encode_tiles=self._encode_tiles, options=options)
         return self
 
     def __exit__(

@@ -6,14 +6,13 @@ no checkpoint of either was published. A key that would change the maths and is 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from nvlm_trt.bounded_file import CONFIG_BYTES, TOKENIZER_BYTES, read_bounded
 from nvlm_trt.errors import ConfigError
+from nvlm_trt.model.added_tokens import TOKENIZER_JSON, added_tokens
 from nvlm_trt.model.config import (
     IMAGE_TOKEN,
     Architecture,
@@ -23,6 +22,8 @@ from nvlm_trt.model.config import (
     NvlmConfig,
     VisionConfig,
 )
+from nvlm_trt.model.json_file import read_json_object
+from nvlm_trt.model.quantised_source import read_scheme
 
 _MODEL_TYPES: dict[str, Architecture] = {"NVLM_D": "D", "NVLM_X": "X", "NVLM_H": "H"}
 _LLM_ARCHITECTURES: dict[LlmFamily, str] = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
@@ -39,7 +40,6 @@ _TOP_LEVEL_MATHS: dict[str, tuple[Any, ...]] = {
     "pad2square": (False,),
     "use_backbone_lora": (0, False, None),
     "use_llm_lora": (0, False, None),
-    "quantization_config": (None,),
 }
 _VISION_MATHS: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("gelu",),
@@ -57,7 +57,6 @@ _LLM_MATHS: dict[str, tuple[Any, ...]] = {
     "final_logit_softcapping": (None,),
     "attn_logit_softcapping": (None,),
     "num_experts": (None, 0),
-    "quantization_config": (None,),
 }
 
 
@@ -65,21 +64,19 @@ def read_config(directory: Path) -> NvlmConfig:
     """Reads DIR/config.json; takes the image placeholder's id from DIR/tokenizer.json if the config has none.
 
     Raises ConfigError for a file that is missing, malformed or asks for something that is not supported."""
-    path = Path(directory) / "config.json"
-    try:
-        raw = json.loads(read_bounded(path, CONFIG_BYTES).decode())
-    except (FileNotFoundError, NotADirectoryError):
-        raise ConfigError(f"no config.json in {directory}; name a checkpoint directory in HF layout") from None
-    except OSError as error:
-        raise ConfigError(f"cannot read {path} ({error.strerror}); restore it from the checkpoint") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not JSON ({error}); restore it from the checkpoint") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} does not hold a JSON object; restore it from the checkpoint")
+    raw = read_raw_config(directory)
     config = config_from_hf(raw, name=Path(directory).resolve().name)
     if config.image_token_id is None:
         config = replace(config, image_token_id=_image_token_from_tokenizer(Path(directory)))
     return config
+
+
+def read_raw_config(directory: Path) -> dict[str, Any]:
+    """Reads the JSON object DIR/config.json. Raises ConfigError for a file that is missing or malformed."""
+    raw = read_json_object(Path(directory) / "config.json")
+    if raw is None:
+        raise ConfigError(f"no config.json in {directory}; name a checkpoint directory in HF layout")
+    return raw
 
 
 def config_from_hf(raw: Mapping[str, Any], name: str = "nvlm") -> NvlmConfig:
@@ -89,8 +86,9 @@ def config_from_hf(raw: Mapping[str, Any], name: str = "nvlm") -> NvlmConfig:
     if architecture is None:
         raise ConfigError(f"model_type {model_type!r} is not one of {', '.join(_MODEL_TYPES)}; name an NVLM checkpoint")
     _refuse_unsupported(raw, _TOP_LEVEL_MATHS, "")
+    read_scheme(raw)  # refuses those that cannot be read
     vision = _vision_from_hf(_section(raw, "vision_config"), raw)
-    llm = _llm_from_hf(_section(raw, "llm_config"))
+    llm = _llm_from_hf(_section(raw, "llm_config"), raw)
     cross = None
     if architecture != "D":
         cross = CrossAttentionConfig(**_section(raw, "cross_attention_config"))
@@ -191,7 +189,7 @@ def _vision_from_hf(section: Mapping[str, Any], raw: Mapping[str, Any]) -> Visio
     )
 
 
-def _llm_from_hf(section: Mapping[str, Any]) -> LlmConfig:
+def _llm_from_hf(section: Mapping[str, Any], raw: Mapping[str, Any]) -> LlmConfig:
     where = "llm_config."
     names = _require(section, "architectures", where)
     if not isinstance(names, list):
@@ -221,7 +219,8 @@ def _llm_from_hf(section: Mapping[str, Any]) -> LlmConfig:
         rope_theta=_require(section, "rope_theta", where),
         norm_eps=section.get("rms_norm_eps", 1e-6),
         max_position_embeddings=section.get("max_position_embeddings", 32768),
-        tie_word_embeddings=section.get("tie_word_embeddings", False),
+        # transformers keeps the key of some models at the top alone
+        tie_word_embeddings=section.get("tie_word_embeddings", raw.get("tie_word_embeddings", False)),
         head_dim=section.get("head_dim") or 0,
     )
 
@@ -268,18 +267,11 @@ def _section(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def _image_token_from_tokenizer(directory: Path) -> int:
-    path = directory / "tokenizer.json"
-    try:
-        added = json.loads(read_bounded(path, TOKENIZER_BYTES).decode()).get("added_tokens", [])
-        ids = {token["content"]: int(token["id"]) for token in added}
-    except (FileNotFoundError, NotADirectoryError):
-        raise ConfigError(f"no tokenizer.json in {directory}; copy the one the model was trained with") from None
-    except OSError as error:
-        raise ConfigError(f"cannot read {path} ({error.strerror}); restore it from the checkpoint") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path} is not JSON ({error}); restore it from the checkpoint") from None
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise ConfigError(f"{path} is not a tokenizer of HF layout; restore it from the checkpoint") from None
-    if IMAGE_TOKEN in ids:
-        return ids[IMAGE_TOKEN]
-    raise ConfigError(f"{path} has no added token {IMAGE_TOKEN}; set image_token_id in config.json")
+    found = added_tokens(directory)
+    if IMAGE_TOKEN in found:
+        return found[IMAGE_TOKEN].token_id
+    if not found and not (directory / TOKENIZER_JSON).is_file():
+        raise ConfigError(f"no {TOKENIZER_JSON} in {directory}; copy the one the model was trained with")
+    raise ConfigError(
+        f"the tokenizer of {directory} has no added token {IMAGE_TOKEN}; set image_token_id in config.json"
+    )

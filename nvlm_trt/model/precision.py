@@ -39,13 +39,15 @@ class PrecisionTable:
     backend: str
     default: str  # used without --precision
     names: Mapping[str, tuple[str, ...]]  # name -> the precision of each of COMPONENTS, in their order
+    # component -> the floating-point types that it may have, each apart; None: all components have one type of `names`
+    floating: Mapping[str, tuple[str, ...]] | None = None
 
     def parse(self, text: str | None) -> dict[str, str]:
         """Read `NAME`, `component=NAME,...`, or `NAME,component=NAME,...`. Return a precision per component.
 
         A component that is not mentioned has the precision that the bare NAME, or else the default, gives it. The
         result has all COMPONENTS, also those that a model lacks. Raises EngineError for an unknown or repeated
-        component, for a precision that the backend does not compute, and for two floating-point types."""
+        component, for a precision that the backend does not compute, and for types that it does not mix."""
         bare: list[str] = []
         chosen: dict[str, str] = {}
         for part in (self.default if text is None else text).split(","):
@@ -77,7 +79,16 @@ class PrecisionTable:
         raise EngineError(f"precision {name!r} is not one of {choices}; choose with --precision")
 
     def _check_floating(self, precisions: Mapping[str, str]) -> None:
-        floating = sorted(set(precisions.values()) & set(FLOATING))
+        chosen = {component: name for component, name in precisions.items() if name in FLOATING}
+        if self.floating is not None:
+            for component, name in chosen.items():
+                if name not in self.floating[component]:
+                    raise EngineError(
+                        f"--precision {component}={name}: the backend {self.backend} computes {component} in "
+                        f"{' or '.join(self.floating[component])}, or quantised"
+                    )
+            return
+        floating = sorted(set(chosen.values()))
         if len(floating) > 1:
             raise EngineError(
                 f"--precision mixes {' and '.join(floating)}, an engine of the backend {self.backend} has one "

@@ -86,9 +86,10 @@ def plan_engine(
     """Compute the memory of an engine. `precisions`: one per component; `tag_length`: tokens of an NVLM-H tile tag;
     `checkpoint`: bytes of its files, None: 2 per parameter."""
     memory = backend.memory
-    size = FLOAT_BYTES[floating_type(precisions)]
+    floating = memory.floating or floating_type(precisions)
+    size = FLOAT_BYTES[floating]
     parameters, weights = dict.fromkeys(_COMPONENTS, 0), dict.fromkeys(_COMPONENTS, 0)
-    for tensor in _tensors(config, limits, precisions, tag_length, memory.standard_blocks):
+    for tensor in _tensors(config, limits, precisions, tag_length, memory):
         parameters[tensor.component] += tensor.parameters
         weights[tensor.component] += tensor.nbytes
     weights_of = stage_weights(config, limits, precisions, memory, tag_length)
@@ -100,7 +101,7 @@ def plan_engine(
     }
     running = building = sum(stage.total for stage in stages.values())
     if quantised_components(precisions):
-        plain = dict.fromkeys(precisions, floating_type(precisions))
+        plain = dict.fromkeys(precisions, floating)
         building = max(building, plan_engine(config, limits, plain, backend, tag_length).peak_building)
     total = sum(parameters.values())
     host = memory.host_building(list(weights_of.values()), total, needs_calibration(precisions))
@@ -124,7 +125,7 @@ def stage_weights(
     """Count the weights of each stage when it is loaded. Takes the arguments of `plan_engine`."""
     stages = dict.fromkeys(STAGES, StageWeights())
     loaded = {component: memory.loaded_as.get(precision, precision) for component, precision in precisions.items()}
-    for tensor in _tensors(config, limits, loaded, tag_length, memory.standard_blocks):
+    for tensor in _tensors(config, limits, loaded, tag_length, memory):
         stored = StageWeights(tensor.nbytes)
         if tensor.in_blocks:
             stored = StageWeights(tensor.nbytes, tensor.nbytes, tensor.parameters, tensor.in_blocks)
@@ -151,15 +152,15 @@ def _tensors(
     limits: EngineLimits,
     precisions: Mapping[str, str],
     tag_length: int,
-    standard_blocks: bool,
+    memory: MemoryModel,
 ) -> Iterator[_Tensor]:
     """Yield each tensor that the engine stores."""
-    llm, size = config.llm, FLOAT_BYTES[floating_type(precisions)]
+    llm, size = config.llm, FLOAT_BYTES[memory.floating or floating_type(precisions)]
 
     def stored(name: str, shape: tuple[int, ...], component: str, stage: str, parameters: int) -> _Tensor:
         precision = precisions.get(component, "")
         if precision in WEIGHT_ONLY_BITS and is_linear(name, shape):
-            nbytes = _blocked(shape, precision, size if standard_blocks else None)
+            nbytes = _blocked(shape, precision, size if memory.standard_blocks else None)
             return _Tensor(component, stage, parameters, nbytes, in_blocks=math.prod(shape))
         return _Tensor(component, stage, parameters, _stored(name, shape, precision, size))
 

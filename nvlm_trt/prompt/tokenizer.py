@@ -1,23 +1,23 @@
-"""Encodes and decodes text with a checkpoint's tokenizer.json. Text never becomes a control token."""
+"""Encodes and decodes text with a checkpoint's tokenizer. Text never becomes a control token."""
 
 from __future__ import annotations
 
 import functools
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from nvlm_trt.bounded_file import TOKENIZER_BYTES, read_bounded
 from nvlm_trt.errors import ConfigError, RequestError
+from nvlm_trt.model.added_tokens import TOKENIZER_CONFIG, TOKENIZER_JSON
 from nvlm_trt.model.config import IMAGE_TOKEN
 from nvlm_trt.prompt.detokenizer import IncrementalDecoder, TokenBytes, byte_level_alphabet
+from nvlm_trt.prompt.tokenizer_files import GENERATION_CONFIG, read_stop_ids, read_tokenizer
 
-TOKENIZER_JSON = "tokenizer.json"
-TOKENIZER_FILES = (TOKENIZER_JSON, "tokenizer_config.json")  # the second is optional: only transformers reads it
+TOKENIZER_FILES = (TOKENIZER_JSON, TOKENIZER_CONFIG)  # the second is optional: only transformers reads it
 MESSAGE_START = "<|im_start|>"
 MESSAGE_END = "<|im_end|>"
 END_OF_TEXT = "<|endoftext|>"
@@ -49,7 +49,10 @@ class Tokenizer:
     Raises ConfigError for a tokenizer that cannot encode ChatML prompts; `source` names it in the message.
     """
 
-    def __init__(self, raw: tokenizers.Tokenizer, source: Path | str = TOKENIZER_JSON) -> None:
+    def __init__(
+        self, raw: tokenizers.Tokenizer, source: Path | str = TOKENIZER_JSON, stop_ids: Collection[int] = ()
+    ) -> None:
+        """`stop_ids` end an answer beside <|im_end|> and <|endoftext|>."""
         added = raw.get_added_tokens_decoder().values()
         forgeable = [token.content for token in added if not token.special and _FORMAT_TOKEN.fullmatch(token.content)]
         raw.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in forgeable])
@@ -66,21 +69,20 @@ class Tokenizer:
                 raise ConfigError(f"{source} has no special token {name}; only ChatML tokenizers are supported")
         self._check_text_after_control_token(source)
         raw.encode_special_tokens = True
+        if outside := [token_id for token_id in stop_ids if token_id >= self.vocab_size]:
+            raise ConfigError(
+                f"{Path(source).parent / GENERATION_CONFIG}: eos_token_id {outside[0]} is outside the tokenizer's "
+                f"{self.vocab_size} ids; restore both from one checkpoint"
+            )
+        named = (self._added[name] for name in (MESSAGE_END, END_OF_TEXT) if name in self._added)
+        self.stop_ids = frozenset(named) | frozenset(stop_ids)  # the ids that end an answer
 
     @classmethod
     def from_directory(cls, directory: Path | str) -> Tokenizer:
-        """Read DIRECTORY/tokenizer.json. Raises ConfigError if it is missing, malformed or not supported."""
-        path = Path(directory) / TOKENIZER_JSON
-        if not path.is_file():
-            raise ConfigError(f"no {TOKENIZER_JSON} in {directory}; copy the one the model was trained with")
-        try:
-            raw = tokenizers.Tokenizer.from_buffer(read_bounded(path, TOKENIZER_BYTES))
-        except OSError as error:
-            raise ConfigError(f"cannot read {path} ({error.strerror}); restore it from the checkpoint") from None
-        except Exception as error:  # the bindings raise bare Exception
-            detail = " ".join(str(error).split())
-            raise ConfigError(f"{path} is not a tokenizer ({detail}); restore it from the checkpoint") from None
-        return cls(raw, path)
+        """Read the tokenizer of a checkpoint or an engine. Raises ConfigError if it is missing, malformed or not
+        supported."""
+        directory = Path(directory)
+        return cls(read_tokenizer(directory), directory / TOKENIZER_JSON, read_stop_ids(directory))
 
     def _check_text_after_control_token(self, source: Path | str) -> None:
         """Check that encoding a prompt in stretches between control tokens equals encoding it whole."""
@@ -96,11 +98,6 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Return the largest id, added tokens included, plus one."""
         return max(self._raw.get_vocab(with_added_tokens=True).values()) + 1
-
-    @functools.cached_property
-    def stop_ids(self) -> frozenset[int]:
-        """Return the ids that end an answer."""
-        return frozenset(self._added[name] for name in (MESSAGE_END, END_OF_TEXT) if name in self._added)
 
     @property
     def image_token_id(self) -> int:
@@ -142,6 +139,10 @@ class Tokenizer:
         if forged := self._special.keys() & set(encoding.ids):
             raise RequestError(f"text holds the control token {self._special[min(forged)]}; remove it from the text")
         return encoding.ids, encoding.offsets
+
+    def to_json(self) -> str:
+        """Return the tokenizer as tokenizer.json describes it, with the tokens of the prompt format marked special."""
+        return self._raw.to_str()
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """Decode ids. Special tokens and ids outside the vocabulary give no text; invalid UTF-8 becomes U+FFFD."""

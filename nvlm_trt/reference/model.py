@@ -33,10 +33,15 @@ class ReferenceModel(nn.Module):
 
     @classmethod
     def from_checkpoint(
-        cls, directory: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+        cls,
+        directory: Path | str,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        lora: Path | None = None,
     ) -> ReferenceModel:
-        """Loads every tensor of a checkpoint, ready for inference. Raises CheckpointError, ConfigError."""
-        with Checkpoint.open(directory) as checkpoint:
+        """Loads every tensor of a checkpoint, with the adapter `lora` merged into it, ready for inference. Raises
+        CheckpointError, ConfigError."""
+        with Checkpoint.open(directory, lora) as checkpoint:
             with torch.device("meta"):
                 model = cls(checkpoint.config)
             weights = {

@@ -24,6 +24,7 @@ class Choice:
     def __init__(self, request: Request, index: int, placeholder_id: int, tokenizer: Tokenizer) -> None:
         """Start an answer to the request's prompt."""
         sampling = request.sampling
+        assert (request.grammar is None) == (sampling.constraint is None), "its constraint was not compiled"
         self.request = request
         self.index = index
         self.slot = -1
@@ -34,6 +35,7 @@ class Choice:
         self._tokenizer = tokenizer
         self._stop_ids: Collection[int] = () if sampling.ignore_eos else tokenizer.stop_ids
         self._text = TextStream(IncrementalDecoder(tokenizer), sampling.stop, sampling.min_tokens)
+        self._grammar = request.grammar.start() if request.grammar else None
         self._drafter: Drafter | None = None  # from the first token on, if the request asks for drafts
         self.last_id = -1
 
@@ -58,7 +60,8 @@ class Choice:
         # banned: the decoder would replace a placeholder in the answer by an image embedding
         banned_ids = {self._placeholder_id}
         request = self.request
-        return Sampler(request.sampling, request.prompt.input_ids, banned_ids, self._stop_ids, self.index)
+        prompt_ids = request.prompt.input_ids
+        return Sampler(request.sampling, prompt_ids, banned_ids, self._stop_ids, self.index, self._grammar)
 
     def accept(self, logits: FloatArray) -> Delta:
         """Draw the next token from logits [vocab]. Raises EngineError if they are not finite."""
@@ -95,6 +98,8 @@ class Choice:
         text = self._text.push(token_id)
         if self._text.stopped:
             return text, "stop"
+        if self._grammar and self._grammar.is_complete:
+            return text + self._text.flush(), "stop"
         if self.generated >= self.request.max_tokens:
             return text + self._text.flush(), "length"
         return text, None

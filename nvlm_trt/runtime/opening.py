@@ -30,4 +30,4 @@ def open_generator(
     stages = ["cross_kv", "decoder", *(["vision_encoder"] if encodes_images else [])]
     backend = open_backend(engine, stages, threads=threads, device=device)
     chunk = options.prefill_chunk or spec.prefill_chunk
-    return Batcher(backend, tokenizer, options.max_queue, chunk, options.reuse_prompts)
+    return Batcher(backend, tokenizer, options.max_queue, chunk, options.reuse_prompts, options.prepare_constraints)

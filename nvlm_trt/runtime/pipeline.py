@@ -132,7 +132,7 @@ class Pipeline:
         an engine that is closed or has failed. Passes later errors to `on_error`, ImageError for example."""
         draft, images, shortest = self._draft(chat)
         request = Request(chat.sampling, on_delta, on_error, request_id)
-        if images:
+        if images or chat.sampling.constraint:
             self._generator.submit(request)
             text_tokens = len(shortest.input_ids) - shortest.placeholders
             self._preparing.submit(self._prepare, request, draft, images, text_tokens)
@@ -219,8 +219,11 @@ class Pipeline:
         return _Image(image, max_tiles or limits.max_tiles)
 
     def _prepare(self, request: Request, draft: PromptDraft, images: Sequence[_Image], text_tokens: int) -> None:
-        """Provide a request with its prompt and features, unless it is cancelled first. Runs on a thread of its own."""
+        """Provide a request with its constraint, prompt and features, unless it is cancelled first. Runs on a thread of
+        its own."""
         try:
+            if request.sampling.constraint:
+                request.grammar = self._generator.compile(request.sampling.constraint, lambda: request.is_over)
             self._encode_images(request, draft, images, text_tokens)
         except AbandonedError:
             return

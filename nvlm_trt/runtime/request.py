@@ -16,6 +16,7 @@ from nvlm_trt.limits import EngineLimits, check_embeddings
 from nvlm_trt.prompt.encoder import EncodedPrompt
 from nvlm_trt.prompt.tokenizer import Tokenizer
 from nvlm_trt.runtime.choice import Choice
+from nvlm_trt.runtime.grammar import Grammar
 from nvlm_trt.runtime.prompt_key import PromptKey, prompt_key
 from nvlm_trt.runtime.sampling import Logprobs
 
@@ -64,6 +65,7 @@ class Request:
         self.choices: Sequence[Choice] = ()  # its n answers, once it has slots
         self.prompt: EncodedPrompt  # set when the state becomes READY
         self.images: Sequence[ImageFeatures] = ()
+        self.grammar: Grammar | None = None  # of sampling.constraint; set before the state becomes READY
         self.max_tokens: int  # of each answer in this engine; set when the request is admitted
         self._image_keys: Sequence[str | None] = ()
         self._key: PromptKey | None = None

@@ -1,5 +1,5 @@
-"""Draws tokens from logits, in the order of Hugging Face's generate and of vLLM: logit_bias, penalties, banned ids,
-temperature, top-k, top-p, min-p.
+"""Draws tokens from logits, in the order of Hugging Face's generate and of vLLM: logit_bias, penalties, banned ids and
+what a constraint forbids, temperature, top-k, top-p, min-p.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy.typing as npt
 from nvlm_trt.api import BAN, SamplingParams
 from nvlm_trt.backends.base import FloatArray, IntArray
 from nvlm_trt.errors import NotFiniteError, ParameterError
+from nvlm_trt.runtime.grammar import BoolArray, GrammarState
 
 _BLOCK = 512
 
@@ -59,10 +60,13 @@ class Sampler:
         banned_ids: Collection[int] = (),
         stop_ids: Collection[int] = (),
         index: int = 0,
+        grammar: GrammarState | None = None,
     ) -> None:
         """Start answer `index` of a request. The repetition penalty also applies to `prompt_ids` [S], the other
-        penalties do not; `banned_ids` are never drawn, `stop_ids` not within the first min_tokens."""
+        penalties do not; `banned_ids` are never drawn, `stop_ids` not within the first min_tokens, unless `grammar`
+        allows nothing else."""
         self._params = params
+        self._grammar = grammar
         self._banned = _ids(banned_ids)
         self._not_yet = params.min_tokens  # tokens to be drawn before a stop id
         self._banned_first = _ids({*banned_ids, *stop_ids})
@@ -85,6 +89,8 @@ class Sampler:
                 "the model produced logits that are not finite; check the engine with `nvlm-trt verify`"
             )
         token_id = self._draw(logits) if self._params.temperature else self._most_probable(logits)
+        if self._grammar:
+            self._grammar.accept(token_id)
         if self._remembers:
             self._remember(token_id)
         if not self._params.logprobs:
@@ -102,7 +108,7 @@ class Sampler:
     def _most_probable(self, logits: FloatArray) -> int:
         if self._keeps_order:
             token_id = int(logits.argmax())
-            if token_id not in self._forbidden:
+            if token_id not in self._forbidden and (self._grammar is None or self._grammar.allows(token_id)):
                 return token_id
         return int(self._scores(logits).argmax())
 
@@ -128,8 +134,25 @@ class Sampler:
             counted = np.fromiter(self._counts, dtype=np.int64)
             counts = np.fromiter(self._counts.values(), dtype=np.float32)
             scores[counted] -= self._params.frequency_penalty * counts + self._params.presence_penalty
-        scores[self._forbidden] = -np.inf
+        if self._grammar is None:
+            scores[self._forbidden] = -np.inf
+        else:
+            np.copyto(scores, -np.inf, where=~self._allowed(self._grammar))
+            if scores.max() == -np.inf:
+                raise ParameterError("sampling parameter logit_bias bans every token that constraint allows; ban fewer")
         return scores
+
+    def _allowed(self, grammar: GrammarState) -> BoolArray:
+        """Return which tokens [vocab] may be drawn: what `grammar` allows but the forbidden ids. Where that leaves
+        none, the answer ends before min_tokens."""
+        allowed = grammar.allowed()
+        allowed[self._banned] = False
+        if self._not_yet:
+            before_the_end = allowed.copy()
+            before_the_end[self._forbidden] = False
+            if before_the_end.any():
+                return before_the_end
+        return allowed
 
 
 def _ids(token_ids: Collection[int]) -> IntArray:

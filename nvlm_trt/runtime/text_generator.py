@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from nvlm_trt.backends.base import BackendArray, FloatArray, ImageFeatures
+from nvlm_trt.constraint import Constraint
+from nvlm_trt.lane import IsOver, never
+from nvlm_trt.runtime.grammar import Grammar
 from nvlm_trt.runtime.request import Request
 
 
@@ -14,6 +17,7 @@ from nvlm_trt.runtime.request import Request
 class GeneratorOptions:
     max_queue: int = 64  # most requests that wait for a slot
     prefill_chunk: int | None = None  # most prompt tokens between two decoding steps; None: the backend's default
+    prepare_constraints: bool = False  # when the engine is opened, so that the first constraint delays no other request
     reuse_prompts: bool = True  # keep the keys and values of prompts for later prompts that begin alike
 
 
@@ -42,6 +46,11 @@ class TextGenerator(Protocol):
         The generator calls the request's `on_delta` and `on_error`. `request.cancel()` ends the request.
         Raises QueueFullError, ParameterError for sampling parameters that the engine cannot follow, and EngineError
         after `close` or a failure of the engine."""
+        ...
+
+    def compile(self, constraint: Constraint, is_over: IsOver = never) -> Grammar:
+        """Compile a constraint for `Request.grammar`. Raises ParameterError for one that the engine cannot follow, and
+        AbandonedError if it still waits for its turn when `is_over` returns True."""
         ...
 
     def encode(self, pixel_values: FloatArray) -> BackendArray:

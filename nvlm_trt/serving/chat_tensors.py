@@ -29,6 +29,11 @@ ENSEMBLE = "nvlm_ensemble"
 IMAGE_ENCODER = "image_encoder"
 PACKED_ONLY = "2"  # the version of `tiling` that takes packed tiles from `nvlm` only
 
+# Parameters of a request to `nvlm`: one names the request by a secret of its client, the other says that the request
+# asks for nothing but the end of those that bear this name.
+CANCEL_TOKEN = "cancel_token"
+CANCEL = "cancel"
+
 # Triton streams only the message of an error, so the message begins with the kind of error.
 _INVALID_REQUEST = "invalid request: "
 _TOO_LARGE_REQUEST = "too large: "

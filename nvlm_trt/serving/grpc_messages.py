@@ -14,7 +14,9 @@ from tritonclient.utils import deserialize_bytes_tensor, serialize_byte_tensor
 
 from nvlm_trt.api import Delta, ImagePart, Message, PromptCount, SamplingParams, TextPart
 from nvlm_trt.errors import RequestError
-from nvlm_trt.serving.chat_tensors import MODEL, decode_count, decode_delta, decode_error
+from nvlm_trt.serving.chat_tensors import CANCEL, CANCEL_TOKEN, MODEL, decode_count, decode_delta, decode_error
+
+_FINAL = "triton_final_response"
 
 
 def infer_request(
@@ -56,6 +58,29 @@ def infer_request(
     if count_only:
         _add_input(request, "count_only", "BOOL", 1, b"\1")
     return request
+
+
+def cancelling_request(token: str) -> service_pb2.ModelInferRequest:
+    """Make a request that cancels those that carry `token` as their parameter CANCEL_TOKEN."""
+    request = service_pb2.ModelInferRequest(model_name=MODEL)
+    request.parameters[CANCEL].string_param = token
+    return request
+
+
+def is_last(response: service_pb2.ModelStreamInferResponse) -> bool:
+    """Return whether no other response to the same request follows."""
+    parameters = response.infer_response.parameters
+    return bool(response.error_message) or (_FINAL in parameters and parameters[_FINAL].bool_param)
+
+
+def says_cancelled(response: service_pb2.ModelStreamInferResponse) -> bool:
+    """Return whether this is the response to a `cancelling_request`: one without outputs, not even an error."""
+    return not response.error_message and not response.infer_response.outputs
+
+
+def refuses_token(response: service_pb2.ModelStreamInferResponse) -> bool:
+    """Return whether the server is of an earlier nvlm-trt, which does not know CANCEL_TOKEN."""
+    return f"unknown request parameter {CANCEL_TOKEN!r}" in response.error_message
 
 
 def delta_of(response: service_pb2.ModelStreamInferResponse) -> Delta | None:

@@ -34,16 +34,22 @@ def backend(engine: Directory, name: str) -> Iterator[StepBackend]:
         yield opened
 
 
-def test_equals_reference(backend: StepBackend, engine: Directory, checkpoint: Directory, name: str) -> None:
+@pytest.fixture
+def exact_backend(exact_engine: Directory, name: str) -> Iterator[StepBackend]:
+    with open_backend(Engine.open(exact_engine(name)), threads=2) as opened:
+        yield opened
+
+
+def test_equals_reference(exact_backend: StepBackend, engine: Directory, checkpoint: Directory, name: str) -> None:
     """Image tokens, cross-attention keys and values, prefill logits, and 12 greedy tokens."""
     model = ReferenceModel.from_checkpoint(checkpoint(name))
-    request = StepRequest(backend, engine(name), "Compare <image> with <image>.", [3, 1], seed=1)
+    request = StepRequest(exact_backend, engine(name), "Compare <image> with <image>.", [3, 1], seed=1)
     pixels = np.random.default_rng(1).standard_normal((3, 3, 56, 56), dtype=np.float32)
-    np.testing.assert_allclose(backend.encode(pixels), model.encode(torch.from_numpy(pixels)), rtol=0, atol=2e-5)
+    np.testing.assert_allclose(exact_backend.encode(pixels), model.encode(torch.from_numpy(pixels)), rtol=0, atol=2e-5)
     reference_kv = []
     for tiles, image in zip(request.cross_tiles, request.images, strict=True):
         if len(tiles):
-            is_h = backend.config.architecture == "H"
+            is_h = exact_backend.config.architecture == "H"
             tags = torch.from_numpy(request.encoder.tag_ids(len(tiles))) if is_h else None
             expected = model.cross_kv(torch.from_numpy(tiles), tags)
             reference_kv.append(expected)
@@ -51,7 +57,7 @@ def test_equals_reference(backend: StepBackend, engine: Directory, checkpoint: D
             np.testing.assert_allclose(image.cross_kv, stacked, rtol=0, atol=2e-5)
     joined = [
         (torch.cat([image[j][0] for image in reference_kv], 1), torch.cat([image[j][1] for image in reference_kv], 1))
-        for j in range(len(backend.config.cross_layers))
+        for j in range(len(exact_backend.config.cross_layers))
     ]
     llm_tokens = torch.from_numpy(request.embeddings)
     logits = request.prefill(0)
@@ -63,7 +69,7 @@ def test_equals_reference(backend: StepBackend, engine: Directory, checkpoint: D
         torch.from_numpy(request.prompt.cross_ranges)[None],
     )
     np.testing.assert_allclose(logits, expected_logits[0, -1], rtol=0, atol=5e-5)
-    assert greedy(backend, request, logits, 12) == model.generate(request.prompt, llm_tokens, joined or None, 12)
+    assert greedy(exact_backend, request, logits, 12) == model.generate(request.prompt, llm_tokens, joined or None, 12)
 
 
 def greedy(backend: StepBackend, request: StepRequest, logits: np.ndarray, count: int) -> list[int]:

@@ -251,11 +251,11 @@ def test_triton_repository(built: Engine, tmp_path: Path) -> None:
 
 
 def test_a_stage_may_have_a_runtime_of_its_own(
-    spec: BackendSpec, engine: Directory, checkpoint: Directory, tmp_path: Path
+    spec: BackendSpec, exact_engine: Directory, checkpoint: Directory, tmp_path: Path
 ) -> None:
     """Image tokens of ONNX Runtime's vision encoder reach the abacus, which has no vision encoder and counts them."""
     built = build_engine(checkpoint("nvlm-d-tiny"), tmp_path / "engine", {"max_slots": 2}, backend=ABACUS)
-    sighted = Engine.open(engine("nvlm-d-tiny"))
+    sighted = Engine.open(exact_engine("nvlm-d-tiny"))
     for name in ("vision_encoder.onnx", "vision_encoder.onnx.data"):
         (built.path / name).write_bytes((sighted.path / name).read_bytes())
     built.manifest.runtimes = {"vision_encoder": "onnxruntime"}

@@ -48,8 +48,11 @@ def test_publishes_a_complete_engine(engine: Directory, checkpoint: Directory, n
         *(f"{component}.onnx" for component in components),
         *(f"{component}.onnx.data" for component in components),
     }
-    quantisable = ["vision_encoder", "projector", "decoder", "lm_head"] + ["cross_attention"] * (name != "nvlm-d-tiny")
-    assert opened.manifest.precision == dict.fromkeys(quantisable, "fp32")
+    assert opened.manifest.precision == {
+        **dict.fromkeys(("vision_encoder", "projector"), "bf16"),
+        **dict.fromkeys(["decoder", "lm_head"] + ["cross_attention"] * (name != "nvlm-d-tiny"), "fp32"),
+    }
+    assert opened.manifest.runtimes == {"vision_encoder": "openvino"}
     assert opened.manifest.calibration is None
     assert opened.manifest.accuracy_gate is None
     assert opened.manifest.model_name == name
@@ -176,7 +179,8 @@ def test_a_tensor_that_no_graph_reads_fails_the_build(
     shutil.copytree(checkpoint("nvlm-x-tiny"), tmp_path / "checkpoint")
     weights = tmp_path / "checkpoint" / "model.safetensors"
     save_file(load_file(weights) | {name: np.ones(6, np.float32)}, weights)
-    monkeypatch.setattr("nvlm_trt.checkpoint.reader.checkpoint_layout", extended)
+    for module in ("reader", "accounting"):
+        monkeypatch.setattr(f"nvlm_trt.checkpoint.{module}.checkpoint_layout", extended)
     with pytest.raises(CheckpointError, match=f"1 tensors .* never used, the first is {name}"):
         build_engine(tmp_path / "checkpoint", tmp_path / "engine")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]

@@ -351,10 +351,35 @@ class TestBrokenFiles:
         with pytest.raises(CheckpointError, match=r"index\.json"):
             Checkpoint.open(sharded)
 
-    def test_an_index_does_not_leave_its_directory(self, sharded: Path) -> None:
-        (sharded / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../etc/passwd"}}')
+    @pytest.mark.parametrize("place", ["../../etc/passwd", "/etc/passwd", "shards/model.safetensors", "..", ""])
+    def test_an_index_does_not_leave_its_directory(self, sharded: Path, place: str) -> None:
+        (sharded / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": place}}))
         with pytest.raises(CheckpointError, match="beside"):
             Checkpoint.open(sharded)
+
+    def test_two_indexes(self, sharded: Path) -> None:
+        shutil.copy(sharded / "model.safetensors.index.json", sharded / "other.safetensors.index.json")
+        with pytest.raises(CheckpointError, match="two indexes"):
+            Checkpoint.open(sharded)
+
+    def test_a_git_lfs_pointer(self, written: Path) -> None:
+        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 123456789\n"
+        (written / "model.safetensors").write_text(pointer)
+        with pytest.raises(CheckpointError, match=r"Git-LFS pointer to 0\.123 GB, .*git lfs pull"):
+            Checkpoint.open(written)
+
+    def test_shards_without_an_index(self, sharded: Path) -> None:
+        expected = digest(sharded)
+        (sharded / "model.safetensors.index.json").unlink()
+        assert digest(sharded) == expected
+        shutil.copy(next(sharded.glob("*.safetensors")), sharded / "spare.safetensors")
+        with pytest.raises(CheckpointError, match="without an index that says which belong together"):
+            Checkpoint.open(sharded)
+
+    def test_one_file_of_another_name(self, written: Path) -> None:
+        expected = digest(written)
+        (written / "model.safetensors").rename(written / "diffusion_pytorch_model.safetensors")
+        assert digest(written) == expected
 
     def test_a_tensor_in_two_shards(self, sharded: Path) -> None:
         first, second, *_ = sorted(sharded.glob("*.safetensors"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -74,6 +75,16 @@ def test_an_lm_head_of_another_shape_is_an_error(tied: Path) -> None:
     add_lm_head(tied, lambda table: table[:-1])
     with pytest.raises(CheckpointError, match=f"{LM_HEAD}.*shape"):
         take_all(tied)
+
+
+def test_the_key_may_stand_at_the_top_of_the_config(tied: Path) -> None:
+    raw = json.loads((tied / "config.json").read_text())
+    del raw["llm_config"]["tie_word_embeddings"]
+    (tied / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError, match=f"no tensor {LM_HEAD}"):
+        take_all(tied)
+    (tied / "config.json").write_text(json.dumps({**raw, "tie_word_embeddings": True}))
+    assert LM_HEAD not in take_all(tied)
 
 
 def test_without_ties_lm_head_is_needed(tmp_path: Path) -> None:

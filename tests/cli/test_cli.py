@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -163,6 +164,43 @@ def test_empty_question(run: Run, engine) -> None:
 def test_question_longer_than_the_engine_holds(run: Run, engine) -> None:
     result = run("ask", "word " * 4000, "--engine", engine("nvlm-d-tiny"))
     assert_one_line_error(result, "4096", "tokens")
+
+
+def test_ask_for_json_that_fits_a_schema(run: Run, engine, tmp_path: Path) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "object", "properties": {"n": {"enum": [1, 22]}}, "required": ["n"]}')
+    quotes = ("--logit-bias", f"{ord('}')}=50")  # a random model adds properties of its own
+    status, out, _ = run("ask", "hello", "--engine", engine("nvlm-d-tiny"), "--json-schema", schema, *quotes)
+    assert status == 0
+    assert json.loads(out)["n"] in (1, 22)
+
+
+def test_ask_for_a_text_of_a_kind(run: Run, engine) -> None:
+    engine = engine("nvlm-d-tiny")
+    assert re.fullmatch(r"[0-9]{3}\n", run("ask", "hello", "--engine", engine, "--regex", "[0-9]{3}")[1])
+    assert run("ask", "hello", "--engine", engine, "--choice", "tea", "--choice", "rice")[1] in ("tea\n", "rice\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "constraint.json_schema is not allowed"),
+        ('{"type": "text"}', "Invalid type: text"),
+        (None, "cannot read"),
+        ('{"enum": ["' + "x" * 200_000 + '"]}', "cannot read"),
+    ],
+)
+def test_ask_with_a_schema_that_is_none(run: Run, engine, tmp_path: Path, text: str | None, cause: str) -> None:
+    schema = tmp_path / "schema.json"
+    if text is not None:
+        schema.write_text(text)
+    assert_one_line_error(run("ask", "hello", "--engine", engine("nvlm-d-tiny"), "--json-schema", schema), cause)
+
+
+def test_ask_for_two_things_at_once(run: Run) -> None:
+    result = run("ask", "hello", "--url", "grpc://127.0.0.1:9", "--regex", "a", "--choice", "b")
+    assert_one_line_error(result, "--regex and --choice both say what the answer must be")
 
 
 def test_ask_wants_exactly_one_source(run: Run, engine) -> None:

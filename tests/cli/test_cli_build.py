@@ -40,9 +40,26 @@ def test_a_gate_that_says_nothing_warns_and_publishes(run_cli: Run, checkpoint: 
     assert out == ""
     warning, published = err.splitlines()
     assert warning.startswith("warning: the accuracy gate says nothing")
-    assert "% of the answers are the same" in warning
+    assert "% of the answers are the same; 14 samples)" in warning
     assert published.startswith("published")
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["accuracy_gate"]["result"] == "meaningless"
+
+
+def test_says_how_many_samples_were_used(run_cli: Run, checkpoint: Directory, tmp_path: Path) -> None:
+    text, gate = tmp_path / "text.jsonl", tmp_path / "gate.jsonl"
+    question = json.dumps({"prompt": "2 + 2 =", "answer": "unknown"}) + "\n"
+    text.write_text(question * 49)
+    gate.write_text(question * 128)
+    command = ("build", "--checkpoint", checkpoint("nvlm-d-tiny"), "--precision", "decoder=int8")
+    first, again = tmp_path / "first", tmp_path / "again"
+    status, _, err = run_cli(*command, "--output", first, "--calibration", text, "--gate", gate)
+    assert status == 0
+    calibration, warning, _ = err.splitlines()
+    assert calibration == "calibration: 48 of 49 samples; more moved no scale"
+    assert warning.endswith("; 64 of 128 samples, which leave no doubt)")
+    status, _, err = run_cli(*command, "--output", again, "--calibration", first / "calibration.json", "--no-gate")
+    assert status == 0
+    assert err.splitlines()[:2] == [calibration, "accuracy gate: not measured"]
 
 
 def test_no_gate(run_cli: Run, checkpoint: Directory, tmp_path: Path) -> None:

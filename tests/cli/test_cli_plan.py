@@ -58,7 +58,7 @@ def test_without_an_image_nothing_is_encoded(run_cli: Run) -> None:
         (("--preset", "nvlm-e-tiny"), ("'nvlm-e-tiny'", *PRESETS)),
         (("--checkpoint", "nowhere"), ("nowhere",)),
         (("--preset", "nvlm-d-tiny", "--backend", "abacus"), ("onnxruntime, tensorrt",)),
-        (("--preset", "nvlm-d-tiny", "--precision", "bf16"), ("computes nothing in bf16",)),
+        (("--preset", "nvlm-d-tiny", "--precision", "fp16"), ("computes nothing in fp16",)),
         (("--preset", "nvlm-d-tiny", "--bandwidth", "20"), ("--bandwidth and --tflops",)),
         (("--preset", "nvlm-d-tiny", "--bandwidth", "20", "--tflops", "0"), ("above 0",)),
         (("--preset", "nvlm-d-tiny", "--tiles", "8"), ("at most 7 tiles", "--tiles")),

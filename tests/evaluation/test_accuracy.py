@@ -85,8 +85,8 @@ class Counting(EngineAnswerer):
 
 
 @pytest.mark.parametrize("name", ENGINES)
-def test_engine_and_reference_answer_alike(engine: Directory, checkpoint: Directory, name: str) -> None:
-    _, ours = run(EngineAnswerer(engine(name), OPTIONS.max_tokens))
+def test_engine_and_reference_answer_alike(exact_engine: Directory, checkpoint: Directory, name: str) -> None:
+    _, ours = run(EngineAnswerer(exact_engine(name), OPTIONS.max_tokens))
     _, theirs = run(ReferenceAnswerer(checkpoint(name), OPTIONS.max_tokens))
     assert set(ours) == set(NAMES)
     assert len(set(ours.values())) == len(SAMPLES), "answers that do not differ prove little"

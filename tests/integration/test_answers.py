@@ -14,7 +14,7 @@ import pytest
 import tritonclient.grpc
 from live_server import ServerByName, ask_raw, make_image
 
-from nvlm_trt.api import Answer, ChatRequest, Message, SamplingParams, merge_answers
+from nvlm_trt.api import Answer, ChatRequest, Constraint, Message, SamplingParams, merge_answers
 from nvlm_trt.runtime.pipeline import Pipeline
 from nvlm_trt.runtime.sampling import answer_seed
 from nvlm_trt.serving.client import AsyncClient, Client
@@ -52,6 +52,22 @@ def test_served_answers_equal_those_in_process(name: str, served: ServerByName, 
     assert usage is not None
     assert usage.image_tiles == 6  # two tiles and a thumbnail each
     assert usage.completion_tokens == 24
+
+
+def test_a_served_answer_fits_its_constraint(served: ServerByName, engine: Callable[[str], Path]) -> None:
+    schema = {"type": "object", "properties": {"n": {"enum": [1, 22, None]}}, "required": ["n"]}
+    bound = [
+        SamplingParams(200, constraint=Constraint(json_schema={**schema, "additionalProperties": False})),
+        SamplingParams(200, constraint=Constraint(regex="[a-z]{3} [0-9]{3}"), temperature=1.0, seed=1, n=3),
+    ]
+    with Pipeline.open(engine("nvlm-d-tiny")) as pipeline:
+        chats = [ChatRequest([Message("user", "Hi")], [make_image(1)], sampling) for sampling in bound]
+        expected = [[answer.text for answer in merge_answers(list(pipeline.generate(chat)))] for chat in chats]
+    with Client(served("nvlm-d-tiny").address) as client:
+        answers = [client.generate_all("Hi", images=[make_image(1)], sampling=sampling) for sampling in bound]
+    assert [[answer.text for answer in several] for several in answers] == expected
+    assert {answer.finish_reason for several in answers for answer in several} == {"stop"}
+    assert json.loads(answers[0][0].text)["n"] in (1, 22, None)
 
 
 def test_eight_concurrent_streams_answer_as_each_does_alone(served: ServerByName) -> None:

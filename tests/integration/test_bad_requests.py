@@ -93,6 +93,19 @@ CHATS: dict[str, tuple[dict[str, Any], str]] = {
         "bans every token",
     ),
     "a penalty out of bounds": ({"prompt": "Hi", "sampling": {"presence_penalty": -3}}, "presence_penalty = -3"),
+    "an impossible schema": (
+        {"prompt": "Hi", "sampling": {"constraint": {"json_schema": {"type": "text"}}}},
+        "constraint.json_schema cannot be followed: Invalid type: text",
+    ),
+    "a regular expression of ten gigabytes": (
+        {"prompt": "Hi", "sampling": {"constraint": {"regex": "a{100000000}"}}, "images": [make_image(1)]},
+        "at most 2000 are allowed",
+    ),
+    "a choice of nothing": ({"prompt": "Hi", "sampling": {"constraint": {"choice": []}}}, "constraint.choice"),
+    "a constraint without an end": (
+        {"prompt": "Hi", "sampling": {"constraint": {"regex": "a"}, "ignore_eos": True}},
+        "ignore_eos = True is not allowed with constraint",
+    ),
     "negative max_tokens": ({"prompt": "Hi", "sampling": {"max_tokens": -1}}, "max_tokens = -1"),
     "NaN temperature": ({"prompt": "Hi", "sampling": {"temperature": float("nan")}}, "temperature = nan"),
     "unknown sampling key": ({"prompt": "Hi", "sampling": {"heat": 1}}, "unknown sampling parameter 'heat'"),

@@ -70,10 +70,10 @@ def render_for_a_cpu(
 
 @pytest.fixture(params=["nvlm-d-tiny", "nvlm-h-tiny"])
 def served(
-    request: pytest.FixtureRequest, engine: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest, exact_engine: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[Path, TritonServer]]:
     monkeypatch.setattr(server_module, "render_repository", render_for_a_cpu)
-    path = engine(request.param)
+    path = exact_engine(request.param)
     with TritonServer(path) as server:
         yield path, server
 

@@ -6,10 +6,12 @@ import base64
 import json
 import os
 import re
+import secrets
 import shutil
 import subprocess
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +182,23 @@ def test_a_client_that_leaves_a_stream_frees_its_slot(server: TritonServer) -> N
         lambda: metric(server, 'nvlm_finished_requests_total{reason="cancelled"}') > cancelled, "it is cancelled"
     )
     wait_until_idle(server)
+
+
+def test_another_request_ends_an_answer_that_comes_in_one_response(server: TritonServer) -> None:
+    """tritonserver does not notice that the client of such an answer is gone."""
+    wait_until_idle(server)
+    token = secrets.token_hex(16)
+    cancelled = metric(server, 'nvlm_finished_requests_total{reason="cancelled"}')
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(
+            post, server, "generate", prompt="Go on", stream=False, cancel_token=token, sampling_parameters=ENDLESS
+        )
+        wait_until(lambda: metric(server, "nvlm_active_slots") == 1, "it is being answered")
+        status, body = post(server, "generate", cancel=token)
+        assert (status, sorted(json.loads(body))) == (200, ["model_name", "model_version"])
+        assert "error" in json.loads(asked.result(timeout=60)[1])  # there is no response to it
+    wait_until_idle(server)
+    assert metric(server, 'nvlm_finished_requests_total{reason="cancelled"}') == cancelled + 1
 
 
 def test_the_commands_of_the_page(server: TritonServer) -> None:

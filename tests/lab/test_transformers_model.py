@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lab.transformers_model import language_model, whole_model
+from lab.transformers_model import language_model, whole_model, write_vision_encoder
 from nvlm_trt.reference.model import ReferenceModel
 
 Checkpoints = Callable[[str], Path]
@@ -27,6 +27,16 @@ def test_whole_model(checkpoint: Checkpoints) -> None:
     for attention in ("eager", "sdpa"):
         theirs.set_attn_implementation(attention)
         torch.testing.assert_close(theirs(input_ids=ids, pixel_values=tiles).logits, expected, rtol=0, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_the_vision_encoder_as_torchscript(checkpoint: Checkpoints, tmp_path: Path) -> None:
+    directory = checkpoint("nvlm-d-tiny")
+    write_vision_encoder(directory, tmp_path / "encoder.pt")
+    ours = ReferenceModel.from_checkpoint(directory)
+    edge = ours.config.vision.image_size
+    tiles = torch.randn(3, 3, edge, edge, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(torch.jit.load(tmp_path / "encoder.pt")(tiles), ours.encode(tiles), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.3)])

@@ -18,22 +18,27 @@ names = st.sampled_from(sorted(TABLE.names))
 
 def test_the_safe_defaults() -> None:
     assert TABLE.parse("fp32") == dict.fromkeys(COMPONENTS, "fp32")
+    assert TABLE.parse(None) == TABLE.parse("bf16")
     for name in set(TABLE.names) - {"fp32"}:
         chosen = TABLE.parse(name)
-        assert chosen["decoder"] == name
-        assert chosen["vision_encoder"] == chosen["projector"] == "fp32"
+        assert chosen["decoder"] == ("fp32" if name == "bf16" else name)
+        assert chosen["vision_encoder"] == chosen["projector"] == "bf16"
     assert not needs_calibration(TABLE.parse("int4-weight-only"))
     assert needs_calibration(TABLE.parse("vision_encoder=fp8"))
     assert quantised_components(TABLE.parse("lm_head=int8,decoder=fp8")) == ("decoder", "lm_head")
 
 
-@given(st.none() | names, st.dictionaries(st.sampled_from(COMPONENTS), names), st.randoms())
+@given(
+    st.none() | names,
+    st.dictionaries(st.sampled_from(COMPONENTS), names.filter(lambda name: name != "bf16")),
+    st.randoms(),
+)
 def test_a_bare_name_with_exceptions_in_any_order(bare: str | None, chosen: dict[str, str], random) -> None:
     if bare is None and not chosen:
         return
     parts = [f" {component} = {name}" for component, name in chosen.items()] + ([f"{bare} "] if bare else [])
     random.shuffle(parts)
-    expected = dict(zip(COMPONENTS, TABLE.names[bare or "fp32"], strict=True)) | chosen
+    expected = dict(zip(COMPONENTS, TABLE.names[bare or "bf16"], strict=True)) | chosen
     assert TABLE.parse(",".join(parts)) == expected
 
 
@@ -52,12 +57,13 @@ def test_anything_else_is_one_line(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("int7", "'int7' is not one of fp32, int8, int8-weight-only, int4-weight-only, fp8"),
-        ("", "'' is not one of fp32"),
-        ("int8,", "'' is not one of fp32"),
-        ("decoder=", "'' is not one of fp32"),
-        ("fp16", "onnxruntime computes nothing in fp16; choose one of fp32, int8"),
-        ("decoder=bf16", "computes nothing in bf16"),
+        ("int7", "'int7' is not one of bf16, fp32, int8, int8-weight-only, int4-weight-only, fp8"),
+        ("", "'' is not one of bf16"),
+        ("int8,", "'' is not one of bf16"),
+        ("decoder=", "'' is not one of bf16"),
+        ("fp16", "onnxruntime computes nothing in fp16; choose one of bf16, fp32, int8"),
+        ("decoder=bf16", "--precision decoder=bf16: the backend onnxruntime computes decoder in fp32, or quantised"),
+        ("fp32,cross_attention=bf16", "computes cross_attention in fp32, or quantised"),
         ("encoder=int8", "'encoder' is not a component; choose from vision_encoder, projector, decoder"),
         ("=int8", "'' is not a component"),
         ("decoder=int8,decoder=fp8", "names decoder twice"),

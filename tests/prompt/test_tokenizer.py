@@ -249,7 +249,7 @@ def test_alphabet_is_that_of_tokenizers() -> None:
 
 
 def test_missing_and_malformed_files_are_config_errors(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no tokenizer\.json in .*; copy the one"):
+    with pytest.raises(ConfigError, match=r"no tokenizer\.json in .*, nor vocab\.json with merges\.txt; copy those"):
         Tokenizer.from_directory(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ConfigError, match="is not a tokenizer") as caught:

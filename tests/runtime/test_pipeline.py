@@ -150,17 +150,17 @@ def test_chunks_of_the_prompt_do_not_change_an_answer(engine: DirectoryByName, n
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_logprobs_are_the_references(engine: DirectoryByName, checkpoint: DirectoryByName, name: str) -> None:
+def test_logprobs_are_the_references(exact_engine: DirectoryByName, checkpoint: DirectoryByName, name: str) -> None:
     """Compares every sampled token of an answer about two images with the reference's forward of the whole sequence."""
     model = ReferenceModel.from_checkpoint(checkpoint(name))
     config = model.config
     images = [make_image(1), make_image(2, 90, 200)]
     messages = [Message("user", "Compare <image> and <image>.")]
     sampling = SamplingParams(max_tokens=8, temperature=1, seed=3, logprobs=3, ignore_eos=True)
-    with Pipeline.open(engine(name), threads=1, options=RuntimeOptions(prefill_chunk=50)) as pipeline:
+    with Pipeline.open(exact_engine(name), threads=1, options=RuntimeOptions(prefill_chunk=50)) as pipeline:
         deltas = list(pipeline.generate(ChatRequest(messages, images, sampling)))
 
-    encoder = PromptEncoder(config, Tokenizer.from_directory(engine(name)))
+    encoder = PromptEncoder(config, Tokenizer.from_directory(exact_engine(name)))
     tiles = [reference_tiles(load_image(data), config.vision.image_size, config.max_tiles) for data in images]
     prompt = encoder.encode(messages, [len(each) for each in tiles])
     answer_ids = [token_id for delta in deltas for token_id in delta.token_ids]

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nvlm_trt.api import (
+    Constraint,
     Delta,
     ImageCount,
     ImagePart,
@@ -137,6 +138,7 @@ def tensor(request: object, name: str) -> bytes:
 )
 def test_a_request_says_what_it_was_given(messages: list[Message], images: list[bytes]) -> None:
     sampling = SamplingParams(3, temperature=0.5, seed=2**64 - 1, stop=("\n", "ü"), logit_bias={0: -100, 9: 0.5}, n=4)
+    sampling = sampling.model_copy(update={"constraint": Constraint(json_schema={"enum": [None, "ü"]})})
     request = infer_request(messages=messages, images=images, sampling=sampling, max_tiles=2)
     assert parse_conversation(None, tensor(request, "messages")) == messages
     assert parse_sampling(tensor(request, "sampling_parameters")) == sampling

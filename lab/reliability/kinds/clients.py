@@ -13,6 +13,9 @@ import urllib.parse
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
+import grpc
+from tritonclient.grpc import service_pb2_grpc
+
 from lab.code_state import ROOT
 from lab.reliability.kind import Kind, kind
 from lab.reliability.load import answer_tokens
@@ -23,6 +26,7 @@ from lab.reliability.target import metric
 from nvlm_trt.api import SamplingParams
 from nvlm_trt.errors import QueueFullError
 from nvlm_trt.serving.client import Client
+from nvlm_trt.serving.grpc_messages import infer_request
 
 KINDS: list[Kind] = []
 _ENDLESS = {"max_tokens": 4000, "ignore_eos": True}
@@ -89,8 +93,11 @@ def _slow(place: Place) -> None:
             client = opened.enter_context(connect(served, served.http_address))
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
             client.sendall(post({**_ENDLESS, "logprobs": 20}))
-        grpc = opened.enter_context(Client(served.address))
-        streams = [grpc.stream("Go on", sampling={**_ENDLESS, "logprobs": 20}) for _ in range(3)]
+        # not a Client, which reads ahead
+        channel = opened.enter_context(grpc.insecure_channel(served.address.removeprefix("grpc://")))
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        asked = infer_request("Go on", sampling={**_ENDLESS, "logprobs": 20})
+        streams = [stub.ModelStreamInfer(iter([asked])) for _ in range(3)]
         for stream in streams:
             next(stream)
         for _ in range(5):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -42,11 +42,17 @@ from nvlm_trt.model.config import NvlmConfig
 from nvlm_trt.plugins.gated_cross_attention import cache_length
 from nvlm_trt.prompt.image_tokens import check_cross_tiles, split_tiles
 
+if TYPE_CHECKING:
+    from nvlm_trt.backends.openvino.encoder import OpenVinoEncoder
+
 
 class OnnxRuntimeBackend(ClosedOnExit):
     """Implements `StepBackend`. Image tokens and features are NumPy arrays."""
 
-    def __init__(self, engine: Engine, stages: Collection[str], threads: int | None) -> None:
+    def __init__(
+        self, engine: Engine, stages: Collection[str], threads: int | None, encoder: OpenVinoEncoder | None = None
+    ) -> None:
+        """Load stages of an engine. `encoder` runs the vision encoder, which is then not among the `stages`."""
         self.config: NvlmConfig = engine.config
         self.limits: EngineLimits = engine.limits
         self._path = engine.path
@@ -55,6 +61,7 @@ class OnnxRuntimeBackend(ClosedOnExit):
             for stage in STAGES
             if stage in stages
         }
+        self._encoder = encoder
         self._cache = _allocate(self.config, self.limits) if "decoder" in self._sessions else {}
         self._several_logits = "decoder" in self._sessions and _takes_several(self._sessions["decoder"])
         self._logits = np.empty((self.limits.max_slots, self.config.llm.vocab_size), np.float32)
@@ -65,6 +72,8 @@ class OnnxRuntimeBackend(ClosedOnExit):
 
     def encode(self, pixel_values: FloatArray) -> FloatArray:
         """Encode pixel_values [tiles, 3, E, E] into image tokens [tiles, T, hidden]."""
+        if self._encoder:
+            return self._encoder.encode(pixel_values)
         pixel_values = np.ascontiguousarray(pixel_values, np.float32)
         image_tokens = np.empty(
             (len(pixel_values), self.config.tokens_per_tile, self.config.llm.hidden_size), np.float32
@@ -219,6 +228,7 @@ class OnnxRuntimeBackend(ClosedOnExit):
         """Free sessions and caches; no method may be called afterwards."""
         self._bindings.clear()
         self._sessions.clear()
+        self._encoder = None
         self._cache.clear()
 
     def to_host(self, array: BackendArray) -> FloatArray:

@@ -20,7 +20,6 @@ from nvlm_trt.builders.quantization.calibration import Calibration
 from nvlm_trt.builders.quantization.formats import OBSERVING, Recipe, WeightForm
 from nvlm_trt.builders.quantization.smoothquant import MigratedWeights
 from nvlm_trt.builders.source import EngineSource
-from nvlm_trt.checkpoint.reader import Checkpoint
 from nvlm_trt.evaluation.samples import Sample
 from nvlm_trt.progress import Progress
 from nvlm_trt.staging import temporary_sibling
@@ -39,7 +38,7 @@ class OnnxRuntimeSteps:
         self._job = job
 
     def unquantised(self, precisions: Mapping[str, str]) -> str:
-        return "fp32"
+        return "fp32" if "fp32" in (precisions["vision_encoder"], precisions["projector"]) else "bf16"
 
     def write_stages(self, directory: Path, recipe: Recipe) -> dict[str, Any] | None:
         write_graphs(self._job.source, self._job.progress, directory, recipe)
@@ -52,7 +51,7 @@ class OnnxRuntimeSteps:
 def write_graphs(source: EngineSource, progress: Progress, directory: Path, recipe: Recipe) -> None:
     """Write one ONNX file per stage. Together they hold every tensor of the checkpoint."""
     config, linear = source.config, recipe.weight_format
-    with Checkpoint.open(source.checkpoint_dir) as checkpoint:
+    with source.open_checkpoint() as checkpoint:
         weights = MigratedWeights(checkpoint, recipe.factors)
         graphs = {"vision_encoder": vision_encoder_graph(config, weights, linear, multi_head_vision_attention)}
         if config.cross_layers:

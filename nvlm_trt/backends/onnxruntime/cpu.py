@@ -1,13 +1,13 @@
-"""Says which faults ONNX Runtime's kernels for x86 have on this CPU.
+"""Says which products this CPU computes in hardware, and which faults ONNX Runtime's kernels for x86 have on it.
 
 ONNX Runtime chooses kernels by the same instruction sets (core/mlas/lib/platform.cpp). Its kernels for other processors
 have no such fault that is known."""
 
 from __future__ import annotations
 
-import functools
 import platform
-from pathlib import Path
+
+from nvlm_trt.machine import cpu_flags as flags
 
 _DOT_PRODUCTS = ({"avx512_vnni"}, {"avx_vnni"}, {"amx_int8"})  # each adds up 8-bit products in 32 bits
 _AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
@@ -25,14 +25,9 @@ def single_rows_differ() -> bool:
     return _is_x86() and not flags() >= _AVX512
 
 
-@functools.cache
-def flags() -> frozenset[str]:
-    """Return the instruction sets of the first core by their Linux names; none if Linux lists none."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return frozenset()
-    return frozenset(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())
+def multiplies_bf16() -> bool:
+    """Return whether the CPU multiplies bfloat16, for which OpenVINO then has kernels (AVX-512 BF16 or AMX)."""
+    return _is_x86() and not flags().isdisjoint({"avx512_bf16", "amx_bf16"})
 
 
 def _is_x86() -> bool:

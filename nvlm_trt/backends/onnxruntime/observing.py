@@ -5,7 +5,8 @@ Its answers are those of an ordinary engine. Every run also reports the inputs o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,14 @@ from nvlm_trt.api import ChatRequest, Message, SamplingParams
 from nvlm_trt.backends.base import BackendArray, FloatArray, IntArray, RangeArray, stages_of
 from nvlm_trt.backends.onnxruntime.backend import OnnxRuntimeBackend
 from nvlm_trt.backends.onnxruntime.session import InferenceSession, IOBinding
+from nvlm_trt.builders.quantization.build_samples import rounds_of
 from nvlm_trt.builders.quantization.calibration import Calibration, LinearInput
 from nvlm_trt.builders.quantization.magnitudes import int8_clip
 from nvlm_trt.builders.quantization.observer import CHANNELS, COUNTS
+from nvlm_trt.builders.quantization.scale_watch import BLOCK, Scales, ScaleWatch
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import EngineError, ImageError, RequestError
+from nvlm_trt.evaluation.answerers import answer_concurrently
 from nvlm_trt.evaluation.samples import Sample, digest_of
 from nvlm_trt.model.precision import component_of
 from nvlm_trt.progress import Progress
@@ -29,35 +33,55 @@ from nvlm_trt.runtime.batcher import Batcher
 from nvlm_trt.runtime.pipeline import Pipeline
 
 _MAX_TOKENS = 16  # every token of an answer takes a run, and adds little to the many tokens of the prompt
+# Nearly every prompt takes one run. lm_head multiplies the last row of each run, which is read only at a prompt's end.
+_PREFILL_CHUNK = 2048
 
 
 def observe(engine_dir: Path, samples: Sequence[Sample], progress: Progress) -> Calibration:
     """Ask an engine of the recipe OBSERVING, and measure the inputs of its linear layers. Ignores the answers.
 
-    Raises RequestError for a sample that the engine cannot hold, ImageError for an image that does not decode, and
-    EngineError for inputs that are not finite or all zero."""
+    Stops before the last sample if the scales do not move any more (`ScaleWatch`). Raises RequestError for a sample
+    that the engine cannot hold, ImageError for an image that does not decode, and EngineError for inputs that are not
+    finite or all zero."""
     engine = Engine.open(engine_dir)
     digest = digest_of(samples, progress)
     backend = ObservingBackend(engine)
     tokenizer = Tokenizer.from_directory(engine_dir)
-    batcher = Batcher(backend, tokenizer, reuse_prompts=False)  # what is not run again is not observed again
+    order = list(chain.from_iterable(rounds_of(samples)))
+    watch = ScaleWatch()
+    asked = 0
+    # what is not run again is not observed again
+    batcher = Batcher(backend, tokenizer, prefill_chunk=_PREFILL_CHUNK, reuse_prompts=False)
     with Pipeline(engine, batcher, tokenizer) as pipeline:
-        for done, sample in enumerate(samples):
-            progress("calibrating", done, len(samples))
-            request = ChatRequest(
-                [Message("user", sample.prompt)], tuple(sample.images), SamplingParams(max_tokens=_MAX_TOKENS)
-            )
-            try:
-                for _ in pipeline.generate(request):
-                    pass
-            except (RequestError, ImageError) as error:
-                raise type(error)(f"calibration sample {sample.name}: {error}") from None
-    progress("calibrating", len(samples), len(samples))
+        progress("calibrating", 0, len(order))
+        while asked < len(order):
+            block = order[asked : asked + BLOCK]
+            for _ in _answers(pipeline, block, engine.limits.max_slots):
+                asked += 1
+                progress("calibrating", asked, len(order))
+            if watch.are_still(backend.scales()):
+                break
+    progress("calibrating", asked, asked)
     return Calibration(
         checkpoint_digest=engine.manifest.checkpoint_digest,
-        samples={"count": len(samples), "digest": digest},
+        samples={"count": asked, "of": len(order), "digest": digest},
         linears=backend.linears(),
     )
+
+
+def _answers(pipeline: Pipeline, samples: Sequence[Sample], concurrency: int) -> Iterator[object]:
+    """Answer samples, several at once, and yield once for each."""
+
+    def ask(sample: Sample) -> str:
+        sampling = SamplingParams(max_tokens=_MAX_TOKENS)
+        for _ in pipeline.generate(ChatRequest([Message("user", sample.prompt)], tuple(sample.images), sampling)):
+            pass
+        return ""
+
+    try:
+        yield from answer_concurrently(ask, samples, concurrency)
+    except (RequestError, ImageError) as error:
+        raise type(error)(f"calibration {error}") from None
 
 
 class ObservingBackend(OnnxRuntimeBackend):
@@ -70,6 +94,13 @@ class ObservingBackend(OnnxRuntimeBackend):
         self._counts: dict[str, npt.NDArray[np.int64]] = {}
         self._cross_attends = False
 
+    def scales(self) -> Scales:
+        """Return abs_max and clip seen so far, by layer, for the layers that were reached.
+
+        Raises EngineError for a layer whose inputs are not finite."""
+        largest = {name: _largest(name, channels) for name, channels in self._channels.items()}
+        return {name: (abs_max, int8_clip(self._counts[name], abs_max)) for name, abs_max in largest.items()}
+
     def linears(self) -> dict[str, LinearInput]:
         """Return the inputs seen so far, by layer, for the layers that were reached.
 
@@ -81,6 +112,15 @@ class ObservingBackend(OnnxRuntimeBackend):
         outputs = dict(zip(names, super()._run_cross_kv(image_tokens), strict=True))
         self._add_up({name: outputs.pop(name) for name in self._reports["cross_kv"]})
         return list(outputs.values())
+
+    def decode(self, input_ids: IntArray, positions: IntArray, cross_ranges: RangeArray) -> FloatArray:
+        """Run slots that attend to images, and slots that do not, apart: a run reports all of its slots."""
+        attends = cross_ranges[:, 0] < cross_ranges[:, 1]  # [n]
+        changes = np.flatnonzero(attends[1:] != attends[:-1]) + 1
+        for first, stop in pairwise([0, *changes.tolist(), len(attends)]):
+            slots = slice(first, stop)
+            self._step(first, input_ids[slots, None], positions[slots], self._no_embeddings, cross_ranges[slots, None])
+        return self._logits[: len(attends)]
 
     def _step(
         self,
@@ -130,10 +170,15 @@ def _report_arrays(session: InferenceSession) -> dict[str, npt.NDArray[Any]]:
     }
 
 
-def _linear_input(name: str, channels: FloatArray, counts: npt.NDArray[np.int64]) -> LinearInput:
+def _largest(name: str, channels: FloatArray) -> float:
     abs_max = float(channels.max())
     if not np.isfinite(abs_max):
         raise EngineError(f"calibration: the inputs of {name} are not finite; check the checkpoint's weights")
+    return abs_max
+
+
+def _linear_input(name: str, channels: FloatArray, counts: npt.NDArray[np.int64]) -> LinearInput:
+    abs_max = _largest(name, channels)
     if abs_max == 0:
         raise EngineError(
             f"calibration: the inputs of {name} are all zero, so they have no scale; build its component with fp32"

@@ -16,7 +16,6 @@ from nvlm_trt.builders.model_file import save_model
 from nvlm_trt.builders.quantization.formats import Recipe
 from nvlm_trt.builders.quantization.smoothquant import MigratedWeights
 from nvlm_trt.builders.source import EngineSource
-from nvlm_trt.checkpoint.reader import Checkpoint
 from nvlm_trt.progress import Progress
 
 DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
@@ -35,7 +34,7 @@ def write_graphs(
     Together the files hold every tensor of the checkpoint. `dtype_name`, a key of DTYPES, is the type of everything
     that is not quantised."""
     config, dtype, linear = source.config, DTYPES[dtype_name], recipe.weight_format
-    with Checkpoint.open(source.checkpoint_dir) as checkpoint:
+    with source.open_checkpoint() as checkpoint:
         weights = MigratedWeights(checkpoint, recipe.factors)
         graphs = {"vision_encoder": vision_encoder_graph(config, weights, linear, tensorrt_vision_attention, dtype)}
         if config.cross_layers:

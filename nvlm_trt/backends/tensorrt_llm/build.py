@@ -57,7 +57,7 @@ class TensorRtLlmSteps:
         job, config = self._job, self._job.source.config
         if not self._options.checkpoint_only:
             check_this_gpu(config, recipe.precisions)
-        source = job.source.checkpoint_dir
+        source, lora = job.source.checkpoint_dir, job.source.lora
         quantization = llm_quantization(config, self._mapping, recipe)
         record = self._record(floating_type(recipe.precisions), quantization)
         unfinished = unfinished_checkpoint(job.output)
@@ -70,12 +70,13 @@ class TensorRtLlmSteps:
             record.max_encoder_len,
             job.progress,
             dtype=record.dtype,
+            lora=lora,
         )
         check_llm_checkpoint(unfinished, config)
         os.rename(unfinished, directory / CHECKPOINT_FOLDER)
-        write_vision_encoder(source, config, directory / VISION_FILE, record.dtype, job.progress)
+        write_vision_encoder(source, config, directory / VISION_FILE, record.dtype, job.progress, lora)
         if config.architecture == "H":
-            write_tag_embeddings(source, config, directory / TAG_FILE, record.dtype)
+            write_tag_embeddings(source, config, directory / TAG_FILE, record.dtype, lora)
         if not self._options.checkpoint_only:
             record = build_llm(directory, config, job.source.limits, record, job.progress)
         return record.model_dump()

@@ -6,6 +6,7 @@ import contextlib
 import logging
 from typing import Any
 
+from nvlm_trt.api import SamplingParams
 from nvlm_trt.backends.base import BackendArray, FloatArray, ImageFeatures
 from nvlm_trt.backends.spec import OpenVision
 from nvlm_trt.backends.tensorrt_llm.contract import Bindings, Executor
@@ -20,10 +21,13 @@ from nvlm_trt.backends.tensorrt_llm.runtime import import_bindings
 from nvlm_trt.backends.tensorrt_llm.sampling_config import check_sampling
 from nvlm_trt.backends.tensorrt_llm.steps import ExecutorSteps, first_line
 from nvlm_trt.backends.tensorrt_llm.torch_device import check_device, torch_dtype
+from nvlm_trt.constraint import Constraint
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import EngineError
+from nvlm_trt.lane import IsOver, never
 from nvlm_trt.prompt.tokenizer import Tokenizer
 from nvlm_trt.runtime.generator_thread import GeneratorThread
+from nvlm_trt.runtime.grammar import Grammar
 from nvlm_trt.runtime.request import Request
 
 logger = logging.getLogger(__name__)
@@ -68,6 +72,11 @@ class ExecutorGenerator(GeneratorThread):
         """See `TextGenerator.submit`. Raises ParameterError for sampling parameters that the executor cannot follow."""
         check_sampling(request.sampling, self._vocab_size)
         super().submit(request)
+
+    def compile(self, constraint: Constraint, is_over: IsOver = never) -> Grammar:
+        """Raise ParameterError: see `submit`, which refuses a constraint."""
+        check_sampling(SamplingParams(constraint=constraint), self._vocab_size)
+        raise AssertionError("check_sampling refuses constraints")
 
     def encode(self, pixel_values: FloatArray) -> BackendArray:
         assert self._vision is not None, "the engine was opened without its vision encoder"

@@ -10,8 +10,8 @@ from nvlm_trt.backends.tensorrt_llm.contract import MAX_TOP_K, Bindings, Samplin
 from nvlm_trt.errors import ParameterError
 
 # the executor counts the prompt for both penalties and holds back its one end id where ours are several; nobody has
-# confirmed its form of several answers and of biases
-_NOT_PASSED_ON = ("presence_penalty", "frequency_penalty", "logit_bias", "min_tokens", "n")
+# confirmed its form of several answers, of biases and of constraints
+_NOT_PASSED_ON = ("presence_penalty", "frequency_penalty", "logit_bias", "min_tokens", "n", "constraint")
 
 
 def check_sampling(sampling: SamplingParams, vocab_size: int) -> None:

@@ -61,10 +61,6 @@ ChatMessage = Annotated[SystemMessage | UserMessage | AssistantMessage, Field(di
 # --- the request -----------------------------------------------------------------------------------------------------
 
 
-class TextFormat(Strict):
-    type: Literal["text"]
-
-
 class ChatCompletionRequest(SamplingFields):
     """The body of POST /v1/chat/completions."""
 
@@ -74,7 +70,6 @@ class ChatCompletionRequest(SamplingFields):
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = None
     max_tiles: Tiles | None = None  # of every image
-    response_format: TextFormat | None = None
     modalities: list[Literal["text"]] | None = None
     # accepted without effect
     tools: list[Any] | None = None  # only with tool_choice "none"
@@ -101,9 +96,6 @@ class ChatCompletionRequest(SamplingFields):
     @classmethod
     def refuse_unsupported(cls, raw: Mapping[str, Any]) -> None:
         super().refuse_unsupported(raw)
-        form = raw.get("response_format")
-        if isinstance(form, dict) and form.get("type") not in (None, "text"):
-            raise unsupported("response_format", "response_format is supported with the type text only; leave it out")
         if raw.get("tools") and raw.get("tool_choice") != "none":
             raise unsupported("tools", 'tools are not supported; leave tools out, or send "tool_choice": "none"')
         if raw.get("tool_choice") not in (None, "none", "auto"):

@@ -24,6 +24,13 @@ logger = logging.getLogger(__name__)
 RETRY_SECONDS = 1
 _RETRY = {"Retry-After": str(RETRY_SECONDS)}
 _OF_A_PARAMETER = re.compile("sampling parameter (?P<name>[a-z_]+) |max_tiles = ")
+_OF_A_CONSTRAINT = re.compile(r"sampling parameter constraint(?:\.(?P<kind>[a-z_]+))?")
+_FIELD_OF_KIND = {  # of one without a kind, or with several, the default
+    "json_schema": "response_format",
+    "json_object": "response_format",
+    "regex": "structured_outputs.regex",
+    "choice": "structured_outputs.choice",
+}
 _INVALID = "invalid_request_error"
 
 
@@ -95,6 +102,9 @@ def of_exception(error: Exception) -> HttpError:
     if isinstance(error, TooLargeError):
         return invalid("context_length_exceeded", str(error), "messages")
     # by its message, because a server tells no more
+    if isinstance(error, RequestError) and (constraint := _OF_A_CONSTRAINT.match(str(error))):
+        name = _FIELD_OF_KIND.get(constraint["kind"], "structured_outputs")
+        return invalid("invalid_value", name + str(error)[constraint.end() :], name)
     if isinstance(error, RequestError) and (parameter := _OF_A_PARAMETER.match(str(error))):
         return invalid("invalid_value", str(error), parameter["name"] or "max_tiles")
     if isinstance(error, RequestError):

@@ -34,7 +34,8 @@ def serve_engine(engine_dir: Path, threads: int | None, options: GatewayOptions,
         server.start()
         FORK_SERVER.start()  # while the engine is loaded
         engine = Engine.open(engine_dir)
-        pipeline = Pipeline.open(engine.path, threads, options=RuntimeOptions(image_limits=options.image_limits))
+        runtime = RuntimeOptions(image_limits=options.image_limits, prepare_constraints=True)
+        pipeline = Pipeline.open(engine.path, threads, options=runtime)
         try:
             if server.serve(lambda: _source(engine, pipeline), signals.stop):
                 server.announce()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -51,6 +51,44 @@ class StreamOptions(Strict):
     include_obfuscation: bool | None = None  # without effect: events are never padded
 
 
+# --- what an answer must be ------------------------------------------------------------------------------------------
+
+
+class TextFormat(Strict):
+    type: Literal["text"]
+
+
+class JsonObjectFormat(Strict):
+    type: Literal["json_object"]
+
+
+class NamedSchema(Strict):
+    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    description: str | None = None  # without effect: the model is not told of the schema
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None  # without effect: every schema is kept
+
+
+class JsonSchemaFormat(Strict):
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
+
+
+class StructuredOutputs(Strict):
+    """vLLM's way to ask for the same, and for more: one of the fields."""
+
+    json_schema: dict[str, Any] | None = Field(None, alias="json")
+    json_object: Literal[True] | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+
+
+# --- the fields of both endpoints ------------------------------------------------------------------------------------
+
+
 class SamplingFields(Strict):
     """The fields of both completion endpoints. A field that is null or missing has its default."""
 
@@ -63,6 +101,7 @@ class SamplingFields(Strict):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: LogitBias | None = None
+    response_format: ResponseFormat | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # of NVLM's and other servers' own
@@ -73,6 +112,7 @@ class SamplingFields(Strict):
     min_tokens: MinTokens | None = None
     priority: Priority | None = None
     draft_tokens: DraftTokens | None = None
+    structured_outputs: StructuredOutputs | None = None
     # accepted without effect
     user: str | None = None
 
@@ -84,6 +124,10 @@ class SamplingFields(Strict):
         for name in cls.UNSUPPORTED:
             if raw.get(name) not in (None, False):
                 raise unsupported(name, f"{name} is not supported; leave it out")
+        for name in ("guided_json", "guided_regex", "guided_choice"):
+            if raw.get(name) is not None:
+                kind = name.removeprefix("guided_")
+                raise unsupported(name, f'{name} is not supported; send "structured_outputs": {{"{kind}": ...}}')
 
     @model_validator(mode="before")
     @classmethod

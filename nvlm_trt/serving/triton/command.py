@@ -17,6 +17,7 @@ _KEEPALIVE_TIMEOUT_MS = 5_000
 # requests for a while only (a gRPC client then opens another by itself), and ends when the last answer may take no
 # longer, with all that is kept for it.
 _CONNECTION_MS = 60_000
+REQUEST_SIZE_OPTION = "http-max-input-size"
 _BASE64_GROWTH = 4 / 3  # of images in an HTTP request
 
 
@@ -56,8 +57,8 @@ def triton_command(
         "grpc-infer-allocation-pool-size": 0,
         "exit-timeout-secs": math.ceil(exit_seconds),
     }
-    if _knows(executable, "http-max-input-size"):
-        flags["http-max-input-size"] = math.ceil(request_bytes * _BASE64_GROWTH)
+    if knows(executable, REQUEST_SIZE_OPTION):
+        flags[REQUEST_SIZE_OPTION] = math.ceil(request_bytes * _BASE64_GROWTH)
     command = [str(executable), *(f"--{name}={value}" for name, value in flags.items())]
     command += [f"--backend-config=python,thread-pool-size={BACKEND_THREADS}"]
     command += [f"--backend-config=python,shm-region-prefix-name={shm_prefix}"]
@@ -68,6 +69,6 @@ def triton_command(
     return command
 
 
-def _knows(executable: Path, option: str) -> bool:
-    """Whether this tritonserver has an option: 2.51 has none for the size of a request, 25.07 and newer do."""
+def knows(executable: Path, option: str) -> bool:
+    """Whether this tritonserver has an option: `http-max-input-size`, the size of a request, came with 25.07."""
     return option.encode() in executable.read_bytes()

@@ -36,6 +36,7 @@ _VISION_ENCODER = "vision_encoder"  # the name of the model; its folder in trito
 @dataclass(frozen=True)
 class RepositoryOptions:
     threads: int | None = None  # CPU threads of the encoder, and of the decoder; None: all usable cores
+    encoder_niceness: int = 0  # of the vision encoder's process: higher leaves the cores to the decoder
     max_queue: int = 64  # most requests that wait for a slot; more are rejected
     reuse_prompts: bool = True  # as in GeneratorOptions
     image_limits: ImageLimits = field(default_factory=ImageLimits)
@@ -103,6 +104,7 @@ def _template_values(
         # of nvlm; the instances of tiling, which decode one image each, are as many
         "decode_workers": str(default_workers()),
         "threads": str(options.threads or cores),
+        "encoder_niceness": str(options.encoder_niceness),
         "max_queue": str(options.max_queue),
         "reuse_prompts": "yes" if options.reuse_prompts else "no",
         "encode_workers": str(ENCODE_WORKERS),

@@ -39,7 +39,7 @@ def test_answers_as_the_engine_for_onnx_runtime(
     tensorrt_process: ProcessPoolExecutor, checkpoint: Directory, tmp_path: Path, architecture: str
 ) -> None:
     source = checkpoint(f"nvlm-{architecture}-tiny")
-    portable = build_engine(source, tmp_path / "portable", scenarios.LIMITS, smoke_test=False)
+    portable = build_engine(source, tmp_path / "portable", scenarios.LIMITS, precision="fp32", smoke_test=False)
     given = three_prompts(portable)
     expected = run_steps(portable, given)
     answers = tensorrt_process.submit(scenarios.ask, source, tmp_path / "engine", given).result()
@@ -150,7 +150,7 @@ def test_builds_heads_that_the_plugin_lacks_with_masked_attention(
     tensorrt_process: ProcessPoolExecutor, checkpoint: Directory, tmp_path: Path
 ) -> None:
     source = checkpoint("nvlm-x-tiny")
-    portable = build_engine(source, tmp_path / "portable", scenarios.LIMITS, smoke_test=False)
+    portable = build_engine(source, tmp_path / "portable", scenarios.LIMITS, precision="fp32", smoke_test=False)
     given = three_prompts(portable)
     expected = run_steps(portable, given)
     arguments = [source, tmp_path / "engine", given]

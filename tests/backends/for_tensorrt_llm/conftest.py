@@ -14,6 +14,12 @@ Directory = Callable[[str], Path]
 TRAINED = Path(__file__).parents[3] / "checkpoints"
 
 
+@pytest.fixture(scope="session")
+def engine(exact_engine: Directory) -> Directory:
+    """Compares this backend with engines of ONNX Runtime that compute everything in fp32."""
+    return exact_engine
+
+
 @pytest.fixture
 def executors(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Puts the stand-in where the real package would be. Returns the executors that are made, as they are made."""

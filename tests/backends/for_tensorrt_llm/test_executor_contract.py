@@ -185,7 +185,14 @@ def test_what_the_executor_would_change_is_refused(values: dict[str, Any], messa
 
 @pytest.mark.parametrize(
     "values",
-    [{"n": 2}, {"presence_penalty": 1}, {"frequency_penalty": -1}, {"logit_bias": {5: 1}}, {"min_tokens": 3}],
+    [
+        {"n": 2},
+        {"presence_penalty": 1},
+        {"frequency_penalty": -1},
+        {"logit_bias": {5: 1}},
+        {"min_tokens": 3},
+        {"constraint": {"regex": "a"}},
+    ],
 )
 def test_parameters_that_are_not_passed_on_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ParameterError, match=rf"parameter {next(iter(values))} = .* not allowed with engines"):

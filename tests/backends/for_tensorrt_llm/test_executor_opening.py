@@ -345,8 +345,10 @@ def test_answers_are_the_same_through_tritons_vision_encoder(
     executors: list[Any], written: Directory, opened: Opened, name: str
 ) -> None:
     """`nvlm` opens the engine without its vision encoder, and gets image tokens as float32 from the other model."""
-    parameters = {key: {"string_value": value} for key, value in (("engine", str(written(name))), ("threads", "1"))}
+    values = {"engine": str(written(name)), "threads": "1", "niceness": "0"}
+    parameters = {key: {"string_value": value} for key, value in values.items()}
     pb_utils = SimpleNamespace(
+        Logger=SimpleNamespace(log_info=lambda text: None),
         get_input_tensor_by_name=lambda request, name: SimpleNamespace(as_numpy=lambda: request[name]),
         Tensor=lambda name, array: array,
         InferenceResponse=lambda tensors: tensors,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from functools import partial
@@ -16,13 +17,14 @@ from one_linear import NAME, OneWeight, session
 from nvlm_trt.backends.onnxruntime.build import write_graphs
 from nvlm_trt.backends.onnxruntime.observing import observe as observe_samples
 from nvlm_trt.backends.opening import open_backend
-from nvlm_trt.builders.engine_build import QuantizationOptions, build_engine, write_engine
+from nvlm_trt.builders.engine_build import CALIBRATION_SAMPLES, QuantizationOptions, build_engine, write_engine
 from nvlm_trt.builders.graphs.common import FLOAT, StageGraph
-from nvlm_trt.builders.quantization.build_samples import document_samples
+from nvlm_trt.builders.quantization.build_samples import document_samples, rounds_of
 from nvlm_trt.builders.quantization.calibration import is_calibration, read_calibration
 from nvlm_trt.builders.quantization.formats import OBSERVING
 from nvlm_trt.builders.quantization.magnitudes import BINS, bin_edges, count, int8_clip
 from nvlm_trt.builders.quantization.observer import CHANNELS, COUNTS, Observer
+from nvlm_trt.builders.quantization.scale_watch import BLOCK
 from nvlm_trt.builders.source import EngineSource
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import EngineError, ImageError, RequestError
@@ -34,6 +36,7 @@ from nvlm_trt.model.presets import PRESETS
 from nvlm_trt.progress import no_progress
 
 Directory = Callable[[str], Path]
+CHECKPOINTS = Path(__file__).parents[3] / "checkpoints"
 
 
 # --- magnitudes --------------------------------------------------------------------------------------------------
@@ -117,12 +120,15 @@ def test_every_linear_layer_is_observed(calibration_file: Directory, name: str) 
     assert linears[gate] == linears[up]  # one input
 
 
-@pytest.fixture(scope="module")
-def observing_engine(tmp_path_factory: pytest.TempPathFactory, checkpoint: Directory) -> Path:
-    directory = tmp_path_factory.mktemp("observing")
-    source = EngineSource(checkpoint("nvlm-x-tiny"), {})
+def write_observing(directory: Path, checkpoint: Path, limits: dict[str, int]) -> Path:
+    source = EngineSource(checkpoint, limits)
     write_engine(source, directory, OBSERVING, "onnxruntime", (), partial(write_graphs, source, no_progress))
     return directory
+
+
+@pytest.fixture(scope="module")
+def observing_engine(tmp_path_factory: pytest.TempPathFactory, checkpoint: Directory) -> Path:
+    return write_observing(tmp_path_factory.mktemp("observing"), checkpoint("nvlm-x-tiny"), {})
 
 
 def test_an_observing_engine_answers_as_any(observing_engine: Path, engine: Directory) -> None:
@@ -143,6 +149,61 @@ def test_text_alone_never_reaches_cross_attention(observing_engine: Path, sample
         calibration.of("language_model.cross_layers.0.attn.q_proj.weight", 192)
 
 
+@pytest.fixture(scope="module")
+def one_slot_engine(tmp_path_factory: pytest.TempPathFactory, checkpoint: Directory) -> Path:
+    """An observing engine of NVLM-H, where an image of one tile is not cross-attended."""
+    return write_observing(tmp_path_factory.mktemp("one slot"), checkpoint("nvlm-h-tiny"), {"max_slots": 1})
+
+
+def test_a_calibration_does_not_depend_on_order_or_batches(
+    one_slot_engine: Path, checkpoint: Directory, tmp_path: Path
+) -> None:
+    chosen = document_samples("train", 26, no_progress)
+    alone = observe_samples(one_slot_engine, chosen, no_progress)
+    eight_slots = write_observing(tmp_path, checkpoint("nvlm-h-tiny"), {"max_slots": 8})
+    together = observe_samples(eight_slots, chosen[::-1], no_progress)
+    assert together.linears == alone.linears
+
+
+def test_ends_when_the_scales_are_still(one_slot_engine: Path, samples: Path) -> None:
+    question = read_samples(samples)[0]
+    same = [dataclasses.replace(question, name=str(i)) for i in range(64)]
+    seen: list[tuple[float, float]] = []
+    few = observe_samples(one_slot_engine, same, lambda what, done, of: seen.append((done, of)))
+    assert (few.samples["count"], few.samples["of"]) == (3 * BLOCK, 64)
+    assert seen[-1] == (3 * BLOCK, 3 * BLOCK)
+    assert few.linears.keys() == observe_samples(one_slot_engine, same[:1], no_progress).linears.keys()
+
+
+def test_samples_that_go_on_to_move_the_scales_are_all_asked(one_slot_engine: Path, samples: Path) -> None:
+    text, image = read_samples(samples)[2], read_samples(samples)[0]
+    # one task per sample, so that they are asked in this order
+    same = [dataclasses.replace(text, name=str(i), task=str(i)) for i in range(4 * BLOCK)]
+    same[2 * BLOCK] = dataclasses.replace(image, name=str(2 * BLOCK), task=str(2 * BLOCK))
+    calibration = observe_samples(one_slot_engine, same, no_progress)
+    assert calibration.samples["count"] == 4 * BLOCK
+
+
+@pytest.mark.parametrize("name", ["nvlm-d-tiny", "nvlm-x-tiny", "nvlm-h-tiny"])
+def test_trained_models_are_calibrated_on_all_samples(tmp_path: Path, name: str) -> None:
+    engine = write_observing(tmp_path, CHECKPOINTS / name, {})
+    calibration = observe_samples(engine, document_samples("train", CALIBRATION_SAMPLES, no_progress), no_progress)
+    assert calibration.samples["count"] == CALIBRATION_SAMPLES
+
+
+def test_rounds_stand_for_the_whole() -> None:
+    chosen = document_samples("validation", 200, no_progress)
+    rounds = rounds_of(chosen)
+    assert sorted(sample.name for each in rounds for sample in each) == sorted(sample.name for sample in chosen)
+    tasks = {sample.task for sample in chosen}
+    for each in rounds[:-1]:
+        assert {sample.task for sample in each} == tasks
+        assert len(each) == len(tasks)
+    assert rounds == rounds_of(chosen)
+    first = [each[0].name for each in rounds]
+    assert first != sorted(first)  # a file may be sorted by difficulty
+
+
 def test_samples_of_the_document_tasks_are_spread_over_them() -> None:
     chosen = document_samples("train", 20, no_progress)
     assert len(chosen) == len({sample.name for sample in chosen}) == 20
@@ -160,7 +221,8 @@ def test_round_trip_and_reuse(calibration_file: Directory, checkpoint: Directory
     assert is_calibration(tmp_path / "copy.json")
     assert read_calibration(tmp_path / "copy.json") == calibration
     assert (tmp_path / "copy.json").read_bytes() == source.read_bytes()
-    assert json.loads(source.read_text())["samples"]["count"] == 3
+    recorded = json.loads(source.read_text())["samples"]
+    assert (recorded["count"], recorded["of"]) == (3, 3)
     first, second = (Engine.open(path) for path in (source.parent, rebuild(checkpoint, source, tmp_path / "engine")))
     assert first.manifest.files == second.manifest.files
     assert first.digest == second.digest

@@ -9,13 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nvlm_trt.backends.onnxruntime.backend import OnnxRuntimeBackend
 from nvlm_trt.builders.engine_build import QuantizationOptions, build_engine
+from nvlm_trt.builders.quantization.build_samples import document_samples
 from nvlm_trt.builders.quantization.calibration import read_calibration
+from nvlm_trt.builders.quantization.encoded_images import EncodedImages
+from nvlm_trt.builders.quantization.examination import Examination
 from nvlm_trt.builders.quantization.gate import AccuracyError, GateOptions
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import EngineError, NotFiniteError, RequestError
 from nvlm_trt.evaluation.answerers import EngineAnswerer
-from nvlm_trt.evaluation.samples import Sample
+from nvlm_trt.evaluation.samples import Sample, read_samples
+from nvlm_trt.progress import no_progress
 from nvlm_trt.runtime.sampling import Sampler
 
 Directory = Callable[[str], Path]
@@ -77,7 +82,7 @@ def test_publishes_what_keeps_its_accuracy(
     assert record["result"] == "passed"
     assert record["fp32_score"] == 1
     assert 0 <= record["score"] <= 1
-    assert record["samples"]["count"] == 3
+    assert (record["samples"]["count"], record["samples"]["of"]) == (3, 3)
     assert set(record["tasks"]) == {"task 0", "task 1", "task 2"}
     assert record["max_drop_points"] == 100
 
@@ -96,7 +101,7 @@ def test_logits_that_are_not_finite_have_the_advice_of_a_build(
 
     monkeypatch.setattr(Sampler, "sample", sample)
     options = QuantizationOptions(gate=GateOptions(known_answers))
-    with pytest.raises(EngineError, match=r"^accuracy gate \(fp32\): .* not finite; check the checkpoint") as caught:
+    with pytest.raises(EngineError, match=r"^accuracy gate \(bf16\): .* not finite; check the checkpoint") as caught:
         build_engine(checkpoint(NAME), tmp_path / "engine", precision="int8-weight-only", quantization=options)
     assert "--output" not in str(caught.value)
     assert "verify" not in str(caught.value)
@@ -113,6 +118,138 @@ def test_says_so_when_fp32_knows_nothing(
     assert record["fp32_score"] == 0
     assert record["equal_answers"] == 0
     assert record["samples"]["count"] == 1
+
+
+# --- ending early ------------------------------------------------------------------------------------------------
+
+ASKED, OF = 64, 128  # scores of 0 leave no doubt after 57 samples
+
+
+def questions(path: Path, answers: list[str]) -> GateOptions:
+    lines = [{"prompt": f"{i} + {i} =", "answer": answer} for i, answer in enumerate(answers)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return GateOptions(path)
+
+
+def answered(engine_dir: Path, gate: GateOptions) -> GateOptions:
+    """Replace the known answers by those of an engine."""
+    assert gate.samples is not None
+    lines = [json.loads(line) for line in gate.samples.read_text().splitlines()]
+    with EngineAnswerer(engine_dir, max_tokens=32) as answerer:
+        for sample, text in answerer.answers(read_samples(gate.samples)):
+            lines[int(sample.name) - 1]["answer"] = text
+    gate.samples.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return gate
+
+
+def test_ends_early_when_the_unquantised_engine_knows_nothing(checkpoint: Directory, tmp_path: Path) -> None:
+    seen: dict[str, tuple[float, float]] = {}
+
+    def progress(description: str, done: float, total: float) -> None:
+        seen[description] = (done, total)
+
+    gate = questions(tmp_path / "gate.jsonl", ["unknown"] * OF)
+    engine = build_engine(
+        checkpoint(NAME),
+        tmp_path / "engine",
+        precision="int8-weight-only",
+        quantization=QuantizationOptions(gate=gate),
+        progress=progress,
+    )
+    record = engine.manifest.accuracy_gate
+    assert record is not None
+    assert record["result"] == "meaningless"
+    assert (record["samples"]["count"], record["samples"]["of"]) == (ASKED, OF)
+    assert (record["equal_answers"] * ASKED).is_integer()
+    for which in ("bf16", "quantised"):
+        assert seen[f"accuracy gate: {which} answering"] == (ASKED, ASKED)
+
+
+def test_ends_early_when_the_loss_leaves_no_doubt(
+    checkpoint: Directory, engine: Directory, tmp_path: Path, absurd_calibration: Path
+) -> None:
+    gate = answered(engine(NAME), questions(tmp_path / "gate.jsonl", ["unknown"] * OF))
+    asked: list[str] = []
+    real = Examination.ask
+
+    def noted(examination: Examination, count: int) -> None:
+        real(examination, count)
+        asked.append(f"{examination.what} {count}")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Examination, "ask", noted)
+        with pytest.raises(AccuracyError, match="a loss of 100.00 .* on 32 samples; decoder costs most"):
+            build(checkpoint, tmp_path / "engine", absurd_calibration, gate, "decoder=int8,projector=fp8")
+    # a destroyed engine needs fewer samples than an eighth; then each component alone, on the same ones
+    assert asked == ["bf16 32", "quantised 32", "projector 32", "decoder 32"]
+
+
+# --- images ------------------------------------------------------------------------------------------------------
+
+TRAINED = Path(__file__).parents[3] / "checkpoints" / "nvlm-h-tiny"
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """Collects the pixels of every image that a vision encoder gets."""
+    seen: list[bytes] = []
+    real = OnnxRuntimeBackend.encode
+
+    def noted(backend: OnnxRuntimeBackend, pixel_values: np.ndarray) -> np.ndarray:
+        seen.append(pixel_values.tobytes())
+        return real(backend, pixel_values)
+
+    monkeypatch.setattr(OnnxRuntimeBackend, "encode", noted)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("precision", "encodings"),
+    [("int8-weight-only", 1), ("int8-weight-only,vision_encoder=int8-weight-only", 2)],
+    ids=["one encoder", "two encoders"],
+)
+def test_an_image_is_encoded_once_by_each_vision_encoder(
+    tmp_path: Path, encoded: list[bytes], precision: str, encodings: int
+) -> None:
+    options = QuantizationOptions(gate=GateOptions(count=26))
+    engine = build_engine(TRAINED, tmp_path / "engine", precision=precision, quantization=options, smoke_test=False)
+    record = engine.manifest.accuracy_gate
+    assert record is not None
+    assert record["result"] == "passed"
+    assert record["fp32_score"] > 0.9
+    assert len(encoded) == encodings * len(set(encoded)) > 20
+    assert [path.name for path in tmp_path.iterdir()] == ["engine"]
+
+
+def test_a_refusal_measures_components_without_encoding_again(
+    checkpoint: Directory, engine: Directory, tmp_path: Path, absurd_calibration: Path, encoded: list[bytes]
+) -> None:
+    image = TRAINED.parents[1] / "docs" / "images" / "receipt.png"
+    (tmp_path / "gate.jsonl").write_text(json.dumps({"prompt": "Total?", "answer": "unknown", "image": str(image)}))
+    gate = answered(engine(NAME), GateOptions(tmp_path / "gate.jsonl"))
+    encoded.clear()
+    options = QuantizationOptions(calibration=absurd_calibration, smoothquant_alpha=0, gate=gate)
+    with pytest.raises(AccuracyError, match="decoder costs most") as caught:
+        build_engine(
+            checkpoint(NAME),
+            tmp_path / "engine",
+            precision="decoder=int8,lm_head=int8-weight-only",
+            quantization=options,
+            smoke_test=False,
+        )
+    assert [cost.component for cost in caught.value.costs] == ["decoder", "lm_head"]
+    assert len(encoded) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["gate.jsonl"]
+
+
+def test_kept_image_tokens_change_no_answer(tmp_path: Path, engine: Directory) -> None:
+    samples = document_samples("validation", 13, no_progress)
+    with EngineAnswerer(engine(NAME), max_tokens=8) as answerer:
+        own = dict(answerer.answers(samples))
+    with EncodedImages(engine(NAME), tmp_path) as images:
+        for _ in range(2):  # encoded, then from disk
+            with EngineAnswerer(engine(NAME), max_tokens=8, encode_tiles=images.encode) as answerer:
+                assert dict(answerer.answers(samples)) == own
 
 
 def test_bad_samples_end_a_build_before_it_begins(checkpoint: Directory, tmp_path: Path) -> None:

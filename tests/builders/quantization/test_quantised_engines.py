@@ -86,8 +86,8 @@ def test_the_manifest_says_what_was_done(quantised_engine: QuantisedEngine, engi
         for precision in ("int8", "int4-weight-only")
     )
     assert int8.precision == {
-        "vision_encoder": "fp32",
-        "projector": "fp32",
+        "vision_encoder": "bf16",
+        "projector": "bf16",
         "decoder": "int8",
         "lm_head": "int8-weight-only",
         "cross_attention": "int8",

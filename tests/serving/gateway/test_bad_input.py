@@ -174,7 +174,6 @@ FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "max_tiles over the engine's": ({"max_tiles": 7}, "invalid_value"),
     "an unknown key": ({"temprature": 0.7}, "unknown_parameter"),
     "stream_options with an unknown key": ({"stream_options": {"usage": True}}, "unknown_parameter"),
-    "a JSON schema": ({"response_format": {"type": "json_schema", "json_schema": {}}}, "unsupported_parameter"),
     "tools": ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "unsupported_parameter"),
     "tool_choice": ({"tool_choice": "required"}, "unsupported_parameter"),
     "functions": ({"functions": [{"name": "f"}]}, "unsupported_parameter"),

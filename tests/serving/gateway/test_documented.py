@@ -1,4 +1,4 @@
-"""The README's curl and openai-python commands run as they stand, and docs/openai.md names what there is."""
+"""The programs of README.md and docs/structured_output.md run as they stand; docs/openai.md names what there is."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from nvlm_trt.serving.gateway.gateway import GatewayOptions
 
 ROOT = Path(__file__).parents[3]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+STRUCTURED = (ROOT / "docs" / "structured_output.md").read_text(encoding="utf-8")
 DOCS = (ROOT / "docs" / "openai.md").read_text(encoding="utf-8")
 ANSWER = "48.20"
 
@@ -31,8 +32,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveGateway]:
         yield gateway
 
 
-def snippet(language: str, containing: str, served: LiveGateway) -> str:
-    blocks = re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+def snippet(language: str, containing: str, served: LiveGateway, page: str = README) -> str:
+    blocks = re.findall(rf"^```{language}\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
     (block,) = [block for block in blocks if containing in block]
     assert "127.0.0.1:8080" in block
     return block.replace("127.0.0.1:8080", f"127.0.0.1:{served.port}")
@@ -50,6 +51,13 @@ def test_openai_python(served: LiveGateway) -> None:
     script = snippet("python", "from openai", served)
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == ANSWER
+
+
+def test_the_program_that_parses_an_answer(served: LiveGateway) -> None:
+    pytest.importorskip("openai", reason="needs openai: pip install 'nvlm-trt[test]'")
+    program = snippet("python", ".parse(", served, STRUCTURED)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert re.fullmatch(r"total=[0-9]{1,3} currency='(EUR|CHF)'\n", done.stdout)
 
 
 @pytest.mark.parametrize("kind", [ChatCompletionRequest, CompletionRequest])

@@ -65,8 +65,14 @@ class Request:
 
     def __init__(self, sender: ResponseSender | None = None, beside: Any = None, **inputs: np.ndarray) -> None:
         self.beside = {"parameters": "{}", "timeout": 0, "correlation_id": 0, "flags": 0, **(beside or {})}
-        self.inputs = {name: Tensor(name, array) for name, array in inputs.items()}
+        self._inputs = {name: Tensor(name, array) for name, array in inputs.items()}
         self._sender = sender
+
+    def inputs(self) -> list[Tensor]:
+        return list(self._inputs.values())
+
+    def input(self, name: str) -> Tensor | None:
+        return self._inputs.get(name)
 
     def get_response_sender(self) -> ResponseSender | None:
         return self._sender
@@ -119,16 +125,18 @@ def fake_pb_utils(run: Callable[[SimpleNamespace], InferenceResponse] | None = N
         return request
 
     logged: list[str] = []
+    informed: list[str] = []
     return SimpleNamespace(
         Tensor=Tensor,
         TritonError=TritonError,
         InferenceResponse=InferenceResponse,
         InferenceRequest=inference_request,
         TRITONSERVER_RESPONSE_COMPLETE_FINAL=FINAL,
-        get_input_tensor_by_name=lambda request, name: request.inputs.get(name),
+        get_input_tensor_by_name=lambda request, name: request.input(name),
         get_output_tensor_by_name=lambda response, name: response.tensors.get(name),
-        Logger=SimpleNamespace(log_error=logged.append),
+        Logger=SimpleNamespace(log_error=logged.append, log_info=informed.append),
         logged=logged,
+        informed=informed,
     )
 
 

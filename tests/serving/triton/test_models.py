@@ -19,7 +19,7 @@ from fake_pb_utils import FINAL, InferenceResponse, Request, ResponseSender, Ten
 from PIL import Image
 
 from nvlm_trt.api import Delta, ImagePart, Message, SamplingParams, TextPart, Usage
-from nvlm_trt.backends.opening import open_backend
+from nvlm_trt.backends.opening import open_backend, runtimes_here
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import EngineError, ImageError, QueueFullError, RequestError
 from nvlm_trt.image.decoding import load_image
@@ -353,9 +353,11 @@ def test_packed_tiles_have_to_fit(count: int, edge: int) -> None:
 
 
 def test_vision_encoder_gives_each_request_its_tokens(engine: Callable[[str], Path]) -> None:
-    model = VisionEncoderModel(fake_pb_utils())
+    pb_utils = fake_pb_utils()
+    model = VisionEncoderModel(pb_utils)
     path = engine("nvlm-d-tiny")
-    model.initialize(arguments(engine=path, threads=1))
+    model.initialize(arguments(engine=path, threads=1, niceness=0))
+    assert pb_utils.informed == [f"vision_encoder: {runtimes_here(Engine.open(path))['vision_encoder']}"]
     noise = np.random.default_rng(0).standard_normal((4, 3, 56, 56), dtype=np.float32)
     responses = model.execute([Request(pixel_values=noise[:1]), Request(pixel_values=noise[1:])])
     model.finalize()

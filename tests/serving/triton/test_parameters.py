@@ -16,7 +16,7 @@ from nvlm_trt.engine import MANIFEST, Engine
 from nvlm_trt.errors import EngineError, RequestError, ServerError
 from nvlm_trt.serving.served_record import ServedRecord
 from nvlm_trt.serving.triton.models.chat_request import read_chat
-from nvlm_trt.serving.triton.models.inputs import refuse_parameters
+from nvlm_trt.serving.triton.models.inputs import request_parameters
 from nvlm_trt.serving.triton.models.parameters import open_engine
 from nvlm_trt.serving.triton.models.tiling import TilingModel
 
@@ -50,7 +50,7 @@ def test_a_parameter_beside_the_inputs_is_refused(kind: str) -> None:
 
 def test_a_request_without_parameters_is_read() -> None:
     for parameters in ("", "{}"):
-        refuse_parameters(Request(beside={"parameters": parameters}))
+        assert request_parameters(Request(beside={"parameters": parameters})) == {}
 
 
 def test_tiling_refuses_parameters_too() -> None:

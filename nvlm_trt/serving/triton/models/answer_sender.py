@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import secrets
 import threading
 import time
 import traceback
@@ -26,15 +27,22 @@ Submit = Callable[[Callable[[Event], None]], Request]
 
 @dataclass(eq=False)
 class _Answer:
-    """A request whose answers are not complete. After its submission, only the sender's thread writes to it."""
+    """A request whose answers are not complete. After its submission, only the sender's thread writes to it, but
+    another may cancel it."""
 
     response_sender: Any
     image_bytes: int
     unfinished: int  # of its n answers, by the events that were handled
+    token: str | None = None  # by which its client may cancel it
     held: list[Event] | None = None  # the events up to now, if the client gets them all in one response
     request: Request | None = None  # None until the request is submitted: it cannot be cancelled before
     cancelled: bool = False
     asked: float = field(default_factory=time.monotonic)  # when the server was last asked for a cancellation
+
+    def cancel(self) -> None:
+        if self.request is not None:
+            self.cancelled = True
+            self.request.cancel()
 
 
 class AnswerSender:
@@ -71,18 +79,30 @@ class AnswerSender:
         return sum(answer.image_bytes for answer in self._encoding())
 
     def answer(
-        self, response_sender: Any, submit: Submit, stream: bool = True, image_bytes: int = 0, answers: int = 1
+        self,
+        response_sender: Any,
+        submit: Submit,
+        stream: bool = True,
+        image_bytes: int = 0,
+        answers: int = 1,
+        token: str | None = None,
     ) -> None:
         """Submit a request by calling `submit`, and send its events through `response_sender`: as they come, or if not
         `stream` in one response. `submit` receives the function to call with each event. The request's images have
-        `image_bytes`; it is for `answers` answers, for one unless `stream`."""
-        answer = _Answer(response_sender, image_bytes, answers, None if stream else [])
+        `image_bytes`; it is for `answers` answers, for one unless `stream`. `token` cancels it."""
+        answer = _Answer(response_sender, image_bytes, answers, token, None if stream else [])
         self._open.add(answer)
         try:
             answer.request = submit(lambda event: self._put(answer, event))
         except BaseException:
             self._open.discard(answer)
             raise
+
+    def cancel(self, token: str) -> None:
+        """Cancel the open requests with this token. Call it on the thread that calls `answer`."""
+        for answer in list(self._open):  # a copy: the sender's thread changes the set
+            if answer.token is not None and secrets.compare_digest(answer.token, token):
+                answer.cancel()
 
     def close(self) -> None:
         """Send all events that were handed over, then end the thread."""
@@ -152,8 +172,7 @@ class AnswerSender:
         """Ask the server whether the client has cancelled or left. If so, cancel the request. Takes a round trip."""
         answer.asked = time.monotonic()
         if answer.request is not None and not answer.cancelled and answer.response_sender.is_cancelled():
-            answer.cancelled = True
-            answer.request.cancel()
+            answer.cancel()
         return answer.cancelled
 
     def _ask_for_idle(self) -> None:

@@ -12,6 +12,7 @@ from nvlm_trt.errors import QueueFullError
 from nvlm_trt.runtime.pipeline import Pipeline, RuntimeOptions
 from nvlm_trt.runtime.request import Request as PipelineRequest
 from nvlm_trt.serving.triton.models.answer_sender import AnswerSender, Event
+from nvlm_trt.serving.triton.models.cancel_token import read_tokens
 from nvlm_trt.serving.triton.models.chat_request import is_only_counted, read_chat, reads_stream
 from nvlm_trt.serving.triton.models.counting import Counting
 from nvlm_trt.serving.triton.models.draining import Draining
@@ -46,6 +47,7 @@ class ChatModel:
                 encode_workers=int(parameters["encode_workers"]),
                 decode_workers=int(parameters["decode_workers"]) if "decode_workers" in parameters else None,
                 image_limits=self._image_limits,
+                prepare_constraints=True,
             ),
         )
         self._responses = Responses(self._pb_utils)
@@ -85,13 +87,17 @@ class ChatModel:
 
     def _start(self, request: Any, sender: Any) -> None:
         arrived = time.monotonic()
+        tokens = read_tokens(request)
+        if tokens.cancelled is not None:  # also while the server drains
+            self._cancel(tokens.cancelled, sender)
+            return
         with self._draining.admit():
             chat = read_chat(self._pb_utils, request, self._pipeline.import_tokens, self._image_limits)
             request_id = request.request_id()
             image_bytes = sum(len(image) for image in chat.images if isinstance(image, bytes))
             self._check_held(image_bytes)
             if is_only_counted(self._pb_utils, request):
-                self._counting.answer(sender, chat, image_bytes)
+                self._counting.answer(sender, chat, image_bytes, tokens.own)
                 return
 
             def submit(put: Callable[[Event], None]) -> PipelineRequest:
@@ -100,7 +106,13 @@ class ChatModel:
 
             answers = chat.sampling.n
             stream = reads_stream(self._pb_utils, request, answers)
-            self._answers.answer(sender, submit, stream, image_bytes, answers)
+            self._answers.answer(sender, submit, stream, image_bytes, answers, tokens.own)
+
+    def _cancel(self, token: str, sender: Any) -> None:
+        """Cancel the open requests with this token, and tell nobody whether there are any: tokens are secrets."""
+        self._answers.cancel(token)
+        self._counting.cancel(token)
+        sender.send(self._responses.of_cancellation(), flags=self._pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def _send_observations(self) -> None:
         while not self._closing.wait(_REPORT_SECONDS):

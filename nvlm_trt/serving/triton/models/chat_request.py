@@ -13,7 +13,8 @@ from nvlm_trt.errors import ParameterError, RequestError
 from nvlm_trt.image.decoding import ImageLimits
 from nvlm_trt.serving.chat_tensors import parse_conversation, parse_sampling
 from nvlm_trt.serving.sent_images import image_files
-from nvlm_trt.serving.triton.models.inputs import input_array, refuse_parameters
+from nvlm_trt.serving.triton.models.cancel_token import PARAMETERS
+from nvlm_trt.serving.triton.models.inputs import input_array, request_parameters
 
 ImportTokens = Callable[[Any], BackendArray]
 
@@ -23,9 +24,9 @@ def read_chat(
 ) -> ChatRequest:
     """Read the tensors of a request.
 
-    Raises RequestError for faulty messages, sampling parameters or image tokens, and for parameters beside the tensors,
-    ImageError for faulty base64."""
-    refuse_parameters(request)
+    Raises RequestError for faulty messages, sampling parameters or image tokens, and for other parameters beside
+    the tensors than PARAMETERS, ImageError for faulty base64."""
+    request_parameters(request, PARAMETERS)
     images = input_array(pb_utils, request, "image")  # [images] bytes: files, or their base64 text
     max_tiles = input_array(pb_utils, request, "max_tiles")  # [1]
     encoded = _image_tokens(pb_utils, request, import_tokens)

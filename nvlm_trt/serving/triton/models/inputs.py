@@ -1,10 +1,10 @@
-"""Reads the input tensors of a Triton request, and refuses its parameters: none has an effect."""
+"""Reads the input tensors and the parameters of a Triton request, and refuses parameters that have no effect."""
 
 from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy.typing as npt
@@ -22,39 +22,41 @@ def input_array(pb_utils: Any, request: Any, name: str) -> npt.NDArray[Any] | No
     return None if tensor is None else tensor.as_numpy()
 
 
-def refuse_parameters(request: Any) -> None:
-    """Raise RequestError for a parameter of the request: it stands beside the inputs, where no model looks for it.
+def request_parameters(request: Any, known: Collection[str] = ()) -> dict[str, Any]:
+    """Read the parameters of the request, which stand beside the inputs. Raises RequestError for one that is not
+    `known`: no model looks for it.
 
     Triton keeps `priority` of a gRPC request to itself, so that one cannot be refused."""
-    name = next(_parameters(request), None)
+    sent = dict(_parameters(request))
+    name = next((name for name in sent if name not in known), None)
     if name is None:
-        return
+        return sent
     shown = reprlib.repr(name)
-    known = ", ".join(SamplingParams.model_fields)
+    sampling = ", ".join(SamplingParams.model_fields)
     if name in SamplingParams.model_fields:
         raise RequestError(
             f"request parameter {shown} has no effect there; put it into the input sampling_parameters, a JSON object "
-            f"of {known}"
+            f"of {sampling}"
         )
     if name == "timeout":
         raise RequestError("request parameter 'timeout' is not supported; cancel the request, or give it a deadline")
     raise RequestError(
         f"unknown request parameter {shown}; a request has the inputs {', '.join(_INPUTS)}, and sampling_parameters is "
-        f"a JSON object of {known}"
+        f"a JSON object of {sampling}"
     )
 
 
-def _parameters(request: Any) -> Iterator[str]:
-    """Yield the names of the parameters of a request, and of the KServe parameters that Triton has taken out."""
+def _parameters(request: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the parameters of a request, and the KServe parameters that Triton has taken out."""
     try:
         sent = request.parameters()
     except UnicodeDecodeError:  # tritonserver passes bytes of HTTP on as they are
         raise RequestError("a request parameter is not UTF-8; send the request in UTF-8") from None
-    yield from json.loads(sent or "{}")
+    yield from json.loads(sent or "{}").items()
     if request.timeout():
-        yield "timeout"
+        yield "timeout", request.timeout()
     if request.correlation_id():
-        yield "sequence_id"
+        yield "sequence_id", request.correlation_id()
     for flag, name in _SEQUENCE_FLAGS.items():
         if request.flags() & flag:
-            yield name
+            yield name, True

@@ -11,7 +11,7 @@ from nvlm_trt.serving.chat_tensors import encode_count, encode_delta, encode_err
 
 
 class Responses:
-    """Makes responses. Only `of_count` and `of_error` are thread-safe.
+    """Makes responses. Only `of_count`, `of_cancellation` and `of_error` are thread-safe.
 
     Caches the tensors of empty strings and of indices: making one takes 20 us. Most responses need four of them, a
     third of what a token costs here."""
@@ -27,6 +27,11 @@ class Responses:
     def of_count(self, count: PromptCount) -> Any:
         """Make the only response to a request that is counted. Thread-safe."""
         return self._pb_utils.InferenceResponse([self._pb_utils.Tensor("count", encode_count(count))])
+
+    def of_cancellation(self) -> Any:
+        """Make the only response to a request that cancels others: without outputs, whether there were any or not.
+        Thread-safe."""
+        return self._pb_utils.InferenceResponse([])
 
     def of_error(self, error: Exception) -> Any:
         """Make a response without outputs, whose message is one line for the client.

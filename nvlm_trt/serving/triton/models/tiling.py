@@ -13,7 +13,7 @@ from nvlm_trt.image.tiling import normalise_tiles
 from nvlm_trt.limits import EngineLimits
 from nvlm_trt.serving.chat_tensors import ENSEMBLE, MODEL, PACKED_ONLY
 from nvlm_trt.serving.sent_images import image_files
-from nvlm_trt.serving.triton.models.inputs import input_array, refuse_parameters
+from nvlm_trt.serving.triton.models.inputs import input_array, request_parameters
 from nvlm_trt.serving.triton.models.packed_tiles import unpack_tiles
 from nvlm_trt.serving.triton.models.parameters import image_limits, read_parameters
 from nvlm_trt.serving.triton.models.responses import Responses
@@ -51,7 +51,7 @@ class TilingModel:
         max_tiles = input_array(pb_utils, request, "max_tiles")  # [1]
         most = self._engine_limits.max_tiles if max_tiles is None else int(max_tiles[0])
         try:
-            refuse_parameters(request)
+            request_parameters(request)
             tiles = self._tile(images, most)
         except NvlmError as error:
             return self._responses.of_error(error)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
 
-from nvlm_trt.backends.opening import open_backend
+from nvlm_trt.backends.opening import open_backend, runtimes_here
 from nvlm_trt.errors import NvlmError
 from nvlm_trt.serving.triton.models.parameters import open_engine, read_parameters
 
@@ -20,7 +21,9 @@ class VisionEncoderModel:
     def initialize(self, args: dict[str, str]) -> None:
         parameters = read_parameters(args)
         engine = open_engine(parameters)
+        os.nice(int(parameters["niceness"]))  # before threads start, which inherit the niceness
         self._backend = open_backend(engine, ["vision_encoder"], threads=int(parameters["threads"]))
+        self._pb_utils.Logger.log_info(f"vision_encoder: {runtimes_here(engine)['vision_encoder']}")
 
     def execute(self, requests: list[Any]) -> list[Any]:
         pb_utils = self._pb_utils

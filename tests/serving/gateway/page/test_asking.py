@@ -199,6 +199,46 @@ def test_snippets_keep_every_character(open_page: Open, reading: LiveGateway, tm
     assert json.loads(done.stdout) == sent
 
 
+SCHEMA = {
+    "type": "object",
+    "properties": {"url": {"const": True}, "total": {"enum": ["48.20", None]}},
+    "required": ["url", "total"],
+    "additionalProperties": False,
+}
+
+
+def test_an_answer_that_fits_a_schema(open_page: Open, reading: LiveGateway) -> None:
+    page = open_page(reading)
+    page.set(json_schema=json.dumps(SCHEMA))
+    page.add(RECEIPT)
+    page.ask(QUESTION)
+    page.says(page.view.locator(".answer[data-state=done]")).to_have_count(1)
+    assert json.loads(page.answers.last.inner_text())["url"] is True
+    (sent,) = page.asked
+    assert sent["response_format"] == {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}}
+    program = page.copied("python").replace("print(answer.choices[0].message.content)", "print(answer)")
+    program = program.replace("from openai import OpenAI", "").replace("client = ", "#")
+    done = subprocess.run(
+        [sys.executable, "-c", program.replace("client.chat.completions.create(", "dict(")],
+        cwd=RECEIPT.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"'response_format': {sent['response_format']}" in done.stdout
+    page.view.reload()
+    page.says(page.view.locator("#json_schema")).to_have_value(json.dumps(SCHEMA))
+
+
+@pytest.mark.parametrize(("text", "words"), [("{", "dictionary"), ('{"type": "text"}', "Invalid type: text")])
+def test_a_schema_that_is_none(open_page: Open, reading: LiveGateway, text: str, words: str) -> None:
+    page = open_page(reading)
+    page.expected.append("400")
+    page.set(json_schema=text)
+    page.ask(QUESTION)
+    page.says(page.fault).to_contain_text(words)
+
+
 def test_the_export(open_page: Open, reading: LiveGateway) -> None:
     page = open_page(reading)
     page.set(key="secret-key")

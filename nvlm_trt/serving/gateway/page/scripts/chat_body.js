@@ -3,7 +3,7 @@
 
 // The body of a request that asks the last of some exchanges.
 function chatBody(exchanges, model) {
-  return { model, messages: messagesOf(exchanges), ...sampling() };
+  return { model, messages: messagesOf(exchanges), ...sampling(), ...responseFormat() };
 }
 
 function messagesOf(exchanges) {

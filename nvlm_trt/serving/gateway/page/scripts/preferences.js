@@ -3,6 +3,7 @@
 const KEY = "nvlm-trt.key";
 const SETTINGS = "nvlm-trt.settings";
 const THEME = "nvlm-trt.theme";
+const TEXTS = ["system", "json_schema"];
 const NUMBERS = ["temperature", "top_p", "seed", "max_tokens", "max_tiles"];
 const DEFAULTS = { max_tokens: "512" };
 const darkSystem = matchMedia("(prefers-color-scheme: dark)");
@@ -34,15 +35,28 @@ function sampling() {
   return Object.fromEntries(filled.map((name) => [name, byId(name).valueAsNumber]));
 }
 
+// What the answer must be. A text that is no JSON is sent as it is: the server's message tells of that, too.
+function responseFormat() {
+  const text = byId("json_schema").value.trim();
+  if (!text) return {};
+  let schema = text;
+  try {
+    schema = JSON.parse(text);
+  } catch {
+    // it stays a text
+  }
+  return { response_format: { type: "json_schema", json_schema: { name: "answer", schema } } };
+}
+
 function loadPreferences() {
   const stored = { ...DEFAULTS, ...JSON.parse(recall("localStorage", SETTINGS)) };
-  for (const name of ["system", ...NUMBERS]) byId(name).value = stored[name] ?? "";
+  for (const name of [...TEXTS, ...NUMBERS]) byId(name).value = stored[name] ?? "";
   byId("key").value = recall("sessionStorage", KEY) ?? "";
   document.documentElement.dataset.theme = recall("localStorage", THEME) ?? "";
 }
 
 function savePreferences() {
-  const values = ["system", ...NUMBERS].map((name) => [name, byId(name).value]);
+  const values = [...TEXTS, ...NUMBERS].map((name) => [name, byId(name).value]);
   remember("localStorage", SETTINGS, JSON.stringify(Object.fromEntries(values)));
   remember("sessionStorage", KEY, apiKey());
 }

@@ -3,7 +3,7 @@
 // Return the body as JSON whose images are marks, and what each mark stands for.
 function markedJson({ body, pictures }) {
   const marks = new Map(pictures.map((picture, index) => [picture.uri, { mark: `@image-${index}@`, picture }]));
-  const marked = (key, value) => (key === "url" ? marks.get(value).mark : value);
+  const marked = (key, value) => (key === "url" ? (marks.get(value)?.mark ?? value) : value);
   const json = JSON.stringify(body, marked, 2);
   return { json, marks: [...marks.values()] };
 }
@@ -71,7 +71,15 @@ def data_uri(prefix, path):
 
 `;
 
-// Texts, numbers, lists and objects are written in Python as in JSON.
-function pythonOf(value) {
-  return JSON.stringify(value, null, 4);
+// Write a value of JSON in Python.
+function pythonOf(value, indent = "") {
+  if (value === null) return "None";
+  if (typeof value === "boolean") return value ? "True" : "False";
+  if (typeof value !== "object") return JSON.stringify(value);
+  const inner = `${indent}    `;
+  const items = Array.isArray(value)
+    ? value.map((item) => pythonOf(item, inner))
+    : Object.entries(value).map(([key, item]) => `${JSON.stringify(key)}: ${pythonOf(item, inner)}`);
+  const [open, close] = Array.isArray(value) ? "[]" : "{}";
+  return items.length ? `${open}\n${inner}${items.join(`,\n${inner}`)}\n${indent}${close}` : open + close;
 }

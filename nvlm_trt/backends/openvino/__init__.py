@@ -1,0 +1,1 @@
+"""Runs stages of an engine with OpenVINO on the CPU, from the ONNX files that the backend onnxruntime builds."""

@@ -1,0 +1,33 @@
+"""Progress bars on a terminal: they show the time left, also of work whose steps take minutes."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from nvlm_trt import terminal
+
+
+def test_a_bar_shows_the_time_left_from_slow_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = 0.0
+    console = Console(file=io.StringIO(), force_terminal=True, width=120, get_time=lambda: seconds)
+    monkeypatch.setattr(terminal, "_stderr", console)
+    with terminal.progress() as report:
+        for done in range(11):
+            report("calibrating", done, 100)
+            seconds += 60
+    assert isinstance(console.file, io.StringIO)
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())
+    assert re.search(r"calibrating .* 10% 0:11:00 1:30:00 left", shown), shown
+
+
+def test_nothing_is_drawn_if_stderr_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    console = Console(file=io.StringIO())
+    monkeypatch.setattr(terminal, "_stderr", console)
+    with terminal.progress() as report:
+        report("calibrating", 1, 2)
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue().strip() == ""
