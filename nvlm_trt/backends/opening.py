@@ -39,7 +39,7 @@ def runtimes_here(engine: Engine) -> dict[str, str]:
 def runtime_here(engine: Engine, stage: str) -> str:
     """Say which runtime runs one stage of an engine on this machine; see `runtimes_here`."""
     spec = backend_of(engine, stage)
-    return spec.runtimes_here(engine)[stage] if spec.runtimes_here else spec.probe()
+    return spec.runtime_here(engine, stage) if spec.runtime_here else spec.probe()
 
 
 def open_backend(

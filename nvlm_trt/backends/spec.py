@@ -130,8 +130,8 @@ class BackendSpec:
     stage_runtimes: Collection[str] = ()
     # precision of each component -> stage -> the one of `stage_runtimes` that runs it
     runtimes_of: Callable[[Mapping[str, str]], Mapping[str, str]] = lambda precisions: {}
-    # stage -> the runtime that runs it on this machine, with its version, in words; None: `probe` says it all
-    runtimes_here: Callable[[Engine], Mapping[str, str]] | None = None
+    # returns the runtime that runs a stage on this machine, with its version, in words; None: `probe` says it
+    runtime_here: Callable[[Engine, str], str] | None = None
     # raises EngineError for an engine that cannot be served
     server_needs: Callable[[Engine], ServerNeeds] = lambda engine: ServerNeeds()
     # returns the lines that `nvlm-trt build` prints about an engine that it has published

@@ -86,7 +86,7 @@ def plan_engine(
     """Compute the memory of an engine. `precisions`: one per component; `tag_length`: tokens of an NVLM-H tile tag;
     `checkpoint`: bytes of its files, None: 2 per parameter."""
     memory = backend.memory
-    floating = memory.floating or floating_type(precisions)
+    floating = _stored_type(memory, precisions)
     size = FLOAT_BYTES[floating]
     parameters, weights = dict.fromkeys(_COMPONENTS, 0), dict.fromkeys(_COMPONENTS, 0)
     for tensor in _tensors(config, limits, precisions, tag_length, memory):
@@ -155,7 +155,7 @@ def _tensors(
     memory: MemoryModel,
 ) -> Iterator[_Tensor]:
     """Yield each tensor that the engine stores."""
-    llm, size = config.llm, FLOAT_BYTES[memory.floating or floating_type(precisions)]
+    llm, size = config.llm, FLOAT_BYTES[_stored_type(memory, precisions)]
 
     def stored(name: str, shape: tuple[int, ...], component: str, stage: str, parameters: int) -> _Tensor:
         precision = precisions.get(component, "")
@@ -173,6 +173,10 @@ def _tensors(
     if config.architecture == "H":
         tags = config.max_tiles * tag_length * llm.hidden_size * size
         yield _Tensor("cross_attention", "cross_kv", 0, tags)
+
+
+def _stored_type(memory: MemoryModel, precisions: Mapping[str, str]) -> str:
+    return memory.floating or floating_type(precisions)
 
 
 def component_of_tensor(name: str) -> str:

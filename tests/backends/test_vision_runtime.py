@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 from nvlm_trt.backends.base import FloatArray
 from nvlm_trt.backends.onnxruntime import cpu
-from nvlm_trt.backends.onnxruntime.vision_runtime import OPENVINO, runtimes_of
+from nvlm_trt.backends.onnxruntime.vision_runtime import runtimes_of
 from nvlm_trt.backends.opening import open_backend, runtimes_here
+from nvlm_trt.backends.openvino import NAME as OPENVINO
 from nvlm_trt.backends.openvino.encoder import ENCODE_TILES, OpenVinoEncoder
 from nvlm_trt.backends.table import find_backend
 from nvlm_trt.builders.engine_build import QuantizationOptions, build_engine

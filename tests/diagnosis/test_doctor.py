@@ -91,7 +91,7 @@ class TestEnginesThatDoNot:
         def missing() -> str:
             raise EngineError("the abacus cannot be found; buy one")
 
-        with added_backend(replace(find_backend("onnxruntime"), name="abacus", probe=missing, runtimes_here=None)):
+        with added_backend(replace(find_backend("onnxruntime"), name="abacus", probe=missing, runtime_here=None)):
             opened = Engine.open(copied)
             opened.manifest.runtimes = {"vision_encoder": "abacus"}
             save_manifest(copied, opened.manifest)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
-from nvlm_trt.backends.base import stages_of
+from nvlm_trt.backends.openvino import NAME as OPENVINO
 from nvlm_trt.backends.spec import BackendSpec, MemoryModel, OpenOptions
 from nvlm_trt.errors import EngineError
 from nvlm_trt.machine import available_cores
@@ -75,10 +75,10 @@ def _runtimes_of(precisions: Mapping[str, str]) -> Mapping[str, str]:
     return runtimes_of(precisions)
 
 
-def _runtimes_here(engine: Engine) -> Mapping[str, str]:
+def _runtime_here(engine: Engine, stage: str) -> str:
     from nvlm_trt.backends.onnxruntime.vision_runtime import STAGE, vision_runtime
 
-    return {**dict.fromkeys(stages_of(engine.config), _probe()), STAGE: vision_runtime(engine).summary}
+    return vision_runtime(engine).summary if stage == STAGE else _probe()
 
 
 def _build(job: BuildJob) -> BuildSteps:
@@ -98,7 +98,7 @@ SPEC = BackendSpec(
     probe=_probe,
     open=_open,
     build=_build,
-    stage_runtimes=("openvino",),
+    stage_runtimes=(OPENVINO,),
     runtimes_of=_runtimes_of,
-    runtimes_here=_runtimes_here,
+    runtime_here=_runtime_here,
 )

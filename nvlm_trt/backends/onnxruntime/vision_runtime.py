@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from nvlm_trt.backends.onnxruntime import cpu
+from nvlm_trt.backends.openvino import NAME as OPENVINO
 from nvlm_trt.backends.openvino.runtime import version
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import EngineError
 
-OPENVINO = "openvino"
 STAGE = "vision_encoder"
 _COMPONENTS = ("vision_encoder", "projector")
 _FASTER = ("bf16", "int8")  # precisions that OpenVINO computes faster than ONNX Runtime

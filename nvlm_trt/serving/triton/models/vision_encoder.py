@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from nvlm_trt.backends.opening import open_backend, runtimes_here
+from nvlm_trt.backends.opening import open_backend, runtime_here
 from nvlm_trt.errors import NvlmError
 from nvlm_trt.serving.triton.models.parameters import open_engine, read_parameters
 
@@ -23,7 +23,7 @@ class VisionEncoderModel:
         engine = open_engine(parameters)
         os.nice(int(parameters["niceness"]))  # before threads start, which inherit the niceness
         self._backend = open_backend(engine, ["vision_encoder"], threads=int(parameters["threads"]))
-        self._pb_utils.Logger.log_info(f"vision_encoder: {runtimes_here(engine)['vision_encoder']}")
+        self._pb_utils.Logger.log_info(f"vision_encoder: {runtime_here(engine, 'vision_encoder')}")
 
     def execute(self, requests: list[Any]) -> list[Any]:
         pb_utils = self._pb_utils
