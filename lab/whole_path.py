@@ -52,7 +52,7 @@ Ask = Callable[[Question], dict[str, Any]]
 def options() -> argparse.ArgumentParser:
     made = parser(__doc__, rounds=5)
     made.add_argument("--preset", default="nvlm-d-small")
-    made.add_argument("--precisions", nargs="+", default=["fp32", "int8,vision_encoder=int8"], help="of the product")
+    made.add_argument("--precisions", nargs="+", default=["bf16", "int8,vision_encoder=int8"], help="of the product")
     made.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="of transformers")
     made.add_argument("--text-tokens", nargs="+", type=int, default=[64, 512])
     made.add_argument("--answer-tokens", type=int, default=32)
