@@ -11,6 +11,7 @@ import typer
 
 from nvlm_trt import terminal
 from nvlm_trt.bounds import MAX_SEED, MAX_TILES
+from nvlm_trt.commands.shared_options import JsonOption
 from nvlm_trt.errors import NvlmError, RequestError
 from nvlm_trt.extras import require
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 _CONCURRENCY = "1,2,4,8"
 _MOST_LOADS = 100
 _MOST_MILLISECONDS = 1e9
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 bench = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
 

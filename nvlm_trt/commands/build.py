@@ -9,6 +9,7 @@ import typer
 
 from nvlm_trt import terminal
 from nvlm_trt.backends.table import DEFAULT_BACKEND, backend_names, backend_summaries, find_backend, precision_summaries
+from nvlm_trt.commands.shared_options import OverwriteOption
 from nvlm_trt.errors import NvlmError
 from nvlm_trt.extras import require
 from nvlm_trt.model.precision import COMPONENTS, needs_calibration, quantised_components
@@ -106,7 +107,7 @@ def build(
             "--checkpoint-only", help="tensorrt-llm: stop before trtllm-build, which needs NVIDIA's container."
         ),
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing directory of that name.")] = False,
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Build an engine from a checkpoint, generate a few tokens with it, and publish it.
 

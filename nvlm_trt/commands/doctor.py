@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nvlm_trt import terminal
+from nvlm_trt.commands.shared_options import JsonOption
 
 if TYPE_CHECKING:
     from nvlm_trt.diagnosis.finding import Finding
@@ -19,7 +20,7 @@ def doctor(
     bundle: Annotated[
         Path | None, typer.Option(help="Write FILE.zip for an issue report: findings, versions, manifest; no secrets.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Examine this machine: packages, backends, processor, GPUs, tritonserver, memory, disk, ports.
 

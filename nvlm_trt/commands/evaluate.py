@@ -13,6 +13,7 @@ import typer
 from nvlm_trt import terminal
 from nvlm_trt.bounds import MAX_COUNT
 from nvlm_trt.commands.decode_budget import DecodeMemoryOption, DecodeSecondsOption, image_limits
+from nvlm_trt.commands.shared_options import JsonOption
 from nvlm_trt.errors import NvlmError, RequestError
 from nvlm_trt.extras import require
 
@@ -70,7 +71,7 @@ def evaluate(
     agree_with: Annotated[
         Path | None, typer.Option(help="Results of another run; exit with 1 unless every answer is the same.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Ask questions with known answers, score by task with 95 % intervals, text-only tasks apart.
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nvlm_trt import terminal
+from nvlm_trt.commands.shared_options import JsonOption
 
 if TYPE_CHECKING:
     from nvlm_trt.checkpoint.inspection import Inspection
@@ -20,7 +21,7 @@ _FILES_SHOWN = 8
 
 def inspect(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint directory in HF layout.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Show what a checkpoint holds and lacks, by its headers; reads no weights. Exit status 1: it cannot be built.
 

@@ -13,6 +13,7 @@ import typer
 
 from nvlm_trt import terminal
 from nvlm_trt.commands.decode_budget import DecodeMemoryOption, DecodeSecondsOption, image_limits
+from nvlm_trt.commands.shared_options import JsonOption
 from nvlm_trt.errors import NvlmError, RequestError
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def tiles(
     max_decode_seconds: DecodeSecondsOption = None,
     max_decode_memory: DecodeMemoryOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file of that name.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Draw the tiles that the model sees of an image.
 

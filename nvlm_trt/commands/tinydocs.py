@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nvlm_trt import terminal
+from nvlm_trt.commands.shared_options import OverwriteOption
 from nvlm_trt.errors import NvlmError
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def tinydocs(
     count: Annotated[int, typer.Option(min=1, max=1_000_000, help="Samples per task.")] = 20,
     split: Annotated[str, typer.Option(help="train, validation or test: they differ in seed and fonts.")] = "test",
     tasks: Annotated[str | None, typer.Option(help="Only these tasks: a,b,c.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing directory of that name.")] = False,
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Write images of small documents with questions and answers, ready for `nvlm-trt eval --samples`.
 

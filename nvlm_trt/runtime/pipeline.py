@@ -164,6 +164,10 @@ class Pipeline:
         return PromptCount(len(prompt.input_ids), prompt.placeholders, prompt.cross_tokens, tuple(counts))
 
     @property
+    def engine(self) -> Engine:
+        return self._engine
+
+    @property
     def healthy(self) -> bool:
         return self._generator.healthy
 
