@@ -57,10 +57,15 @@ class Wire:
         self._channel.close()
 
     def send_grpc(self, message: service_pb2.ModelInferRequest, take: int, seconds: float) -> Reply:
-        """Reads up to `take` deltas, then cancels as gRPC does."""
+        """Reads up to `take` deltas, then cancels as gRPC does. Reads a stream with an error to its end."""
         call = self._stub.ModelStreamInfer(iter([message]), timeout=seconds)
         try:
-            return _read_stream(message, call, take)
+            reply = _read_stream(message, call, take)
+            if reply.error:  # tritonserver 2.51 keeps the memory of streams that are cancelled as they end
+                with contextlib.suppress(grpc.RpcError):
+                    for _ in call:
+                        pass
+            return reply
         finally:
             call.cancel()
 
