@@ -123,7 +123,8 @@ def prefill(backend: StepBackend, prompt: EncodedPrompt, image: ImageFeatures, c
         placeholders = int(np.count_nonzero(ids == backend.config.image_token_id))
         embeddings = backend.embeddings([image], used, used + placeholders)
         ranges = prompt.cross_ranges[start : start + chunk]
-        logits = backend.prefill(0, start, ids, embeddings, ranges)
+        is_last = start + chunk >= len(prompt.input_ids)
+        logits = backend.prefill(0, start, ids, embeddings, ranges, is_last)
         used += placeholders
     assert used == prompt.placeholders, (used, prompt.placeholders)
     return logits

@@ -94,7 +94,8 @@ class OnnxRuntimeDecoder:
     def prefill(self, ids: npt.NDArray[np.int64], chunk: int) -> None:
         for start in range(0, len(ids), chunk):
             part = ids[start : start + chunk]
-            self._backend.prefill(0, start, part, self._no_image, np.zeros((len(part), 2), np.int32))
+            is_last = start + chunk >= len(ids)
+            self._backend.prefill(0, start, part, self._no_image, np.zeros((len(part), 2), np.int32), is_last)
 
     def decode(self, cached: int) -> None:
         self._backend.decode(np.array([5]), np.array([cached]), np.zeros((1, 2), np.int32))
@@ -138,7 +139,7 @@ class OpenVinoDecoder:
             "input_ids": ids[None],
             "image_tokens": self._no_image,
             "write_indices": np.array([position]),
-            "logit_index": np.array([[len(ids) - 1]]),
+            "logit_index": np.array([[len(ids) - 1]]),  # also where nobody reads the logits
             **self._caches,
         }
         given = {name: value for name, value in inputs.items() if name in self._inputs}

@@ -80,10 +80,16 @@ class Script:
         )
 
     def prefill(
-        self, slot: int, position: int, input_ids: IntArray, embeddings: BackendArray, cross_ranges: RangeArray
+        self,
+        slot: int,
+        position: int,
+        input_ids: IntArray,
+        embeddings: BackendArray,
+        cross_ranges: RangeArray,
+        wants_logits: bool = True,
     ) -> FloatArray:
-        logits = self._prefill(slot, position, input_ids, embeddings, cross_ranges)
-        return self._sure(logits[None], np.array([position + len(input_ids)]))[0]
+        logits = self._prefill(slot, position, input_ids, embeddings, cross_ranges, wants_logits)
+        return self._sure(logits[None], np.array([position + len(input_ids)]))[0] if wants_logits else logits
 
     def decode(self, input_ids: IntArray, positions: IntArray, cross_ranges: RangeArray) -> FloatArray:
         return self._sure(self._decode(input_ids, positions, cross_ranges), positions + 1)

@@ -27,14 +27,21 @@ class DecoderRunner:
         slots: int = 1,
         cross_attention: type[CrossAttention] = GatedFunction,
         cross_tokens: int = CROSS_TOKENS,
+        skip_unused: bool = True,
     ) -> None:
         self.model, self.config = model, model.config
         unread = int(not attention.value_dependent_shapes)  # such a form has a row even without image embeddings
         self.no_image_tokens = np.full((unread, self.config.llm.hidden_size), np.nan, np.float32)
         weights = ReferenceWeights(model)
-        self.session: onnxruntime.InferenceSession = session(
-            decoder_graph(self.config, weights, LIMITS, attention=attention, cross_attention=cross_attention)
+        graph = decoder_graph(
+            self.config,
+            weights,
+            LIMITS,
+            attention=attention,
+            cross_attention=cross_attention,
+            skip_unused=skip_unused,
         )
+        self.session: onnxruntime.InferenceSession = session(graph)
         self.untaken = weights.remaining
         llm = self.config.llm
         shape = (slots, llm.num_kv_heads, LIMITS.max_seq_len, llm.head_dim)
@@ -61,12 +68,12 @@ class DecoderRunner:
         logit_index: list[int] | None = None,
     ) -> np.ndarray:
         batch, tokens = input_ids.shape
-        wanted = np.array(logit_index or [tokens - 1] * batch)
+        wanted = np.array([tokens - 1] * batch if logit_index is None else logit_index, np.int64)
         (of_graph,) = (entry for entry in self.session.get_inputs() if entry.name == "logit_index")
         feeds = {
             "input_ids": input_ids,
             "write_indices": np.array(cached),
-            "logit_index": wanted.reshape(batch, -1) if len(of_graph.shape) == 2 else wanted,
+            "logit_index": wanted.reshape(batch, len(wanted) // batch) if len(of_graph.shape) == 2 else wanted,
             "image_tokens": self.no_image_tokens if image_tokens is None else image_tokens,
             **{f"past_{name}": values for name, values in self.cache.items()},
         }

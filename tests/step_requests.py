@@ -43,12 +43,28 @@ class StepRequest:
         return self.prompt.decode_range
 
     def prefill(self, slot: int) -> np.ndarray:
+        (logits,) = self.prefill_chunks(slot, self.length)
+        return logits
+
+    def prefill_chunks(self, slot: int, size: int, all_logits: bool = True) -> list[np.ndarray]:
+        """Prefill `size` tokens at a time; return what the backend returns. `all_logits`: of every chunk, not of the
+        last alone."""
         start = 0
         for image in self.images:
             self.backend.write_cross_kv(slot, start, image)
             start += image.cross_tokens
         assert start == self.prompt.cross_tokens
-        return self.backend.prefill(slot, 0, self.prompt.input_ids, self.embeddings, self.prompt.cross_ranges)
+        prompt, taken = self.prompt, 0
+        returned = []
+        for begin in range(0, self.length, size):
+            chunk = slice(begin, begin + size)
+            ids = prompt.input_ids[chunk]
+            count = int((ids == self.backend.config.image_token_id).sum())
+            rows = self.backend.embeddings(self.images, taken, taken + count)
+            wanted = all_logits or begin + size >= self.length
+            returned.append(self.backend.prefill(slot, begin, ids, rows, prompt.cross_ranges[chunk], wanted))
+            taken += count
+        return returned
 
 
 def decode(backend: StepBackend, requests: list[StepRequest], tokens: np.ndarray, step: int) -> np.ndarray:

@@ -31,13 +31,14 @@ def decoder_graph(
     weight_format: WeightFormat | None = None,
     attention: type[SelfAttention] = StandardAttention,
     cross_attention: type[CrossAttention] = GatedFunction,
-    skip_unused_blocks: bool = True,
+    skip_unused: bool = True,
     dtype: ir.DataType = FLOAT,
 ) -> ir.Model:
     """Build the graph with self-attention in the form `attention`, which also decides the operators around it, and with
     the attention of cross-attention blocks in the form `cross_attention`.
 
-    `skip_unused_blocks`: skip cross-attention blocks that no token of a batch needs, in the forms that allow it.
+    `skip_unused`: skip cross-attention blocks that no token of a batch needs, and the rest of the last layer behind its
+    attention for tokens whose logits are not wanted, in the forms that allow it.
     `dtype`: for weights, image_tokens and caches; logits are float32. In a form without value-dependent shapes,
     image_tokens has at least one row, which nothing reads if input_ids has no image placeholder."""
     graph = StageGraph("decoder", weights, weight_format, attention.opset, dtype)
@@ -48,7 +49,7 @@ def decoder_graph(
     several = attention.several_logits
     logit_index = graph.input("logit_index", INT64, ["batch", "logits"] if several else ["batch"])
     self_attention = attention(graph, llm, input_ids, write_indices, limits.max_seq_len)
-    skip_when_unused = skip_unused_blocks and attention.skippable_blocks
+    skip_when_unused = skip_unused and attention.skippable_blocks
     cross = CrossAttentionBlocks(graph, config, cross_attention, skip_when_unused) if config.cross_layers else None
 
     embedding = graph.embedding(EMBEDDING)
@@ -58,8 +59,10 @@ def decoder_graph(
         with graph.scope(f"layers.{i}"):
             if cross is not None and i in config.cross_layers:
                 x = cross.block(x, config.cross_layers.index(i))
-            x = _layer(graph, llm, x, i, limits.max_seq_len, self_attention)
-    x = graph.op.GatherND(x, graph.op.Unsqueeze(logit_index, [-1]), batch_dims=1)  # [B, hidden] or [B, R, hidden]
+            wanted = logit_index if several and skip_unused and i == llm.num_layers - 1 else None
+            x = _layer(graph, llm, x, i, limits.max_seq_len, self_attention, wanted)
+    if not (several and skip_unused):
+        x = _tokens(graph, x, logit_index)
     if several:
         x = graph.op.Reshape(x, [-1, llm.hidden_size])  # [B * R, hidden]
     x = graph.rms_norm(x, "language_model.model.norm", llm.norm_eps)
@@ -95,8 +98,15 @@ def _embed_by_position(
 
 
 def _layer(
-    graph: StageGraph, llm: LlmConfig, x: ir.Value, i: int, max_seq_len: int, attention: SelfAttention
+    graph: StageGraph,
+    llm: LlmConfig,
+    x: ir.Value,
+    i: int,
+    max_seq_len: int,
+    attention: SelfAttention,
+    wanted: ir.Value | None,
 ) -> ir.Value:
+    """Apply layer i to x [B, S, hidden], and return all tokens, or the tokens `wanted` [B, R] alone: [B, R, hidden]."""
     op = graph.op
     name = f"language_model.model.layers.{i}"
     cache_shape: Shape = ["batch", llm.num_kv_heads, max_seq_len, llm.head_dim]
@@ -109,5 +119,12 @@ def _layer(
     y, key, value = attention.attend(qkv, past_key, past_value)  # y: [B, S, heads * head_dim]
     graph.output(key, f"present_key.{i}", cache_shape)
     graph.output(value, f"present_value.{i}", cache_shape)
+    if wanted is not None:
+        x, y = _tokens(graph, x, wanted), _tokens(graph, y, wanted)
     x = op.Add(x, graph.linear(y, f"{name}.self_attn.o_proj"))
     return op.Add(x, graph.swiglu(graph.rms_norm(x, f"{name}.post_attention_layernorm", llm.norm_eps), f"{name}.mlp"))
+
+
+def _tokens(graph: StageGraph, x: ir.Value, wanted: ir.Value) -> ir.Value:
+    """Return the tokens `wanted` [B, R] or [B] of x [B, S, width]: [B, R, width] or [B, width]."""
+    return graph.op.GatherND(x, graph.op.Unsqueeze(wanted, [-1]), batch_dims=1)

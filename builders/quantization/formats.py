@@ -70,11 +70,11 @@ class Recipe:
     factors: Mapping[str, Factors] = field(default_factory=dict)  # SmoothQuant's, by tensor
     calibration: dict[str, Any] | None = None  # for the manifest
     inputs: Calibration | None = None  # magnitudes after SmoothQuant, of which static scales are made
-    skip_unused_blocks: bool = True
+    skip_unused: bool = True
 
 
 # Keeps the cross-attention blocks in the main graph: the nodes of a branch cannot be outputs of the graph.
-OBSERVING = Recipe(dict.fromkeys(COMPONENTS, "fp32"), Observer(), skip_unused_blocks=False)
+OBSERVING = Recipe(dict.fromkeys(COMPONENTS, "fp32"), Observer(), skip_unused=False)
 
 
 def quantised(

@@ -100,12 +100,19 @@ class StepBackend(Protocol):
         ...
 
     def prefill(
-        self, slot: int, position: int, input_ids: IntArray, embeddings: BackendArray, cross_ranges: RangeArray
+        self,
+        slot: int,
+        position: int,
+        input_ids: IntArray,
+        embeddings: BackendArray,
+        cross_ranges: RangeArray,
+        wants_logits: bool = True,
     ) -> FloatArray:
         """Run input_ids [S] of one slot from `position` on; cross_ranges [S, 2].
 
         embeddings [M, hidden] replace the M image placeholders among input_ids, in order.
-        Returns the logits [vocab] of the last token."""
+        Returns the logits [vocab] of the last token. Without `wants_logits`, nobody reads what is returned, and a
+        backend that can skips lm_head and returns an empty array."""
         ...
 
     def decode(self, input_ids: IntArray, positions: IntArray, cross_ranges: RangeArray) -> FloatArray:

@@ -33,9 +33,15 @@ class SplitBackend(ClosedOnExit):
         return self._text.embeddings(images, start, stop)
 
     def prefill(
-        self, slot: int, position: int, input_ids: IntArray, embeddings: BackendArray, cross_ranges: RangeArray
+        self,
+        slot: int,
+        position: int,
+        input_ids: IntArray,
+        embeddings: BackendArray,
+        cross_ranges: RangeArray,
+        wants_logits: bool = True,
     ) -> FloatArray:
-        return self._text.prefill(slot, position, input_ids, embeddings, cross_ranges)
+        return self._text.prefill(slot, position, input_ids, embeddings, cross_ranges, wants_logits)
 
     def decode(self, input_ids: IntArray, positions: IntArray, cross_ranges: RangeArray) -> FloatArray:
         return self._text.decode(input_ids, positions, cross_ranges)

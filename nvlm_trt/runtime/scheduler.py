@@ -161,8 +161,8 @@ class Scheduler:
         try:
             embeddings = self._backend.embeddings(request.images, chunk.first_embedding, chunk.last_embedding)
             logits = self._backend.prefill(
-                request.slot, chunk.position, chunk.input_ids, embeddings, chunk.cross_ranges
-            )  # [vocab]
+                request.slot, chunk.position, chunk.input_ids, embeddings, chunk.cross_ranges, request.is_prefilled
+            )  # [vocab] of the prompt's last token
         except RequestError as error:
             self._drop(request, error)
             return

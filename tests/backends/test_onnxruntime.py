@@ -114,16 +114,20 @@ def test_prefill_leaves_other_slots_alone(backend: StepBackend, engine: Director
 def test_chunked_prefill_equals_whole_prefill(backend: StepBackend, engine: Directory, name: str) -> None:
     request = StepRequest(backend, engine(name), "What is <image> and <image>?", [3, 2], seed=0)
     whole = request.prefill(0)
-    prompt, taken = request.prompt, 0
-    request.prefill(1)  # writes the cross-attended tokens of slot 1; its cache is overwritten below
-    for start in range(0, request.length, 13):
-        chunk = slice(start, start + 13)
-        ids = prompt.input_ids[chunk]
-        count = int((ids == backend.config.image_token_id).sum())
-        tokens = request.embeddings[taken : taken + count]
-        logits = backend.prefill(1, start, ids, tokens, prompt.cross_ranges[chunk])
-        taken += count
-    np.testing.assert_allclose(logits, whole, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(request.prefill_chunks(1, 13)[-1], whole, rtol=0, atol=2e-5)
+
+
+def test_chunks_without_logits_leave_the_same_bits(backend: StepBackend, engine: Directory, name: str) -> None:
+    """The last chunk's logits, and the next token's, which read all that the chunks before have cached."""
+    request = StepRequest(backend, engine(name), "What is <image> and <image>?", [3, 2], seed=0)
+    *others, last = request.prefill_chunks(0, 13)
+    assert {len(logits) for logits in others} == {backend.config.llm.vocab_size}
+    next_logits = decode(backend, [request], np.array([65]), 0).copy()
+    StepRequest(backend, engine(name), "<image><image>", [7, 7], seed=1).prefill(0)
+    *others, last_alone = request.prefill_chunks(0, 13, all_logits=False)
+    assert {len(logits) for logits in others} == {0}
+    assert np.array_equal(last_alone, last)
+    assert np.array_equal(decode(backend, [request], np.array([65]), 0), next_logits)
 
 
 def test_move_slot(backend: StepBackend, engine: Directory, name: str) -> None:

@@ -66,7 +66,13 @@ class AbacusBackend:
         return np.concatenate([np.zeros((0, 1), np.float32), *embedding_rows(images, start, stop)])
 
     def prefill(
-        self, slot: int, position: int, input_ids: IntArray, embeddings: BackendArray, cross_ranges: RangeArray
+        self,
+        slot: int,
+        position: int,
+        input_ids: IntArray,
+        embeddings: BackendArray,
+        cross_ranges: RangeArray,
+        wants_logits: bool = True,
     ) -> FloatArray:
         assert np.count_nonzero(input_ids == self.config.image_token_id) == len(embeddings)
         self.chunks.append(len(input_ids))

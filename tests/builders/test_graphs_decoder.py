@@ -108,6 +108,28 @@ def test_logit_index_may_select_several_rows_of_each_sequence() -> None:
     assert_close(logits, expected[[0, 0, 0, 1, 1, 1], [2, 0, 8, 7, 3, 3]])
 
 
+def test_what_is_skipped_changes_no_bit() -> None:
+    model = random_reference(tiny_config("X"))
+    runner, whole = (DecoderRunner(model, GroupQueryAttention, slots=2, skip_unused=skip) for skip in (True, False))
+    input_ids, ranges = random_prompt(2, 9)
+    for wanted in ([8, 8], [2, 0, 8, 7, 3, 3]):
+        logits = [each.step(input_ids, [0, 0], ranges, logit_index=wanted) for each in (runner, whole)]
+        assert np.isfinite(logits[0]).all()
+        np.testing.assert_array_equal(logits[0], logits[1])
+        for name, cache in whole.cache.items():
+            np.testing.assert_array_equal(runner.cache[name], cache)
+
+
+def test_logit_index_may_select_no_row() -> None:
+    config = tiny_config("X")
+    runner, other = (DecoderRunner(random_reference(config), GroupQueryAttention, slots=2) for _ in range(2))
+    input_ids, ranges = random_prompt(2, 9)
+    assert runner.step(input_ids, [0, 0], ranges, logit_index=[]).shape == (0, config.llm.vocab_size)
+    other.step(input_ids, [0, 0], ranges)
+    for name, cache in other.cache.items():
+        np.testing.assert_array_equal(runner.cache[name], cache)
+
+
 @pytest.mark.parametrize("attention", FORMS)
 @pytest.mark.parametrize("neighbour_has_image", [False, True])
 def test_text_only_is_bit_identical_to_the_llm_alone(attention: type[SelfAttention], neighbour_has_image: bool) -> None:

@@ -253,6 +253,17 @@ def test_decoding_waits_for_one_chunk_at_most(tokenizer: Tokenizer) -> None:
     assert kinds == ["p", "d"] * 9 + ["p", "d" * 29]  # 10 chunks, 38 tokens that were still to come
 
 
+def test_the_logits_of_a_prompt_are_made_once(tokenizer: Tokenizer) -> None:
+    backend = ToyBackend(tokenizer.image_token_id)
+    scheduler = Scheduler(backend, tokenizer, max_queue=20, prefill_chunk=4)
+    prompts = [ask(tokenizer.image_token_id, seed, length=3 + 5 * seed, first_token=70 + seed) for seed in range(3)]
+    for asked in prompts:
+        submit(scheduler, asked)
+    run(scheduler)
+    assert [kind for kind, _ in backend.calls].count("prefill") == 1 + 2 + 4  # 3, 8 and 13 tokens
+    assert backend.prompts_read == len(prompts)
+
+
 def test_the_answer_ends_where_the_engine_is_full(tokenizer: Tokenizer) -> None:
     backend = ToyBackend(tokenizer.image_token_id, max_seq_len=32)
     scheduler = Scheduler(backend, tokenizer, 4, 256)

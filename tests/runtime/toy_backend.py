@@ -48,6 +48,7 @@ class ToyBackend:
         self._logits = np.zeros((max_slots, CONFIG.llm.vocab_size), np.float32)
         self.calls: list[tuple[str, int]] = []  # ("prefill", tokens) or ("decode", slots)
         self.admitted: list[int] = []  # first token of each prompt
+        self.prompts_read = 0  # times that logits of a prompt were made
         self.moves = 0
         self.fail_with: Exception | None = None  # in any call
         self.refuse_prefill: Exception | None = None
@@ -60,7 +61,13 @@ class ToyBackend:
         return np.concatenate([np.empty((0, HIDDEN), np.float32), *embedding_rows(images, start, stop)])
 
     def prefill(
-        self, slot: int, position: int, input_ids: np.ndarray, embeddings: np.ndarray, cross_ranges: np.ndarray
+        self,
+        slot: int,
+        position: int,
+        input_ids: np.ndarray,
+        embeddings: np.ndarray,
+        cross_ranges: np.ndarray,
+        wants_logits: bool = True,
     ) -> np.ndarray:
         self._begin("prefill", len(input_ids))
         if self.refuse_prefill:
@@ -73,6 +80,9 @@ class ToyBackend:
             content = images.pop(0).tobytes() if token_id == self.config.image_token_id else int(token_id)
             self._values[slot, position + offset] = value(content, self._memory[slot, start:end])
         assert not images
+        if not wants_logits:
+            return self._logits[:0].reshape(-1)
+        self.prompts_read += 1
         return self._read(slot, position + len(input_ids))
 
     def decode(self, input_ids: np.ndarray, positions: np.ndarray, cross_ranges: np.ndarray) -> np.ndarray:

@@ -135,10 +135,19 @@ class OnnxRuntimeBackend(ClosedOnExit):
         return rows[0] if len(rows) == 1 else np.concatenate([self._no_embeddings, *rows])
 
     def prefill(
-        self, slot: int, position: int, input_ids: IntArray, embeddings: BackendArray, cross_ranges: RangeArray
+        self,
+        slot: int,
+        position: int,
+        input_ids: IntArray,
+        embeddings: BackendArray,
+        cross_ranges: RangeArray,
+        wants_logits: bool = True,
     ) -> FloatArray:
-        """Run input_ids [S] of one slot from `position` on. Returns the logits [vocab] of the last token."""
-        return self._step(slot, input_ids[None], np.array([position]), embeddings, cross_ranges[None])[0].copy()
+        """Run input_ids [S] of one slot from `position` on. Returns the logits [vocab] of the last token, or, without
+        `wants_logits`, an empty array: nothing is computed then that only these logits need."""
+        first_wanted = len(input_ids) - int(wants_logits)
+        logits = self._step(slot, input_ids[None], np.array([position]), embeddings, cross_ranges[None], first_wanted)
+        return logits.reshape(-1).copy()
 
     def decode(self, input_ids: IntArray, positions: IntArray, cross_ranges: RangeArray) -> FloatArray:
         """Run one token of each slot 0 .. n-1. Returns logits [n, vocab], valid until the next call."""
@@ -151,8 +160,7 @@ class OnnxRuntimeBackend(ClosedOnExit):
         engine of an earlier version, whose logit_index has no second dimension."""
         if not self._several_logits:
             return None
-        positions = np.array([position])
-        return self._step(slot, input_ids[None], positions, self._no_embeddings, cross_ranges[None], every_token=True)
+        return self._step(slot, input_ids[None], np.array([position]), self._no_embeddings, cross_ranges[None])
 
     def move_slot(self, source: int, target: int, length: int, cross_length: int) -> None:
         """Copy the used part of one slot to another."""
@@ -175,35 +183,39 @@ class OnnxRuntimeBackend(ClosedOnExit):
         positions: IntArray,
         embeddings: BackendArray,
         cross_ranges: RangeArray,
-        every_token: bool = False,
+        first_wanted: int = 0,
     ) -> FloatArray:
         """Run input_ids [B, S], positions [B], embeddings [M, hidden], cross_ranges [B, S, 2] of the B slots from
-        first_slot on. Returns the logits [B, vocab] of the last tokens, or those of every token [B * S, vocab]."""
+        first_slot on. Returns the logits [B * (S - first_wanted), vocab] of the tokens from `first_wanted` on; with an
+        earlier engine, those of the last tokens [B, vocab]."""
         batch, tokens = input_ids.shape
+        if not self._several_logits:
+            first_wanted = tokens - 1
         check_embeddings(int(np.count_nonzero(input_ids == self.config.image_token_id)), len(embeddings))
         self.limits.check_sequence(int(positions.max()) + tokens)
         inputs: dict[str, npt.NDArray[Any]] = {
             "input_ids": np.ascontiguousarray(input_ids, np.int64),
             "image_tokens": self._rows(embeddings),
             "write_indices": np.ascontiguousarray(positions, np.int64),
-            "logit_index": self._wanted(batch, tokens, every_token),
+            "logit_index": self._wanted(batch, first_wanted, tokens),
         }
         if self.config.cross_layers:
             inputs["cross_ranges"] = np.ascontiguousarray(cross_ranges, np.int32)
         binding = self._decoder_binding(first_slot, first_slot + batch)
+        rows = tokens - first_wanted
         logits = self._logits[first_slot : first_slot + batch]
-        if every_token:
-            logits = np.empty((batch * tokens, self.config.llm.vocab_size), np.float32)
+        if rows != 1:
+            logits = np.empty((batch * rows, self.config.llm.vocab_size), np.float32)
         bind_output(binding, "logits", logits)
         for name, array in inputs.items():
             bind_input(binding, name, array)
         self._run("decoder", binding)
         return logits
 
-    def _wanted(self, batch: int, tokens: int, every_token: bool) -> IntArray:
-        """Return logit_index [B, R]: the tokens of each sequence whose logits are wanted; [B] in earlier engines."""
-        wanted = np.arange(tokens) if every_token else np.array([tokens - 1])
-        return np.tile(wanted, (batch, 1)) if self._several_logits else np.repeat(wanted, batch)
+    def _wanted(self, batch: int, first: int, tokens: int) -> IntArray:
+        """Return logit_index [B, R] for the tokens first .. tokens - 1 of each sequence; [B] for earlier engines."""
+        wanted = np.tile(np.arange(first, tokens), (batch, 1))
+        return wanted if self._several_logits else wanted[:, 0]
 
     def _rows(self, embeddings: BackendArray) -> FloatArray:
         """Return the decoder's input image_tokens for embeddings [M, hidden]."""

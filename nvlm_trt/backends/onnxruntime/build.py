@@ -62,7 +62,7 @@ def write_graphs(source: EngineSource, progress: Progress, directory: Path, reci
             source.limits,
             linear,
             GroupQueryAttention,
-            skip_unused_blocks=recipe.skip_unused_blocks,
+            skip_unused=recipe.skip_unused,
         )
         checkpoint.finish()
         for stage, model in graphs.items():

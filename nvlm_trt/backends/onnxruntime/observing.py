@@ -129,11 +129,13 @@ class ObservingBackend(OnnxRuntimeBackend):
         positions: IntArray,
         embeddings: BackendArray,
         cross_ranges: RangeArray,
-        every_token: bool = False,
+        first_wanted: int = 0,
     ) -> FloatArray:
         # an observing graph runs the gated blocks for text alone too, and discards their results: not measured
         self._cross_attends = bool((cross_ranges[..., 0] < cross_ranges[..., 1]).any())
-        return super()._step(first_slot, input_ids, positions, embeddings, cross_ranges, every_token)
+        # a layer that multiplies no token has no largest magnitude to report
+        first_wanted = min(first_wanted, input_ids.shape[1] - 1)
+        return super()._step(first_slot, input_ids, positions, embeddings, cross_ranges, first_wanted)
 
     def _run(self, component: str, binding: IOBinding) -> None:
         reports = self._reports[component]

@@ -137,9 +137,17 @@ class PlanBackend(ClosedOnExit):
         return joined
 
     def prefill(
-        self, slot: int, position: int, input_ids: IntArray, embeddings: BackendArray, cross_ranges: RangeArray
+        self,
+        slot: int,
+        position: int,
+        input_ids: IntArray,
+        embeddings: BackendArray,
+        cross_ranges: RangeArray,
+        wants_logits: bool = True,
     ) -> FloatArray:
-        """Run input_ids [S] of one slot from `position` on. Returns the logits [vocab] of the last token."""
+        """Run input_ids [S] of one slot from `position` on. Returns the logits [vocab] of the last token.
+
+        A plan computes the logits in every run, wanted or not."""
         is_image = input_ids == self.config.image_token_id
         check_embeddings(int(is_image.sum()), len(embeddings))
         self.limits.check_sequence(position + len(input_ids))

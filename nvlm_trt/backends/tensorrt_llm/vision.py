@@ -89,7 +89,13 @@ class TorchVisionEncoder(ClosedOnExit):
         self._refuse()
 
     def prefill(
-        self, slot: int, position: int, input_ids: IntArray, embeddings: BackendArray, cross_ranges: RangeArray
+        self,
+        slot: int,
+        position: int,
+        input_ids: IntArray,
+        embeddings: BackendArray,
+        cross_ranges: RangeArray,
+        wants_logits: bool = True,
     ) -> FloatArray:
         self._refuse()
 

@@ -48,6 +48,10 @@ def test_neighbours_do_not_change_a_bit(quantised_engine: QuantisedEngine, name:
                 logits.append(row)
         assert np.isfinite(np.array(alone)).all()
         np.testing.assert_array_equal(np.array(alone), np.array(together))
+        # of a prompt in chunks, lm_head and the last layer compute the last token alone
+        *_, whole = requests[2].prefill_chunks(0, 11)
+        *_, last = requests[2].prefill_chunks(1, 11, all_logits=False)
+        np.testing.assert_array_equal(last, whole)
         # tiles are encoded two at a time
         pixels = np.random.default_rng(0).standard_normal((3, 3, 56, 56), dtype=np.float32)
         one_by_one = np.concatenate([backend.to_host(backend.encode(tile[None])) for tile in pixels])
