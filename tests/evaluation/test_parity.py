@@ -15,7 +15,8 @@ from nvlm_trt.builders.engine_build import build_engine
 from nvlm_trt.checkpoint.random_checkpoint import write_random_checkpoint
 from nvlm_trt.engine import Engine, write_manifest
 from nvlm_trt.errors import EngineError
-from nvlm_trt.evaluation.parity import ParityReport, verify_engine
+from nvlm_trt.evaluation.parity import verify_engine
+from nvlm_trt.evaluation.parity_report import ParityReport
 from nvlm_trt.model.presets import PRESETS
 
 
