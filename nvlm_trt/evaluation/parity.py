@@ -17,9 +17,9 @@ import numpy as np
 from nvlm_trt.checkpoint.reader import Checkpoint
 from nvlm_trt.engine import Engine, save_manifest
 from nvlm_trt.errors import EngineError
+from nvlm_trt.evaluation.engine_stages import EngineStages, fits
 from nvlm_trt.evaluation.parity_report import ParityReport
 from nvlm_trt.evaluation.probe import QUESTION, Probe
-from nvlm_trt.evaluation.tested_engine import TestedEngine, fits
 from nvlm_trt.extras import require
 from nvlm_trt.kept_folder import kept_folder
 from nvlm_trt.layer_loop import LayerLoop
@@ -73,9 +73,9 @@ def verify_engine(
         bf16_share = _BF16_SHARE if tolerance is None and _encodes_in_bf16(engine) else None
         with kept_folder(engine_path, _WORK, _key(engine, probe, tokens, by_layers)) as folder:
             loop = LayerLoop(folder, progress)
-            tested = TestedEngine(engine, loop, by_layers)
-            answer = None if by_layers else tested.answer(QUESTION, probe.image, tokens)
-            _compare(report, tested, LayerwiseReference(source, loop), probe, answer, tokens, bf16_share)
+            stages = EngineStages(engine, loop, by_layers)
+            answer = None if by_layers else stages.answer(QUESTION, probe.image, tokens)
+            _compare(report, stages, LayerwiseReference(source, loop), probe, answer, tokens, bf16_share)
     engine.manifest.verification = report.to_dict()
     save_manifest(engine_path, engine.manifest)
     return report
@@ -94,7 +94,7 @@ def _key(engine: Engine, probe: Probe, tokens: int, by_layers: bool) -> str:
 
 def _compare(
     report: ParityReport,
-    engine: TestedEngine,
+    engine: EngineStages,
     reference: LayerwiseReference,
     probe: Probe,
     answer: list[int] | None,

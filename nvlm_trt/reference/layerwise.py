@@ -47,7 +47,11 @@ class LayerwiseReference:
     def encode(self, pixel_values: FloatArray) -> FloatArray:
         """Tiles [n, 3, E, E] -> image tokens [n, T, hidden]."""
         names = (f"vision_model.encoder.layers.{i}" for i in range(self.config.vision.num_layers))
-        layers = [self._embed_patches, *(partial(self._vision_layer, name) for name in names), self._project]
+        layers: list[Layer] = [
+            self._embed_patches,
+            *(partial(self._vision_layer, name) for name in names),
+            self._project,
+        ]
         return self._run("vision encoder", [pixel_values], layers)[0]
 
     def cross_kv(self, image_tokens: FloatArray, tag_ids: npt.NDArray[np.int64] | None = None) -> FloatArray:
@@ -111,10 +115,10 @@ class LayerwiseReference:
         embedded = []
         for sequence in sequences:
             x = torch.from_numpy(self._embed(sequence.input_ids))[None]
-            places = torch.from_numpy(sequence.input_ids)[None] == self.config.image_token_id
-            assert int(places.sum()) == len(sequence.image_tokens), "one image token for each placeholder"
+            places = np.equal(sequence.input_ids, self.config.image_token_id)  # [S]
+            assert np.count_nonzero(places) == len(sequence.image_tokens), "one image token for each placeholder"
             image_tokens = torch.from_numpy(sequence.image_tokens)
-            embedded.append(x.masked_scatter(places[..., None], image_tokens).numpy())
+            embedded.append(x.masked_scatter(torch.from_numpy(places)[None, :, None], image_tokens).numpy())
         return embedded
 
     def _cross_block(self, j: int, sequences: Sequence[ForcedSequence], arrays: list[Array]) -> list[Array]:

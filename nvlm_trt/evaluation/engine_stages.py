@@ -17,6 +17,8 @@ from nvlm_trt.layer_loop import Array, Layer, LayerLoop
 from nvlm_trt.planner.memory import plan_engine
 from nvlm_trt.runtime.pipeline import Pipeline
 
+_NOTHING = np.empty((0, 0), np.float32)
+
 
 def fits(engine: Engine, memory: float, tag_length: int) -> bool:
     """Whether `memory` bytes hold the engine. A GPU is not asked: its engines are opened whole or not at all.
@@ -34,7 +36,7 @@ def fits(engine: Engine, memory: float, tag_length: int) -> bool:
     return spec.device != "cpu" or needed <= memory
 
 
-class TestedEngine:
+class EngineStages:
     """Opens what each method needs, and closes it before the method returns."""
 
     def __init__(self, engine: Engine, loop: LayerLoop, by_layers: bool) -> None:
@@ -92,11 +94,10 @@ def _forced(backend: StepBackend, sequence: ForcedSequence) -> FloatArray:
     """Run one sequence in slot 0 -> [1 + S - P, vocab]."""
     images = []
     if len(sequence.image_tokens) or sequence.cross_kv is not None:
-        imported = [
-            backend.import_tokens(array) if array is not None and len(array) else array
-            for array in (sequence.image_tokens, sequence.cross_kv)
-        ]
-        images.append(ImageFeatures(*imported, tiles=1))
+        # nobody reads the elements of an empty array, and some importers refuse it
+        image_tokens = backend.import_tokens(sequence.image_tokens) if len(sequence.image_tokens) else _NOTHING
+        cross_kv = None if sequence.cross_kv is None else backend.import_tokens(sequence.cross_kv)
+        images.append(ImageFeatures(image_tokens, cross_kv, tiles=1))
         backend.write_cross_kv(0, 0, images[0])
     prompt, *rest = sequence.steps
     embeddings = backend.embeddings(images, 0, len(sequence.image_tokens))
