@@ -58,7 +58,7 @@ class Probe:
 
     def sequence(self, image_tokens: FloatArray, cross_kv: FloatArray | None, answer: Sequence[int]) -> ForcedSequence:
         """Return the prompt with the image, of image_tokens [tiles, T, hidden], and its answer."""
-        prompt = self._prompts.encode([Message("user", QUESTION)], [len(self.tiles())])
+        prompt = self._prompts.encode([Message("user", QUESTION)], [len(image_tokens)])
         ranges = np.array([prompt.decode_range] * len(answer), np.int32).reshape(-1, 2)
         in_llm, _ = split_tiles(self.config.architecture, len(image_tokens))
         return ForcedSequence(

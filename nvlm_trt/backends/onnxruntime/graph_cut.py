@@ -51,8 +51,9 @@ class Piece:
 
 
 def cut(path: Path, result: str, residual: Sequence[int | str]) -> list[Piece]:
-    """Cut the graph of a stage behind each of its layers and cross-attention blocks. `result`: the output of the stage
-    that is no cache; `residual`: shape of what flows between the pieces.
+    """Cut the graph of a stage before its first layer, and behind each layer and cross-attention block.
+
+    `result`: the output of the stage that is no cache; `residual`: shape of what flows between the pieces.
 
     Raises EngineError for a file that cannot be read, or whose layers share more than the residual stream."""
     try:
@@ -69,12 +70,15 @@ def cut(path: Path, result: str, residual: Sequence[int | str]) -> list[Piece]:
 
 
 def _ends(graph: GraphProto) -> list[str]:
-    """Return the names of the residual stream behind each layer and block, in order."""
+    """Return the names of the residual stream before the first layer, and behind each layer and block, in order."""
     last: dict[str, int] = {}
     for index, node in enumerate(graph.node):
         if match := _LAYER.match(node.name):
             last[match[1]] = last[match[0]] = index
-    return [graph.node[index].output[0] for index in sorted(set(last.values()))]
+    if not last:
+        return []
+    first = next(index for index, node in enumerate(graph.node) if _LAYER.match(node.name))
+    return [graph.node[index].output[0] for index in sorted({first - 1, *last.values()})]
 
 
 def _piece(path: Path, model: ModelProto, start: str | None, end: str, residual: Sequence[int | str]) -> Piece:
