@@ -74,8 +74,3 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="cannot write"), kept_folder(tmp_path / "engine", "work", KEY):
         pass
     assert (tmp_path / "elsewhere" / "finished").exists()
-
-
-def test_a_place_without_folders() -> None:
-    with pytest.raises(EngineError, match="cannot write"), kept_folder(Path("/proc/engine"), "work", KEY):
-        pass
