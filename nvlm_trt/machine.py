@@ -25,3 +25,16 @@ def cpu_flags() -> frozenset[str]:
     except OSError:
         return frozenset()
     return frozenset(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())
+
+
+def available_memory() -> int:
+    """Return the bytes of memory that this process may take: what is free on the machine or could be freed, within the
+    limit of its container."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    (available,) = (int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    try:
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        counts = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
+        return min(available, max(0, limit - int(counts["anon"])))
+    except (OSError, ValueError, KeyError):  # no cgroup v2, or no limit ("max")
+        return available

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 from collections.abc import Iterable, Iterator
@@ -32,6 +33,28 @@ def make_owned_folder(path: Path) -> int:
             os.close(descriptor)
             raise
         os.close(descriptor)
+
+
+def take_folder(path: Path) -> int | None:
+    """Make a folder, or take over one that its owner has left, and lock it as `make_owned_folder` does.
+
+    Return the descriptor, or None if the owner runs. Raises PermissionError for a folder of another user."""
+    while True:
+        path.mkdir(mode=0o700, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as stack:  # removed before it is locked
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            stack.callback(os.close, descriptor)
+            if os.fstat(descriptor).st_uid != os.getuid():
+                raise PermissionError(errno.EACCES, "the folder belongs to another user", str(path))
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return None
+            except OSError:  # a file system without locks
+                pass
+            if _is_at(descriptor, path):
+                stack.pop_all()
+                return descriptor
 
 
 def abandoned(folders: Iterable[Path]) -> Iterator[Path]:

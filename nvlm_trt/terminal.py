@@ -17,7 +17,7 @@ from nvlm_trt.progress import Progress
 
 if TYPE_CHECKING:
     from nvlm_trt.evaluation.accuracy import GroupScore, Summary, TaskScore
-    from nvlm_trt.evaluation.parity import ParityReport
+    from nvlm_trt.evaluation.parity_report import ParityReport
 
 
 _stderr = Console(stderr=True, highlight=False)

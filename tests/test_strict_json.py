@@ -13,7 +13,7 @@ import pytest
 from nvlm_trt import strict_json
 from nvlm_trt.benchmark.results_document import read_document
 from nvlm_trt.errors import EngineError, RequestError
-from nvlm_trt.evaluation.parity import ParityReport
+from nvlm_trt.evaluation.parity_report import ParityReport
 from nvlm_trt.serving.chat_tensors import parse_sampling
 from nvlm_trt.serving.grpc_messages import infer_request
 

@@ -6,11 +6,13 @@ import contextlib
 from collections.abc import Collection
 
 from nvlm_trt.backends.base import STAGES, StepBackend, stages_of
+from nvlm_trt.backends.layers import EngineLayers
 from nvlm_trt.backends.spec import BackendSpec, OpenOptions
 from nvlm_trt.backends.split import SplitBackend
 from nvlm_trt.backends.table import backend_names, find_backend
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import EngineError
+from nvlm_trt.layer_loop import LayerLoop
 
 
 def backend_of(engine: Engine, stage: str = "decoder") -> BackendSpec:
@@ -65,6 +67,14 @@ def open_backend(
             stack.pop_all()  # `split` closes both
             return split
     return _open(engine, stages, options)
+
+
+def open_layers(engine: Engine, loop: LayerLoop, threads: int | None = None) -> EngineLayers:
+    """Return what runs an engine on the CPU a layer at a time. Raises EngineError if its backend cannot."""
+    spec = backend_of(engine)
+    if spec.open_layers is None:
+        raise EngineError(f"the backend {spec.name} of engine {engine.path} cannot run it a layer at a time")
+    return spec.open_layers(engine, loop, OpenOptions(threads))
 
 
 def check_device(engine: Engine, spec: BackendSpec, options: OpenOptions) -> None:

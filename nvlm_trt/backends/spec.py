@@ -12,8 +12,10 @@ from nvlm_trt.progress import Progress
 
 if TYPE_CHECKING:
     from nvlm_trt.backends.base import StepBackend
+    from nvlm_trt.backends.layers import EngineLayers
     from nvlm_trt.builders.engine_build import BuildJob, BuildSteps
     from nvlm_trt.engine import Engine
+    from nvlm_trt.layer_loop import LayerLoop
     from nvlm_trt.limits import EngineLimits
     from nvlm_trt.model.config import NvlmConfig
     from nvlm_trt.prompt.tokenizer import Tokenizer
@@ -112,6 +114,8 @@ class BackendSpec:
     probe: Callable[[], str]  # returns the runtime's name and version; raises EngineError that says how to install it
     build: Callable[[BuildJob], BuildSteps]  # raises EngineError if this machine cannot build
     open: Callable[[Engine, Collection[str], OpenOptions], StepBackend] | None = None  # loads some of STAGES
+    # runs an engine a layer at a time; None: the engine is opened whole, or not at all
+    open_layers: Callable[[Engine, LayerLoop, OpenOptions], EngineLayers] | None = None
     # the third argument opens the vision encoder, which the text generator closes; None: others encode the images
     open_generator: (
         Callable[[Engine, Tokenizer, OpenVision | None, OpenOptions, GeneratorOptions], TextGenerator] | None

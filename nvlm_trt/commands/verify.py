@@ -28,16 +28,27 @@ def verify(
         ),
     ] = None,
     image: Annotated[Path | None, typer.Option(help="Image to compare on; default: one drawn for the purpose.")] = None,
+    memory: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1e6,
+            help="GB that an engine on the CPU may take; one that needs more runs a layer at a time [what is free].",
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compare every stage of an engine with the PyTorch reference (needs the extra `reference`).
+
+    The reference is read a layer at a time. A comparison that was killed goes on where it was.
 
     Example: nvlm-trt verify engines/nvlm-h --checkpoint checkpoints/nvlm-h
     """
     from nvlm_trt.evaluation.parity import verify_engine
 
     with terminal.progress() as progress:
-        report = verify_engine(engine, checkpoint, image, tokens, tolerance, progress, lora)
+        bound = None if memory is None else memory * 1e9
+        report = verify_engine(engine, checkpoint, image, tokens, tolerance, progress, lora, bound)
     if as_json:
         print(json.dumps(report.to_dict(), indent=2, allow_nan=False))
     else:

@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING
 from nvlm_trt.backends.openvino import NAME as OPENVINO
 from nvlm_trt.backends.spec import BackendSpec, MemoryModel, OpenOptions
 from nvlm_trt.errors import EngineError
+from nvlm_trt.extras import require
 from nvlm_trt.machine import available_cores
 from nvlm_trt.model.precision import PrecisionTable
 
 if TYPE_CHECKING:
     from nvlm_trt.backends.base import StepBackend
+    from nvlm_trt.backends.layers import EngineLayers
     from nvlm_trt.builders.engine_build import BuildJob, BuildSteps
     from nvlm_trt.engine import Engine
+    from nvlm_trt.layer_loop import LayerLoop
 
 # ONNX Runtime 1.32 writes a telemetry session file to TMPDIR unless this is set before its import, also by `_probe`.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -69,6 +72,13 @@ def _open(engine: Engine, stages: Collection[str], options: OpenOptions) -> Step
     return OnnxRuntimeBackend(engine, [stage for stage in stages if stage != STAGE], options.threads, encoder)
 
 
+def _open_layers(engine: Engine, loop: LayerLoop, options: OpenOptions) -> EngineLayers:
+    require("build", "running an engine a layer at a time")
+    from nvlm_trt.backends.onnxruntime.layers import OnnxRuntimeLayers
+
+    return OnnxRuntimeLayers(engine, loop, options.threads)
+
+
 def _runtimes_of(precisions: Mapping[str, str]) -> Mapping[str, str]:
     from nvlm_trt.backends.onnxruntime.vision_runtime import runtimes_of
 
@@ -97,6 +107,7 @@ SPEC = BackendSpec(
     memory=MemoryModel(device="host", floating="fp32", encode_tiles=ENCODE_TILES, loaded_as={"fp8": "fp32"}),
     probe=_probe,
     open=_open,
+    open_layers=_open_layers,
     build=_build,
     stage_runtimes=(OPENVINO,),
     runtimes_of=_runtimes_of,

@@ -52,8 +52,19 @@ def session_options(threads: int | None) -> SessionOptions:
 
 def open_session(path: Path, options: SessionOptions) -> InferenceSession:
     """Open a stage's ONNX file. Raises EngineError for a file that cannot be loaded."""
+    return _session(_model(path, options), path, options)
+
+
+def open_model(model: bytes, path: Path, options: SessionOptions) -> InferenceSession:
+    """Open a graph whose weights are in the data file of the stage `path`. Raises EngineError if it cannot be
+    loaded."""
+    _find_weights(path, options)
+    return _session(model, path, options)
+
+
+def _session(model: str | bytes, path: Path, options: SessionOptions) -> InferenceSession:
     try:
-        return InferenceSession(_model(path, options), options, providers=["CPUExecutionProvider"])
+        return InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except RUNTIME_ERRORS as error:
         raise EngineError(
             f"engine file {path} cannot be loaded ({first_line(error)}); rebuild the engine with `nvlm-trt build`"
@@ -76,8 +87,13 @@ def _model(path: Path, options: SessionOptions) -> str | bytes:
     model = rewritten(path, cpu.saturates(), cpu.single_rows_differ())
     if model is None:
         return str(path)
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+    _find_weights(path, options)
     return model.SerializeToString()
+
+
+def _find_weights(path: Path, options: SessionOptions) -> None:
+    """Let a graph that is not read from its file find the weights beside `path`."""
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
 
 
 def _needs_rewriting(path: Path) -> bool:
