@@ -9,22 +9,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from nvlm_trt.backends.base import STAGES
-from nvlm_trt.backends.spec import BackendSpec, MemoryModel, StageWeights
-from nvlm_trt.limits import EngineLimits
-from nvlm_trt.model.config import NvlmConfig
+from nvlm_trt.backends.spec import StageWeights
 from nvlm_trt.model.layout import EMBEDDING, checkpoint_layout
-from nvlm_trt.model.precision import (
-    BLOCK,
-    FLOAT_BYTES,
-    WEIGHT_ONLY_BITS,
-    floating_type,
-    needs_calibration,
-    quantised_components,
-)
+from nvlm_trt.model.precision import BLOCK, FLOAT_BYTES, WEIGHT_ONLY_BITS, needs_calibration, quantised_components
+from nvlm_trt.planner.design import EngineDesign
 from nvlm_trt.plugins.gated_cross_attention import cache_length
 from nvlm_trt.prompt.image_tokens import count_image_tokens
 
@@ -75,36 +67,25 @@ class EnginePlan:
     host_building: int  # estimate, for a GPU: host memory of the builder, or of the calibration on the CPU
 
 
-def plan_engine(
-    config: NvlmConfig,
-    limits: EngineLimits,
-    precisions: Mapping[str, str],
-    backend: BackendSpec,
-    tag_length: int,
-    checkpoint: int | None = None,
-) -> EnginePlan:
-    """Compute the memory of an engine. `precisions`: one per component; `tag_length`: tokens of an NVLM-H tile tag;
-    `checkpoint`: bytes of its files, None: 2 per parameter."""
-    memory = backend.memory
-    floating = _stored_type(memory, precisions)
-    size = FLOAT_BYTES[floating]
+def plan_engine(design: EngineDesign, checkpoint: int | None = None) -> EnginePlan:
+    """Compute the memory of an engine. `checkpoint`: bytes of its checkpoint's files, None: 2 per parameter."""
+    memory = design.backend.memory
     parameters, weights = dict.fromkeys(_COMPONENTS, 0), dict.fromkeys(_COMPONENTS, 0)
-    for tensor in _tensors(config, limits, precisions, tag_length, memory):
+    for tensor in _tensors(design):
         parameters[tensor.component] += tensor.parameters
         weights[tensor.component] += tensor.nbytes
-    weights_of = stage_weights(config, limits, precisions, memory, tag_length)
-    self_cache, cross_cache = _caches(config, limits, size)
-    activations = _activations(config, limits, size, backend, tag_length)
+    weights_of = stage_weights(design)
+    self_cache, cross_cache = _caches(design)
+    activations = _activations(design)
     stages = {
         stage: StageMemory(stored.nbytes, self_cache + cross_cache if stage == "decoder" else 0, activations[stage])
         for stage, stored in weights_of.items()
     }
     running = building = sum(stage.total for stage in stages.values())
-    if quantised_components(precisions):
-        plain = dict.fromkeys(precisions, floating)
-        building = max(building, plan_engine(config, limits, plain, backend, tag_length).peak_building)
+    if quantised_components(design.precisions):
+        building = max(building, plan_engine(design.unquantised).peak_building)
     total = sum(parameters.values())
-    host = memory.host_building(list(weights_of.values()), total, needs_calibration(precisions))
+    host = memory.host_building(list(weights_of.values()), total, needs_calibration(design.precisions))
     return EnginePlan(
         parameters={component: count for component, count in parameters.items() if count},
         weights={component: nbytes for component, nbytes in weights.items() if nbytes},
@@ -119,13 +100,10 @@ def plan_engine(
     )
 
 
-def stage_weights(
-    config: NvlmConfig, limits: EngineLimits, precisions: Mapping[str, str], memory: MemoryModel, tag_length: int
-) -> dict[str, StageWeights]:
-    """Count the weights of each stage when it is loaded. Takes the arguments of `plan_engine`."""
+def stage_weights(design: EngineDesign) -> dict[str, StageWeights]:
+    """Count the weights of each stage when it is loaded."""
     stages = dict.fromkeys(STAGES, StageWeights())
-    loaded = {component: memory.loaded_as.get(precision, precision) for component, precision in precisions.items()}
-    for tensor in _tensors(config, limits, loaded, tag_length, memory):
+    for tensor in _tensors(design.loaded):
         stored = StageWeights(tensor.nbytes)
         if tensor.in_blocks:
             stored = StageWeights(tensor.nbytes, tensor.nbytes, tensor.parameters, tensor.in_blocks)
@@ -147,20 +125,15 @@ class _Tensor:
     in_blocks: int = 0  # numbers in a weight-only tensor
 
 
-def _tensors(
-    config: NvlmConfig,
-    limits: EngineLimits,
-    precisions: Mapping[str, str],
-    tag_length: int,
-    memory: MemoryModel,
-) -> Iterator[_Tensor]:
+def _tensors(design: EngineDesign) -> Iterator[_Tensor]:
     """Yield each tensor that the engine stores."""
-    llm, size = config.llm, FLOAT_BYTES[_stored_type(memory, precisions)]
+    config, precisions, size = design.config, design.precisions, design.number_size
+    llm = config.llm
 
     def stored(name: str, shape: tuple[int, ...], component: str, stage: str, parameters: int) -> _Tensor:
         precision = precisions.get(component, "")
         if precision in WEIGHT_ONLY_BITS and is_linear(name, shape):
-            nbytes = _blocked(shape, precision, size if memory.standard_blocks else None)
+            nbytes = _blocked(shape, precision, size if design.backend.memory.standard_blocks else None)
             return _Tensor(component, stage, parameters, nbytes, in_blocks=math.prod(shape))
         return _Tensor(component, stage, parameters, _stored(name, shape, precision, size))
 
@@ -168,15 +141,11 @@ def _tensors(
         yield stored(name, shape, component_of_tensor(name), stage_of_tensor(name), math.prod(shape))
     if llm.tie_word_embeddings and precisions["lm_head"] not in FLOAT_BYTES:  # else lm_head is the embedding table
         yield stored("lm_head.weight", (llm.vocab_size, llm.hidden_size), "lm_head", "decoder", 0)
-    positions = limits.max_seq_len * llm.head_dim * size  # cos and sin
+    positions = design.limits.max_seq_len * llm.head_dim * size  # cos and sin
     yield _Tensor("decoder", "decoder", 0, positions)
     if config.architecture == "H":
-        tags = config.max_tiles * tag_length * llm.hidden_size * size
+        tags = config.max_tiles * design.tag_length * llm.hidden_size * size
         yield _Tensor("cross_attention", "cross_kv", 0, tags)
-
-
-def _stored_type(memory: MemoryModel, precisions: Mapping[str, str]) -> str:
-    return memory.floating or floating_type(precisions)
 
 
 def component_of_tensor(name: str) -> str:
@@ -214,30 +183,29 @@ def _blocked(shape: tuple[int, ...], precision: str, scale: int | None) -> int:
     return outputs * (inputs * bits // 8 + inputs // block * scale)
 
 
-def _caches(config: NvlmConfig, limits: EngineLimits, size: int) -> tuple[int, int]:
+def _caches(design: EngineDesign) -> tuple[int, int]:
     """Return the bytes of the keys and values of all slots: self-attention's, cross-attention's."""
-    llm = config.llm
-    token = 2 * llm.num_kv_heads * llm.head_dim * size  # in one layer
+    llm, limits = design.config.llm, design.limits
+    token = 2 * llm.num_kv_heads * llm.head_dim * design.number_size  # in one layer
     cross_tokens = cache_length(limits.max_image_tokens)
     return (
         limits.max_slots * limits.max_seq_len * llm.num_layers * token,
-        limits.max_slots * cross_tokens * len(config.cross_layers) * token,
+        limits.max_slots * cross_tokens * len(design.config.cross_layers) * token,
     )
 
 
-def _activations(
-    config: NvlmConfig, limits: EngineLimits, size: int, backend: BackendSpec, tag_length: int
-) -> dict[str, int]:
+def _activations(design: EngineDesign) -> dict[str, int]:
     """Estimate the bytes of each stage: the residual stream around a layer, and attention (queries, keys and values,
     projected and split into heads) or FFN, whichever is wider."""
+    config, limits, size = design.config, design.limits, design.number_size
     vision, llm = config.vision, config.llm
-    tiles = backend.memory.encode_tiles or config.tiles_per_image
+    tiles = design.backend.memory.encode_tiles or config.tiles_per_image
     layer = 2 * vision.hidden_size + max(6 * vision.hidden_size, 2 * vision.intermediate_size)
     projector = config.shuffled_size + 2 * (config.projector_width or 0)
     key = llm.num_kv_heads * llm.head_dim
-    _, cross_tokens = count_image_tokens(config, config.tiles_per_image, tag_length)
+    _, cross_tokens = count_image_tokens(config, config.tiles_per_image, design.tag_length)
     attention, ffn = 2 * (llm.num_heads * llm.head_dim + 2 * key), 3 * llm.intermediate_size
-    tokens = max(min(backend.prefill_chunk, limits.max_seq_len), limits.max_slots)
+    tokens = max(min(design.backend.prefill_chunk, limits.max_seq_len), limits.max_slots)
     logits = limits.max_slots * llm.vocab_size * 4  # in float32
     return {
         "vision_encoder": tiles * max((vision.grid**2 + 1) * layer, config.tokens_per_tile * projector) * size,
