@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from nvlm_trt.backends.opening import backend_of
-from nvlm_trt.backends.spec import BackendSpec
+from nvlm_trt.backends.spec import BackendSpec, EncoderMemory
 from nvlm_trt.engine import Engine
 from nvlm_trt.limits import EngineLimits
 from nvlm_trt.model.config import NvlmConfig
@@ -22,11 +22,13 @@ class EngineDesign:
     precisions: Mapping[str, str]  # of each component that the model has, at least
     backend: BackendSpec
     tag_length: int  # tokens of an NVLM-H tile tag
+    runtimes: Mapping[str, str] | None = None  # of single stages, by an engine's manifest; None: as a build chooses
 
     @classmethod
     def of(cls, engine: Engine, tag_length: int) -> EngineDesign:
         """Describe an engine that was built. Raises EngineError for an unknown backend."""
-        return cls(engine.config, engine.limits, engine.manifest.precision, backend_of(engine), tag_length)
+        manifest = engine.manifest
+        return cls(engine.config, engine.limits, manifest.precision, backend_of(engine), tag_length, manifest.runtimes)
 
     @property
     def stored_type(self) -> str:
@@ -39,6 +41,12 @@ class EngineDesign:
         return FLOAT_BYTES[self.stored_type]
 
     @property
+    def encoder(self) -> EncoderMemory | None:
+        """Return how another runtime than the backend's runs the vision encoder, if one does."""
+        runtimes = self.backend.runtimes_of(self.precisions) if self.runtimes is None else self.runtimes
+        return self.backend.memory.encoders.get(runtimes.get("vision_encoder", ""))
+
+    @property
     def unquantised(self) -> EngineDesign:
         """Return the engine with which the accuracy gate compares this one; itself without quantised components."""
         quantised = quantised_components(self.precisions)
@@ -48,10 +56,10 @@ class EngineDesign:
     def loaded(self) -> EngineDesign:
         """Return the design with each precision as the backend holds it in memory."""
         loaded_as = self.backend.memory.loaded_as
-        return self.with_precisions({part: loaded_as.get(name, name) for part, name in self.precisions.items()})
+        return replace(self, precisions={part: loaded_as.get(name, name) for part, name in self.precisions.items()})
 
     def with_precisions(self, precisions: Mapping[str, str]) -> EngineDesign:
-        return replace(self, precisions=precisions)
+        return replace(self, precisions=precisions, runtimes=None)
 
     def with_limits(self, **limits: int) -> EngineDesign:
         """Replace limits that the model allows."""

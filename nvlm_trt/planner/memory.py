@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from nvlm_trt.backends.base import STAGES
-from nvlm_trt.backends.spec import StageWeights
+from nvlm_trt.backends.spec import StageWeights, Weight
 from nvlm_trt.model.layout import EMBEDDING, checkpoint_layout
 from nvlm_trt.model.precision import BLOCK, FLOAT_BYTES, WEIGHT_ONLY_BITS, needs_calibration, quantised_components
 from nvlm_trt.planner.design import EngineDesign
@@ -36,15 +36,18 @@ _CROSS_KV = re.compile(r"language_model\.cross_layers\.\d+\.attn\.(k_proj|v_proj
 
 @dataclass(frozen=True)
 class StageMemory:
-    """Counts the bytes that a stage (a graph of the engine) holds while it runs."""
+    """Counts the bytes of a stage (a graph of the engine) while it runs."""
 
-    weights: int
+    weights: int  # held for as long as the engine is open
     caches: int
     activations: int
+    mapped: int = 0  # pages of the engine's files, which the system may drop and read again
+    overhead: int = 0  # of the runtime itself
+    read: int = 0  # bytes of weights that a run reads
 
     @property
     def total(self) -> int:
-        return self.weights + self.caches + self.activations
+        return self.weights + self.caches + self.activations + self.mapped + self.overhead
 
     def __str__(self) -> str:
         parts = (f"{nbytes / 1e9:.2f} GB" for nbytes in (self.total, self.weights, self.caches, self.activations))
@@ -77,9 +80,17 @@ def plan_engine(design: EngineDesign, checkpoint: int | None = None) -> EnginePl
     weights_of = stage_weights(design)
     self_cache, cross_cache = _caches(design)
     activations = _activations(design)
+    loaded = _loaded(design)
     stages = {
-        stage: StageMemory(stored.nbytes, self_cache + cross_cache if stage == "decoder" else 0, activations[stage])
-        for stage, stored in weights_of.items()
+        stage: StageMemory(
+            weights=loaded[stage].held,
+            caches=self_cache + cross_cache if stage == "decoder" else 0,
+            activations=activations[stage],
+            mapped=loaded[stage].mapped,
+            overhead=((design.encoder if stage == "vision_encoder" else None) or memory).overhead,
+            read=loaded[stage].read,
+        )
+        for stage in weights_of
     }
     running = building = sum(stage.total for stage in stages.values())
     if quantised_components(design.precisions):
@@ -101,7 +112,7 @@ def plan_engine(design: EngineDesign, checkpoint: int | None = None) -> EnginePl
 
 
 def stage_weights(design: EngineDesign) -> dict[str, StageWeights]:
-    """Count the weights of each stage when it is loaded."""
+    """Count the weights of each stage, each in the precision in which it is loaded."""
     stages = dict.fromkeys(STAGES, StageWeights())
     for tensor in _tensors(design.loaded):
         stored = StageWeights(tensor.nbytes)
@@ -111,41 +122,76 @@ def stage_weights(design: EngineDesign) -> dict[str, StageWeights]:
     return {stage: stored for stage, stored in stages.items() if stored.nbytes}
 
 
-# --- memory ------------------------------------------------------------------------------------------------------
+# --- weights -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Loaded:
+    held: int = 0
+    mapped: int = 0
+    read: int = 0
+
+
+def _loaded(design: EngineDesign) -> dict[str, _Loaded]:
+    """Count, by stage, what the runtime holds and maps of the weights, and what a run reads of them."""
+    stages = {stage: _Loaded() for stage in STAGES}
+    for tensor in _tensors(design.loaded):
+        encoder = design.encoder if tensor.stage == "vision_encoder" else None
+        loaded = (encoder or design.backend.memory).load(tensor.weight)
+        stage = stages[tensor.stage]
+        stage.held += loaded.held
+        stage.mapped += loaded.mapped
+        # a token looks up one row of the embedding table; only a tied lm_head reads the whole table
+        if tensor.component != "embedding" or tensor.weight.tied:
+            stage.read += encoder.read(tensor.weight) if encoder else tensor.nbytes
+    return stages
 
 
 @dataclass(frozen=True)
 class _Tensor:
     """A tensor that the engine stores."""
 
-    component: str
     stage: str
     parameters: int  # of the checkpoint: a tied lm_head has none
-    nbytes: int
+    weight: Weight
     in_blocks: int = 0  # numbers in a weight-only tensor
+
+    @property
+    def component(self) -> str:
+        return self.weight.component
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes
 
 
 def _tensors(design: EngineDesign) -> Iterator[_Tensor]:
     """Yield each tensor that the engine stores."""
     config, precisions, size = design.config, design.precisions, design.number_size
     llm = config.llm
+    tied = llm.tie_word_embeddings and precisions["lm_head"] in FLOAT_BYTES  # lm_head is the embedding table
 
     def stored(name: str, shape: tuple[int, ...], component: str, stage: str, parameters: int) -> _Tensor:
-        precision = precisions.get(component, "")
-        if precision in WEIGHT_ONLY_BITS and is_linear(name, shape):
+        precision, linear = precisions.get(component, ""), is_linear(name, shape)
+        blocks = precision in WEIGHT_ONLY_BITS and linear
+        if blocks:
             nbytes = _blocked(shape, precision, size if design.backend.memory.standard_blocks else None)
-            return _Tensor(component, stage, parameters, nbytes, in_blocks=math.prod(shape))
-        return _Tensor(component, stage, parameters, _stored(name, shape, precision, size))
+        else:
+            nbytes = _stored(name, shape, precision, size)
+        quantised = linear and precision not in FLOAT_BYTES
+        numbers = math.prod(shape)
+        weight = Weight(component, numbers, nbytes, linear, quantised, tied and name == EMBEDDING)
+        return _Tensor(stage, parameters, weight, in_blocks=numbers if blocks else 0)
 
     for name, shape in checkpoint_layout(config).items():
         yield stored(name, shape, component_of_tensor(name), stage_of_tensor(name), math.prod(shape))
-    if llm.tie_word_embeddings and precisions["lm_head"] not in FLOAT_BYTES:  # else lm_head is the embedding table
+    if llm.tie_word_embeddings and not tied:
         yield stored("lm_head.weight", (llm.vocab_size, llm.hidden_size), "lm_head", "decoder", 0)
-    positions = design.limits.max_seq_len * llm.head_dim * size  # cos and sin
-    yield _Tensor("decoder", "decoder", 0, positions)
+    positions = design.limits.max_seq_len * llm.head_dim  # cos and sin
+    yield _Tensor("decoder", 0, Weight("decoder", positions, positions * size, multiplied=False))
     if config.architecture == "H":
-        tags = config.max_tiles * design.tag_length * llm.hidden_size * size
-        yield _Tensor("cross_attention", "cross_kv", 0, tags)
+        tags = config.max_tiles * design.tag_length * llm.hidden_size
+        yield _Tensor("cross_kv", 0, Weight("cross_attention", tags, tags * size, multiplied=False))
 
 
 def component_of_tensor(name: str) -> str:
@@ -199,7 +245,10 @@ def _activations(design: EngineDesign) -> dict[str, int]:
     projected and split into heads) or FFN, whichever is wider."""
     config, limits, size = design.config, design.limits, design.number_size
     vision, llm = config.vision, config.llm
-    tiles = design.backend.memory.encode_tiles or config.tiles_per_image
+    encoder = design.encoder
+    tiles, encoder_size = design.backend.memory.encode_tiles or config.tiles_per_image, size
+    if encoder:
+        tiles, encoder_size = min(encoder.tiles, config.tiles_per_image), encoder.number_size
     layer = 2 * vision.hidden_size + max(6 * vision.hidden_size, 2 * vision.intermediate_size)
     projector = config.shuffled_size + 2 * (config.projector_width or 0)
     key = llm.num_kv_heads * llm.head_dim
@@ -208,7 +257,7 @@ def _activations(design: EngineDesign) -> dict[str, int]:
     tokens = max(min(design.backend.prefill_chunk, limits.max_seq_len), limits.max_slots)
     logits = limits.max_slots * llm.vocab_size * 4  # in float32
     return {
-        "vision_encoder": tiles * max((vision.grid**2 + 1) * layer, config.tokens_per_tile * projector) * size,
+        "vision_encoder": tiles * max((vision.grid**2 + 1) * layer, config.tokens_per_tile * projector) * encoder_size,
         "cross_kv": cross_tokens * (llm.hidden_size + 2 * key * len(config.cross_layers)) * size,
         "decoder": tokens * (2 * llm.hidden_size + max(attention, ffn)) * size + logits,
     }

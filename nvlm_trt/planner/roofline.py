@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from nvlm_trt.model.layout import checkpoint_layout
-from nvlm_trt.model.precision import FLOAT_BYTES
 from nvlm_trt.planner.design import EngineDesign
 from nvlm_trt.planner.memory import component_of_tensor, is_linear, plan_engine, stage_of_tensor
 from nvlm_trt.plugins.gated_cross_attention import cache_length
@@ -35,11 +34,7 @@ class Roofline:
         config = design.config
         whole = design.backend.memory.whole_cross_cache and config.cross_layers
         self._cross_capacity = cache_length(design.limits.max_image_tokens) if whole else None
-        plan = plan_engine(design)
-        self._weights = {stage: memory.weights for stage, memory in plan.stages.items()}
-        # a token looks up one row of the embedding table; only a tied lm_head reads the whole table
-        if not config.llm.tie_word_embeddings or design.precisions["lm_head"] not in FLOAT_BYTES:
-            self._weights["decoder"] -= plan.weights["embedding"]
+        self._weights = {stage: memory.read for stage, memory in plan_engine(design).stages.items()}
         self._multiplied = dict.fromkeys(("patches", "layers", "projector", "cross_kv", "decoder"), 0)
         for name, shape in checkpoint_layout(config).items():
             if is_linear(name, shape) and component_of_tensor(name) != "lm_head":

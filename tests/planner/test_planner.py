@@ -31,7 +31,7 @@ from nvlm_trt.limits import EngineLimits
 from nvlm_trt.model.precision import floating_type
 from nvlm_trt.model.presets import PRESETS
 from nvlm_trt.planner.design import EngineDesign
-from nvlm_trt.planner.memory import IMAGE_CACHE, EnginePlan, plan_engine
+from nvlm_trt.planner.memory import IMAGE_CACHE, EnginePlan, plan_engine, stage_weights
 from nvlm_trt.planner.roofline import Roofline, Work
 from nvlm_trt.progress import no_progress
 from nvlm_trt.reference.model import ReferenceModel
@@ -74,17 +74,17 @@ def assert_just_above(actual: int, planned: int) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_weights_are_those_of_the_files(engine: Directory, name: str) -> None:
     opened = Engine.open(engine(name))
-    stages = plan_of(name, "fp32", "onnxruntime", opened.limits).stages
+    stages = stage_weights(design_of(name, "fp32", "onnxruntime", opened.limits))
     assert stages.keys() == {path.stem for path in opened.path.glob("*.onnx")}
-    for stage, memory in stages.items():
-        assert_just_above(stored_bytes(opened.path / f"{stage}.onnx"), memory.weights)
+    for stage, weights in stages.items():
+        assert_just_above(stored_bytes(opened.path / f"{stage}.onnx"), weights.nbytes)
 
 
 @pytest.mark.parametrize("precision", ["int8-weight-only", "int4-weight-only,vision_encoder=int8-weight-only"])
 def test_weights_in_blocks_are_those_of_the_files(checkpoint: Directory, tmp_path: Path, precision: str) -> None:
     built = build_engine(checkpoint("nvlm-h-tiny"), tmp_path / "engine", smoke_test=False, precision=precision)
-    for stage, memory in plan_of("nvlm-h-tiny", precision, "onnxruntime", built.limits).stages.items():
-        assert_just_above(stored_bytes(built.path / f"{stage}.onnx"), memory.weights)
+    for stage, weights in stage_weights(design_of("nvlm-h-tiny", precision, "onnxruntime", built.limits)).items():
+        assert_just_above(stored_bytes(built.path / f"{stage}.onnx"), weights.nbytes)
 
 
 class Everywhere(SimpleNamespace):
