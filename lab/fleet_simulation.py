@@ -123,7 +123,8 @@ def serve(engine: Engine, traffic: Traffic, rate: float, threads: int) -> list[R
     design = EngineDesign.of(engine, TAG_LENGTH)
     backend = open_backend(engine, threads=threads)
     batcher = Batcher(backend, Tokenizer.from_directory(engine.path), traffic.requests, design.backend.prefill_chunk)
-    edge, records = design.config.vision.image_size, []
+    edge = design.config.vision.image_size
+    records: list[Record] = []
     pixels = np.zeros((traffic.tiles, 3, edge, edge), np.float32)
     waiting: queue.SimpleQueue[tuple[Ask, Request] | None] = queue.SimpleQueue()
 

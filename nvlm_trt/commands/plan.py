@@ -92,8 +92,8 @@ def plan(
     model = find_model(engine, checkpoint, preset, backend, precision, limits)
     design = model.design
     split = splits(design.backend)
-    _check_options(design, split, {"--tp": tp, "--pp": pp}, bandwidth, memory_share, disk_bandwidth)
     device = find_device(design.backend, gpu, bandwidth, tflops, memory)
+    _check_options(design, split, {"--tp": tp, "--pp": pp}, bandwidth, memory_share, disk_bandwidth)
     if device.gpu is not None:
         check_gpu(device.gpu, design.precisions, split, crosses=bool(design.config.cross_layers))
     load = _load(design, text_tokens, tiles, model.concurrency)

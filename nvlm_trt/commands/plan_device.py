@@ -46,7 +46,9 @@ def find_device(
     rates = [rate for rate in (bandwidth, tflops) if rate is not None]
     if gpu is not None and rates:
         raise NvlmError("--gpu has a bandwidth and rates of its own; give it, or --bandwidth and --tflops")
-    if len(rates) == 1 or not all(_LEAST_RATE <= rate <= _MOST_RATE for rate in (*rates, memory or 1)):
+    if memory is not None and not _LEAST_RATE <= memory <= _MOST_RATE:
+        raise NvlmError(f"--memory {memory:g} is not a size in GB; give 80 for example")
+    if len(rates) == 1 or not all(_LEAST_RATE <= rate <= _MOST_RATE for rate in rates):
         raise NvlmError(
             f"a time follows from both --bandwidth and --tflops, above 0 ({_LEAST_RATE:g} to {_MOST_RATE:g}); give "
             "both or none"

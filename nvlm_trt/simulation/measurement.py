@@ -73,7 +73,7 @@ class _Steps:
         for tiles in sorted({1, self._tiles}):
             progress(f"encoding {tiles} tiles", 0, 1)
             self._encode(tiles)  # the first run of a shape prepares it
-            seconds[tiles] = statistics.median(_timed(lambda tiles=tiles: self._encode(tiles)) for _ in range(_IMAGES))
+            seconds[tiles] = self._seconds_of_image(tiles)
         self._images = [self._encode(self._tiles)]
         return _line(seconds)
 
@@ -108,7 +108,7 @@ class _Steps:
         progress("encoding and decoding", 0, 1)
         count, text = max(1, self._design.limits.max_slots // 2), self._texts()[0]
         _, alone = self._decode(count, text)
-        encoded_alone = statistics.median(_timed(lambda: self._encode(self._tiles)) for _ in range(_IMAGES))
+        encoded_alone = self._seconds_of_image(self._tiles)
         seconds: list[float] = []
         stop = threading.Event()
 
@@ -165,6 +165,9 @@ class _Steps:
         in_llm = sum(len(image.embeddings) for image in self._images)
         context = self._design.limits.max_seq_len - in_llm - 2 * _OUTPUT
         return sorted({max(1, round(part * (context if part < 1 else 1))) for part in _TEXT})
+
+    def _seconds_of_image(self, tiles: int) -> float:
+        return statistics.median(_timed(lambda: self._encode(tiles)) for _ in range(_IMAGES))
 
     def _encode(self, tiles: int) -> ImageFeatures:
         edge = self._design.config.vision.image_size

@@ -23,8 +23,8 @@ class Overlap(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    step: float = Field(2.0, ge=1, allow_inf_nan=False)
-    encode: float = Field(2.0, ge=1, allow_inf_nan=False)
+    step: float = Field(ge=1, allow_inf_nan=False)
+    encode: float = Field(ge=1, allow_inf_nan=False)
 
 
 class StepSeconds(Protocol):
@@ -48,7 +48,7 @@ class PlannedSteps:
 
     def __init__(self, times: StepTimes) -> None:
         self._times = times
-        self.chunk_size, self.overlap = times.chunk_size, Overlap()
+        self.chunk_size, self.overlap = times.chunk_size, Overlap(step=2, encode=2)
 
     def encode(self, tiles: int) -> float:
         return self._times.encode(tiles).seconds
