@@ -183,8 +183,7 @@ class _Builder:
         try:
             smoke.run(Engine.open(directory))
         except DeviceMemoryError as error:
-            source = self.source
-            planned = plan_engine(source.config, source.limits, precisions, self.spec, source.prompts.tag_length)
+            planned = plan_engine(self.source.design(self.spec, precisions))
             raise EngineError(
                 f"{error}. The whole engine was expected to take {planned.peak_building / 1e9:.2f} GB on the GPU"
             ) from error

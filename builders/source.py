@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from nvlm_trt.backends.base import FloatArray
+from nvlm_trt.backends.spec import BackendSpec
 from nvlm_trt.checkpoint.reader import Checkpoint
 from nvlm_trt.errors import CheckpointError
 from nvlm_trt.model.hf_config import config_to_hf
 from nvlm_trt.model.layout import EMBEDDING
+from nvlm_trt.planner.design import EngineDesign
 from nvlm_trt.planner.limits import engine_limits
 from nvlm_trt.prompt.encoder import PromptEncoder
 from nvlm_trt.prompt.tokenizer import Tokenizer
@@ -33,6 +35,10 @@ class EngineSource:
             self.prompts = PromptEncoder(self.config, Tokenizer.from_directory(checkpoint_dir))
             self.limits = engine_limits(self.config, self.prompts.tag_length, overrides)
             self.digest = checkpoint.digest
+
+    def design(self, backend: BackendSpec, precisions: Mapping[str, str]) -> EngineDesign:
+        """Describe the engine of a backend, in one precision per component."""
+        return EngineDesign(self.config, self.limits, precisions, backend, self.prompts.tag_length)
 
     def open_checkpoint(self) -> Checkpoint:
         """Open the checkpoint again. Raises CheckpointError if its files have changed since it was hashed."""

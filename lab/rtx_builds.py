@@ -37,6 +37,7 @@ from nvlm_trt.engine import CALIBRATION, Engine
 from nvlm_trt.errors import EngineError
 from nvlm_trt.model.config import NvlmConfig
 from nvlm_trt.model.presets import PRESETS
+from nvlm_trt.planner.design import EngineDesign
 from nvlm_trt.planner.memory import plan_engine, stage_weights
 
 RESULT = "rtx_builds.json"
@@ -110,11 +111,11 @@ def contender(work: Path, preset: str, precision: str, tried: bool) -> Contender
             seconds = time.perf_counter() - started
             engine = Engine.open(output)
             with Checkpoint.open(checkpoint) as opened:
-                config, chosen = opened.config, engine.manifest.precision
+                design = replace(EngineDesign.of(engine, TAG_LENGTH), config=opened.config)
             if tried:
-                planned = plan_engine(config, engine.limits, chosen, SPEC, TAG_LENGTH).host_building
+                planned = plan_engine(design).host_building
             else:
-                stages = stage_weights(config, engine.limits, chosen, SPEC.memory, TAG_LENGTH)
+                stages = stage_weights(design)
                 planned = builder_memory(list(stages.values()))
             plans = sum(path.stat().st_size for path in output.glob("*.plan"))
             fused = all(record_of(engine).fused.values())

@@ -41,6 +41,41 @@ class StageWeights:
 
 
 @dataclass(frozen=True)
+class Weight:
+    """Describes a tensor of an engine's files to a memory model."""
+
+    component: str
+    numbers: int
+    nbytes: int  # in the file, scales included
+    multiplied: bool  # a linear layer's; False: looked up, added, or scaled with
+    quantised: bool = False
+    tied: bool = False  # an embedding table that lm_head multiplies, too
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Counts the bytes of a tensor that a runtime has loaded."""
+
+    held: int  # for as long as the engine is open
+    mapped: int = 0  # pages of the engine's file, which the system may drop and read again
+
+
+def _copied(weight: Weight) -> Loaded:
+    return Loaded(weight.nbytes)
+
+
+@dataclass(frozen=True)
+class EncoderMemory:
+    """Tells the planner how another runtime than the backend's holds and runs the vision encoder."""
+
+    load: Callable[[Weight], Loaded]
+    read: Callable[[Weight], int]  # bytes of a weight that a run reads
+    number_size: int  # bytes of a number between layers
+    tiles: int  # that are encoded at once
+    overhead: int = 0  # bytes that the runtime takes beside weights and activations
+
+
+@dataclass(frozen=True)
 class MemoryModel:
     """Tells the planner how a backend holds and runs the stages of an engine."""
 
@@ -52,6 +87,10 @@ class MemoryModel:
     whole_cross_cache: bool = False
     # True: weight-only precisions are written as DequantizeLinear (builders/quantization/blocked_weights.py)
     standard_blocks: bool = False
+    graphs_first: bool = False  # a build writes graphs with all weights, from which it makes the engine
+    load: Callable[[Weight], Loaded] = _copied
+    overhead: int = 0  # bytes that the runtime takes for a stage, beside weights, caches and activations
+    encoders: Mapping[str, EncoderMemory] = field(default_factory=dict)  # by the runtime's name
     # precision in the engine's files -> precision of the loaded weights, where the two differ
     loaded_as: Mapping[str, str] = field(default_factory=dict)
     # (weights of each stage, number of parameters, whether the engine is calibrated) -> bytes of host memory that a

@@ -10,6 +10,7 @@ from nvlm_trt.backends.opening import backend_of
 from nvlm_trt.backends.spec import ServerNeeds
 from nvlm_trt.engine import Engine
 from nvlm_trt.image.image_limits import ImageLimits
+from nvlm_trt.planner.design import EngineDesign
 from nvlm_trt.planner.memory import plan_engine
 from nvlm_trt.serving.triton.repository import placement_of
 from nvlm_trt.serving.triton.shared_memory import SharedMemory
@@ -48,7 +49,7 @@ class DeployedEngine:
         shared = _PYTHON_MODELS * SharedMemory(engine, placement, ImageLimits()).most_per_model
         shared += _NCCL_SHARED_MEMORY if needs.tp * needs.pp > 1 else 0
         devices = {spec.memory.device, backend_of(engine, "vision_encoder").memory.device}
-        plan = plan_engine(engine.config, engine.limits, _all_precisions(engine), spec, _MOST_TAG)
+        plan = plan_engine(EngineDesign.of(engine, _MOST_TAG))
         weights = plan.peak_running if "host" in devices else 0
         return cls(
             name=_label(manifest.model_name),
@@ -68,12 +69,6 @@ class DeployedEngine:
     def ranks(self) -> int:
         """Count the processes that run the engine together, each with a GPU of its own."""
         return self.needs.tp * self.needs.pp
-
-
-def _all_precisions(engine: Engine) -> dict[str, str]:
-    """Return a precision for each component, also for those that the model lacks."""
-    precision = engine.manifest.precision
-    return {"cross_attention": precision["decoder"], **precision}
 
 
 def _label(name: str) -> str:

@@ -16,6 +16,7 @@ from nvlm_trt.diagnosis.hardware import query_gpus
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import NvlmError
 from nvlm_trt.image.image_limits import ImageLimits
+from nvlm_trt.planner.design import EngineDesign
 from nvlm_trt.planner.memory import plan_engine
 from nvlm_trt.prompt.encoder import PromptEncoder
 from nvlm_trt.prompt.tokenizer import Tokenizer
@@ -80,7 +81,7 @@ def _needs(engine: Engine) -> Iterator[Finding]:
 
 def _memory(engine: Engine, spec: BackendSpec) -> Finding:
     tag_length = PromptEncoder(engine.config, Tokenizer.from_directory(engine.path)).tag_length
-    planned = plan_engine(engine.config, engine.limits, engine.manifest.precision, spec, tag_length)
+    planned = plan_engine(EngineDesign.of(engine, tag_length))
     where = "GPU memory" if spec.memory.device == "gpu" else "memory"
     detail = f"about {planned.peak_running / 1e9:.2f} GB of {where} at most"
     available = psutil.virtual_memory().available

@@ -6,6 +6,7 @@ what a process may use of it is `fleet.USABLE_SHARE`. Links count one direction:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -50,6 +51,7 @@ class Gpu:
 
     name: str
     title: str
+    driver_name: str  # pattern of the name by which nvidia-smi lists it
     capability: int  # 90 for 9.0
     per_node: int  # GPUs of a usual node, which `link` connects
     memory: Figure
@@ -83,6 +85,7 @@ _GPUS = (
     Gpu(
         name="h100",
         title="H100 SXM 80 GB",
+        driver_name="H100 80GB HBM3",
         capability=90,
         per_node=8,
         memory=Figure(80e9, _H100),
@@ -93,6 +96,7 @@ _GPUS = (
     Gpu(
         name="h200",
         title="H200 SXM 141 GB",
+        driver_name="H200(?! NVL)",
         capability=90,
         per_node=8,
         memory=Figure(141e9, _H200),
@@ -103,6 +107,7 @@ _GPUS = (
     Gpu(
         name="b200",
         title="B200 SXM 180 GB",
+        driver_name=r"\bB200",
         capability=100,
         per_node=8,
         memory=Figure(180e9, _HGX, "an eighth of 1.44 TB"),
@@ -116,6 +121,7 @@ _GPUS = (
     Gpu(
         name="a100",
         title="A100 SXM 80 GB",
+        driver_name="A100-SXM4-80GB",
         capability=80,
         per_node=8,
         memory=Figure(80e9, _A100),
@@ -126,6 +132,7 @@ _GPUS = (
     Gpu(
         name="l40s",
         title="L40S 48 GB",
+        driver_name="L40S",
         capability=89,
         per_node=8,
         memory=Figure(48e9, _L40S),
@@ -136,6 +143,7 @@ _GPUS = (
     Gpu(
         name="rtx-pro-6000",
         title="RTX PRO 6000 Blackwell Workstation Edition 96 GB",
+        driver_name="RTX PRO 6000 Blackwell W",
         capability=120,
         per_node=8,
         memory=Figure(96e9, _RTX_PRO),
@@ -146,6 +154,7 @@ _GPUS = (
     Gpu(
         name="rtx-5090",
         title="GeForce RTX 5090 32 GB",
+        driver_name="RTX 5090(?! [DL])",
         capability=120,
         per_node=4,
         memory=Figure(32e9, _RTX_50),
@@ -160,6 +169,7 @@ _GPUS = (
     Gpu(
         name="dgx-spark",
         title="DGX Spark (GB10) 128 GB, shared with the CPU",
+        driver_name="GB10",
         capability=121,
         per_node=1,
         memory=Figure(128e9, _SPARK),
@@ -182,9 +192,15 @@ def find_gpu(name: str) -> Gpu:
     """Return the GPU of this name. Raises EngineError for an unknown name."""
     if name not in GPUS:
         raise EngineError(
-            f"GPU {name!r} is not one of: {', '.join(GPUS)}; choose with --gpu, or give --bandwidth and --tflops"
+            f"GPU {name!r} is not one of: {', '.join(GPUS)}; choose with --gpu, or give --bandwidth, --tflops "
+            "and --memory"
         )
     return GPUS[name]
+
+
+def recognise(name: str) -> Gpu | None:
+    """Return the GPU that nvidia-smi lists under this name; None for a GPU whose data sheet is not here."""
+    return next((gpu for gpu in _GPUS if re.search(gpu.driver_name, name)), None)
 
 
 def refused(gpu: Gpu, precisions: Mapping[str, str], split: bool, crosses: bool) -> str | None:

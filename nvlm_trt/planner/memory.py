@@ -9,22 +9,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from nvlm_trt.backends.base import STAGES
-from nvlm_trt.backends.spec import BackendSpec, MemoryModel, StageWeights
-from nvlm_trt.limits import EngineLimits
-from nvlm_trt.model.config import NvlmConfig
+from nvlm_trt.backends.spec import StageWeights, Weight
 from nvlm_trt.model.layout import EMBEDDING, checkpoint_layout
-from nvlm_trt.model.precision import (
-    BLOCK,
-    FLOAT_BYTES,
-    WEIGHT_ONLY_BITS,
-    floating_type,
-    needs_calibration,
-    quantised_components,
-)
+from nvlm_trt.model.precision import BLOCK, FLOAT_BYTES, WEIGHT_ONLY_BITS, needs_calibration, quantised_components
+from nvlm_trt.planner.design import EngineDesign
 from nvlm_trt.plugins.gated_cross_attention import cache_length
 from nvlm_trt.prompt.image_tokens import count_image_tokens
 
@@ -44,15 +36,18 @@ _CROSS_KV = re.compile(r"language_model\.cross_layers\.\d+\.attn\.(k_proj|v_proj
 
 @dataclass(frozen=True)
 class StageMemory:
-    """Counts the bytes that a stage (a graph of the engine) holds while it runs."""
+    """Counts the bytes of a stage (a graph of the engine) while it runs."""
 
-    weights: int
+    weights: int  # held for as long as the engine is open
     caches: int
     activations: int
+    mapped: int = 0  # pages of the engine's files, which the system may drop and read again
+    overhead: int = 0  # of the runtime itself
+    read: int = 0  # bytes of weights that a run reads
 
     @property
     def total(self) -> int:
-        return self.weights + self.caches + self.activations
+        return self.weights + self.caches + self.activations + self.mapped + self.overhead
 
     def __str__(self) -> str:
         parts = (f"{nbytes / 1e9:.2f} GB" for nbytes in (self.total, self.weights, self.caches, self.activations))
@@ -75,36 +70,33 @@ class EnginePlan:
     host_building: int  # estimate, for a GPU: host memory of the builder, or of the calibration on the CPU
 
 
-def plan_engine(
-    config: NvlmConfig,
-    limits: EngineLimits,
-    precisions: Mapping[str, str],
-    backend: BackendSpec,
-    tag_length: int,
-    checkpoint: int | None = None,
-) -> EnginePlan:
-    """Compute the memory of an engine. `precisions`: one per component; `tag_length`: tokens of an NVLM-H tile tag;
-    `checkpoint`: bytes of its files, None: 2 per parameter."""
-    memory = backend.memory
-    floating = _stored_type(memory, precisions)
-    size = FLOAT_BYTES[floating]
+def plan_engine(design: EngineDesign, checkpoint: int | None = None) -> EnginePlan:
+    """Compute the memory of an engine. `checkpoint`: bytes of its checkpoint's files, None: 2 per parameter."""
+    memory = design.backend.memory
     parameters, weights = dict.fromkeys(_COMPONENTS, 0), dict.fromkeys(_COMPONENTS, 0)
-    for tensor in _tensors(config, limits, precisions, tag_length, memory):
+    for tensor in _tensors(design):
         parameters[tensor.component] += tensor.parameters
         weights[tensor.component] += tensor.nbytes
-    weights_of = stage_weights(config, limits, precisions, memory, tag_length)
-    self_cache, cross_cache = _caches(config, limits, size)
-    activations = _activations(config, limits, size, backend, tag_length)
+    weights_of = stage_weights(design)
+    self_cache, cross_cache = _caches(design)
+    activations = _activations(design)
+    loaded = _loaded(design)
     stages = {
-        stage: StageMemory(stored.nbytes, self_cache + cross_cache if stage == "decoder" else 0, activations[stage])
-        for stage, stored in weights_of.items()
+        stage: StageMemory(
+            weights=loaded[stage].held,
+            caches=self_cache + cross_cache if stage == "decoder" else 0,
+            activations=activations[stage],
+            mapped=loaded[stage].mapped,
+            overhead=((design.encoder if stage == "vision_encoder" else None) or memory).overhead,
+            read=loaded[stage].read,
+        )
+        for stage in weights_of
     }
     running = building = sum(stage.total for stage in stages.values())
-    if quantised_components(precisions):
-        plain = dict.fromkeys(precisions, floating)
-        building = max(building, plan_engine(config, limits, plain, backend, tag_length).peak_building)
+    if quantised_components(design.precisions):
+        building = max(building, plan_engine(design.unquantised).peak_building)
     total = sum(parameters.values())
-    host = memory.host_building(list(weights_of.values()), total, needs_calibration(precisions))
+    host = memory.host_building(list(weights_of.values()), total, needs_calibration(design.precisions))
     return EnginePlan(
         parameters={component: count for component, count in parameters.items() if count},
         weights={component: nbytes for component, nbytes in weights.items() if nbytes},
@@ -119,13 +111,10 @@ def plan_engine(
     )
 
 
-def stage_weights(
-    config: NvlmConfig, limits: EngineLimits, precisions: Mapping[str, str], memory: MemoryModel, tag_length: int
-) -> dict[str, StageWeights]:
-    """Count the weights of each stage when it is loaded. Takes the arguments of `plan_engine`."""
+def stage_weights(design: EngineDesign) -> dict[str, StageWeights]:
+    """Count the weights of each stage, each in the precision in which it is loaded."""
     stages = dict.fromkeys(STAGES, StageWeights())
-    loaded = {component: memory.loaded_as.get(precision, precision) for component, precision in precisions.items()}
-    for tensor in _tensors(config, limits, loaded, tag_length, memory):
+    for tensor in _tensors(design.loaded):
         stored = StageWeights(tensor.nbytes)
         if tensor.in_blocks:
             stored = StageWeights(tensor.nbytes, tensor.nbytes, tensor.parameters, tensor.in_blocks)
@@ -133,50 +122,76 @@ def stage_weights(
     return {stage: stored for stage, stored in stages.items() if stored.nbytes}
 
 
-# --- memory ------------------------------------------------------------------------------------------------------
+# --- weights -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Loaded:
+    held: int = 0
+    mapped: int = 0
+    read: int = 0
+
+
+def _loaded(design: EngineDesign) -> dict[str, _Loaded]:
+    """Count, by stage, what the runtime holds and maps of the weights, and what a run reads of them."""
+    stages = {stage: _Loaded() for stage in STAGES}
+    for tensor in _tensors(design.loaded):
+        encoder = design.encoder if tensor.stage == "vision_encoder" else None
+        loaded = (encoder or design.backend.memory).load(tensor.weight)
+        stage = stages[tensor.stage]
+        stage.held += loaded.held
+        stage.mapped += loaded.mapped
+        # a token looks up one row of the embedding table; only a tied lm_head reads the whole table
+        if tensor.component != "embedding" or tensor.weight.tied:
+            stage.read += encoder.read(tensor.weight) if encoder else tensor.nbytes
+    return stages
 
 
 @dataclass(frozen=True)
 class _Tensor:
     """A tensor that the engine stores."""
 
-    component: str
     stage: str
     parameters: int  # of the checkpoint: a tied lm_head has none
-    nbytes: int
+    weight: Weight
     in_blocks: int = 0  # numbers in a weight-only tensor
 
+    @property
+    def component(self) -> str:
+        return self.weight.component
 
-def _tensors(
-    config: NvlmConfig,
-    limits: EngineLimits,
-    precisions: Mapping[str, str],
-    tag_length: int,
-    memory: MemoryModel,
-) -> Iterator[_Tensor]:
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes
+
+
+def _tensors(design: EngineDesign) -> Iterator[_Tensor]:
     """Yield each tensor that the engine stores."""
-    llm, size = config.llm, FLOAT_BYTES[_stored_type(memory, precisions)]
+    config, precisions, size = design.config, design.precisions, design.number_size
+    llm = config.llm
+    tied = llm.tie_word_embeddings and precisions["lm_head"] in FLOAT_BYTES  # lm_head is the embedding table
 
     def stored(name: str, shape: tuple[int, ...], component: str, stage: str, parameters: int) -> _Tensor:
-        precision = precisions.get(component, "")
-        if precision in WEIGHT_ONLY_BITS and is_linear(name, shape):
-            nbytes = _blocked(shape, precision, size if memory.standard_blocks else None)
-            return _Tensor(component, stage, parameters, nbytes, in_blocks=math.prod(shape))
-        return _Tensor(component, stage, parameters, _stored(name, shape, precision, size))
+        precision, linear = precisions.get(component, ""), is_linear(name, shape)
+        blocks = precision in WEIGHT_ONLY_BITS and linear
+        if blocks:
+            nbytes = _blocked(shape, precision, size if design.backend.memory.standard_blocks else None)
+        else:
+            nbytes = _stored(name, shape, precision, size)
+        quantised = linear and precision not in FLOAT_BYTES
+        numbers = math.prod(shape)
+        weight = Weight(component, numbers, nbytes, linear, quantised, tied and name == EMBEDDING)
+        return _Tensor(stage, parameters, weight, in_blocks=numbers if blocks else 0)
 
     for name, shape in checkpoint_layout(config).items():
         yield stored(name, shape, component_of_tensor(name), stage_of_tensor(name), math.prod(shape))
-    if llm.tie_word_embeddings and precisions["lm_head"] not in FLOAT_BYTES:  # else lm_head is the embedding table
+    if llm.tie_word_embeddings and not tied:
         yield stored("lm_head.weight", (llm.vocab_size, llm.hidden_size), "lm_head", "decoder", 0)
-    positions = limits.max_seq_len * llm.head_dim * size  # cos and sin
-    yield _Tensor("decoder", "decoder", 0, positions)
+    positions = design.limits.max_seq_len * llm.head_dim  # cos and sin
+    yield _Tensor("decoder", 0, Weight("decoder", positions, positions * size, multiplied=False))
     if config.architecture == "H":
-        tags = config.max_tiles * tag_length * llm.hidden_size * size
-        yield _Tensor("cross_attention", "cross_kv", 0, tags)
-
-
-def _stored_type(memory: MemoryModel, precisions: Mapping[str, str]) -> str:
-    return memory.floating or floating_type(precisions)
+        tags = config.max_tiles * design.tag_length * llm.hidden_size
+        yield _Tensor("cross_kv", 0, Weight("cross_attention", tags, tags * size, multiplied=False))
 
 
 def component_of_tensor(name: str) -> str:
@@ -214,33 +229,35 @@ def _blocked(shape: tuple[int, ...], precision: str, scale: int | None) -> int:
     return outputs * (inputs * bits // 8 + inputs // block * scale)
 
 
-def _caches(config: NvlmConfig, limits: EngineLimits, size: int) -> tuple[int, int]:
+def _caches(design: EngineDesign) -> tuple[int, int]:
     """Return the bytes of the keys and values of all slots: self-attention's, cross-attention's."""
-    llm = config.llm
-    token = 2 * llm.num_kv_heads * llm.head_dim * size  # in one layer
+    llm, limits = design.config.llm, design.limits
+    token = 2 * llm.num_kv_heads * llm.head_dim * design.number_size  # in one layer
     cross_tokens = cache_length(limits.max_image_tokens)
     return (
         limits.max_slots * limits.max_seq_len * llm.num_layers * token,
-        limits.max_slots * cross_tokens * len(config.cross_layers) * token,
+        limits.max_slots * cross_tokens * len(design.config.cross_layers) * token,
     )
 
 
-def _activations(
-    config: NvlmConfig, limits: EngineLimits, size: int, backend: BackendSpec, tag_length: int
-) -> dict[str, int]:
+def _activations(design: EngineDesign) -> dict[str, int]:
     """Estimate the bytes of each stage: the residual stream around a layer, and attention (queries, keys and values,
     projected and split into heads) or FFN, whichever is wider."""
+    config, limits, size = design.config, design.limits, design.number_size
     vision, llm = config.vision, config.llm
-    tiles = backend.memory.encode_tiles or config.tiles_per_image
+    encoder = design.encoder
+    tiles, encoder_size = design.backend.memory.encode_tiles or config.tiles_per_image, size
+    if encoder:
+        tiles, encoder_size = min(encoder.tiles, config.tiles_per_image), encoder.number_size
     layer = 2 * vision.hidden_size + max(6 * vision.hidden_size, 2 * vision.intermediate_size)
     projector = config.shuffled_size + 2 * (config.projector_width or 0)
     key = llm.num_kv_heads * llm.head_dim
-    _, cross_tokens = count_image_tokens(config, config.tiles_per_image, tag_length)
+    _, cross_tokens = count_image_tokens(config, config.tiles_per_image, design.tag_length)
     attention, ffn = 2 * (llm.num_heads * llm.head_dim + 2 * key), 3 * llm.intermediate_size
-    tokens = max(min(backend.prefill_chunk, limits.max_seq_len), limits.max_slots)
+    tokens = max(min(design.backend.prefill_chunk, limits.max_seq_len), limits.max_slots)
     logits = limits.max_slots * llm.vocab_size * 4  # in float32
     return {
-        "vision_encoder": tiles * max((vision.grid**2 + 1) * layer, config.tokens_per_tile * projector) * size,
+        "vision_encoder": tiles * max((vision.grid**2 + 1) * layer, config.tokens_per_tile * projector) * encoder_size,
         "cross_kv": cross_tokens * (llm.hidden_size + 2 * key * len(config.cross_layers)) * size,
         "decoder": tokens * (2 * llm.hidden_size + max(attention, ffn)) * size + logits,
     }

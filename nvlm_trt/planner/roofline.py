@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from nvlm_trt.backends.spec import BackendSpec
-from nvlm_trt.limits import EngineLimits
-from nvlm_trt.model.config import NvlmConfig
 from nvlm_trt.model.layout import checkpoint_layout
-from nvlm_trt.model.precision import FLOAT_BYTES, floating_type
+from nvlm_trt.planner.design import EngineDesign
 from nvlm_trt.planner.memory import component_of_tensor, is_linear, plan_engine, stage_of_tensor
 from nvlm_trt.plugins.gated_cross_attention import cache_length
 from nvlm_trt.prompt.image_tokens import count_image_tokens
@@ -31,24 +28,13 @@ class Work:
 class Roofline:
     """Computes the least cost of requests. Activations count as if they stayed in the processor's own memory."""
 
-    def __init__(
-        self,
-        config: NvlmConfig,
-        limits: EngineLimits,
-        precisions: Mapping[str, str],
-        backend: BackendSpec,
-        tag_length: int,
-    ) -> None:
-        """Take the same arguments as `plan_engine`."""
-        self._config, self._tag_length, self._chunk = config, tag_length, backend.prefill_chunk
-        self._size = FLOAT_BYTES[floating_type(precisions)]
-        whole = backend.memory.whole_cross_cache and config.cross_layers
-        self._cross_capacity = cache_length(limits.max_image_tokens) if whole else None
-        plan = plan_engine(config, limits, precisions, backend, tag_length)
-        self._weights = {stage: memory.weights for stage, memory in plan.stages.items()}
-        # a token looks up one row of the embedding table; only a tied lm_head reads the whole table
-        if not config.llm.tie_word_embeddings or precisions["lm_head"] not in FLOAT_BYTES:
-            self._weights["decoder"] -= plan.weights["embedding"]
+    def __init__(self, design: EngineDesign) -> None:
+        self._config, self._tag_length, self.chunk_size = design.config, design.tag_length, design.backend.prefill_chunk
+        self._size = design.number_size
+        config = design.config
+        whole = design.backend.memory.whole_cross_cache and config.cross_layers
+        self._cross_capacity = cache_length(design.limits.max_image_tokens) if whole else None
+        self._weights = {stage: memory.read for stage, memory in plan_engine(design).stages.items()}
         self._multiplied = dict.fromkeys(("patches", "layers", "projector", "cross_kv", "decoder"), 0)
         for name, shape in checkpoint_layout(config).items():
             if is_linear(name, shape) and component_of_tensor(name) != "lm_head":
@@ -58,16 +44,39 @@ class Roofline:
         """Return the work of each stage for one request: an image of `tiles` tiles, thumbnail included (0: no image),
         and `text_tokens` that all read the whole image."""
         image_tokens, cross_tokens = count_image_tokens(self._config, tiles, self._tag_length)
-        work = {"vision_encoder": self._encode(tiles)} if tiles else {}
+        work = {"vision_encoder": self.encode(tiles)} if tiles else {}
         if cross_tokens:
-            flops = 2 * cross_tokens * self._multiplied["cross_kv"]
-            work["cross_kv"] = Work(flops, self._weights["cross_kv"] + cross_tokens * self._cross_token)
-        tokens, read = text_tokens + image_tokens, self._cross_read(cross_tokens)
-        ends = [*range(self._chunk, tokens, self._chunk), tokens]
-        nbytes = sum(self._weights["decoder"] + end * self._self_token + read * self._cross_token for end in ends)
-        pairs = tokens * (tokens + 1) // 2
-        work["decoder"] = Work(self._decoder_flops(tokens, pairs, tokens * read, rows=1), nbytes)
+            work["cross_kv"] = self.cross_kv(cross_tokens)
+        chunks = [self.chunk(*chunk, cross_tokens) for chunk in self.chunks(text_tokens + image_tokens)]
+        work["decoder"] = Work(sum(chunk.flops for chunk in chunks), sum(chunk.nbytes for chunk in chunks))
         return work
+
+    def chunks(self, tokens: int) -> Iterator[tuple[int, int]]:
+        """Yield (tokens, position) of each chunk of a prompt."""
+        for position in range(0, tokens, self.chunk_size):
+            yield min(self.chunk_size, tokens - position), position
+
+    def encode(self, tiles: int) -> Work:
+        """Return the work of the vision encoder for an image of `tiles` tiles."""
+        vision, multiplied = self._config.vision, self._multiplied
+        patches, tokens = vision.grid**2, vision.grid**2 + 1
+        linear = patches * multiplied["patches"] + tokens * multiplied["layers"]
+        linear += self._config.tokens_per_tile * multiplied["projector"]
+        attention = 2 * tokens**2 * vision.hidden_size * vision.num_layers
+        return Work(2 * tiles * (linear + attention), self._weights["vision_encoder"])
+
+    def cross_kv(self, cross_tokens: int) -> Work:
+        """Return the work of the keys and values of an image's cross-attended tokens."""
+        nbytes = self._weights["cross_kv"] + cross_tokens * self._cross_token
+        return Work(2 * cross_tokens * self._multiplied["cross_kv"], nbytes)
+
+    def chunk(self, tokens: int, position: int, cross_tokens: int) -> Work:
+        """Return the work of the decoder for `tokens` tokens of one prompt behind `position` cached ones, all of which
+        read `cross_tokens` tokens of images."""
+        read = self._cross_read(cross_tokens)
+        pairs = tokens * position + tokens * (tokens + 1) // 2
+        nbytes = self._weights["decoder"] + (position + tokens) * self._self_token + read * self._cross_token
+        return Work(self._decoder_flops(tokens, pairs, tokens * read, rows=1), nbytes)
 
     def decode(self, sequences: int, tokens: int, cross_tokens: int) -> Work:
         """Return the work of one token of each of `sequences` sequences. Each has `tokens` tokens in the cache, the new
@@ -91,14 +100,6 @@ class Roofline:
     def _cross_token(self) -> int:
         llm = self._config.llm
         return 2 * len(self._config.cross_layers) * llm.num_kv_heads * llm.head_dim * self._size
-
-    def _encode(self, tiles: int) -> Work:
-        vision, multiplied = self._config.vision, self._multiplied
-        patches, tokens = vision.grid**2, vision.grid**2 + 1
-        linear = patches * multiplied["patches"] + tokens * multiplied["layers"]
-        linear += self._config.tokens_per_tile * multiplied["projector"]
-        attention = 2 * tokens**2 * vision.hidden_size * vision.num_layers
-        return Work(2 * tiles * (linear + attention), self._weights["vision_encoder"])
 
     def _decoder_flops(self, tokens: int, pairs: int, cross_pairs: int, rows: int) -> float:
         """Count FLOPs. `pairs` and `cross_pairs`: pairs of a token and a token that it attends to, by self-attention

@@ -17,10 +17,12 @@ from nvlm_trt.model.config import NvlmConfig
 from nvlm_trt.model.layout import checkpoint_layout
 from nvlm_trt.model.parallel import check_parallel, pipeline_sizes, stacked_layers, tensor_sizes
 from nvlm_trt.model.presets import PRESETS
+from nvlm_trt.planner.design import EngineDesign
 from nvlm_trt.planner.fleet import FleetPlan, plan_fleet, splits, what_fits
 from nvlm_trt.planner.fleet_times import FleetTimes
 from nvlm_trt.planner.gpus import GPUS, check_gpu, find_gpu
 from nvlm_trt.planner.shards import Shard, StageShards
+from nvlm_trt.planner.step_times import time_of_prompt
 
 SPEC = find_backend("tensorrt-llm")
 LIMITS = EngineLimits(max_slots=8, max_seq_len=4096, max_image_tokens=7168, max_tiles=6)
@@ -29,8 +31,12 @@ models = st.sampled_from(sorted(PRESETS))
 precisions_of = st.sampled_from(sorted(SPEC.precisions.names))
 
 
+def design_of(name: str, precision: str, limits: EngineLimits = LIMITS) -> EngineDesign:
+    return EngineDesign(PRESETS[name], limits, SPEC.precisions.parse(precision), SPEC, TAG_LENGTH)
+
+
 def fleet(name: str, precision: str, tp: int, pp: int, limits: EngineLimits = LIMITS) -> FleetPlan:
-    return plan_fleet(PRESETS[name], limits, SPEC.precisions.parse(precision), SPEC, TAG_LENGTH, tp, pp)
+    return plan_fleet(design_of(name, precision, limits), tp, pp)
 
 
 def shards(config: NvlmConfig, precision: str, tp: int, pp: int) -> list[list[Shard]]:
@@ -89,9 +95,7 @@ def test_attention_of_a_block_is_not_quantised() -> None:
 
 
 def test_a_decoding_step_on_one_gpu_reads_the_weights() -> None:
-    config, gpu = PRESETS["nvlm-d-72b"], GPUS["h200"]
-    precisions = SPEC.precisions.parse("bf16")
-    time = FleetTimes(config, LIMITS, precisions, SPEC, 1, 1, 1, gpu).decode(1, 1000, 0)
+    time = FleetTimes(design_of("nvlm-d-72b", "bf16"), 1, 1, GPUS["h200"]).decode(1, 1000, 0)
     read = fleet("nvlm-d-72b", "bf16", 1, 1).stages[0].weights - 2 * 152064 * 8192  # embeddings are looked up
     assert time.memory == pytest.approx((read + 1000 * 2 * 80 * 8 * 128 * 2) / (0.75 * 4.8e12))
     assert time.communication == 0
@@ -100,32 +104,27 @@ def test_a_decoding_step_on_one_gpu_reads_the_weights() -> None:
 
 def test_all_reduces() -> None:
     """Two per layer on 4 GPUs: 1.5 times [tokens, hidden] in bf16 over NVLink, and a latency."""
-    config, precisions = PRESETS["nvlm-d-72b"], SPEC.precisions.parse("bf16")
-    time = FleetTimes(config, LIMITS, precisions, SPEC, 1, 4, 1, GPUS["h100"]).decode(8, 1000, 0)
+    time = FleetTimes(design_of("nvlm-d-72b", "bf16"), 4, 1, GPUS["h100"]).decode(8, 1000, 0)
     assert time.communication == pytest.approx(160 * (1.5 * 8 * 8192 * 2 / (0.7 * 450e9) + 10e-6))
-    block = FleetTimes(PRESETS["nvlm-x-72b"], LIMITS, precisions, SPEC, 0, 4, 1, GPUS["h100"]).decode(8, 1000, 0)
+    block = FleetTimes(design_of("nvlm-x-72b", "bf16"), 4, 1, GPUS["h100"]).decode(8, 1000, 0)
     assert block.communication == pytest.approx(180 / 160 * time.communication)
 
 
 def test_quantised_layers_run_at_their_rate_and_others_in_bf16() -> None:
     """lm_head and attention stay in bf16: 2 multiply-adds per weight, 128 tokens, and 4 per pair, head and channel."""
-    config, gpu = PRESETS["nvlm-d-72b"], GPUS["h100"]
     hidden, ffn, tokens = 8192, 29568, 128
     linear = 80 * (10240 * hidden + hidden * hidden + 3 * hidden * ffn)
     pairs = tokens * (tokens + 1) / 2
     others = 2 * 152064 * hidden + 80 * 4 * pairs * 64 * 128
     for precision, rate in (("bf16", 989.5e12), ("fp8", 1979e12), ("int8", 1979e12), ("int4-weight-only", 989.5e12)):
-        precisions = SPEC.precisions.parse(precision)
-        time = FleetTimes(config, LIMITS, precisions, SPEC, 1, 2, 1, gpu).prefill(tokens, 0)["LLM"]
+        time = time_of_prompt(FleetTimes(design_of("nvlm-d-72b", precision), 2, 1, GPUS["h100"]), tokens, 0)
         expected = (2 * tokens * linear / rate + others / 989.5e12) / 0.6 / 2
         assert time.products == pytest.approx(expected, 1e-6), precision
 
 
 def test_transfers_between_stages() -> None:
-    config, precisions = PRESETS["nvlm-d-72b"], SPEC.precisions.parse("bf16")
-
     def messages(pp: int) -> float:
-        return FleetTimes(config, LIMITS, precisions, SPEC, 1, 1, pp, GPUS["h100"]).decode(8, 1000, 0).communication
+        return FleetTimes(design_of("nvlm-d-72b", "bf16"), 1, pp, GPUS["h100"]).decode(8, 1000, 0).communication
 
     nbytes = 8 * 8192 * 2
     assert messages(1) == 0
@@ -167,7 +166,7 @@ def test_more_gpus_never_need_more_memory_each(name: str, precision: str, data: 
 @given(name=models, gpu=st.sampled_from(sorted(GPUS)), share=st.floats(0.5, 1))
 def test_what_fits_does_fit_and_is_the_smallest(name: str, gpu: str, share: float) -> None:
     config, device = PRESETS[name], GPUS[gpu]
-    for choice in what_fits(config, LIMITS, SPEC, TAG_LENGTH, device, share):
+    for choice in what_fits(design_of(name, "bf16"), device, share):
         plan = fleet(name, choice.precision, choice.tp, choice.pp)
         assert plan.requests_that_fit(device.memory.value, share) == choice.requests >= 1
         worst = max(stage.total(choice.requests) for stage in plan.stages)

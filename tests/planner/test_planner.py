@@ -30,7 +30,8 @@ from nvlm_trt.engine import Engine
 from nvlm_trt.limits import EngineLimits
 from nvlm_trt.model.precision import floating_type
 from nvlm_trt.model.presets import PRESETS
-from nvlm_trt.planner.memory import IMAGE_CACHE, EnginePlan, plan_engine
+from nvlm_trt.planner.design import EngineDesign
+from nvlm_trt.planner.memory import IMAGE_CACHE, EnginePlan, plan_engine, stage_weights
 from nvlm_trt.planner.roofline import Roofline, Work
 from nvlm_trt.progress import no_progress
 from nvlm_trt.reference.model import ReferenceModel
@@ -39,14 +40,19 @@ from nvlm_trt.runtime.pipeline import RuntimeOptions
 Directory = Callable[[str], Path]
 NAMES = ["nvlm-d-tiny", "nvlm-x-tiny", "nvlm-h-tiny"]
 LIMITS = EngineLimits(max_slots=3, max_seq_len=512, max_image_tokens=408, max_tiles=6)
-TENSORRT, ONNXRUNTIME = find_backend("tensorrt"), find_backend("onnxruntime")
+TENSORRT = find_backend("tensorrt")
 TAG_LENGTH = 1  # of a random checkpoint's tokenizer
 
 
+def design_of(
+    name: str, precision: str, backend: str, limits: EngineLimits = LIMITS, tag_length: int = TAG_LENGTH
+) -> EngineDesign:
+    spec = find_backend(backend)
+    return EngineDesign(PRESETS[name], limits, spec.precisions.parse(precision), spec, tag_length)
+
+
 def plan_of(name: str, precision: str, backend: str, limits: EngineLimits = LIMITS) -> EnginePlan:
-    return plan_engine(
-        PRESETS[name], limits, find_backend(backend).precisions.parse(precision), find_backend(backend), TAG_LENGTH
-    )
+    return plan_engine(design_of(name, precision, backend, limits))
 
 
 def stored_bytes(graph: Path) -> int:
@@ -68,17 +74,17 @@ def assert_just_above(actual: int, planned: int) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_weights_are_those_of_the_files(engine: Directory, name: str) -> None:
     opened = Engine.open(engine(name))
-    stages = plan_of(name, "fp32", "onnxruntime", opened.limits).stages
+    stages = stage_weights(design_of(name, "fp32", "onnxruntime", opened.limits))
     assert stages.keys() == {path.stem for path in opened.path.glob("*.onnx")}
-    for stage, memory in stages.items():
-        assert_just_above(stored_bytes(opened.path / f"{stage}.onnx"), memory.weights)
+    for stage, weights in stages.items():
+        assert_just_above(stored_bytes(opened.path / f"{stage}.onnx"), weights.nbytes)
 
 
 @pytest.mark.parametrize("precision", ["int8-weight-only", "int4-weight-only,vision_encoder=int8-weight-only"])
 def test_weights_in_blocks_are_those_of_the_files(checkpoint: Directory, tmp_path: Path, precision: str) -> None:
     built = build_engine(checkpoint("nvlm-h-tiny"), tmp_path / "engine", smoke_test=False, precision=precision)
-    for stage, memory in plan_of("nvlm-h-tiny", precision, "onnxruntime", built.limits).stages.items():
-        assert_just_above(stored_bytes(built.path / f"{stage}.onnx"), memory.weights)
+    for stage, weights in stage_weights(design_of("nvlm-h-tiny", precision, "onnxruntime", built.limits)).items():
+        assert_just_above(stored_bytes(built.path / f"{stage}.onnx"), weights.nbytes)
 
 
 class Everywhere(SimpleNamespace):
@@ -207,7 +213,7 @@ def test_flops_are_those_that_pytorch_counts(name: str) -> None:
     config = dataclasses.replace(PRESETS[name], image_token_id=259)
     llm = config.llm
     model = ReferenceModel(config).eval()
-    roofline = Roofline(config, LIMITS, ONNXRUNTIME.precisions.parse("fp32"), ONNXRUNTIME, TAG_LENGTH)
+    roofline = Roofline(dataclasses.replace(design_of(name, "fp32", "onnxruntime"), config=config))
     tiles, text = 3, 11
     in_llm = {"D": 3, "X": 0, "H": 1}[config.architecture]
     work = roofline.prefill(text, tiles)
@@ -247,26 +253,24 @@ def test_flops_are_those_that_pytorch_counts(name: str) -> None:
 def test_bytes_of_a_decoding_step_are_the_weights_and_the_caches_in_use() -> None:
     """With full caches, a step reads all that the decoder holds, except for embeddings that are looked up."""
     plan = plan_of("nvlm-x-tiny", "int8", "tensorrt")
-    config, precisions = PRESETS["nvlm-x-tiny"], TENSORRT.precisions.parse("int8")
-    step = Roofline(config, LIMITS, precisions, TENSORRT, 0).decode(LIMITS.max_slots, LIMITS.max_seq_len, 416)
+    step = Roofline(design_of("nvlm-x-tiny", "int8", "tensorrt")).decode(LIMITS.max_slots, LIMITS.max_seq_len, 416)
     decoder = plan.stages["decoder"]
     assert step.nbytes == decoder.weights + decoder.caches - plan.weights["embedding"]
 
 
 def test_tensorrt_rtx_reads_the_whole_cross_attention_cache() -> None:
     """Its masked attention computes over the capacity, so what a request uses does not matter."""
-    rtx, config = find_backend("tensorrt-rtx"), PRESETS["nvlm-x-tiny"]
-    precisions = rtx.precisions.parse("bf16")
-    roofline = Roofline(config, LIMITS, precisions, rtx, 0)
-    full = Roofline(config, LIMITS, precisions, TENSORRT, 0).decode(1, 9, 416)
+    rtx = design_of("nvlm-x-tiny", "bf16", "tensorrt-rtx")
+    roofline = Roofline(rtx)
+    full = Roofline(design_of("nvlm-x-tiny", "bf16", "tensorrt")).decode(1, 9, 416)
     assert [roofline.decode(1, 9, cross_tokens) for cross_tokens in (0, 16, 416)] == [full] * 3
-    few = Roofline(config, LIMITS.model_copy(update={"max_image_tokens": 16}), precisions, rtx, 0)
+    few = Roofline(rtx.with_limits(max_image_tokens=16))
     assert few.decode(1, 9, 16).nbytes < roofline.decode(1, 9, 16).nbytes
     assert few.prefill(9, 0)["decoder"].flops < roofline.prefill(9, 0)["decoder"].flops
 
 
 def test_a_prompt_reads_the_weights_once_for_each_chunk() -> None:
-    roofline = Roofline(PRESETS["nvlm-d-72b"], LIMITS, TENSORRT.precisions.parse("bf16"), TENSORRT, 0)
+    roofline = Roofline(design_of("nvlm-d-72b", "bf16", "tensorrt"))
     one, two = (roofline.prefill(tokens, 0)["decoder"].nbytes for tokens in (1024, 1025))
     assert 1.9 < two / one < 2.1
     assert TENSORRT.prefill_chunk == 1024

@@ -6,6 +6,7 @@ import os
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
+from nvlm_trt.backends.onnxruntime.memory import OPENVINO_ENCODER, OVERHEAD, load
 from nvlm_trt.backends.openvino import NAME as OPENVINO
 from nvlm_trt.backends.spec import BackendSpec, MemoryModel, OpenOptions
 from nvlm_trt.errors import EngineError
@@ -104,7 +105,15 @@ SPEC = BackendSpec(
     precisions=PRECISIONS,
     prefill_chunk=PREFILL_CHUNK,
     # ONNX Runtime folds fp8 weights into float32 constants
-    memory=MemoryModel(device="host", floating="fp32", encode_tiles=ENCODE_TILES, loaded_as={"fp8": "fp32"}),
+    memory=MemoryModel(
+        device="host",
+        floating="fp32",
+        encode_tiles=ENCODE_TILES,
+        load=load,
+        overhead=OVERHEAD,
+        encoders={OPENVINO: OPENVINO_ENCODER},
+        loaded_as={"fp8": "fp32"},
+    ),
     probe=_probe,
     open=_open,
     open_layers=_open_layers,

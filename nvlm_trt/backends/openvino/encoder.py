@@ -8,11 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from nvlm_trt.backends.base import FloatArray
+from nvlm_trt.backends.openvino import ENCODE_TILES
 from nvlm_trt.backends.openvino.runtime import load
 from nvlm_trt.errors import EngineError
-
-# Tiles in one run. More rows share each weight that is read; the activations of InternViT-6B take 0.1 GB a tile.
-ENCODE_TILES = 8
 
 
 class OpenVinoEncoder:

@@ -100,7 +100,7 @@ SPEC = BackendSpec(
     device=DEVICE,
     precisions=PRECISIONS,
     prefill_chunk=PREFILL_CHUNK,
-    memory=MemoryModel(device="gpu", host_building=_host_building),
+    memory=MemoryModel(device="gpu", graphs_first=True, host_building=_host_building),
     probe=_probe,
     open=_open,
     build=_build,

@@ -67,7 +67,7 @@ class TensorRtSteps:
 
     def _write_plans(self, recipe: Recipe, dtype: str, directory: Path, cross_attention: type[CrossAttention]) -> None:
         source, progress = self._job.source, self._job.progress
-        expected = plan_engine(source.config, source.limits, recipe.precisions, SPEC, source.prompts.tag_length).stages
+        expected = plan_engine(source.design(SPEC, recipe.precisions)).stages
         with temporary_sibling(directory) as work:
             # loading a stripped plan refits it from its graph, so the graph stays beside the plan
             beside = directory if self._options.strip_weights else work

@@ -116,7 +116,7 @@ SPEC = BackendSpec(
     device=DEVICE,
     precisions=PRECISIONS,
     prefill_chunk=CHUNK,
-    memory=MemoryModel(device="gpu", encode_tiles=8),
+    memory=MemoryModel(device="gpu", encode_tiles=8, graphs_first=True),
     probe=_probe,
     build=_build,
     open=_open,

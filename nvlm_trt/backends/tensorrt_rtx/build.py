@@ -59,7 +59,7 @@ class RtxSteps:
     def write_stages(self, directory: Path, recipe: Recipe) -> dict[str, Any] | None:
         """Write a plan per stage. The graphs, with all weights, are on disk beside the engine for that time."""
         source, progress, dtype = self._job.source, self._job.progress, floating_type(recipe.precisions)
-        expected = plan_engine(source.config, source.limits, recipe.precisions, SPEC, source.prompts.tag_length)
+        expected = plan_engine(source.design(SPEC, recipe.precisions))
         fused: dict[str, bool] = {}
         with temporary_sibling(directory) as work:
             graphs = write_graphs(source, recipe, dtype, work, progress, MaskedAttention)

@@ -27,6 +27,7 @@ from nvlm_trt.engine import Engine
 from nvlm_trt.errors import EngineError
 from nvlm_trt.limits import EngineLimits
 from nvlm_trt.model.presets import PRESETS
+from nvlm_trt.planner.design import EngineDesign
 from nvlm_trt.planner.memory import plan_engine
 
 pytest.importorskip("polygraphy", reason="needs polygraphy: pip install 'nvlm-trt[test]'")
@@ -119,7 +120,7 @@ def test_failed_builds_leave_nothing(
     tensorrt_process: ProcessPoolExecutor, checkpoint: Directory, tmp_path: Path, text: str, message: str
 ) -> None:
     limits = EngineLimits(**scenarios.LIMITS, max_tiles=6)
-    planned = plan_engine(PRESETS["nvlm-d-tiny"], limits, SPEC.precisions.parse("fp32"), SPEC, 0).stages
+    planned = plan_engine(EngineDesign(PRESETS["nvlm-d-tiny"], limits, SPEC.precisions.parse("fp32"), SPEC, 0)).stages
     arguments = [checkpoint("nvlm-d-tiny"), tmp_path / "engine", text]
     with pytest.raises(EngineError, match=message.format(planned=re.escape(str(planned["vision_encoder"])))):
         tensorrt_process.submit(scenarios.fail_to_build, *arguments).result()
@@ -141,7 +142,7 @@ def test_caches_take_what_the_planner_says(
 ) -> None:
     caches = tensorrt_process.submit(scenarios.cache_bytes, checkpoint(name), tmp_path / "engine").result()
     engine = Engine.open(tmp_path / "engine")
-    plan = plan_engine(engine.config, engine.limits, engine.manifest.precision, SPEC, tag_length=1)
+    plan = plan_engine(EngineDesign.of(engine, tag_length=1))
     assert plan.self_cache == sum(nbytes for cache, nbytes in caches.items() if cache.startswith("past_"))
     assert plan.cross_cache == sum(nbytes for cache, nbytes in caches.items() if cache.startswith("cross_"))
 

@@ -1,0 +1,63 @@
+"""Computes what a build takes: bytes on disk, host memory, and the bytes that it moves.
+
+A build reads the checkpoint once to hash it and once for each engine that it writes, and reads each engine back to hash
+it. Quantised builds write two more: one that observes the inputs of linear layers, if a calibration is measured, and
+the unquantised engine of the accuracy gate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nvlm_trt.model.precision import needs_calibration, quantised_components
+from nvlm_trt.planner.design import EngineDesign
+from nvlm_trt.planner.memory import EnginePlan, plan_engine
+
+_OBSERVED = 4  # bytes of a parameter in the observing engine, in float32
+
+
+@dataclass(frozen=True)
+class BuildCost:
+    """Counts bytes. The time of samples (calibration, gate) and of a builder's search for kernels is not counted."""
+
+    engine: int  # of the engine's files
+    temporary: int  # on disk beside the finished files, at most
+    host_memory: int
+    device_memory: int  # 0: the engine runs on the host
+    moved: int  # read and written
+
+    @property
+    def disk(self) -> int:
+        return self.engine + self.temporary
+
+    def seconds(self, bandwidth: float) -> float:
+        """Compute the least time at `bandwidth` bytes per second of the disk, or of the conversion if it is slower."""
+        return self.moved / bandwidth
+
+
+def build_cost(design: EngineDesign, plan: EnginePlan) -> BuildCost:
+    """Compute the cost of building `design`, of which `plan` is the plan."""
+    memory = design.backend.memory
+    engine = _files(plan)
+    sizes, beside = [engine], [engine if memory.graphs_first else 0]
+    if quantised_components(design.precisions):
+        unquantised = _files(plan_engine(design.unquantised))
+        sizes.append(unquantised)
+        beside.append(unquantised * (2 if memory.graphs_first else 1))
+    written = sum(size * (2 if memory.graphs_first else 1) for size in sizes)
+    engines, temporary = len(sizes), max(beside)
+    if needs_calibration(design.precisions):
+        observing = _OBSERVED * sum(plan.parameters.values())
+        engines, written, temporary = engines + 1, written + observing, max(temporary, observing - engine)
+    on_host = memory.device == "host"
+    return BuildCost(
+        engine=engine,
+        temporary=temporary,
+        host_memory=plan.peak_building if on_host else plan.host_building,
+        device_memory=0 if on_host else plan.peak_building,
+        moved=(1 + engines) * plan.checkpoint + 2 * written,
+    )
+
+
+def _files(plan: EnginePlan) -> int:
+    return sum(plan.weights.values())
