@@ -89,7 +89,7 @@ def contender(arguments: argparse.Namespace, layers: int) -> Contender:
 
 
 def with_layers(config: NvlmConfig, layers: int) -> NvlmConfig:
-    llm, vision = (replace(part, num_layers=layers) for part in (config.llm, config.vision))
+    llm, vision = replace(config.llm, num_layers=layers), replace(config.vision, num_layers=layers)
     return replace(config, llm=llm, vision=vision)
 
 

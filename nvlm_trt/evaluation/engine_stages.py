@@ -14,6 +14,7 @@ from nvlm_trt.backends.opening import backend_of, open_backend, open_layers
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import EngineError
 from nvlm_trt.layer_loop import Array, Layer, LayerLoop
+from nvlm_trt.planner.design import EngineDesign
 from nvlm_trt.planner.memory import plan_engine
 from nvlm_trt.runtime.pipeline import Pipeline
 
@@ -30,9 +31,9 @@ def fits(engine: Engine, memory: float, tag_length: int) -> bool:
             f"engine {engine.path} runs on {spec.name}, which batches by itself: its stages cannot be compared; "
             "compare answers with `nvlm-trt eval`"
         )
-    plan = plan_engine(engine.config, engine.limits, engine.manifest.precision, spec, tag_length)
+    plan = plan_engine(EngineDesign.of(engine, tag_length))
     # caches are mapped as slots fill, and few tokens of one slot run here
-    needed = sum(stage.weights + stage.activations for stage in plan.stages.values())
+    needed = sum(stage.weights + stage.activations + stage.overhead for stage in plan.stages.values())
     return spec.device != "cpu" or needed <= memory
 
 

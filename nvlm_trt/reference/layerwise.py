@@ -115,7 +115,7 @@ class LayerwiseReference:
         embedded = []
         for sequence in sequences:
             x = torch.from_numpy(self._embed(sequence.input_ids))[None]
-            places = np.equal(sequence.input_ids, self.config.image_token_id)  # [S]
+            places = sequence.input_ids == self.config.image_token_id  # [S]
             assert np.count_nonzero(places) == len(sequence.image_tokens), "one image token for each placeholder"
             image_tokens = torch.from_numpy(sequence.image_tokens)
             embedded.append(x.masked_scatter(torch.from_numpy(places)[None, :, None], image_tokens).numpy())

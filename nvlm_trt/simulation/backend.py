@@ -57,7 +57,13 @@ class SimulatedBackend(ClosedOnExit):
         return Shape((stop - start, self.config.llm.hidden_size))
 
     def prefill(
-        self, slot: int, position: int, input_ids: IntArray, embeddings: BackendArray, cross_ranges: RangeArray
+        self,
+        slot: int,
+        position: int,
+        input_ids: IntArray,
+        embeddings: BackendArray,
+        cross_ranges: RangeArray,
+        wants_logits: bool = True,
     ) -> FloatArray:
         cross_tokens = int(cross_ranges[:, 1].max())
         self._processor.step(self._steps.chunk(len(input_ids), position, cross_tokens))
