@@ -32,6 +32,7 @@ from lab.rounds import Contender, Rounds
 from lab.transformers_model import write_vision_encoder
 from nvlm_trt.benchmark.prompts import PromptWriter
 from nvlm_trt.checkpoint.reader import Checkpoint
+from nvlm_trt.errors import NvlmError
 from nvlm_trt.model.config import NvlmConfig
 from nvlm_trt.prompt.tokenizer import Tokenizer
 
@@ -56,6 +57,7 @@ def options() -> argparse.ArgumentParser:
     made.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="of transformers")
     made.add_argument("--text-tokens", nargs="+", type=int, default=[64, 512])
     made.add_argument("--answer-tokens", type=int, default=32)
+    made.add_argument("--without", nargs="+", default=[], metavar="NAME", help="contenders, where memory is short")
     made.add_argument("--peers", type=Path, help="python of the peers' environment [WORK/peers/bin/python]")
     return made
 
@@ -111,7 +113,10 @@ def workers_of(arguments: argparse.Namespace, checkpoint: Path) -> dict[str, Wor
         workers[f"llama.cpp {kind}"] = Worker(
             theirs, "lab.peers.mtmd_worker", [exported, checkpoint, folder, kind, threads]
         )
-    return workers
+    unknown = sorted(set(arguments.without) - set(workers))
+    if unknown:
+        raise NvlmError(f"--without {unknown[0]!r} is not one of {', '.join(workers)}; name one of them")
+    return {name: worker for name, worker in workers.items() if name not in arguments.without}
 
 
 def ask_with(ask: Ask, keys: Mapping[str, str], question: Question) -> dict[str, Any]:
