@@ -89,8 +89,8 @@ def contender(arguments: argparse.Namespace, layers: int) -> Contender:
 
 
 def with_layers(config: NvlmConfig, layers: int) -> NvlmConfig:
-    llm, vision = replace(config.llm, num_layers=layers), replace(config.vision, num_layers=layers)
-    return replace(config, llm=llm, vision=vision)
+    vision = replace(config.vision, num_layers=layers)
+    return replace(config, vision=vision, llm=replace(config.llm, num_layers=layers))
 
 
 def build_sparse_engine(checkpoint: Path, output: Path, precision: str) -> None:

@@ -1,10 +1,14 @@
-"""Cores that a process may use."""
+"""Cores and memory that a process may use."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+
+import psutil
+
+from nvlm_trt.machine import available_memory
 
 
 def test_cores_follow_the_cpu_affinity() -> None:
@@ -17,3 +21,7 @@ def test_cores_follow_the_cpu_affinity() -> None:
     everything, pinned = map(int, result.stdout.split())
     assert 1 <= everything <= len(os.sched_getaffinity(0))
     assert pinned == 1
+
+
+def test_no_more_memory_than_is_free() -> None:
+    assert 0 < available_memory() <= 1.1 * psutil.virtual_memory().available  # other processes come and go

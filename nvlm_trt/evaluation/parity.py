@@ -71,13 +71,13 @@ def verify_engine(
             TOLERANCE if tolerance is None else tolerance,
         )
         bf16_share = _BF16_SHARE if tolerance is None and _encodes_in_bf16(engine) else None
-        with kept_folder(engine_path, _WORK, _key(engine, probe, tokens, by_layers)) as folder:
+        with kept_folder(engine_path.absolute(), _WORK, _key(engine, probe, tokens, by_layers)) as folder:
             loop = LayerLoop(folder, progress)
             stages = EngineStages(engine, loop, by_layers)
             answer = None if by_layers else stages.answer(QUESTION, probe.image, tokens)
             _compare(report, stages, LayerwiseReference(source, loop), probe, answer, tokens, bf16_share)
-    engine.manifest.verification = report.to_dict()
-    save_manifest(engine_path, engine.manifest)
+            engine.manifest.verification = report.to_dict()
+            save_manifest(engine_path, engine.manifest)
     return report
 
 

@@ -40,6 +40,7 @@ class LayerwiseReference:
         """`loop` runs the layers, under names that begin with "reference:"."""
         assert checkpoint.config.image_token_id is not None, "read_config finds it in the tokenizer"
         self.config = checkpoint.config
+        self._image_token_id = checkpoint.config.image_token_id
         self._checkpoint = checkpoint
         self._loop = loop
         self._weights: dict[str, LazyWeight] = {}
@@ -115,7 +116,7 @@ class LayerwiseReference:
         embedded = []
         for sequence in sequences:
             x = torch.from_numpy(self._embed(sequence.input_ids))[None]
-            places = sequence.input_ids == self.config.image_token_id  # [S]
+            places = np.equal(sequence.input_ids, self._image_token_id)  # [S]
             assert np.count_nonzero(places) == len(sequence.image_tokens), "one image token for each placeholder"
             image_tokens = torch.from_numpy(sequence.image_tokens)
             embedded.append(x.masked_scatter(torch.from_numpy(places)[None, :, None], image_tokens).numpy())

@@ -19,7 +19,7 @@ from nvlm_trt.builders.engine_build import build_engine
 from nvlm_trt.checkpoint.random_checkpoint import write_random_checkpoint
 from nvlm_trt.engine import Engine, write_manifest
 from nvlm_trt.errors import EngineError
-from nvlm_trt.evaluation.engine_stages import EngineStages
+from nvlm_trt.evaluation.engine_stages import EngineStages, fits
 from nvlm_trt.evaluation.parity import verify_engine
 from nvlm_trt.evaluation.parity_report import ParityReport
 from nvlm_trt.model.presets import PRESETS
@@ -92,6 +92,13 @@ def test_a_damaged_component_fails_at_its_own_stage(
     assert first_failed == stage
 
 
+def test_an_engine_fits_if_its_weights_do(exact_engine) -> None:
+    opened = Engine.open(exact_engine("nvlm-d-tiny"))
+    weights = sum(record.size for name, record in opened.manifest.files.items() if name.endswith(".data"))
+    assert not fits(opened, weights, tag_length=0)
+    assert fits(opened, 2 * weights, tag_length=0)
+
+
 @pytest.mark.parametrize("memory", [WHOLE, BY_LAYERS])
 def test_one_token_and_an_image_of_one_tile(exact_engine, checkpoint, tmp_path: Path, memory: float) -> None:
     """NVLM-H cross-attends nothing of such an image, and nothing is decoded after the prompt."""
@@ -156,7 +163,7 @@ def test_a_comparison_that_is_stopped_goes_on_where_it_was(engine, checkpoint, t
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from nvlm_trt.evaluation.engine_stages import EngineStages
+from nvlm_trt.evaluation.engine_stages import EngineStages, fits
 from nvlm_trt.evaluation.parity import verify_engine
 calls = 0
 def kill(*report):

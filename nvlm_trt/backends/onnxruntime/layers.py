@@ -82,7 +82,7 @@ class OnnxRuntimeLayers:
         from nvlm_trt.backends.openvino.encoder import OpenVinoEncoder
 
         # OpenVINO reads weights beside the graph only, and follows no link to another folder
-        with temporary_sibling(self._engine.path) as folder:
+        with temporary_sibling(self._engine.path.absolute()) as folder:
             file = folder / f"{STAGE}.onnx"
             with storage_errors(file):
                 piece.write(file, self._engine.path / f"{STAGE}.onnx.data")
