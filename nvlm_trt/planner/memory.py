@@ -159,6 +159,8 @@ def _tensors(
 
     def stored(name: str, shape: tuple[int, ...], component: str, stage: str, parameters: int) -> _Tensor:
         precision = precisions.get(component, "")
+        if (component, precision) == ("lm_head", "int8-weight-only") and not memory.standard_blocks:
+            precision = "int8"  # one scale per output, no blocks
         if precision in WEIGHT_ONLY_BITS and is_linear(name, shape):
             nbytes = _blocked(shape, precision, size if memory.standard_blocks else None)
             return _Tensor(component, stage, parameters, nbytes, in_blocks=math.prod(shape))
