@@ -33,6 +33,7 @@ from lab.decoders import engine_decoder
 from lab.decoding import decoding_parser, image_placeholder, prepare, prompts
 from lab.peers.client import Peer, open_peers
 from lab.rounds import Rounds
+from nvlm_trt.backends.base import StepBackend
 from nvlm_trt.backends.onnxruntime import session
 from nvlm_trt.backends.opening import open_backend
 from nvlm_trt.engine import Engine
@@ -136,12 +137,24 @@ def role_of(name: str) -> str:
 
 
 def profile_of_engine(engine: Engine, prompt: np.ndarray, steps: int, threads: int) -> Profile:
-    def decode() -> float:
-        with open_backend(engine, stages=("decoder",), threads=threads) as backend:
-            seconds, _ = engine_decoder(backend)(prompt, steps, image_placeholder(engine))
-            return seconds * 1e3 / steps
+    def decode(backend: StepBackend) -> float:
+        seconds, _ = engine_decoder(backend)(prompt, steps, image_placeholder(engine))
+        return seconds * 1e3 / steps
 
-    step = decode()
+    return profiled(engine, threads, decode, steps, steps)
+
+
+def profiled(
+    engine: Engine, threads: int, work: Callable[[StepBackend], float], runs: int, repetitions: int = 1
+) -> Profile:
+    """Profiles the last `runs` runs of the decoder, which repeat something `repetitions` times. `work` returns its
+    milliseconds, which are measured without the profiler."""
+
+    def measure() -> float:
+        with open_backend(engine, stages=("decoder",), threads=threads) as backend:
+            return work(backend)
+
+    step = measure()
     with tempfile.TemporaryDirectory() as folder:
 
         class Profiled(onnxruntime.SessionOptions):
@@ -151,16 +164,16 @@ def profile_of_engine(engine: Engine, prompt: np.ndarray, steps: int, threads: i
                 self.profile_file_prefix = f"{folder}/profile"
 
         with mock.patch.object(session, "SessionOptions", Profiled):
-            decode()
+            measure()
         (path,) = Path(folder).glob("profile*.json")
         events = json.loads(path.read_text(encoding="utf-8"))
-    runs = sorted((e["ts"], e["ts"] + e["dur"]) for e in events if e["name"] == "model_run")[-steps:]
-    first, last = runs[0][0], runs[-1][1]
+    spans = sorted((e["ts"], e["ts"] + e["dur"]) for e in events if e["name"] == "model_run")[-runs:]
+    first, last = spans[0][0], spans[-1][1]
     weights = weights_of(engine)
     return by_kind(
         step,
         (
-            (weights[name][0] if name in weights else None, operator, microseconds / 1e3 / steps)
+            (weights[name][0] if name in weights else None, operator, microseconds / 1e3 / repetitions)
             for name, operator, microseconds in kernels(events, first, last)
         ),
     )

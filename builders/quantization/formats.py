@@ -17,6 +17,7 @@ from nvlm_trt.builders.quantization.calibration import Calibration
 from nvlm_trt.builders.quantization.fp8 import Fp8
 from nvlm_trt.builders.quantization.int8 import Int8
 from nvlm_trt.builders.quantization.observer import Observer
+from nvlm_trt.builders.quantization.row_scaled import RowScaled
 from nvlm_trt.builders.quantization.smoothquant import Factors, migrate
 from nvlm_trt.builders.quantization.weight_only import WeightOnly
 from nvlm_trt.checkpoint.reader import Checkpoint
@@ -102,5 +103,7 @@ def quantised(
             if alpha > 0:
                 factors, calibration = migrate(checkpoint.config, checkpoint, calibration, precisions, alpha)
         formats |= _with_calibration(calibration, form)
-    by_component = ByComponent({component: formats[name] for component, name in precisions.items()})
-    return Recipe(precisions, by_component, factors, record, calibration)
+    by_component = {component: formats[name] for component, name in precisions.items()}
+    if form is WeightForm.ONNXRUNTIME and precisions["lm_head"] == "int8-weight-only":
+        by_component["lm_head"] = RowScaled()
+    return Recipe(precisions, ByComponent(by_component), factors, record, calibration)

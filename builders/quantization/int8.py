@@ -33,25 +33,30 @@ class Int8:
         self._calibration = calibration
 
     def matmul(self, graph: StageGraph, x: ir.Value, weight: LinearWeight) -> ir.Value:
-        outputs, inputs = weight.shape
-        dtype = graph.dtype
-        quantised = QuantisedWeight(weight, lambda rows: quantize_rows(rows, dtype))
-        values = graph.stored(f"{weight.name}.int8", (inputs, outputs), quantised.values, INT8, transposed=True)
-        scales = graph.stored(f"{weight.name}.scale", (outputs,), quantised.scales)
-        clip = self._calibration.of(weight.name, inputs).clip
-        x_scale = graph.float_constant(f"{weight.name}.input_scale", clip / LARGEST)
-        op = graph.op
-        if graph.in_branch:
-            zero = graph.constant(f"{weight.name}.input_zero_point", np.array(128, UINT8.numpy()))
-            x = op.QuantizeLinear(x, x_scale, zero)
-            return graph.microsoft.MatMulIntegerToFloat(x, values, x_scale, scales, zero)
-        zero = graph.constant(f"{weight.name}.input_zero_point", np.array(0, INT8.numpy()))
-        x = op.DequantizeLinear(op.QuantizeLinear(x, x_scale, zero), x_scale, zero)
-        zeros = graph.constant(f"{weight.name}.zero_point", np.zeros(outputs, INT8.numpy()))
-        return op.MatMul(x, op.DequantizeLinear(values, scales, zeros, axis=1))
+        clip = self._calibration.of(weight.name, weight.shape[1]).clip
+        return integer_product(graph, x, weight, clip / LARGEST)
 
     def tied_matmul(self, graph: StageGraph, x: ir.Value, embedding: Embedding) -> ir.Value:
         return self.matmul(graph, x, embedding.weight)
+
+
+def integer_product(graph: StageGraph, x: ir.Value, weight: LinearWeight, input_scale: float) -> ir.Value:
+    """Multiply x [..., inputs], quantised by `input_scale`, by the quantised weight: [..., outputs]."""
+    outputs, inputs = weight.shape
+    dtype = graph.dtype
+    quantised = QuantisedWeight(weight, lambda rows: quantize_rows(rows, dtype))
+    values = graph.stored(f"{weight.name}.int8", (inputs, outputs), quantised.values, INT8, transposed=True)
+    scales = graph.stored(f"{weight.name}.scale", (outputs,), quantised.scales)
+    x_scale = graph.float_constant(f"{weight.name}.input_scale", input_scale)
+    op = graph.op
+    if graph.in_branch:
+        zero = graph.constant(f"{weight.name}.input_zero_point", np.array(128, UINT8.numpy()))
+        x = op.QuantizeLinear(x, x_scale, zero)
+        return graph.microsoft.MatMulIntegerToFloat(x, values, x_scale, scales, zero)
+    zero = graph.constant(f"{weight.name}.input_zero_point", np.array(0, INT8.numpy()))
+    x = op.DequantizeLinear(op.QuantizeLinear(x, x_scale, zero), x_scale, zero)
+    zeros = graph.constant(f"{weight.name}.zero_point", np.zeros(outputs, INT8.numpy()))
+    return op.MatMul(x, op.DequantizeLinear(values, scales, zeros, axis=1))
 
 
 def search_scales(weight: FloatArray) -> FloatArray:

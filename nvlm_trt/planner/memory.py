@@ -173,9 +173,12 @@ def _tensors(design: EngineDesign) -> Iterator[_Tensor]:
 
     def stored(name: str, shape: tuple[int, ...], component: str, stage: str, parameters: int) -> _Tensor:
         precision, linear = precisions.get(component, ""), is_linear(name, shape)
+        blocked = design.backend.memory.standard_blocks
+        if (component, precision) == ("lm_head", "int8-weight-only") and not blocked:
+            precision = "int8"  # one scale per output, no blocks
         blocks = precision in WEIGHT_ONLY_BITS and linear
         if blocks:
-            nbytes = _blocked(shape, precision, size if design.backend.memory.standard_blocks else None)
+            nbytes = _blocked(shape, precision, size if blocked else None)
         else:
             nbytes = _stored(name, shape, precision, size)
         quantised = linear and precision not in FLOAT_BYTES

@@ -31,7 +31,7 @@ ENCODE_TILES = 2  # one tile uses all cores already, more tiles only take memory
 # Quantised vision encoders and projectors misread small print, so both stay in floating point unless the user quantises
 # them: bf16, which OpenVINO multiplies twice as fast as float32 and ONNX Runtime, which runs the decoder, not at all.
 # The errors of lm_head reach the answer directly, but each step reads all its weights: lm_head has 8-bit weights, and
-# its activations stay in floating point unless the user quantises them.
+# its activations have a scale per row that is computed, not calibrated, unless the user chooses `lm_head=int8`.
 # fmt: off
 PRECISIONS = PrecisionTable(
     NAME,
