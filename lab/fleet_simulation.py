@@ -2,12 +2,12 @@
 
     python -m lab.fleet_simulation --work WORK --publish
 
-Two systems: `sleeping`, a batcher whose steps sleep for known times, which checks the simulated queue, scheduler and
-threads apart from measured times; and an engine of a random checkpoint, whose step times are measured first and written
-to WORK/step_times.json, which `nvlm-trt plan ENGINE --fleet RATE --step-times FILE` reads. Each gets requests at the
-times of a Poisson process, once for each of `--loads`: shares of the requests per second that the simulation says it
-answers at most. The simulated batcher gets the same requests at the same times. `simulated` is the simulated latency
-over the real one.
+Two systems: `sleeping`, a batcher whose steps sleep for planned times, which checks the simulated queue, scheduler and
+threads on a machine that is not quiet, too; and an engine of a random checkpoint. The step times of both are measured
+first; the engine's are written to WORK/step_times.json, which `nvlm-trt plan ENGINE --fleet RATE --step-times FILE`
+reads. Each gets requests at the times of a Poisson process, once for each of `--loads`: shares of the requests per
+second that the simulation says it answers at most. The simulated batcher gets the same requests at the same times.
+`simulated` is the simulated latency over the real one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lab.common import parser, run
 from lab.engines import random_engine
 from lab.rounds import Contender, Rounds
 from nvlm_trt.api import Delta, SamplingParams
-from nvlm_trt.backends.base import ImageFeatures, StepBackend
+from nvlm_trt.backends.base import BackendArray, FloatArray, ImageFeatures, StepBackend
 from nvlm_trt.backends.opening import open_backend
 from nvlm_trt.backends.table import find_backend
 from nvlm_trt.benchmark.metrics import Metrics, summarize
@@ -39,14 +39,14 @@ from nvlm_trt.model.presets import PRESETS
 from nvlm_trt.planner.design import EngineDesign
 from nvlm_trt.planner.gpus import GPUS
 from nvlm_trt.planner.limits import engine_limits
-from nvlm_trt.planner.step_times import DeviceTimes, StepTimes
+from nvlm_trt.planner.step_times import DeviceTimes
 from nvlm_trt.prompt.tokenizer import Tokenizer
 from nvlm_trt.runtime.batcher import Batcher
 from nvlm_trt.runtime.request import Request
-from nvlm_trt.simulation.backend import SimulatedBackend
-from nvlm_trt.simulation.measurement import measure_steps
-from nvlm_trt.simulation.replica import Replica, simulated_images, simulated_tokenizer
-from nvlm_trt.simulation.step_seconds import Overlap, PlannedSteps
+from nvlm_trt.simulation.backend import Shape, SimulatedBackend
+from nvlm_trt.simulation.measurement import measure_backend, measure_steps
+from nvlm_trt.simulation.replica import Replica, simulated_tokenizer
+from nvlm_trt.simulation.step_seconds import PlannedSteps
 from nvlm_trt.simulation.traffic import Ask, Traffic
 
 RESULT = "fleet_simulation.json"
@@ -95,7 +95,6 @@ class System:
     replica: Replica
     tokenizer: Tokenizer
     open: Callable[[], StepBackend]
-    encode: Callable[[StepBackend], list[ImageFeatures]]
     about: dict[str, Any]  # for the record
 
 
@@ -105,29 +104,28 @@ def sleeping(arguments: argparse.Namespace, traffic: Traffic) -> System:
     limits = engine_limits(config, TAG_LENGTH, {})
     design = EngineDesign(config, limits, spec.precisions.parse("fp8"), spec, TAG_LENGTH)
     gpu = GPUS["h200"]
-    steps = Alone(DeviceTimes(design, gpu.bandwidth.value, gpu.rate))
+    slept = PlannedSteps(DeviceTimes(design, gpu.bandwidth.value, gpu.rate))
     tokenizer = simulated_tokenizer(config.max_tiles)
 
-    def encode(backend: StepBackend) -> list[ImageFeatures]:
-        time.sleep(steps.encode(traffic.tiles))
-        return simulated_images(design, traffic.tiles)
+    def open_sleeping() -> StepBackend:
+        return SleepingBackend(config, limits, tokenizer.image_token_id, slept, Sleep())
 
-    return System(
-        "sleeping",
-        Replica(design, steps, arguments.requests),
-        tokenizer,
-        lambda: SimulatedBackend(config, limits, tokenizer.image_token_id, steps, Sleep()),
-        encode,
-        {"times": "planned for nvlm-d-72b in fp8 on an H200; the encoder slows no step, nor a step the encoder"},
-    )
+    with open_sleeping() as backend:
+        steps = measure_backend(backend, tokenizer, design, traffic.tiles)
+    about = {"sleeps": "as long as is planned for nvlm-d-72b in fp8 on an H200", **steps.model_dump()}
+    return System("sleeping", Replica(design, steps, arguments.requests), tokenizer, open_sleeping, about)
 
 
-class Alone(PlannedSteps):
-    """Planned steps that do not share a device with the encoder."""
+class SleepingBackend(SimulatedBackend):
+    """Encodes images, too, by sleeping."""
 
-    def __init__(self, times: StepTimes) -> None:
-        super().__init__(times)
-        self.overlap = Overlap(step=1, encode=1)
+    def encode(self, pixel_values: FloatArray) -> BackendArray:
+        time.sleep(self._steps.encode(len(pixel_values)))
+        return Shape((len(pixel_values), self.config.tokens_per_tile, self.config.llm.hidden_size))
+
+    def features(self, image_tokens: BackendArray) -> ImageFeatures:
+        tiles, tokens, hidden = image_tokens.shape
+        return ImageFeatures(Shape((tiles * tokens, hidden)), None, tiles)
 
 
 class Sleep:
@@ -147,18 +145,11 @@ def measured(arguments: argparse.Namespace, traffic: Traffic) -> System:
     steps = measure_steps(engine, TAG_LENGTH, traffic.tiles, arguments.threads)
     arguments.work.mkdir(parents=True, exist_ok=True)
     (arguments.work / STEP_TIMES).write_text(steps.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    edge = engine.config.vision.image_size
-    pixels = np.zeros((traffic.tiles, 3, edge, edge), np.float32)
-
-    def encode(backend: StepBackend) -> list[ImageFeatures]:
-        return [backend.features(backend.encode(pixels))] if traffic.tiles else []
-
     return System(
         engine.manifest.model_name,
         Replica(EngineDesign.of(engine, TAG_LENGTH), steps, arguments.requests),
         Tokenizer.from_directory(engine.path),
         lambda: open_backend(engine, threads=arguments.threads),
-        encode,
         steps.model_dump(),
     )
 
@@ -201,17 +192,20 @@ def serve(system: System, traffic: Traffic, rate: float) -> list[Record]:
     """Sends the requests to a batcher in this process. One thread encodes their images."""
     backend, design = system.open(), system.replica.design
     batcher = Batcher(backend, system.tokenizer, traffic.requests, design.backend.prefill_chunk)
+    edge = design.config.vision.image_size
+    pixels = np.zeros((traffic.tiles, 3, edge, edge), np.float32)
     records: list[Record] = []
     waiting: queue.SimpleQueue[tuple[Ask, Request] | None] = queue.SimpleQueue()
 
     def encode() -> None:
         while entry := waiting.get():
             ask, request = entry
-            images = system.encode(backend)
+            images = [batcher.features(batcher.encode(pixels))] if traffic.tiles else []
             request.provide(traffic.prompt(backend.config, design.tag_length, ask), images)
 
     encoder = threading.Thread(target=encode)
-    system.encode(backend)  # the first run of a shape prepares it
+    if traffic.tiles:
+        batcher.encode(pixels)  # the first run of a shape prepares it
     encoder.start()
     start = time.monotonic()
     for ask in traffic.asks(rate):

@@ -38,21 +38,30 @@ def measure_steps(
     Raises EngineError for an engine that does not run here, or that batches by itself."""
     design = EngineDesign.of(engine, tag_length)
     with open_backend(engine, threads=threads) as backend:
-        steps = _Steps(backend, Tokenizer.from_directory(engine.path), design, tiles)
-        encoder = steps.encoder(progress)
-        prompt, cached = steps.prompts(progress)
-        token = steps.tokens(progress)
-        overlap = steps.overlap(progress)
-        return MeasuredSteps(
-            engine=engine.manifest.model_name,
-            machine=machine()["cpu"],
-            chunk_size=steps.chunk_size,
-            encoder=encoder,
-            prompt=prompt,
-            cached=cached,
-            token=token,
-            overlap=overlap,
-        )
+        return measure_backend(backend, Tokenizer.from_directory(engine.path), design, tiles, progress)
+
+
+def measure_backend(
+    backend: StepBackend,
+    tokenizer: Tokenizer,
+    design: EngineDesign,
+    tiles: int,
+    progress: Progress = no_progress,
+) -> MeasuredSteps:
+    """Measure the steps of an open backend as `measure_steps` does."""
+    steps = _Steps(backend, tokenizer, design, tiles)
+    encoder = steps.encoder(progress)
+    prompt, cached = steps.prompts(progress)
+    return MeasuredSteps(
+        engine=design.config.name,
+        machine=machine()["cpu"],
+        chunk_size=steps.chunk_size,
+        encoder=encoder,
+        prompt=prompt,
+        cached=cached,
+        token=steps.tokens(progress),
+        overlap=steps.overlap(progress),
+    )
 
 
 class _Steps:
