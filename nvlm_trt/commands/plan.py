@@ -92,7 +92,9 @@ def plan(
     design = model.design
     split = splits(design.backend)
     device = find_device(design.backend, gpu, bandwidth, tflops, memory)
-    _check_options(design, split, {"--tp": tp, "--pp": pp}, bandwidth, memory_share, disk_bandwidth)
+    on_cpu = design.backend.memory.device == "host"
+    several = {"--tp": tp, "--pp": pp, **({"--gpus": gpus} if on_cpu else {})}
+    _check_options(design, split, several, bandwidth, memory_share, disk_bandwidth)
     if device.gpu is not None:
         check_gpu(device.gpu, design.precisions, split, crosses=bool(design.config.cross_layers))
     load = Load.of(design, text_tokens, tiles, model.concurrency)
@@ -109,7 +111,7 @@ def plan(
                 find_traffic(design, load, output_tokens),
                 fleet,
                 slo_of(slo_ttft, slo_itl),
-                gpus=degrees[0] * degrees[1] if design.backend.memory.device == "gpu" else 0,
+                gpus=0 if on_cpu else degrees[0] * degrees[1],
             )
         )
     elif step_times is not None or slo_ttft is not None or slo_itl is not None:
@@ -147,12 +149,12 @@ def plan(
 def _check_options(
     design: EngineDesign,
     split: bool,
-    degrees: dict[str, int | None],
+    several: dict[str, int | None],
     bandwidth: float | None,
     share: float,
     disk_bandwidth: float,
 ) -> None:
-    given = [name for name, value in degrees.items() if value is not None]
+    given = [name for name, value in several.items() if value is not None]
     if given and not split:
         raise NvlmError(f"{given[0]}: an engine of {design.backend.name} runs on one device; leave it out")
     if split and bandwidth is not None:

@@ -15,6 +15,7 @@ from nvlm_trt.backends.opening import open_backend
 from nvlm_trt.benchmark.machine import machine
 from nvlm_trt.benchmark.workload import Lengths
 from nvlm_trt.engine import Engine
+from nvlm_trt.errors import EngineError
 from nvlm_trt.planner.design import EngineDesign
 from nvlm_trt.progress import Progress, no_progress
 from nvlm_trt.prompt.tokenizer import Tokenizer
@@ -129,10 +130,10 @@ class _Steps:
         thread = threading.Thread(target=encode)
         thread.start()
         together = [_timed(self._scheduler.step) for _ in range(_STEPS)]
-        while len(seconds) < _IMAGES and self._scheduler.has_work:
-            self._scheduler.step()
+        while len(seconds) < _IMAGES and thread.is_alive():
             if self._scheduler.is_empty:
                 self._start(count, text)
+            self._scheduler.step()
         stop.set()
         thread.join()
         self._end()
@@ -149,12 +150,17 @@ class _Steps:
 
     def _start(self, count: int, text_tokens: int) -> list[Request]:
         """Start requests, until all of them are decoded."""
-        requests = [
-            self._submit(text_tokens, _OUTPUT + count * (text_tokens // self.chunk_size + 2)) for _ in range(count)
-        ]
-        while self._scheduler.metrics().active < count:
+        chunks = count * ((text_tokens + self._in_llm) // self.chunk_size + 2)
+        requests = [self._submit(text_tokens, _OUTPUT + chunks) for _ in range(count)]
+        for _ in range(chunks):
             self._scheduler.step()
-        return requests
+            if self._scheduler.metrics().active == count:
+                return requests
+        limits = self._design.limits
+        raise EngineError(
+            f"{limits.max_slots} slots of {limits.max_seq_len} tokens are too short for a measurement of decoding; "
+            "build the engine with a larger --max-seq-len"
+        )
 
     def _end(self) -> None:
         self._scheduler.cancel_all()
@@ -169,10 +175,13 @@ class _Steps:
         request.provide(traffic.prompt(self._backend.config, self._design.tag_length, ask), self._images)
         return request
 
+    @property
+    def _in_llm(self) -> int:
+        return sum(len(image.embeddings) for image in self._images)
+
     def _texts(self) -> list[int]:
         """Return numbers of text tokens, with which prompts have several numbers of chunks."""
-        in_llm = sum(len(image.embeddings) for image in self._images)
-        context = self._design.limits.max_seq_len - in_llm - 2 * _OUTPUT
+        context = self._design.limits.max_seq_len - self._in_llm - 2 * _OUTPUT
         return sorted({max(1, round(part * (context if part < 1 else 1))) for part in _TEXT})
 
     def _seconds_of_image(self, tiles: int) -> float:
