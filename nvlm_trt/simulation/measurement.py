@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from nvlm_trt.runtime.scheduler import Scheduler
 from nvlm_trt.simulation.step_seconds import Line, MeasuredSteps, Overlap
 from nvlm_trt.simulation.traffic import Ask, Traffic
 
-_STEPS = 24  # decoding steps, of which the mean counts
+_STEPS = 24  # decoding steps
 _IMAGES = 3
 _REPEATS = 3  # of each prompt
 _OUTPUT = 2 * _STEPS  # tokens of an answer that is long enough for every measurement
@@ -138,7 +138,7 @@ class _Steps:
         thread.join()
         self._end()
         encoded = statistics.median(seconds[:_IMAGES] or [encoded_alone])
-        return Overlap(step=max(1.0, statistics.mean(together) / alone), encode=max(1.0, encoded / encoded_alone))
+        return Overlap(step=max(1.0, _middle(together) / alone), encode=max(1.0, encoded / encoded_alone))
 
     def _decode(self, count: int, text_tokens: int) -> tuple[float, float]:
         """Return the tokens cached in each of `count` sequences, on average, and the seconds of a decoding step."""
@@ -146,7 +146,7 @@ class _Steps:
         seconds = [_timed(self._scheduler.step) for _ in range(_STEPS)]
         cached = requests[0].choices[0].cached - _STEPS / 2
         self._end()
-        return cached, statistics.fmean(seconds)
+        return cached, _middle(seconds)
 
     def _start(self, count: int, text_tokens: int) -> list[Request]:
         """Start requests, until all of them are decoded."""
@@ -212,6 +212,12 @@ def _line(points: Mapping[int, float] | Mapping[float, float]) -> Line:
     (first, low), (last, high) = min(points.items()), max(points.items())
     slope = max(0.0, (high - low) / (last - first)) if last > first else 0.0
     return Line(base=max(0.0, low - slope * first), slope=slope)
+
+
+def _middle(seconds: Sequence[float]) -> float:
+    """Return the mean of the middle half: a step that another process has held up does not count."""
+    quarter = len(seconds) // 4
+    return statistics.fmean(sorted(seconds)[quarter : len(seconds) - quarter])
 
 
 def _timed(work: Callable[[], object]) -> float:
