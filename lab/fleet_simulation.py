@@ -62,6 +62,7 @@ def options() -> argparse.ArgumentParser:
     made.add_argument("--precision", default="int8-weight-only")
     made.add_argument("--kinds", nargs="+", choices=list(_KINDS), default=list(_KINDS))
     made.add_argument("--engine", type=Path, help="instead of a random one of --preset")
+    made.add_argument("--faster", type=float, default=1, help="sleeping steps take so many times less")
     made.add_argument("--requests", type=int, default=60)
     made.add_argument("--tiles", type=int, default=1)
     made.add_argument("--text-tokens", default="32:256")
@@ -104,7 +105,9 @@ def sleeping(arguments: argparse.Namespace, traffic: Traffic) -> System:
     limits = engine_limits(config, TAG_LENGTH, {})
     design = EngineDesign(config, limits, spec.precisions.parse("fp8"), spec, TAG_LENGTH)
     gpu = GPUS["h200"]
-    slept = PlannedSteps(DeviceTimes(design, gpu.bandwidth.value, gpu.rate))
+    faster = arguments.faster
+    times = DeviceTimes(design, gpu.bandwidth.value * faster, lambda precision: gpu.rate(precision) * faster)
+    slept = PlannedSteps(times)
     tokenizer = simulated_tokenizer(config.max_tiles)
 
     def open_sleeping() -> StepBackend:

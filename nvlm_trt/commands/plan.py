@@ -11,7 +11,7 @@ import typer
 
 from nvlm_trt import terminal
 from nvlm_trt.backends.table import backend_names, default_precisions
-from nvlm_trt.bounds import MAX_TOKENS
+from nvlm_trt.bounds import MAX_SLOTS, MAX_TOKENS
 from nvlm_trt.errors import NvlmError
 from nvlm_trt.model.preset_names import PRESET_NAMES
 from nvlm_trt.planner.gpus import GPUS
@@ -32,11 +32,12 @@ def plan(
     backend: Annotated[str | None, typer.Option(help=f"{' or '.join(backend_names())} [{backend_names()[0]}].")] = None,
     precision: Annotated[str | None, typer.Option(help=f"As for `nvlm-trt build` [{default_precisions()}].")] = None,
     concurrency: Annotated[
-        int | None, typer.Option("--concurrency", "--max-slots", min=1, help="Requests decoded at once [8].")
+        int | None,
+        typer.Option("--concurrency", "--max-slots", min=1, max=MAX_SLOTS, help="Requests decoded at once [8]."),
     ] = None,
     context: Annotated[
         int | None,
-        typer.Option("--context", "--max-seq-len", min=1, help="Tokens of prompt and answer in the LLM [4096]."),
+        typer.Option("--context", "--max-seq-len", min=1, max=MAX_TOKENS, help="Tokens of prompt and answer [4096]."),
     ] = None,
     max_image_tokens: Annotated[
         int | None, typer.Option(min=0, help="Cross-attended tokens per request (X, H) [four images' worth].")
@@ -50,7 +51,11 @@ def plan(
     gpu: Annotated[str | None, typer.Option(help=f"The GPU: auto (nvidia-smi names it), {', '.join(GPUS)}.")] = None,
     gpus: Annotated[
         int | None,
-        typer.Option(min=1, help="GPUs: tensorrt-llm splits one engine over them, others have an engine on each [1]."),
+        typer.Option(
+            min=1,
+            max=MAX_SLOTS,
+            help="GPUs: tensorrt-llm splits one engine over them, others have an engine on each [1].",
+        ),
     ] = None,
     bandwidth: Annotated[
         float | None, typer.Option(help="Instead of --gpu, the device's memory bandwidth in GB/s, with --tflops.")

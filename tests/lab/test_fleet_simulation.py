@@ -14,7 +14,7 @@ Directory = Callable[[str], Path]
 
 
 def test_both_systems_answer_the_same_requests(tmp_path: Path, engine: Directory) -> None:
-    short = "--requests 8 --tiles 1 --text-tokens 8 --output-tokens 4 --loads 0.5 --threads 1"
+    short = "--requests 8 --tiles 1 --text-tokens 8 --output-tokens 4 --loads 0.5 --threads 1 --faster 200"
     words = ["--work", str(tmp_path), "--engine", str(engine("nvlm-d-tiny")), *short.split()]
     written = tmp_path / "results" / fleet_simulation.RESULT
     fleet_simulation.measure(fleet_simulation.options().parse_args(words), Rounds(written, Origin.here({})))
