@@ -11,20 +11,18 @@ import typer
 
 from nvlm_trt import terminal
 from nvlm_trt.backends.table import backend_names, default_precisions
-from nvlm_trt.bounds import MAX_TOKENS
-from nvlm_trt.errors import EngineError, NvlmError
+from nvlm_trt.bounds import MAX_SLOTS, MAX_TOKENS
+from nvlm_trt.errors import NvlmError
 from nvlm_trt.model.preset_names import PRESET_NAMES
 from nvlm_trt.planner.gpus import GPUS
 
 if TYPE_CHECKING:
     from nvlm_trt.commands.plan_device import Device
+    from nvlm_trt.commands.plan_load import Load
     from nvlm_trt.commands.plan_model import PlannedModel
-    from nvlm_trt.commands.plan_sections import Load, Section
+    from nvlm_trt.commands.plan_sections import Section
     from nvlm_trt.planner.design import EngineDesign
     from nvlm_trt.planner.step_times import StepTimes
-
-_REQUESTS = 250  # of a simulation
-_TTFT_MS, _ITL_MS = 2000.0, 100.0  # goals of --fleet if none is given
 
 
 def plan(
@@ -34,11 +32,12 @@ def plan(
     backend: Annotated[str | None, typer.Option(help=f"{' or '.join(backend_names())} [{backend_names()[0]}].")] = None,
     precision: Annotated[str | None, typer.Option(help=f"As for `nvlm-trt build` [{default_precisions()}].")] = None,
     concurrency: Annotated[
-        int | None, typer.Option("--concurrency", "--max-slots", min=1, help="Requests decoded at once [8].")
+        int | None,
+        typer.Option("--concurrency", "--max-slots", min=1, max=MAX_SLOTS, help="Requests decoded at once [8]."),
     ] = None,
     context: Annotated[
         int | None,
-        typer.Option("--context", "--max-seq-len", min=1, help="Tokens of prompt and answer in the LLM [4096]."),
+        typer.Option("--context", "--max-seq-len", min=1, max=MAX_TOKENS, help="Tokens of prompt and answer [4096]."),
     ] = None,
     max_image_tokens: Annotated[
         int | None, typer.Option(min=0, help="Cross-attended tokens per request (X, H) [four images' worth].")
@@ -52,7 +51,11 @@ def plan(
     gpu: Annotated[str | None, typer.Option(help=f"The GPU: auto (nvidia-smi names it), {', '.join(GPUS)}.")] = None,
     gpus: Annotated[
         int | None,
-        typer.Option(min=1, help="GPUs: tensorrt-llm splits one engine over them, others have an engine on each [1]."),
+        typer.Option(
+            min=1,
+            max=MAX_SLOTS,
+            help="GPUs: tensorrt-llm splits one engine over them, others have an engine on each [1].",
+        ),
     ] = None,
     bandwidth: Annotated[
         float | None, typer.Option(help="Instead of --gpu, the device's memory bandwidth in GB/s, with --tflops.")
@@ -69,10 +72,10 @@ def plan(
         float | None, typer.Option(help="Requests per second: simulates how many replicas they need.")
     ] = None,
     slo_ttft: Annotated[
-        float | None, typer.Option(help=f"Most milliseconds to the first token [{_TTFT_MS:g} without --slo-itl].")
+        float | None, typer.Option(help="Most milliseconds to the first token [2000 without --slo-itl].")
     ] = None,
     slo_itl: Annotated[
-        float | None, typer.Option(help=f"Most milliseconds per later token [{_ITL_MS:g} without --slo-ttft].")
+        float | None, typer.Option(help="Most milliseconds per later token [100 without --slo-ttft].")
     ] = None,
     step_times: Annotated[
         Path | None, typer.Option(help="JSON of measured step times (docs/plan.md) instead of planned ones.")
@@ -84,6 +87,7 @@ def plan(
     Example: nvlm-trt plan --preset nvlm-d-72b --backend tensorrt-llm --precision fp8 --gpu h100 --gpus 4 --fleet 5
     """
     from nvlm_trt.commands.plan_device import find_device
+    from nvlm_trt.commands.plan_load import Load
     from nvlm_trt.commands.plan_model import find_model
     from nvlm_trt.planner.fleet import splits
     from nvlm_trt.planner.gpus import check_gpu
@@ -93,16 +97,28 @@ def plan(
     design = model.design
     split = splits(design.backend)
     device = find_device(design.backend, gpu, bandwidth, tflops, memory)
-    _check_options(design, split, {"--tp": tp, "--pp": pp}, bandwidth, memory_share, disk_bandwidth)
+    on_cpu = design.backend.memory.device == "host"
+    several = {"--tp": tp, "--pp": pp, **({"--gpus": gpus} if on_cpu else {})}
+    _check_options(design, split, several, bandwidth, memory_share, disk_bandwidth)
     if device.gpu is not None:
         check_gpu(device.gpu, design.precisions, split, crosses=bool(design.config.cross_layers))
-    load = _load(design, text_tokens, tiles, model.concurrency)
+    load = Load.of(design, text_tokens, tiles, model.concurrency)
     degrees = _degrees(model, gpus, tp, pp, device) if split else (1, 1)
     times = _times(design, device, degrees, split)
     sections = list(_sections(model, device, degrees, split, load, times, gpus or 1, memory_share, disk_bandwidth))
     if fleet is not None:
-        goals = slo_ttft, slo_itl
-        sections.append(_replicas(model, load, times, step_times, fleet, output_tokens, goals, degrees))
+        from nvlm_trt.commands.plan_replicas import ReplicasSection, find_steps, find_traffic, slo_of
+
+        sections.append(
+            ReplicasSection.of(
+                design.with_limits(max_slots=model.concurrency),
+                find_steps(times, step_times),
+                find_traffic(design, load, output_tokens),
+                fleet,
+                slo_of(slo_ttft, slo_itl),
+                gpus=0 if on_cpu else degrees[0] * degrees[1],
+            )
+        )
     elif step_times is not None or slo_ttft is not None or slo_itl is not None:
         raise NvlmError("--step-times, --slo-ttft and --slo-itl are about a rate of requests; give --fleet, too")
     if as_json:
@@ -138,12 +154,12 @@ def plan(
 def _check_options(
     design: EngineDesign,
     split: bool,
-    degrees: dict[str, int | None],
+    several: dict[str, int | None],
     bandwidth: float | None,
     share: float,
     disk_bandwidth: float,
 ) -> None:
-    given = [name for name, value in degrees.items() if value is not None]
+    given = [name for name, value in several.items() if value is not None]
     if given and not split:
         raise NvlmError(f"{given[0]}: an engine of {design.backend.name} runs on one device; leave it out")
     if split and bandwidth is not None:
@@ -191,7 +207,7 @@ def _sections(
     share: float,
     disk_bandwidth: float,
 ) -> Iterator[Section]:
-    from nvlm_trt.commands.plan_sections import BuildSection, MemorySection, TimesSection
+    from nvlm_trt.commands.plan_sections import BuildSection, Calibration, MemorySection, TimesSection
     from nvlm_trt.planner.build_cost import build_cost
     from nvlm_trt.planner.fit import find_fit
     from nvlm_trt.planner.memory import plan_engine
@@ -215,69 +231,4 @@ def _sections(
     if times is not None:
         yield TimesSection.of(times, load, engines, others)
     if model.engine is None:
-        yield BuildSection(build_cost(design, planned), disk_bandwidth * 1e9)
-
-
-def _replicas(
-    model: PlannedModel,
-    load: Load,
-    times: StepTimes | None,
-    measured: Path | None,
-    rate: float,
-    output_tokens: int,
-    goals: tuple[float | None, float | None],
-    degrees: tuple[int, int],
-) -> Section:
-    from nvlm_trt.benchmark.slo import Slo
-    from nvlm_trt.benchmark.workload import Lengths
-    from nvlm_trt.commands.plan_replicas import ReplicasSection
-    from nvlm_trt.simulation.replica import Replica
-    from nvlm_trt.simulation.replicas import GOAL, size_fleet
-    from nvlm_trt.simulation.step_seconds import PlannedSteps, StepSeconds, read_steps
-    from nvlm_trt.simulation.traffic import Traffic
-
-    ttft, itl = goals if goals != (None, None) else (_TTFT_MS, _ITL_MS)
-    if not all(value is None or 0 < value <= 1e9 for value in (ttft, itl)):
-        raise NvlmError("--slo-ttft and --slo-itl are milliseconds above 0; give --slo-ttft 2000 for example")
-    slo = Slo(None if ttft is None else ttft / 1e3, None if itl is None else itl / 1e3)
-    if measured is not None:
-        found = read_steps(measured)
-        steps: StepSeconds = found
-        source = f"measured, {found.engine} on {found.machine}"
-    elif times is not None:
-        steps, source = PlannedSteps(times), "planned"
-    else:
-        raise NvlmError("--fleet needs step times; give --gpu, --bandwidth and --tflops, or --step-times FILE")
-    design = model.design.with_limits(max_slots=model.concurrency)
-    traffic = Traffic(
-        Lengths(load.text_tokens, load.text_tokens), Lengths(output_tokens, output_tokens), load.tiles, _REQUESTS
-    )
-    traffic.check(design.config, design.limits, design.tag_length)
-    with terminal.progress() as progress:
-        sizing = size_fleet(Replica(design, steps), traffic, rate, slo, progress)
-    on_gpus = degrees[0] * degrees[1] if design.backend.memory.device == "gpu" else 0
-    return ReplicasSection(sizing, slo, GOAL, source, on_gpus)
-
-
-def _load(design: EngineDesign, text_tokens: int, tiles: int | None, concurrency: int) -> Load:
-    """Return the request of the plan, with `tiles`, or as many as fit. Raises EngineError for a prompt that the engine
-    does not hold."""
-    from nvlm_trt.commands.plan_sections import Load
-    from nvlm_trt.prompt.image_tokens import count_image_tokens
-
-    config, limits = design.config, design.limits
-    if tiles is not None and tiles > config.tiles_per_image:
-        raise EngineError(f"an image has at most {config.tiles_per_image} tiles, not {tiles}; lower --tiles")
-    for count in range(config.tiles_per_image, -1, -1) if tiles is None else [tiles]:
-        in_llm, cross = count_image_tokens(config, count, design.tag_length)
-        if text_tokens + in_llm < limits.max_seq_len and cross <= limits.max_image_tokens:
-            return Load(text_tokens, count, in_llm, cross, concurrency)
-    if cross > limits.max_image_tokens:
-        raise EngineError(
-            f"{count} tiles have {cross} cross-attended tokens, the engine would hold {limits.max_image_tokens}; lower "
-            "--tiles, or raise --max-image-tokens"
-        )
-    raise EngineError(
-        f"a prompt of {text_tokens} text tokens and {count} tiles has {text_tokens + in_llm} tokens in the LLM, the "
-        f"engine would hold {limits.max_seq_len} with the answer; lower --text-tokens or --tiles, or raise --context"
-    )
+        yield BuildSection(build_cost(design, planned), disk_bandwidth * 1e9, Calibration.of(design, load))

@@ -56,7 +56,9 @@ def find_device(
     nbytes = None if memory is None else memory * 1e9
     if gpu is not None:
         found = _gpu_of_this_machine() if gpu == AUTO else find_gpu(gpu)
-        return Device(found.title, nbytes or found.memory.value, found.bandwidth.value, found.rate, found)
+        if nbytes is not None:
+            found = replace(found, memory=Figure(nbytes, "--memory"))
+        return Device(found.title, found.memory.value, found.bandwidth.value, found.rate, found)
     if not on_gpu:
         nbytes = nbytes or _memory_of_this_machine()
     title = "a GPU" if on_gpu else "this machine"

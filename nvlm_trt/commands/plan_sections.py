@@ -14,7 +14,9 @@ from nvlm_trt.terminal import scaled
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from nvlm_trt.commands.plan_load import Load
     from nvlm_trt.planner.build_cost import BuildCost
+    from nvlm_trt.planner.design import EngineDesign
     from nvlm_trt.planner.memory import EnginePlan
 
 
@@ -75,21 +77,6 @@ class MemorySection:
         if not fit.changes:
             return f"Does not fit in {of}: {slots}; no other precision or context helps: take another --backend"
         return f"Does not fit in {of}: {slots}. Any of these would: {', '.join(fit.changes)}"
-
-
-@dataclass(frozen=True)
-class Load:
-    """One request of the plan, and how many of them are decoded at once."""
-
-    text_tokens: int
-    tiles: int
-    in_llm: int  # tokens of the image in the LLM's sequence
-    cross_tokens: int
-    concurrency: int
-
-    @property
-    def tokens(self) -> int:
-        return self.text_tokens + self.in_llm
 
 
 @dataclass(frozen=True)
@@ -158,10 +145,13 @@ class BuildSection:
 
     cost: BuildCost
     disk_bandwidth: float  # bytes per second
+    calibration: Calibration | None  # None: the engine needs none
 
     def to_dict(self) -> dict[str, Any]:
         seconds = self.cost.seconds(self.disk_bandwidth)
-        return {"build": {**asdict(self.cost), "disk": self.cost.disk, "seconds": seconds}}
+        calibration = None if self.calibration is None else asdict(self.calibration)
+        build = {**asdict(self.cost), "disk": self.cost.disk, "seconds": seconds, "calibration": calibration}
+        return {"build": build}
 
     def show(self, console: Console) -> None:
         cost = self.cost
@@ -178,6 +168,38 @@ class BuildSection:
             f"{cost.seconds(self.disk_bandwidth):.0f} s at {self.disk_bandwidth / 1e9:g} GB/s, beside the samples of a "
             "calibration and a gate and a builder's search for kernels",
             soft_wrap=True,
+        )
+        if self.calibration is not None:
+            console.print(str(self.calibration), soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The time of a calibration on the CPU of this machine."""
+
+    samples: int
+    seconds: float
+    flops_per_s: float  # measured here
+
+    @classmethod
+    def of(cls, design: EngineDesign, load: Load) -> Calibration | None:
+        """Estimate the time of the default number of samples that are like `load`. None: nothing is calibrated."""
+        from nvlm_trt.builders.engine_build import CALIBRATION_SAMPLES
+        from nvlm_trt.model.precision import needs_calibration
+        from nvlm_trt.planner.calibration_time import calibration_seconds, measured_flop_rate
+
+        if not needs_calibration(design.precisions):
+            return None
+        rate = measured_flop_rate()
+        seconds = calibration_seconds(
+            design.config, CALIBRATION_SAMPLES, load.text_tokens, load.tiles, rate, design.tag_length
+        )
+        return cls(CALIBRATION_SAMPLES, seconds, rate)
+
+    def __str__(self) -> str:
+        return (
+            f"Calibration: {self.seconds / 3600:.1f} h for {self.samples} such requests on this machine's CPU, which "
+            f"multiplies {self.flops_per_s / 1e12:.2f} TFLOP/s in float32"
         )
 
 

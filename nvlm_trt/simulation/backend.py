@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -12,11 +12,16 @@ from nvlm_trt.backends.base import BackendArray, FloatArray, ImageFeatures, IntA
 from nvlm_trt.closing import ClosedOnExit
 from nvlm_trt.limits import EngineLimits
 from nvlm_trt.model.config import NvlmConfig
-from nvlm_trt.simulation.processor import Processor
 from nvlm_trt.simulation.step_seconds import StepSeconds
 
 VOCABULARY = 512  # of the simulated answers: their ids mean nothing, and small logits are quick to draw from
 TEXT_ID = 65  # that every answer consists of
+
+
+class Clock(Protocol):
+    """Lets time pass: simulated, or by sleeping."""
+
+    def step(self, seconds: float) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -42,11 +47,11 @@ class SimulatedBackend(ClosedOnExit):
         limits: EngineLimits,
         image_token_id: int,
         steps: StepSeconds,
-        processor: Processor,
+        clock: Clock,
     ) -> None:
         self.config = replace(config, image_token_id=image_token_id, llm=replace(config.llm, vocab_size=VOCABULARY))
         self.limits = limits
-        self._steps, self._processor = steps, processor
+        self._steps, self._clock = steps, clock
         self._logits = np.zeros((limits.max_slots, VOCABULARY), np.float32)
         self._logits[:, TEXT_ID] = 1
 
@@ -66,12 +71,12 @@ class SimulatedBackend(ClosedOnExit):
         wants_logits: bool = True,
     ) -> FloatArray:
         cross_tokens = int(cross_ranges[:, 1].max())
-        self._processor.step(self._steps.chunk(len(input_ids), position, cross_tokens))
+        self._clock.step(self._steps.chunk(len(input_ids), position, cross_tokens))
         return self._logits[0]
 
     def decode(self, input_ids: IntArray, positions: IntArray, cross_ranges: RangeArray) -> FloatArray:
         cross_tokens = round(float(cross_ranges[:, 1].mean()))
-        self._processor.step(self._steps.decode(len(input_ids), float(positions.mean()) + 1, cross_tokens))
+        self._clock.step(self._steps.decode(len(input_ids), float(positions.mean()) + 1, cross_tokens))
         return self._logits[: len(input_ids)]
 
     def score_tokens(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from nvlm_trt.backends.opening import open_backend
 from nvlm_trt.benchmark.machine import machine
 from nvlm_trt.benchmark.workload import Lengths
 from nvlm_trt.engine import Engine
+from nvlm_trt.errors import EngineError
 from nvlm_trt.planner.design import EngineDesign
 from nvlm_trt.progress import Progress, no_progress
 from nvlm_trt.prompt.tokenizer import Tokenizer
@@ -23,10 +24,10 @@ from nvlm_trt.runtime.scheduler import Scheduler
 from nvlm_trt.simulation.step_seconds import Line, MeasuredSteps, Overlap
 from nvlm_trt.simulation.traffic import Ask, Traffic
 
-_STEPS = 12  # decoding steps, of which the median counts
+_STEPS = 24  # decoding steps
 _IMAGES = 3
 _REPEATS = 3  # of each prompt
-_OUTPUT = 4 * _STEPS  # tokens of an answer that is long enough for every measurement
+_OUTPUT = 2 * _STEPS  # tokens of an answer that is long enough for every measurement
 _TEXT = (4, 0.03, 0.08, 0.2)  # text tokens: a number, then shares of the context
 
 
@@ -38,21 +39,30 @@ def measure_steps(
     Raises EngineError for an engine that does not run here, or that batches by itself."""
     design = EngineDesign.of(engine, tag_length)
     with open_backend(engine, threads=threads) as backend:
-        steps = _Steps(backend, Tokenizer.from_directory(engine.path), design, tiles)
-        encoder = steps.encoder(progress)
-        prompt, cached = steps.prompts(progress)
-        token = steps.tokens(progress)
-        overlap = steps.overlap(progress)
-        return MeasuredSteps(
-            engine=engine.manifest.model_name,
-            machine=machine()["cpu"],
-            chunk_size=steps.chunk_size,
-            encoder=encoder,
-            prompt=prompt,
-            cached=cached,
-            token=token,
-            overlap=overlap,
-        )
+        return measure_backend(backend, Tokenizer.from_directory(engine.path), design, tiles, progress)
+
+
+def measure_backend(
+    backend: StepBackend,
+    tokenizer: Tokenizer,
+    design: EngineDesign,
+    tiles: int,
+    progress: Progress = no_progress,
+) -> MeasuredSteps:
+    """Measure the steps of an open backend as `measure_steps` does."""
+    steps = _Steps(backend, tokenizer, design, tiles)
+    encoder = steps.encoder(progress)
+    prompt, cached = steps.prompts(progress)
+    return MeasuredSteps(
+        engine=design.config.name,
+        machine=machine()["cpu"],
+        chunk_size=steps.chunk_size,
+        encoder=encoder,
+        prompt=prompt,
+        cached=cached,
+        token=steps.tokens(progress),
+        overlap=steps.overlap(progress),
+    )
 
 
 class _Steps:
@@ -120,15 +130,15 @@ class _Steps:
         thread = threading.Thread(target=encode)
         thread.start()
         together = [_timed(self._scheduler.step) for _ in range(_STEPS)]
-        while len(seconds) < _IMAGES and self._scheduler.has_work:
-            self._scheduler.step()
+        while len(seconds) < _IMAGES and thread.is_alive():
             if self._scheduler.is_empty:
                 self._start(count, text)
+            self._scheduler.step()
         stop.set()
         thread.join()
         self._end()
         encoded = statistics.median(seconds[:_IMAGES] or [encoded_alone])
-        return Overlap(step=max(1.0, statistics.mean(together) / alone), encode=max(1.0, encoded / encoded_alone))
+        return Overlap(step=max(1.0, _middle(together) / alone), encode=max(1.0, encoded / encoded_alone))
 
     def _decode(self, count: int, text_tokens: int) -> tuple[float, float]:
         """Return the tokens cached in each of `count` sequences, on average, and the seconds of a decoding step."""
@@ -136,16 +146,21 @@ class _Steps:
         seconds = [_timed(self._scheduler.step) for _ in range(_STEPS)]
         cached = requests[0].choices[0].cached - _STEPS / 2
         self._end()
-        return cached, statistics.median(seconds)
+        return cached, _middle(seconds)
 
     def _start(self, count: int, text_tokens: int) -> list[Request]:
         """Start requests, until all of them are decoded."""
-        requests = [
-            self._submit(text_tokens, _OUTPUT + count * (text_tokens // self.chunk_size + 2)) for _ in range(count)
-        ]
-        while self._scheduler.metrics().active < count:
+        chunks = count * ((text_tokens + self._in_llm) // self.chunk_size + 2)
+        requests = [self._submit(text_tokens, _OUTPUT + chunks) for _ in range(count)]
+        for _ in range(chunks):
             self._scheduler.step()
-        return requests
+            if self._scheduler.metrics().active == count:
+                return requests
+        limits = self._design.limits
+        raise EngineError(
+            f"{limits.max_slots} slots of {limits.max_seq_len} tokens are too short for a measurement of decoding; "
+            "build the engine with a larger --max-seq-len"
+        )
 
     def _end(self) -> None:
         self._scheduler.cancel_all()
@@ -160,10 +175,13 @@ class _Steps:
         request.provide(traffic.prompt(self._backend.config, self._design.tag_length, ask), self._images)
         return request
 
+    @property
+    def _in_llm(self) -> int:
+        return sum(len(image.embeddings) for image in self._images)
+
     def _texts(self) -> list[int]:
         """Return numbers of text tokens, with which prompts have several numbers of chunks."""
-        in_llm = sum(len(image.embeddings) for image in self._images)
-        context = self._design.limits.max_seq_len - in_llm - 2 * _OUTPUT
+        context = self._design.limits.max_seq_len - self._in_llm - 2 * _OUTPUT
         return sorted({max(1, round(part * (context if part < 1 else 1))) for part in _TEXT})
 
     def _seconds_of_image(self, tiles: int) -> float:
@@ -194,6 +212,12 @@ def _line(points: Mapping[int, float] | Mapping[float, float]) -> Line:
     (first, low), (last, high) = min(points.items()), max(points.items())
     slope = max(0.0, (high - low) / (last - first)) if last > first else 0.0
     return Line(base=max(0.0, low - slope * first), slope=slope)
+
+
+def _middle(seconds: Sequence[float]) -> float:
+    """Return the mean of the middle half: a step that another process has held up does not count."""
+    quarter = len(seconds) // 4
+    return statistics.fmean(sorted(seconds)[quarter : len(seconds) - quarter])
 
 
 def _timed(work: Callable[[], object]) -> float:

@@ -40,13 +40,13 @@ class _Run:
 
     def __init__(self, replica: Replica, traffic: Traffic) -> None:
         self._design, self._steps, self._traffic = replica.design, replica.steps, traffic
-        tokenizer = _tokenizer(replica.design.config.max_tiles)
+        tokenizer = simulated_tokenizer(replica.design.config.max_tiles)
         self._processor = Processor(replica.steps.overlap)
         self._backend = SimulatedBackend(
             replica.design.config, replica.design.limits, tokenizer.image_token_id, replica.steps, self._processor
         )
         self._scheduler = Scheduler(self._backend, tokenizer, replica.max_queue, replica.steps.chunk_size)
-        self._features = self._image()
+        self._images = simulated_images(replica.design, traffic.tiles)
         self._records: list[Record] = []
 
     def answer(self, rate: float) -> list[Record]:
@@ -77,7 +77,7 @@ class _Run:
         if not images:
             request.provide(prompt)
             return
-        provide = functools.partial(request.provide, prompt, [self._features])
+        provide = functools.partial(request.provide, prompt, self._images)
         self._processor.encode(self._steps.encode(self._traffic.tiles), provide)
 
     def _note(self, record: Record, delta: Delta) -> None:
@@ -87,20 +87,25 @@ class _Run:
         if delta.finish_reason:
             record.status, record.ended = "ok", now
 
-    def _image(self) -> ImageFeatures:
-        tiles, config = self._traffic.tiles, self._design.config
-        in_llm, cross_tokens = count_image_tokens(config, tiles, self._design.tag_length)
-        crossed = (len(config.cross_layers), 2, config.llm.num_kv_heads, cross_tokens, config.llm.head_dim)
-        hidden = config.llm.hidden_size
-        return ImageFeatures(Shape((in_llm, hidden)), Shape(crossed) if cross_tokens else None, tiles)
-
 
 def _fail(record: Record, error: Exception) -> None:
     record.status, record.error = "failed", str(error)
 
 
+def simulated_images(design: EngineDesign, tiles: int) -> list[ImageFeatures]:
+    """Return the one image of a request, of `tiles` tiles; none for 0."""
+    if not tiles:
+        return []
+    config = design.config
+    in_llm, cross_tokens = count_image_tokens(config, tiles, design.tag_length)
+    crossed = (len(config.cross_layers), 2, config.llm.num_kv_heads, cross_tokens, config.llm.head_dim)
+    embeddings = Shape((in_llm, config.llm.hidden_size))
+    return [ImageFeatures(embeddings, Shape(crossed) if cross_tokens else None, tiles)]
+
+
 @functools.lru_cache
-def _tokenizer(max_tiles: int) -> Tokenizer:
+def simulated_tokenizer(max_tiles: int) -> Tokenizer:
+    """Return a tokenizer of bytes: texts are shown while they are simulated, and nobody reads them."""
     with tempfile.TemporaryDirectory() as directory:
         write_byte_tokenizer(directory, max_tiles)
         return Tokenizer.from_directory(directory)

@@ -109,11 +109,11 @@ def test_a_number_out_of_bounds_is_one_line(
         (("--bandwidth", "1", "--tflops", "inf"), ("--tflops",)),
         (("--bandwidth", "1e-300", "--tflops", "1"), ("--bandwidth",)),
         (("--text-tokens", "100000000"), ("--text-tokens",)),
-        (("--text-tokens", "4096"), ("4096 tokens in the LLM", "would hold 4096", "--max-seq-len")),
+        (("--text-tokens", "4096"), ("4096 tokens in the LLM", "would hold 4096", "--context")),
         (("--text-tokens", "100", "--max-seq-len", "100", "--tiles", "0"), ("100 with the answer", "--text-tokens")),
         (("--preset", "nvlm-d-tiny", "--text-tokens", "4090", "--tiles", "7"), ("7 tiles", "would hold 4096")),
         (("--tiles", "7", "--max-image-tokens", "64"), ("7 tiles", "would hold 64", "--max-image-tokens")),
-        (("--max-slots", "100000000"), ("max_slots",)),
+        (("--max-slots", "100000000"), ("--max-slots",)),
     ],
 )
 def test_a_plan_of_what_cannot_be(run_cli: Run, options: tuple[str, ...], fragments: tuple[str, ...]) -> None:

@@ -161,6 +161,7 @@ def test_a_machine_without_a_known_gpu(
         (("--preset", "nvlm-d-tiny", "--context", "64", "--tiles", "7"), ("has 240 tokens", "raise --context")),
         (("--preset", "nvlm-x-tiny", "--max-image-tokens", "0"), ("NVLM-X", "--max-image-tokens above 0")),
         (("--preset", "nvlm-d-tiny", "--slo-ttft", "100"), ("give --fleet",)),
+        (("--preset", "nvlm-d-tiny", "--gpus", "2"), ("--gpus", "onnxruntime runs on one device")),
     ],
 )
 def test_mistakes(run_cli: Run, options: tuple, fragments: tuple) -> None:

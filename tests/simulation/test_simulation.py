@@ -170,7 +170,7 @@ def test_one_replica_less_is_not_enough() -> None:
 
 
 def test_an_slo_that_an_idle_engine_misses() -> None:
-    with pytest.raises(NvlmError, match="an idle one has TTFT 900 ms of 500; choose a faster --gpu"):
+    with pytest.raises(NvlmError, match="an idle one has TTFT 1060 ms of 500; choose a faster --gpu"):
         size_fleet(Replica(design(), ByHand()), traffic(40, 5, 1, 30), 4.0, Slo(ttft=0.5), no_progress)
 
 
