@@ -18,6 +18,7 @@ from nvlm_trt.builders.quantization.build_samples import document_samples, read_
 from nvlm_trt.builders.quantization.calibration import Calibration, is_calibration, read_calibration
 from nvlm_trt.builders.quantization.formats import Recipe, WeightForm, quantised
 from nvlm_trt.builders.quantization.gate import NOT_MEASURED, AccuracyGate, GateOptions
+from nvlm_trt.builders.quantization.source_scales import source_calibration
 from nvlm_trt.builders.smoke_test import SmokeTest
 from nvlm_trt.builders.source import EngineSource
 from nvlm_trt.engine import CALIBRATION, Engine, Manifest, publish, save_manifest, tool_versions, write_manifest
@@ -121,7 +122,7 @@ def build_engine(
         smoke = SmokeTest(source.prompts, source.limits, source.config)
         spec.check_limits(source.config, source.limits, precisions)
         steps = spec.build(BuildJob(source, all_options, Path(output).absolute(), staging, progress))
-        builder = _Builder(spec, source, steps, quantization, progress)
+        builder = _Builder(spec, source, steps, quantization, progress, precisions)
         is_quantised = bool(quantised_components(precisions))
         gate = None
         smoke_test = smoke_test and runs_here
@@ -152,6 +153,7 @@ class _Builder:
     steps: BuildSteps
     quantization: QuantizationOptions
     progress: Progress
+    precisions: Precisions  # of the engine that will be published
 
     def write(self, chosen: Precisions, directory: Path) -> Manifest:
         """Write an engine into an empty directory."""
@@ -198,13 +200,19 @@ class _Builder:
 
     @functools.cached_property
     def _calibration(self) -> Calibration:
-        """Read or measure the calibration. Raises EngineError for a saved calibration that does not fit; RequestError
-        and ImageError for samples."""
+        """Read the calibration, take it over from the checkpoint, or measure it.
+
+        Raises EngineError for a saved calibration that does not fit; RequestError and ImageError for samples."""
         path, count = self.quantization.calibration, self.quantization.calibration_samples
         if path and is_calibration(path):
             calibration = read_calibration(path)
             calibration.check_checkpoint(self.source.digest, path)
             return calibration
+        if path is None and count is None:
+            with self.source.open_checkpoint() as checkpoint:
+                scales = source_calibration(checkpoint, self.precisions)
+            if scales is not None:
+                return scales
         if path:
             samples = read_first_samples(path, count)
         else:

@@ -54,7 +54,7 @@ class SmokeTest:
             return
         with open_backend(engine) as backend:
             for prompt, pixel_values in inputs:
-                _generate(backend, prompt, pixel_values)
+                _generate(backend, prompt, pixel_values, _remedy(engine))
 
 
 def _encode(prompts: PromptEncoder, tiles: int) -> EncodedPrompt:
@@ -76,26 +76,34 @@ def _answer(generator: TextGenerator, prompt: EncodedPrompt, pixel_values: Float
             return
 
 
-def _generate(backend: StepBackend, prompt: EncodedPrompt, pixel_values: FloatArray) -> None:
-    """Generate greedy tokens; pixel_values [tiles, 3, E, E] of one image, or no tiles."""
+def _generate(backend: StepBackend, prompt: EncodedPrompt, pixel_values: FloatArray, remedy: str) -> None:
+    """Generate greedy tokens; pixel_values [tiles, 3, E, E] of one image, or no tiles. `remedy`: for numbers that are
+    not finite."""
     config, images = backend.config, []
     if len(pixel_values):
         image_tokens = backend.encode(pixel_values)
-        _check_finite("image tokens", backend.to_host(image_tokens))
+        _check_finite("image tokens", backend.to_host(image_tokens), remedy)
         images = [backend.features(image_tokens)]
         if images[0].cross_kv is not None:
-            _check_finite("cross-attention keys and values", backend.to_host(images[0].cross_kv))
+            _check_finite("cross-attention keys and values", backend.to_host(images[0].cross_kv), remedy)
         backend.write_cross_kv(0, 0, images[0])
     embeddings = backend.embeddings(images, 0, prompt.placeholders)
     logits = backend.prefill(0, 0, prompt.input_ids, embeddings, prompt.cross_ranges)
     ranges = np.array([prompt.decode_range], np.int32)
     for position in range(len(prompt.input_ids), len(prompt.input_ids) + _TOKENS):
-        _check_finite("logits", logits)
+        _check_finite("logits", logits, remedy)
         logits[config.image_token_id] = -np.inf
         logits = backend.decode(np.array([logits.argmax()]), np.array([position]), ranges)[0]
-    _check_finite("logits", logits)
+    _check_finite("logits", logits, remedy)
 
 
-def _check_finite(what: str, values: FloatArray) -> None:
+def _check_finite(what: str, values: FloatArray, remedy: str) -> None:
     if not np.isfinite(values).all():
-        raise EngineError(f"smoke test: {what} are not finite; check the checkpoint's weights")
+        raise EngineError(f"smoke test: {what} are not finite; {remedy}")
+
+
+def _remedy(engine: Engine) -> str:
+    """Say what to do about numbers that are not finite."""
+    if "fp16" in engine.manifest.precision.values():
+        return "fp16 ends at 65504, so choose bf16 with --precision, or check the checkpoint's weights"
+    return "check the checkpoint's weights"

@@ -63,7 +63,7 @@ def temporary_sibling(target: Path) -> Iterator[Path]:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             owner = make_owned_folder(staging)
-        except FileNotFoundError as error:  # the parent exists, but its file system makes no folders (/proc)
+        except (FileNotFoundError, FileExistsError) as error:  # the parent makes no folders (/proc), or is a file
             raise _cannot_write(target, error) from error
         yield staging
     finally:

@@ -20,6 +20,7 @@ from onnxscript import GraphBuilder
 
 from nvlm_trt.backends.base import FloatArray
 from nvlm_trt.builders.graphs.streamed import StoredTensor, StreamedTensor, blocks_of
+from nvlm_trt.builders.narrow import narrowed, place_of
 
 Shape = Sequence[int | str]
 
@@ -50,10 +51,15 @@ class LinearWeight:
 
     name: str
     parts: tuple[StoredTensor, ...]
+    names: tuple[str, ...] = ()  # of the parts; empty: the weight is one tensor of this name
 
     @property
     def shape(self) -> tuple[int, int]:
         return sum(part.shape[0] for part in self.parts), math.prod(self.parts[0].shape[1:])
+
+    @property
+    def rows_of_parts(self) -> list[tuple[str, int]]:
+        return [(name, part.shape[0]) for name, part in zip(self.names, self.parts, strict=False)]
 
     def blocks(self) -> Iterator[FloatArray]:
         """Yield the rows in order, [n, inputs] at a time."""
@@ -85,7 +91,9 @@ class Unquantised:
 
     def matmul(self, graph: StageGraph, x: ir.Value, weight: LinearWeight) -> ir.Value:
         outputs, inputs = weight.shape
-        return graph.op.MatMul(x, graph.stored(weight.name, (inputs, outputs), weight.blocks, transposed=True))
+        parts = weight.rows_of_parts
+        stored = graph.stored(weight.name, (inputs, outputs), weight.blocks, transposed=True, parts=parts)
+        return graph.op.MatMul(x, stored)
 
     def tied_matmul(self, graph: StageGraph, x: ir.Value, embedding: Embedding) -> ir.Value:
         # Gemm is as fast as MatMul with a transposed copy, and stores no copy beside the table.
@@ -173,19 +181,22 @@ class StageGraph:
         blocks: Callable[[], Iterable[npt.NDArray[Any]]],
         dtype: ir.DataType | None = None,
         transposed: bool = False,
+        parts: Sequence[tuple[str, int]] = (),
     ) -> ir.Value:
-        """Add an initializer that is made of `blocks` when the model is saved: a StreamedTensor.
+        """Add an initializer that is made of `blocks` when the model is saved: a StreamedTensor of these arguments.
 
         `dtype`: None for the graph's dtype."""
-        tensor = StreamedTensor(name, dtype or self.dtype, shape, blocks, transposed)
+        tensor = StreamedTensor(name, dtype or self.dtype, shape, blocks, transposed, parts)
         return self._builder.initializer(tensor, name, qualify=False)
 
     def constant(self, name: str, value: npt.NDArray[Any]) -> ir.Value:
         return self._builder.initializer(ir.Tensor(value, name=name), name, qualify=False)
 
     def float_constant(self, name: str, value: npt.ArrayLike) -> ir.Value:
-        """Add a constant in the graph's dtype."""
-        return self.constant(name, np.asarray(value).astype(self.dtype.numpy()))
+        """Add a constant in the graph's dtype. Raises EngineError for a number beyond that dtype."""
+        array = np.asarray(value)
+        stored = narrowed(array, self.dtype.numpy(), lambda element: (name, place_of(element, array.shape)))
+        return self.constant(name, stored)
 
     def weight(self, name: str) -> ir.Value:
         """Add a tensor of the checkpoint as an initializer."""
@@ -195,12 +206,14 @@ class StageGraph:
     def linear(self, x: ir.Value, name: str, parts: Sequence[str] = (), bias: bool = False) -> ir.Value:
         """Apply torch.nn.Linear: [..., inputs] -> [..., outputs]. `parts`: layers that share x, as one product."""
         names = parts or [name]
-        weight = LinearWeight(f"{name}.weight", tuple(self._weights.take(f"{part}.weight") for part in names))
+        stored = tuple(f"{part}.weight" for part in names)
+        weight = LinearWeight(f"{name}.weight", tuple(map(self._weights.take, stored)), stored)
         y = self._format.matmul(self, x, weight)
         if not bias:
             return y
         biases = [self._weights.take(f"{part}.bias") for part in names]
-        return self.op.Add(y, self.stored(f"{name}.bias", weight.shape[:1], lambda: blocks_of(*biases)))
+        rows = [(f"{part}.bias", bias_.shape[0]) for part, bias_ in zip(names, biases, strict=True)]
+        return self.op.Add(y, self.stored(f"{name}.bias", weight.shape[:1], lambda: blocks_of(*biases), parts=rows))
 
     def embedding(self, name: str) -> Embedding:
         weight = LinearWeight(name, (self._weights.take(name),))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, Protocol
@@ -11,8 +12,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from nvlm_trt.backends.base import FloatArray
-from nvlm_trt.checkpoint.finite import first_not_finite
-from nvlm_trt.errors import EngineError
+from nvlm_trt.builders.narrow import narrowed, place_of
 
 Array = npt.NDArray[Any]
 
@@ -20,7 +20,6 @@ _BLOCK_ELEMENTS = 1 << 20  # 4 MB of float32: a block stays in the CPU's cache w
 # A strip is the part of a transposed tensor that is held in memory until the pieces of its rows are written: for the
 # shapes of 72B, a piece has 9 KB or more.
 _STRIP_BYTES = 256 << 20
-_NARROW = {ir.DataType.FLOAT16: "F16", ir.DataType.BFLOAT16: "BF16"}  # float32 does not always fit into them
 _INT4 = ir.DataType.INT4.numpy()  # in NumPy's arrays, a byte holds one
 
 
@@ -54,13 +53,15 @@ class StreamedTensor(ir.LazyTensor):
         shape: Sequence[int],
         blocks: Callable[[], Iterable[Array]],
         transposed: bool = False,
+        parts: Sequence[tuple[str, int]] = (),
     ) -> None:
         """`blocks` returns the rows in order, [n, ...] at a time, and is called anew for every use. Rows are converted
         to `dtype`. `transposed`: this tensor is the transpose of the matrix whose rows `blocks` returns.
+        `parts`: names and numbers of rows of the tensors that are stacked in these rows, if they are several.
         A matrix of 4-bit numbers, of which a byte holds two, has an even number of columns."""
         assert dtype.bitwidth >= 8 or shape[-1] % 2 == 0, "a row of 4-bit numbers ends within a byte"
         super().__init__(self._whole, dtype, ir.Shape(shape), name=name)
-        self._blocks, self._transposed = blocks, transposed
+        self._blocks, self._transposed, self._parts = blocks, transposed, parts
 
     def tofile(self, file: BinaryIO) -> None:
         """Write the bytes of `tobytes` to a file that can seek, from its current position on.
@@ -108,20 +109,21 @@ class StreamedTensor(ir.LazyTensor):
         return ir.Tensor(values, dtype=self.dtype, name=self.name)
 
     def _converted(self) -> Iterator[Array]:
+        first = 0
         for block in self._blocks():
-            with np.errstate(over="ignore"):  # reported below
-                converted = np.asarray(block, self.dtype.numpy())
-            self._check_range(converted)
-            yield converted
+            yield narrowed(block, self.dtype.numpy(), functools.partial(self._locate, first, block.shape))
+            first += len(block)
 
-    def _check_range(self, converted: Array) -> None:
-        """Raise EngineError for values that became infinite in a 16-bit type."""
-        kind = _NARROW.get(self.dtype)
-        if kind and first_not_finite(np.ascontiguousarray(converted).view(np.uint16).reshape(-1), kind) >= 0:
-            raise EngineError(
-                f"{self.name} has values that are not finite in {self.dtype.name.lower()}; choose another "
-                "floating-point type with --precision"
-            )
+    def _locate(self, first: int, shape: tuple[int, ...], element: int) -> tuple[str, Sequence[int]]:
+        """Return the stacked tensor and the place of an element of a block, whose first row is row `first`."""
+        row, *rest = place_of(element, shape)
+        row, name = first + row, str(self.name)
+        for part, rows in self._parts:
+            name = part
+            if row < rows:
+                break
+            row -= rows
+        return name, (row, *rest)
 
 
 def _bytes(values: Array) -> memoryview:

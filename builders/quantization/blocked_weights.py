@@ -51,7 +51,7 @@ class BlockedWeights:
                 f"{weight.name.removesuffix('.weight')} has {outputs} outputs, and 4-bit weights are stored in pairs; "
                 "choose int8-weight-only for its component"
             )
-        quantised = QuantisedWeight(weight, lambda rows: quantize_signed(rows, bits, dtype))
+        quantised = QuantisedWeight(weight, lambda rows, _: quantize_signed(rows, bits, dtype))
         name = f"{weight.name}.int{bits}"
         values = graph.stored(name, (inputs, outputs), quantised.values, _TYPES[bits], transposed=True)
         blocks = (inputs // BLOCK[bits], outputs)
@@ -63,7 +63,7 @@ def _rows(graph: StageGraph, weight: LinearWeight) -> ir.Value:
     """Store a weight in 8 bits with one scale per output. Return it restored: [inputs, outputs]."""
     dtype = graph.dtype
     outputs, inputs = weight.shape
-    quantised = QuantisedWeight(weight, lambda rows: int8.quantize_rows(rows, dtype))
+    quantised = QuantisedWeight(weight, lambda rows, _: int8.quantize_rows(rows, dtype))
     values = graph.stored(f"{weight.name}.int8", (inputs, outputs), quantised.values, INT8, transposed=True)
     scales = graph.stored(f"{weight.name}.scale", (outputs,), quantised.scales)
     return graph.op.DequantizeLinear(values, scales, axis=1)

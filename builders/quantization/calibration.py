@@ -19,6 +19,7 @@ from nvlm_trt.errors import EngineError
 
 KIND: Final = "nvlm-trt calibration"
 SCHEMA_VERSION: Final = 1
+SOURCE_SCALES: Final = {"source": "input scales of the checkpoint"}  # in the place of samples
 _MARK = f'"kind": "{KIND}"'.encode()
 _HEAD_BYTES = 256  # `kind` is the first key that `save` writes
 _REMEDY = "calibrate again with --calibration SAMPLES.jsonl"

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from nvlm_trt.builders.graphs.common import Embedding, LinearWeight, StageGraph, Unquantised, WeightFormat
 from nvlm_trt.builders.quantization.blocked_weights import BlockedWeights
-from nvlm_trt.builders.quantization.calibration import Calibration
+from nvlm_trt.builders.quantization.calibration import SOURCE_SCALES, Calibration
 from nvlm_trt.builders.quantization.fp8 import Fp8
 from nvlm_trt.builders.quantization.int8 import Int8
 from nvlm_trt.builders.quantization.observer import Observer
@@ -21,6 +21,7 @@ from nvlm_trt.builders.quantization.row_scaled import RowScaled
 from nvlm_trt.builders.quantization.smoothquant import Factors, migrate
 from nvlm_trt.builders.quantization.weight_only import WeightOnly
 from nvlm_trt.checkpoint.reader import Checkpoint
+from nvlm_trt.errors import EngineError
 from nvlm_trt.model.precision import (
     COMPONENTS,
     FLOATING,
@@ -99,6 +100,11 @@ def quantised(
         assert calibration is not None, "static scales come from a calibration"
         record = {"samples": calibration.samples}
         if "int8" in precisions.values():
+            if calibration.samples == SOURCE_SCALES:
+                raise EngineError(
+                    "the calibration holds the input scales of an FP8 checkpoint, which say too little for int8; "
+                    "calibrate on samples, or choose fp8"
+                )
             record["smoothquant_alpha"] = alpha
             if alpha > 0:
                 factors, calibration = migrate(checkpoint.config, checkpoint, calibration, precisions, alpha)

@@ -3,7 +3,7 @@
     x ~ scale_x * e4m3(x / scale_x),  scale_x = largest |x| / 448        w ~ scale_w * e4m3(w / scale_w), by row
 
 448 is the largest E4M3 number. E4M3 keeps its relative precision over 14 octaves, so neither clipping nor SmoothQuant
-gains anything.
+gains anything. Weights that a checkpoint stores in E4M3 keep their numbers and scales.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from nvlm_trt.backends.base import FloatArray
 from nvlm_trt.builders.graphs.common import FLOAT, FLOAT8, Embedding, LinearWeight, StageGraph
 from nvlm_trt.builders.quantization.calibration import LinearInputs
 from nvlm_trt.builders.quantization.rows import QuantisedWeight, nonzero, rounded
+from nvlm_trt.builders.quantization.source_scales import weight_scales
 
 LARGEST = 448
+_SCALE_ERROR = 2**-8  # of bfloat16's rounding; E4M3 rounds by up to 2**-4
 
 
 class Fp8:
@@ -37,7 +39,8 @@ class Fp8:
     def matmul(self, graph: StageGraph, x: ir.Value, weight: LinearWeight) -> ir.Value:
         outputs, inputs = weight.shape
         dtype = graph.dtype
-        quantised = QuantisedWeight(weight, lambda rows: _quantised(rows, dtype))
+        known = weight_scales(weight)
+        quantised = QuantisedWeight(weight, lambda rows, place: _quantised(rows, dtype, known[place]))
         values = graph.stored(f"{weight.name}.fp8", (inputs, outputs), quantised.values, FLOAT8, transposed=True)
         scales = graph.stored(f"{weight.name}.scale", (outputs,), quantised.scales)
         largest = self._calibration.of(weight.name, inputs).abs_max
@@ -65,7 +68,12 @@ def quantize(weight: FloatArray, scales: FloatArray) -> npt.NDArray[Any]:
     return np.clip(weight / scales[:, None], -LARGEST, LARGEST).astype(FLOAT8.numpy())
 
 
-def _quantised(rows: FloatArray, dtype: ir.DataType) -> tuple[npt.NDArray[Any], FloatArray]:
-    """Quantise rows [n, inputs] to E4M3 [n, inputs] and the scales [n] that a graph of `dtype` stores."""
-    scales = rounded(row_scales(rows), dtype)
-    return quantize(rows, scales), scales
+def _quantised(rows: FloatArray, dtype: ir.DataType, known: FloatArray) -> tuple[npt.NDArray[Any], FloatArray]:
+    """Quantise rows [n, inputs] to E4M3 [n, inputs] and the scales [n] that a graph of `dtype` stores.
+
+    `known` [n]: scales with which an FP8 checkpoint stores these rows, NaN for rows that it does not. Divided by its
+    own scale, a row gives the stored numbers back. `dtype` may round the scale: by less than the numbers were rounded
+    when they were made, else the row is quantised anew."""
+    scales = rounded(np.where(np.isnan(known), row_scales(rows), known), dtype)
+    taken_over = np.abs(scales - known) <= known * np.float32(_SCALE_ERROR)
+    return quantize(rows, np.where(taken_over, known, scales)), scales

@@ -44,7 +44,7 @@ def integer_product(graph: StageGraph, x: ir.Value, weight: LinearWeight, input_
     """Multiply x [..., inputs], quantised by `input_scale`, by the quantised weight: [..., outputs]."""
     outputs, inputs = weight.shape
     dtype = graph.dtype
-    quantised = QuantisedWeight(weight, lambda rows: quantize_rows(rows, dtype))
+    quantised = QuantisedWeight(weight, lambda rows, _: quantize_rows(rows, dtype))
     values = graph.stored(f"{weight.name}.int8", (inputs, outputs), quantised.values, INT8, transposed=True)
     scales = graph.stored(f"{weight.name}.scale", (outputs,), quantised.scales)
     x_scale = graph.float_constant(f"{weight.name}.input_scale", input_scale)

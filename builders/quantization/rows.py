@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
@@ -12,7 +13,7 @@ import onnx_ir as ir
 from nvlm_trt.backends.base import FloatArray
 from nvlm_trt.builders.graphs.common import LinearWeight
 
-Quantise = Callable[[FloatArray], tuple[npt.NDArray[Any], FloatArray]]
+Quantise = Callable[[FloatArray, slice], tuple[npt.NDArray[Any], FloatArray]]
 
 
 class QuantisedWeight:
@@ -22,21 +23,27 @@ class QuantisedWeight:
     `scales`. Without a call of `values` before, `scales` reads the weight again."""
 
     def __init__(self, weight: LinearWeight, quantise: Quantise) -> None:
-        """`quantise` turns rows [n, inputs] into values [n, ...] and scales [n, ...]."""
+        """`quantise` turns rows [n, inputs], and the slice of the weight that they are, into values [n, ...] and scales
+        [n, ...]."""
         self._weight, self._quantise = weight, quantise
         self._scales: list[FloatArray] | None = None
 
     def values(self) -> Iterator[npt.NDArray[Any]]:
         scales = []
-        for rows in self._weight.blocks():
-            values, of_rows = self._quantise(rows)
+        for values, of_rows in self._quantised():
             scales.append(of_rows)
             yield values
         self._scales = scales
 
     def scales(self) -> Iterable[FloatArray]:
         scales, self._scales = self._scales, None
-        return scales or (self._quantise(rows)[1] for rows in self._weight.blocks())
+        return scales or (of_rows for _, of_rows in self._quantised())
+
+    def _quantised(self) -> Iterator[tuple[npt.NDArray[Any], FloatArray]]:
+        first = 0
+        for rows in self._weight.blocks():
+            yield self._quantise(rows, slice(first, first + len(rows)))
+            first += len(rows)
 
 
 def nonzero(scales: FloatArray) -> FloatArray:
@@ -45,5 +52,10 @@ def nonzero(scales: FloatArray) -> FloatArray:
 
 
 def rounded(scales: FloatArray, dtype: ir.DataType) -> FloatArray:
-    """Round scales to `dtype`, as the graph stores them: weights are quantised and restored by the same scale."""
-    return scales.astype(dtype.numpy()).astype(np.float32)
+    """Round scales to `dtype`, as the graph stores them: weights are quantised and restored by the same scale.
+
+    Scales that would become 0 become the smallest number of `dtype`: fp16 ends at 6e-8."""
+    with np.errstate(over="ignore"):  # the graph names a scale that is not finite
+        stored = scales.astype(dtype.numpy()).astype(np.float32)
+    smallest = np.float32(ml_dtypes.finfo(dtype.numpy()).smallest_subnormal)
+    return np.where((stored == 0) & (scales != 0), np.copysign(smallest, scales), stored)

@@ -39,7 +39,7 @@ class WeightOnly:
         bits = self._bits
         block = BLOCK[bits]
         blocks = -(-inputs // block)
-        quantised = QuantisedWeight(weight, lambda rows: _packed(rows, bits))
+        quantised = QuantisedWeight(weight, lambda rows, _: _packed(rows, bits))
         shape = (outputs, blocks, block * bits // 8)
         values = graph.stored(f"{weight.name}.int{bits}", shape, quantised.values, UINT8)
         scales = graph.stored(f"{weight.name}.scale", (outputs, blocks), quantised.scales)

@@ -1,12 +1,13 @@
 """Writes the tensors of a stage into the files of the stage's ranks, some rows of the checkpoint at a time.
 
-FP8:                  w ~ e4m3(w / s) * s with one s for a whole tensor, max|w| / 448
+FP8:                  w ~ e4m3(w / s) * s with one s for a whole tensor, max|w| / 448 or that of an FP8 checkpoint
 W8A8_SQ_PER_CHANNEL:  the int8 numbers and scales of builders/quantization/int8.py, one scale per row
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,12 +17,13 @@ import numpy.typing as npt
 from nvlm_trt.backends.base import FloatArray
 from nvlm_trt.builders.graphs.common import FLOAT, WeightSource
 from nvlm_trt.builders.graphs.streamed import StoredTensor, blocks_of
+from nvlm_trt.builders.narrow import narrowed, place_of
 from nvlm_trt.builders.quantization import fp8, int8
-from nvlm_trt.builders.quantization.rows import nonzero
 from nvlm_trt.builders.quantization.smoothquant import MigratedWeights
+from nvlm_trt.builders.quantization.source_scales import stored_scales
 from nvlm_trt.builders.tensorrt_llm.quantization import LlmQuantization
 from nvlm_trt.builders.tensorrt_llm.shards import FloatTensor, Part, Piece, QuantisedLinear, Scale, StageTensor
-from nvlm_trt.builders.tensorrt_llm.tensor_file import TensorFile, nbytes
+from nvlm_trt.builders.tensorrt_llm.tensor_file import NUMPY_DTYPES, TensorFile, nbytes
 
 Array = npt.NDArray[Any]
 
@@ -35,7 +37,7 @@ class StageWriter:
         self._tensors: dict[str, StoredTensor] = {}
         self._quantization = quantization
         self._report = report
-        self._largest = functools.lru_cache(maxsize=1)(self._largest_of)  # fc and gate follow each other
+        self._scale = functools.lru_cache(maxsize=1)(self._scale_of)  # fc and gate follow each other
 
     def write(self, tensor: StageTensor, files: Sequence[TensorFile]) -> None:
         """Write a tensor of the stage whose ranks have `files`. Raises OSError, CheckpointError, and EngineError for
@@ -43,8 +45,9 @@ class StageWriter:
         if isinstance(tensor, Scale):
             self._everywhere(files, tensor.name, np.array([tensor.value], np.float32))
         elif isinstance(tensor, FloatTensor):
+            dtype = NUMPY_DTYPES[files[0].layout[tensor.name].dtype]
             for part, first, block in self._blocks(tensor.parts):
-                self._place(files, tensor.name, part, first, block)
+                self._place(files, tensor.name, part, first, narrowed(block, dtype, _located(part, first, block)))
         elif self._quantization.algo == "FP8":
             self._write_fp8(tensor, files)
         else:
@@ -56,7 +59,7 @@ class StageWriter:
         return sum(nbytes(file.layout[name]) for file in files for name in names)
 
     def _write_fp8(self, linear: QuantisedLinear, files: Sequence[TensorFile]) -> None:
-        scale = nonzero(np.array([self._largest(linear.one_scale)], np.float32) / np.float32(fp8.LARGEST))  # [1]
+        scale = np.array([self._scale(linear.one_scale)], np.float32)
         largest = max(self._observed(linear, name).abs_max for name in linear.inputs)
         self._everywhere(files, f"{linear.name}.weights_scaling_factor", scale)
         self._everywhere(
@@ -105,14 +108,28 @@ class StageWriter:
         for file in files:
             self._report(file.write(name, 0, values))
 
-    def _largest_of(self, names: tuple[str, ...]) -> float:
-        """Return the largest magnitude in some weights."""
-        return max(float(np.abs(block).max()) for name in names for block in blocks_of(self._take(name)))
+    def _scale_of(self, names: tuple[str, ...]) -> np.float32:
+        """Return the FP8 scale of some weights: the one that the checkpoint stores them with, if it is one per tensor,
+        so that a tensor of that scale keeps its numbers."""
+        known = [stored_scales(self._take(name)) for name in names]
+        if all(scales is not None and len(scales) == 1 and scales[0] > 0 for scales in known):
+            return np.float32(max(scales[0] for scales in known if scales is not None))
+        largest = max(float(np.abs(block).max()) for name in names for block in blocks_of(self._take(name)))
+        return np.float32(largest / fp8.LARGEST or 1)  # zeros stay zeros at any scale
 
     def _take(self, name: str) -> StoredTensor:
         if name not in self._tensors:
             self._tensors[name] = self._source.take(name)
         return self._tensors[name]
+
+
+def _located(part: Part, first: int, block: FloatArray) -> Callable[[int], tuple[str, Sequence[int]]]:
+    """Make what returns the source of an element of a block, whose first row is row `first`, and its place there."""
+    shape = block.shape
+    return lambda element: (
+        part.source,
+        place_of(first * math.prod(shape[1:]) + element, (first + len(block), *shape[1:])),
+    )
 
 
 def _cut(rows: Array, piece: Piece, widths: tuple[int, ...]) -> Array:

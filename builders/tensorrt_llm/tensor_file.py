@@ -13,10 +13,9 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from nvlm_trt.builders.narrow import narrowed, place_of
 from nvlm_trt.builders.tensorrt_llm.layout import ITEM_BYTES, Layout, TensorSpec
-from nvlm_trt.checkpoint.finite import first_not_finite
 from nvlm_trt.closing import ClosedOnExit
-from nvlm_trt.errors import EngineError
 
 NUMPY_DTYPES: dict[str, npt.DTypeLike] = {
     "BF16": ml_dtypes.bfloat16,
@@ -60,13 +59,8 @@ class TensorFile(ClosedOnExit):
         Raises OSError, and EngineError for values beyond a 16-bit type."""
         spec = self.layout[name]
         assert 0 <= first <= first + values.size <= math.prod(spec.shape), f"elements of {name} are in the file"
-        with np.errstate(over="ignore"):  # reported below
-            stored = np.ascontiguousarray(values, NUMPY_DTYPES[spec.dtype])
-        if spec.dtype in ("BF16", "F16") and first_not_finite(stored.view(np.uint16).reshape(-1), spec.dtype) >= 0:
-            raise EngineError(
-                f"{name} has values that are not finite in {spec.dtype.lower()}; choose another floating-point type "
-                "with --precision"
-            )
+        stored = narrowed(values, NUMPY_DTYPES[spec.dtype], lambda n: (name, place_of(first + n, spec.shape)))
+        stored = np.ascontiguousarray(stored)
         self._write(stored.view(np.uint8).data, self._first + self._begins[name] + first * ITEM_BYTES[spec.dtype])
         return stored.nbytes
 

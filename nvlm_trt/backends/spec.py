@@ -117,7 +117,7 @@ class ServerNeeds:
     """Tells `nvlm-trt deploy` what an engine needs of the machines and the container that serve it."""
 
     container: str = "python:3.12-slim"  # nvlm-trt is installed in it
-    extra: str | None = None  # of nvlm-trt
+    extras: tuple[str, ...] = ("structured",)  # of nvlm-trt; most engines take constraints on answers
     packages: tuple[str, ...] = ()  # pip's requirements beside nvlm-trt
     index: str | None = None  # a package index for `packages`, beside the public one
     capability: int | None = None  # compute capability of the GPUs that alone run the engine: 90 for 9.0

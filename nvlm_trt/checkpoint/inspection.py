@@ -15,23 +15,13 @@ from nvlm_trt.checkpoint.safetensors_file import FLOAT_DTYPES
 from nvlm_trt.checkpoint.stored_names import layout_name
 from nvlm_trt.checkpoint.weight_files import weight_files
 from nvlm_trt.errors import CheckpointError, ConfigError, NvlmError
+from nvlm_trt.model.components import OTHER, PARTS, part_of
 from nvlm_trt.model.config import NvlmConfig
 from nvlm_trt.model.hf_config import config_from_hf, read_raw_config
 from nvlm_trt.model.quantised_source import FP8_DTYPE, Fp8Scheme, read_scheme
 from nvlm_trt.prompt.encoder import PromptEncoder
 from nvlm_trt.prompt.tokenizer import Tokenizer
 from nvlm_trt.prompt.tokenizer_files import chat_template_file
-
-# Prefixes of the tensor names of each part, in the order of the data's way through a model; the first that fits counts.
-_PARTS = {
-    "vision_encoder": "vision_model.",
-    "projector": "mlp1.",
-    "embedding": "language_model.model.embed_tokens.",
-    "cross_attention": "language_model.cross_layers.",
-    "decoder": "language_model.model.",
-    "lm_head": "language_model.lm_head.",
-    "other": "",
-}
 
 
 class _Record(BaseModel):
@@ -88,12 +78,13 @@ def inspect_checkpoint(directory: Path | str) -> Inspection:
     if not directory.is_dir():
         raise ConfigError(f"{directory} is not a folder; name a checkpoint directory in HF layout")
     faults: list[str] = []
-    config = _config(directory, faults)
+    raw = _raw_config(directory, faults)
+    config = _config(raw, directory, faults) if raw is not None else None
     states = [file_state(directory / name) for name in _file_names(directory, faults)]
     faults += [state.fault for state in states if state.fault is not None]
     records = _records(states, faults)
     tokenizer = _tokenizer(directory, config, faults)
-    scheme = _scheme(directory, faults) if config is not None else None
+    scheme = _scheme(raw, directory, faults) if raw is not None and config is not None else None
     accounting = account(config, records, scheme) if config is not None else None
     if accounting is not None:
         whole = bool(states) and all(state.kind == "whole" for state in states)
@@ -115,17 +106,25 @@ def inspect_checkpoint(directory: Path | str) -> Inspection:
     )
 
 
-def _config(directory: Path, faults: list[str]) -> NvlmConfig | None:
+def _raw_config(directory: Path, faults: list[str]) -> dict[str, Any] | None:
     try:
-        return config_from_hf(read_raw_config(directory), name=directory.resolve().name)
+        return read_raw_config(directory)
     except ConfigError as error:
         faults.append(str(error))
         return None
 
 
-def _scheme(directory: Path, faults: list[str]) -> Fp8Scheme | None:
+def _config(raw: Mapping[str, Any], directory: Path, faults: list[str]) -> NvlmConfig | None:
     try:
-        return read_scheme(read_raw_config(directory), directory)
+        return config_from_hf(raw, name=directory.resolve().name)
+    except ConfigError as error:
+        faults.append(str(error))
+        return None
+
+
+def _scheme(raw: Mapping[str, Any], directory: Path, faults: list[str]) -> Fp8Scheme | None:
+    try:
+        return read_scheme(raw, directory)
     except ConfigError as error:
         faults.append(str(error))
         return None
@@ -200,9 +199,9 @@ def _several(names: tuple[str, ...] | list[str]) -> str:
 def _parts(records: Mapping[str, TensorRecord]) -> dict[str, Part]:
     tensors: dict[str, list[TensorRecord]] = defaultdict(list)
     for name, record in records.items():
-        tensors[next(part for part, prefix in _PARTS.items() if name.startswith(prefix))].append(record)
+        tensors[part_of(name)].append(record)
     parts = {}
-    for part in _PARTS:
+    for part in (*PARTS, OTHER):
         nbytes: dict[str, int] = defaultdict(int)
         for record in tensors[part]:
             nbytes[record.dtype] += record.nbytes

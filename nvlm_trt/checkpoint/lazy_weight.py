@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -21,17 +23,21 @@ class LazyWeight:
     shape: tuple[int, ...]
     file: SafetensorsFile
     scales: FloatArray | None = None  # [stored rows] or [1], of an FP8 tensor
-    update: LowRankUpdate | None = None  # of a tensor without dummy heads
+    update: LowRankUpdate | None = None  # of the stored shape
+
+    @property
+    def stored_scales(self) -> FloatArray | None:
+        """The scales [rows] or [1], if the tensor is exactly its stored FP8 numbers times these."""
+        whole = self.update is None and self.file.records[self.name].shape == self.shape
+        return self.scales if whole else None
 
     def load(self) -> FloatArray:
         """Reads the tensor as a new float32 array, without dummy heads. BF16, F16 and F32 convert exactly."""
         stored = self.file.load(self.name)
         self._scale(stored, slice(None))
-        if stored.shape != self.shape:
-            return real_heads(self.name, stored, self.shape)
         if self.update is not None:
             self.update.add_to(stored, 0)
-        return stored
+        return stored if stored.shape == self.shape else real_heads(self.name, stored, self.shape)
 
     def rows(self, start: int, stop: int) -> FloatArray:
         """Reads rows [start, stop) of the array that `load` returns, [stop - start, ...], and no others."""
@@ -65,4 +71,12 @@ class LazyWeight:
         places = part * (stored[0] // parts) + row
         rows = self.file.load_rows(self.name, places)
         self._scale(rows, places)
+        if self.update is not None:
+            for first, last in _runs(places):
+                self.update.add_to(rows[first:last], int(places[first]))
         return np.ascontiguousarray(rows[:, : self.shape[1]])
+
+
+def _runs(places: npt.NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """Yields [first, last) of each part of ascending `places` in which one follows the other."""
+    return pairwise([0, *(np.flatnonzero(np.diff(places) != 1) + 1).tolist(), len(places)])

@@ -124,22 +124,21 @@ class LoraAdapter(ClosedOnExit):
                 digest.update(block)
         return digest.hexdigest()
 
-    def check_base(self, shapes: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]]) -> None:
-        """Raises CheckpointError unless every tensor of the adapter fits a weight of the base. `shapes` are the
-        layout's, `stored` those of the files, which differ where weights have dummy heads."""
+    def changes(self, name: str) -> bool:
+        """Whether the adapter changes a weight."""
+        return name in self.updates or name in self.replaced
+
+    def check_base(self, stored: Mapping[str, tuple[int, ...]]) -> None:
+        """Raises CheckpointError unless every tensor of the adapter fits a weight of the base, of which `stored` are
+        the shapes by name, dummy heads included."""
         changed = {name: update.shape for name, update in self.updates.items()}
         for name, shape in {**changed, **{name: self.file.records[name].shape for name in self.replaced}}.items():
-            if name not in shapes:
+            if name not in stored:
                 raise CheckpointError(f"adapter {self.directory} changes {name}, which {self._other_base}")
             if shape != stored[name]:
                 raise CheckpointError(
                     f"adapter {self.directory} changes {name} of shape {list(shape)}, the checkpoint's has "
                     f"{list(stored[name])}: it is of another base; {self._remedy}"
-                )
-            if stored[name] != shapes[name]:
-                raise CheckpointError(
-                    f"adapter {self.directory} changes {name}, which is stored with dummy heads; that is not "
-                    "supported, merge the adapter with PEFT: model.merge_and_unload().save_pretrained(...)"
                 )
 
     def close(self) -> None:

@@ -27,7 +27,7 @@ from nvlm_trt.checkpoint.weight_files import weight_files
 from nvlm_trt.closing import ClosedOnExit
 from nvlm_trt.errors import CheckpointError
 from nvlm_trt.model.config import NvlmConfig
-from nvlm_trt.model.hf_config import config_to_hf, read_config, read_raw_config
+from nvlm_trt.model.hf_config import config_in, config_to_hf, read_raw_config
 from nvlm_trt.model.layout import EMBEDDING, LM_HEAD, checkpoint_layout
 from nvlm_trt.model.quantised_source import FP8_DTYPE, Fp8Scheme, read_scheme
 
@@ -62,7 +62,7 @@ class Checkpoint(ClosedOnExit):
         self._check_tensors(account(config, records, scheme))
         self._scheme = scheme
         if adapter is not None:
-            adapter.check_base(self._layout, {name: record.shape for name, record in records.items()})
+            adapter.check_base({name: records[name].shape for name in self._layout})
 
     @classmethod
     def open(cls, directory: Path | str, lora: Path | None = None) -> Checkpoint:
@@ -71,8 +71,8 @@ class Checkpoint(ClosedOnExit):
         Raises ConfigError, or CheckpointError naming a tensor that is missing, not expected or misshapen, a file that
         is missing, truncated or corrupt, or an adapter of another base."""
         directory = Path(directory)
-        config = read_config(directory)
-        scheme = read_scheme(read_raw_config(directory), directory)
+        raw = read_raw_config(directory)
+        config, scheme = config_in(directory, raw), read_scheme(raw, directory)
         with contextlib.ExitStack() as opened:
             files = []
             for name in weight_files(directory):
@@ -133,6 +133,15 @@ class Checkpoint(ClosedOnExit):
         """Reads rows `ids` [n] of a matrix, [n, columns] float32, without consuming it."""
         return self._lazy(name).pick(np.asarray(ids, np.int64))
 
+    def input_scale(self, linear: str) -> float | None:
+        """Reads the scale that an FP8 checkpoint has for the input of a linear layer; None: it has none, or weights
+        that an adapter changes, of which the scale knows nothing."""
+        name = f"{linear}.input_scale"
+        if self._scheme is None or self._adapter is not None or name not in self._file_of:
+            return None
+        scale = self._file_of[name].load(name).reshape(-1)
+        return float(scale[0]) if len(scale) == 1 and scale[0] > 0 else None
+
     def finish(self) -> None:
         """Raises CheckpointError when a tensor was never taken."""
         if self._remaining:
@@ -148,11 +157,17 @@ class Checkpoint(ClosedOnExit):
             self._adapter.close()
 
     def _lazy(self, name: str) -> LazyWeight:
+        return replace(self._as_stored(name), shape=self._layout[name])
+
+    def _as_stored(self, name: str) -> LazyWeight:
+        """Returns a tensor with its dummy heads."""
         update = self._adapter.updates.get(name) if self._adapter is not None else None
         if self._adapter is not None and name in self._adapter.replaced:
-            return LazyWeight(name, self._layout[name], self._adapter.file, update=update)
+            file = self._adapter.file
+            return LazyWeight(name, file.records[name].shape, file, update=update)
+        file = self._file_of[name]
         scales = self._scales(name) if self._is_fp8(name) else None
-        return LazyWeight(name, self._layout[name], self._file_of[name], scales, update)
+        return LazyWeight(name, file.records[name].shape, file, scales, update)
 
     def _is_fp8(self, name: str) -> bool:
         """Whether a tensor has scales. Raises CheckpointError for FP8 without."""
@@ -172,17 +187,21 @@ class Checkpoint(ClosedOnExit):
 
     def _check_dummy_heads(self, attention: str) -> None:
         """Raises CheckpointError unless dummy heads add nothing: their columns of `proj` are 0, or their values."""
-        projection, qkv = f"{attention}.proj.weight", f"{attention}.qkv.weight"
+        projection, qkv = self._as_stored(f"{attention}.proj.weight"), self._as_stored(f"{attention}.qkv.weight")
         width = self.config.vision.hidden_size
         padded = width + self._padding
-        values = self._file_of[qkv].load_rows(qkv, np.arange(2 * padded + width, 3 * padded))
-        columns = self._file_of[projection].load(projection)[:, width:]
-        silent = not values.any() and not self.config.vision.qkv_bias
-        if columns.any() and not silent:
+        silent = not self.config.vision.qkv_bias and not qkv.rows(2 * padded + width, 3 * padded).any()
+        if silent or not projection.load()[:, width:].any():
+            return
+        if self._adapter is not None and any(self._adapter.changes(weight.name) for weight in (projection, qkv)):
             raise CheckpointError(
-                f"{attention} of {self.directory} has {self._padding // self.config.vision.head_dim} heads beyond "
-                f"config.json's {self.config.vision.num_heads}, and they are not zero; correct num_attention_heads"
+                f"adapter {self._adapter.directory} has trained the dummy heads of {attention}, which then add to its "
+                "output; an engine has none: train qkv or proj alone, or zero their rows of qkv's lora_B"
             )
+        raise CheckpointError(
+            f"{attention} of {self.directory} has {self._padding // self.config.vision.head_dim} heads beyond "
+            f"config.json's {self.config.vision.num_heads}, and they are not zero; correct num_attention_heads"
+        )
 
     def _check_tied_copy(self) -> None:
         """Raises CheckpointError unless lm_head equals the embeddings."""

@@ -242,6 +242,8 @@ def _option(options: dict[str, Any]) -> str:
 
 
 def _note_calibration(samples: dict[str, Any]) -> None:
+    if "source" in samples:
+        terminal.note(f"calibration: {samples['source']}")
     if "of" in samples:  # a calibration.json of an earlier version does not say it
         stopped = "; more moved no scale" if samples["count"] < samples["of"] else ""
         terminal.note(f"calibration: {_used(samples)}{stopped}")

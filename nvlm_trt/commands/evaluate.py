@@ -38,6 +38,9 @@ def evaluate(
         typer.Option(help="A running server: grpc://host:port, or the http:// address of an OpenAI endpoint."),
     ] = None,
     reference: Annotated[Path | None, typer.Option(help="Checkpoint, run by the PyTorch reference.")] = None,
+    lora: Annotated[
+        Path | None, typer.Option(help="LoRA adapter of PEFT, merged into the weights of --reference.")
+    ] = None,
     samples: Annotated[
         Path | None, typer.Option(help="JSONL of {image, prompt, answer}; default: TinyDocs, drawn here.")
     ] = None,
@@ -92,7 +95,7 @@ def evaluate(
     with terminal.progress() as progress:
         chosen = _samples(samples, split, tasks, count, metric, progress)
         digest = digest_of(chosen, progress, limits)
-        answerer = _answerer(engine, url, reference, max_tokens, concurrency, limits)
+        answerer = _answerer(engine, url, reference, lora, max_tokens, concurrency, limits)
         header = accuracy.run_header(digest, len(chosen), answerer, options)
         if other:
             _check_comparable(other, header)
@@ -173,12 +176,15 @@ def _answerer(
     engine: Path | None,
     url: str | None,
     reference: Path | None,
+    lora: Path | None,
     max_tokens: int,
     concurrency: int | None,
     limits: ImageLimits,
 ) -> Answerer:
     if sum(source is not None for source in (engine, url, reference)) != 1:
         raise NvlmError("name who answers: pass one of --engine DIR, --url grpc://host:port and --reference CHECKPOINT")
+    if lora is not None and reference is None:
+        raise NvlmError("--lora is for --reference; an engine has its adapter from `nvlm-trt build --lora`")
     if url is not None and url.startswith(("http://", "https://")):
         from nvlm_trt.serving.openai_answerer import OpenAiAnswerer
 
@@ -192,7 +198,7 @@ def _answerer(
     if engine is not None:
         return EngineAnswerer(engine, max_tokens, concurrency, limits)
     assert reference is not None
-    return ReferenceAnswerer(reference, max_tokens, concurrency)
+    return ReferenceAnswerer(reference, max_tokens, concurrency, lora)
 
 
 def _check_comparable(other: SavedResults, header: Header) -> None:

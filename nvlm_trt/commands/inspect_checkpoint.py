@@ -113,7 +113,9 @@ def _lines(inspection: Inspection) -> list[str]:
     if len(broken) > _FILES_SHOWN:
         lines.append(f"  and {len(broken) - _FILES_SHOWN} more")
     if inspection.quantised is not None:
-        lines.append(f"quantised: {inspection.quantised}; a build takes weight times scale")
+        lines.append(
+            f"quantised: {inspection.quantised}; fp8 takes its numbers over, other precisions weight times scale"
+        )
     if inspection.tokenizer is not None:
         found = inspection.tokenizer
         template = f"chat template in {found.chat_template}" if found.chat_template else "no chat template"

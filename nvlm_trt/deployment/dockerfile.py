@@ -11,7 +11,7 @@ def dockerfile(deployment: Deployment, launches: bool) -> str:
     whether a container starts several ranks."""
     needs = deployment.engine.needs
     wheel = f"nvlm_trt-{deployment.version}-py3-none-any.whl"
-    extra = f"[{needs.extra}]" if needs.extra else ""
+    extras = f"[{','.join(needs.extras)}]" if needs.extras else ""
     index = f" --extra-index-url {needs.index}" if needs.index else ""
     packages = "".join(f" '{package}'" for package in needs.packages)
     lines = [
@@ -19,7 +19,7 @@ def dockerfile(deployment: Deployment, launches: bool) -> str:
         f"# puts nvlm-trt here, then: docker build --tag {deployment.image} .",
         f"FROM {needs.container}",
         f"COPY {wheel} /tmp/",
-        f"RUN pip install --no-cache-dir{index} '/tmp/{wheel}{extra}'{packages} && rm /tmp/{wheel}",
+        f"RUN pip install --no-cache-dir{index} '/tmp/{wheel}{extras}'{packages} && rm /tmp/{wheel}",
     ]
     if deployment.layout.nodes > 1 and launches:
         lines += [

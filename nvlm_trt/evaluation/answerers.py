@@ -110,14 +110,17 @@ class EngineAnswerer:
 class ReferenceAnswerer:
     """Answers by the PyTorch reference, with the prompts and stop tokens of the engines."""
 
-    def __init__(self, checkpoint: Path, max_tokens: int, concurrency: int | None = None) -> None:
-        """Runs `concurrency` samples at once, each on one thread, by default as many as there are cores."""
+    def __init__(
+        self, checkpoint: Path, max_tokens: int, concurrency: int | None = None, lora: Path | None = None
+    ) -> None:
+        """Runs `concurrency` samples at once, each on one thread, by default as many as there are cores. `lora`: an
+        adapter that is merged into the checkpoint's weights."""
         require("reference", "the PyTorch reference")
         import torch
 
-        with Checkpoint.open(checkpoint) as source:
+        with Checkpoint.open(checkpoint, lora) as source:
             self.identity = ModelIdentity("reference", source.config.name, source.digest)
-        self._checkpoint = checkpoint
+        self._checkpoint, self._lora = checkpoint, lora
         self._max_tokens = max_tokens
         self._concurrency = concurrency or available_cores()
         self._threads = torch.get_num_threads()
@@ -129,7 +132,7 @@ class ReferenceAnswerer:
 
         # a token of one sample is too little work for two threads: on two busy cores 1.5 s, with one thread 0.2 s
         torch.set_num_threads(1)
-        self._ask = ReferenceAnswer(self._checkpoint, self._max_tokens)
+        self._ask = ReferenceAnswer(self._checkpoint, self._max_tokens, self._lora)
         return self
 
     def __exit__(

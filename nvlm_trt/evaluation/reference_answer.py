@@ -22,8 +22,9 @@ from nvlm_trt.reference.preprocess import reference_tiles
 class ReferenceAnswer:
     """Answers a sample greedily when called. Shares only prompts and tokenizer with the engines."""
 
-    def __init__(self, checkpoint: Path, max_tokens: int) -> None:
-        self._model = ReferenceModel.from_checkpoint(checkpoint)
+    def __init__(self, checkpoint: Path, max_tokens: int, lora: Path | None = None) -> None:
+        """`lora`: an adapter that is merged into the checkpoint's weights."""
+        self._model = ReferenceModel.from_checkpoint(checkpoint, lora=lora)
         self._tokenizer = Tokenizer.from_directory(checkpoint)
         self._prompts = PromptEncoder(self._model.config, self._tokenizer)
         self._max_tokens = max_tokens

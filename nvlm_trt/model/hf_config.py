@@ -64,10 +64,14 @@ def read_config(directory: Path) -> NvlmConfig:
     """Reads DIR/config.json; takes the image placeholder's id from DIR/tokenizer.json if the config has none.
 
     Raises ConfigError for a file that is missing, malformed or asks for something that is not supported."""
-    raw = read_raw_config(directory)
-    config = config_from_hf(raw, name=Path(directory).resolve().name)
+    return config_in(Path(directory), read_raw_config(directory))
+
+
+def config_in(directory: Path, raw: Mapping[str, Any]) -> NvlmConfig:
+    """Translates `raw`, the config.json of a directory, as `read_config` does."""
+    config = config_from_hf(raw, name=directory.resolve().name)
     if config.image_token_id is None:
-        config = replace(config, image_token_id=_image_token_from_tokenizer(Path(directory)))
+        config = replace(config, image_token_id=_image_token_from_tokenizer(directory))
     return config
 
 

@@ -7,21 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nvlm_trt.errors import EngineError
+from nvlm_trt.model.components import PARTS, part_of
 
 if TYPE_CHECKING:
     from nvlm_trt.model.config import NvlmConfig
 
-# Prefixes of the tensor names of each component. Linear layers whose quantisation has the same risk are one component.
-# `lm_head` is the embedding table where the two are tied; `cross_attention` is the gated blocks with their keys and
-# values.
-_PREFIXES = {
-    "vision_encoder": ("vision_model.",),
-    "projector": ("mlp1.",),
-    "decoder": ("language_model.model.layers.",),
-    "lm_head": ("language_model.lm_head", "language_model.model.embed_tokens"),
-    "cross_attention": ("language_model.cross_layers.",),
-}
-COMPONENTS = tuple(_PREFIXES)
+# Linear layers whose quantisation has the same risk are one component: the parts of a model, but the embedding table,
+# which is not multiplied unless it is lm_head too.
+COMPONENTS = tuple(part for part in PARTS if part != "embedding")
 
 FLOAT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 FLOATING = tuple(FLOAT_BYTES)
@@ -108,10 +101,10 @@ def components_of(config: NvlmConfig) -> tuple[str, ...]:
 
 def component_of(tensor: str) -> str:
     """Return the component of a linear layer, given the name of the layer or of its weight."""
-    for component, prefixes in _PREFIXES.items():
-        if tensor.startswith(prefixes):
-            return component
-    raise AssertionError(f"{tensor} is not of a linear layer")
+    part = part_of(tensor)
+    component = "lm_head" if part == "embedding" else part  # the two are tied
+    assert component in COMPONENTS, f"{tensor} is not of a linear layer"
+    return component
 
 
 def quantised_components(precisions: Mapping[str, str]) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from nvlm_trt.backends.base import STAGES
 from nvlm_trt.backends.spec import StageWeights, Weight
+from nvlm_trt.model.components import PARTS, part_of
 from nvlm_trt.model.layout import EMBEDDING, checkpoint_layout
 from nvlm_trt.model.precision import BLOCK, FLOAT_BYTES, WEIGHT_ONLY_BITS, needs_calibration, quantised_components
 from nvlm_trt.planner.design import EngineDesign
@@ -22,15 +23,6 @@ from nvlm_trt.prompt.image_tokens import count_image_tokens
 
 IMAGE_CACHE = 512 << 20  # bytes
 
-# The components of --precision, and the embedding table, which is always stored in floating point.
-_COMPONENTS = {
-    "vision_encoder": r"vision_model\.",
-    "projector": r"mlp1\.",
-    "embedding": re.escape(EMBEDDING),
-    "decoder": r"language_model\.model\.(layers|norm)\.",
-    "lm_head": r"language_model\.lm_head\.",
-    "cross_attention": r"language_model\.cross_layers\.",
-}
 _CROSS_KV = re.compile(r"language_model\.cross_layers\.\d+\.attn\.(k_proj|v_proj|k_norm)\.")
 
 
@@ -73,7 +65,7 @@ class EnginePlan:
 def plan_engine(design: EngineDesign, checkpoint: int | None = None) -> EnginePlan:
     """Compute the memory of an engine. `checkpoint`: bytes of its checkpoint's files, None: 2 per parameter."""
     memory = design.backend.memory
-    parameters, weights = dict.fromkeys(_COMPONENTS, 0), dict.fromkeys(_COMPONENTS, 0)
+    parameters, weights = dict.fromkeys(PARTS, 0), dict.fromkeys(PARTS, 0)
     for tensor in _tensors(design):
         parameters[tensor.component] += tensor.parameters
         weights[tensor.component] += tensor.nbytes
@@ -187,7 +179,7 @@ def _tensors(design: EngineDesign) -> Iterator[_Tensor]:
         return _Tensor(stage, parameters, weight, in_blocks=numbers if blocks else 0)
 
     for name, shape in checkpoint_layout(config).items():
-        yield stored(name, shape, component_of_tensor(name), stage_of_tensor(name), math.prod(shape))
+        yield stored(name, shape, part_of(name), stage_of_tensor(name), math.prod(shape))
     if llm.tie_word_embeddings and not tied:
         yield stored("lm_head.weight", (llm.vocab_size, llm.hidden_size), "lm_head", "decoder", 0)
     positions = design.limits.max_seq_len * llm.head_dim  # cos and sin
@@ -197,12 +189,8 @@ def _tensors(design: EngineDesign) -> Iterator[_Tensor]:
         yield _Tensor("cross_kv", 0, Weight("cross_attention", tags, tags * size, multiplied=False))
 
 
-def component_of_tensor(name: str) -> str:
-    return next(component for component, pattern in _COMPONENTS.items() if re.match(pattern, name))
-
-
 def stage_of_tensor(name: str) -> str:
-    if component_of_tensor(name) in ("vision_encoder", "projector"):
+    if part_of(name) in ("vision_encoder", "projector"):
         return "vision_encoder"
     return "cross_kv" if _CROSS_KV.match(name) else "decoder"
 

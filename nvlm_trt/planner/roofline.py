@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from nvlm_trt.model.components import part_of
 from nvlm_trt.model.layout import checkpoint_layout
 from nvlm_trt.planner.design import EngineDesign
-from nvlm_trt.planner.memory import component_of_tensor, is_linear, plan_engine, stage_of_tensor
+from nvlm_trt.planner.memory import is_linear, plan_engine, stage_of_tensor
 from nvlm_trt.plugins.gated_cross_attention import cache_length
 from nvlm_trt.prompt.image_tokens import count_image_tokens
 
@@ -37,7 +38,7 @@ class Roofline:
         self._weights = {stage: memory.read for stage, memory in plan_engine(design).stages.items()}
         self._multiplied = dict.fromkeys(("patches", "layers", "projector", "cross_kv", "decoder"), 0)
         for name, shape in checkpoint_layout(config).items():
-            if is_linear(name, shape) and component_of_tensor(name) != "lm_head":
+            if is_linear(name, shape) and part_of(name) != "lm_head":
                 self._multiplied[_rows_of(name)] += math.prod(shape)
 
     def prefill(self, text_tokens: int, tiles: int) -> dict[str, Work]:
@@ -114,5 +115,5 @@ def _rows_of(name: str) -> str:
     """Name the rows that a linear layer multiplies."""
     if ".patch_embedding." in name:
         return "patches"
-    component, stage = component_of_tensor(name), stage_of_tensor(name)
+    component, stage = part_of(name), stage_of_tensor(name)
     return {"vision_encoder": "layers", "projector": "projector"}.get(component, stage)

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from nvlm_trt.bounded_file import TOKENIZER_BYTES, read_bounded
 from nvlm_trt.errors import ConfigError
-from nvlm_trt.model.added_tokens import TOKENIZER_CONFIG, TOKENIZER_JSON, AddedTokenEntry, side_file_tokens
+from nvlm_trt.model.added_tokens import TOKENIZER_CONFIG, TOKENIZER_JSON, AddedTokenEntry, added_tokens
 from nvlm_trt.model.json_file import read_json_object
 
 GENERATION_CONFIG = "generation_config.json"
@@ -32,7 +32,7 @@ def read_tokenizer(directory: Path) -> tokenizers.Tokenizer:
     path = directory / TOKENIZER_JSON
     raw = _from_tokenizer_json(path) if path.is_file() else _from_vocabulary(directory)
     known = {token_id: token.content for token_id, token in raw.get_added_tokens_decoder().items()}
-    for entry in sorted(side_file_tokens(directory).values(), key=lambda entry: entry.token_id):
+    for entry in sorted(added_tokens(directory).values(), key=lambda entry: entry.token_id):
         if known.get(entry.token_id) != entry.content:
             _add(raw, entry, directory)
     return raw

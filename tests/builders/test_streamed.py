@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -141,7 +142,29 @@ def test_a_value_beyond_a_narrow_type_is_an_error(tmp_path: Path, dtype: type, v
     values = np.ones((3, 4), np.float32)
     values[2, 3] = value
     tensor = StreamedTensor("w", DTYPES[dtype], (3, 4), lambda: blocks_of(ArrayTensor(values)), transposed)
-    with (tmp_path / "data").open("wb") as file, pytest.raises(EngineError, match="w has values that are not finite"):
+    message = (
+        rf"^w has {re.escape(f'{np.float32(value):g}')} at \[2, 3\], and .* ends at .*; choose .* with --precision$"
+    )
+    with (tmp_path / "data").open("wb") as file, pytest.raises(EngineError, match=message):
         tensor.tofile(file)
     values[2, 3] = 65504
     tensor.tobytes()
+
+
+@given(parts=st.lists(st.integers(1, 4), min_size=1, max_size=3), block=st.integers(1, 20), data=st.data())
+def test_the_place_is_that_in_the_tensor_of_the_checkpoint(parts: list[int], block: int, data: st.DataObject) -> None:
+    """Whatever is stacked, and however it is cut into blocks."""
+    part = data.draw(st.integers(0, len(parts) - 1))
+    row, column = data.draw(st.integers(0, parts[part] - 1)), data.draw(st.integers(0, 2))
+    arrays = [np.ones((rows, 3), np.float32) for rows in parts]
+    arrays[part][row, column] = -7e4
+    names = [(f"part{i}", rows) for i, rows in enumerate(parts)]
+    stacked = [ArrayTensor(array) for array in arrays]
+    tensor = StreamedTensor(
+        "stack", ir.DataType.FLOAT16, (3, sum(parts)), lambda: blocks_of(*stacked), transposed=True, parts=names
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(streamed, "_BLOCK_ELEMENTS", block)
+        message = rf"^part{part} has -70000 at \[{row}, {column}\], and fp16 ends at 65504; choose bf16"
+        with pytest.raises(EngineError, match=message):
+            tensor.tobytes()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from nvlm_trt.checkpoint.reader import Checkpoint
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import CheckpointError, ConfigError, NvlmError
 from nvlm_trt.evaluation.parity import verify_engine
+from nvlm_trt.model.presets import PRESETS
 from nvlm_trt.reference.model import ReferenceModel
 
 Directory = Callable[[str], Path]
@@ -36,16 +40,20 @@ class Base(nn.Module):
         self.language_model = reference.language_model
 
 
-def save_adapter(checkpoint: Path, directory: Path, dtype: torch.dtype = torch.float32, **options: Any) -> dict:
-    """Train at random, save, and let PEFT merge. Returns its merged weights."""
+def save_adapter(
+    base: Path | nn.Module, directory: Path, dtype: torch.dtype = torch.float32, **options: Any
+) -> dict[str, np.ndarray]:
+    """Train an adapter of a checkpoint, or of its modules, at random, save it, and let PEFT merge it. Returns PEFT's
+    merged weights."""
+    modules = base if isinstance(base, nn.Module) else Base(base)
     torch.manual_seed(0)
     options = {"r": 4, "lora_alpha": 6, "target_modules": DECODER, **options}
-    model = get_peft_model(Base(checkpoint), LoraConfig(**options))
+    model = get_peft_model(copy.deepcopy(modules), LoraConfig(**options))
     for name, parameter in model.named_parameters():
         if "lora_" in name or "modules_to_save" in name:
             parameter.data = (parameter.data + 0.1 * torch.randn_like(parameter)).to(dtype)
     model.save_pretrained(directory)
-    merged = PeftModel.from_pretrained(Base(checkpoint), directory).merge_and_unload().state_dict()
+    merged = PeftModel.from_pretrained(modules, directory).merge_and_unload().state_dict()
     return {name: tensor.float().numpy() for name, tensor in merged.items()}
 
 
@@ -100,6 +108,91 @@ def test_an_adapter_that_brings_its_own_embeddings(checkpoint: Directory, tmp_pa
     with Checkpoint.open(source) as base:
         update = theirs[EMBEDDING] - base.take(EMBEDDING).load()
     assert assert_merged(source, adapter, {**theirs, EMBEDDING: table.numpy() + update}) == {EMBEDDING}
+
+
+class TestDummyHeads:
+    """nvidia/NVLM-D-72B stores the vision encoder's 25 heads padded to 32; here 4 are padded to 6. PEFT merges into
+    what is stored, and the reader cuts the dummy heads off."""
+
+    ATTENTION = "vision_model.encoder.layers.{}.attn"
+
+    @pytest.fixture
+    def padded(self, checkpoint: Directory, tmp_path: Path) -> Path:
+        directory = Path(shutil.copytree(checkpoint("nvlm-d-tiny"), tmp_path / "padded"))
+        tensors = load_file(directory / "model.safetensors")
+        for name, tensor in tensors.items():
+            match = re.search(r"\.attn\.(qkv|proj|q_norm|k_norm)\.weight", name)
+            if match and name.startswith("vision_model."):
+                tensors[name] = self.pad(match[1], tensor)
+        save_file(tensors, directory / "model.safetensors")
+        return directory
+
+    def pad(self, part: str, tensor: torch.Tensor) -> torch.Tensor:
+        extra = 2 * PRESETS["nvlm-d-tiny"].vision.head_dim
+        if part == "qkv":
+            parts = [torch.cat([one, torch.zeros(extra, one.shape[1], dtype=one.dtype)]) for one in tensor.chunk(3)]
+            return torch.cat(parts)
+        return nn.functional.pad(tensor, (0, extra))
+
+    def cut(self, name: str, tensor: np.ndarray) -> np.ndarray:
+        width = PRESETS["nvlm-d-tiny"].vision.hidden_size
+        if ".attn.qkv." in name:
+            return np.concatenate([part[:width] for part in np.split(tensor, 3)])
+        return tensor[..., :width] if ".attn." in name and not name.endswith("bias") else tensor
+
+    def base(self, padded: Path) -> nn.Module:
+        """The modules as they are stored."""
+        base = Base(padded)
+        stored = load_file(padded / "model.safetensors")
+        for i, layer in enumerate(base.vision_model.encoder.layers):
+            for part in ("qkv", "proj", "q_norm", "k_norm"):
+                weight = stored[f"{self.ATTENTION.format(i)}.{part}.weight"].float()
+                module = getattr(layer.attn, part)
+                module.weight = nn.Parameter(weight)
+                if weight.ndim == 2:
+                    module.out_features, module.in_features = weight.shape
+        return base
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"target_modules": ["qkv", "fc1"]},
+            {"target_modules": ["attn.proj", "fc2"]},
+            {"target_modules": ["fc1"], "modules_to_save": ["q_norm", "proj"]},
+        ],
+        ids=lambda options: "-".join(word for words in options.values() for word in words),
+    )
+    def test_every_weight_is_as_peft_merges_it(self, padded: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+        theirs = save_adapter(self.base(padded), tmp_path / "adapter", **options)
+        theirs = {name: self.cut(name, tensor) if "vision_model" in name else tensor for name, tensor in theirs.items()}
+        changed = assert_merged(padded, tmp_path / "adapter", theirs)
+        targets = [target for targets in options.values() for target in targets]
+        for target in targets:
+            assert any(target in name for name in changed)
+        assert all(any(target in name for target in targets) for name in changed)
+
+    def test_rows_across_the_borders_of_query_key_and_value(self, padded: Path, tmp_path: Path) -> None:
+        save_adapter(self.base(padded), tmp_path / "adapter", target_modules=["qkv"])
+        width = PRESETS["nvlm-d-tiny"].vision.hidden_size
+        with Checkpoint.open(padded, tmp_path / "adapter") as merged:
+            weight = merged.take(f"{self.ATTENTION.format(1)}.qkv.weight")
+            whole = weight.load()
+            for start, stop in ((0, 1), (width - 1, width + 1), (width + 5, 2 * width + 7), (3, 3 * width)):
+                np.testing.assert_array_equal(weight.rows(start, stop), whole[start:stop])
+
+    @pytest.mark.parametrize("options", [{}, {"modules_to_save": ["proj"]}], ids=["trained", "replaced"])
+    def test_dummy_heads_that_were_trained_are_refused(
+        self, padded: Path, tmp_path: Path, options: dict[str, Any]
+    ) -> None:
+        targets = ["qkv"] if options else ["qkv", "attn.proj"]
+        save_adapter(self.base(padded), tmp_path / "adapter", target_modules=targets, **options)
+        with (
+            Checkpoint.open(padded, tmp_path / "adapter") as merged,
+            pytest.raises(
+                CheckpointError, match=r"adapter has trained the dummy heads of vision_model.*layers\.0\.attn"
+            ),
+        ):
+            merged.take(f"{self.ATTENTION.format(0)}.proj.weight")
 
 
 def test_an_adapter_in_bfloat16(checkpoint: Directory, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from command_line import Run, assert_one_line_error
+from safetensors.torch import load_file, save_file
 
 IMAGE = Path(__file__).parents[2] / "docs" / "images" / "receipt.png"
 
@@ -152,6 +155,34 @@ def test_exactly_one_model(run: Run, engine, checkpoint, samples, tmp_path: Path
     assert_one_line_error(run("--samples", path, *sources), "--engine", "--url", "--reference")
     assert_one_line_error(run("--samples", path, "--engine", tmp_path), "not an engine directory")
     assert_one_line_error(run("--samples", path, "--reference", tmp_path), "config.json")
+
+
+def test_the_reference_with_an_adapter(run: Run, engine, checkpoint, samples, tmp_path: Path) -> None:
+    """It answers as the reference of a checkpoint into whose weights the adapter was merged before."""
+    source, adapter, merged = checkpoint("nvlm-d-tiny"), tmp_path / "adapter", tmp_path / "merged"
+    shutil.copytree(source, merged)
+    tensors = load_file(source / "model.safetensors")
+    down, up = torch.randn(2, 3, 192, generator=torch.Generator().manual_seed(0))
+    module = "language_model.model.layers.3.self_attn.o_proj"
+    tensors[f"{module}.weight"] = tensors[f"{module}.weight"].float() + 2 * up.T @ down
+    save_file(tensors, merged / "model.safetensors")
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 3, "lora_alpha": 6}))
+    parts = {"lora_A": down, "lora_B": up.T.contiguous()}
+    stored = {f"base_model.model.{module}.{part}.weight": tensor for part, tensor in parts.items()}
+    save_file(stored, adapter / "adapter_model.safetensors")
+    path = samples(TOTAL, TALK)
+
+    def answers(*options: object) -> list[str]:
+        status, out, _ = run("--samples", path, *options, "--json")
+        assert status == 0
+        return [answer["answer"] for answer in json.loads(out)["answers"]]
+
+    with_adapter = answers("--reference", source, "--lora", adapter)
+    assert with_adapter == answers("--reference", merged)
+    assert with_adapter != answers("--reference", source)
+    refused = run("--samples", path, "--engine", engine("nvlm-d-tiny"), "--lora", adapter)
+    assert_one_line_error(refused, "--lora is for --reference")
 
 
 @pytest.mark.parametrize("url", ["grpc://127.0.0.1:9", "127.0.0.1:9", "http://127.0.0.1:9"])

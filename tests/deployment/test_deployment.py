@@ -217,11 +217,11 @@ def test_an_engine_on_a_cpu_asks_for_no_gpu() -> None:
 
 
 def test_images_have_what_a_backend_needs() -> None:
-    needs = ServerNeeds("base:1", extra="tensorrt", packages=("tensorrt==11.1.0.106",), index="https://pypi.nvidia.com")
+    needs = ServerNeeds("base:1", ("tensorrt", "structured"), ("tensorrt==11.1.0.106",), "https://pypi.nvidia.com")
     text = dockerfile(deployment_of(engine_of(1, 1, needs=needs)), launches=False)
     assert (
         "RUN pip install --no-cache-dir --extra-index-url https://pypi.nvidia.com "
-        "'/tmp/nvlm_trt-0.1.0-py3-none-any.whl[tensorrt]' 'tensorrt==11.1.0.106' && rm" in text
+        "'/tmp/nvlm_trt-0.1.0-py3-none-any.whl[tensorrt,structured]' 'tensorrt==11.1.0.106' && rm" in text
     )
     assert "openssh" not in text
     assert "openssh" not in dockerfile(deployment_of(engine_of(4, 1)), launches=True)

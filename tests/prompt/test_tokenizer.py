@@ -259,7 +259,8 @@ def test_missing_and_malformed_files_are_config_errors(tmp_path: Path) -> None:
 
 def test_tokenizer_without_chatml_is_a_config_error(tmp_path: Path) -> None:
     spec = json.loads(train_qwen2_like().to_str())
-    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] != "<|im_end|>"]
+    for token in spec["added_tokens"]:
+        token["content"] = token["content"].replace("<|im_end|>", "<|end|>")
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     with pytest.raises(ConfigError, match=r"no special token <\|im_end\|>"):
         Tokenizer.from_directory(tmp_path)

@@ -133,6 +133,14 @@ class TestAddedTokens:
         with pytest.raises(ConfigError, match=name.replace(".", r"\.")):
             Tokenizer.from_directory(tmp_path)
 
+    def test_an_id_behind_a_hole(self, tmp_path: Path) -> None:
+        """`tokenizers` gives such a token the next free id, and says nothing."""
+        raw = json.loads(train_qwen2_like().to_str())
+        raw["added_tokens"].append({**raw["added_tokens"][-1], "id": 5000, "content": "<|beyond|>"})
+        (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+        with pytest.raises(ConfigError, match=r"<\|beyond\|> the id \d+, its files say 5000; restore the files"):
+            Tokenizer.from_directory(tmp_path)
+
 
 class TestStopIds:
     @pytest.fixture

@@ -91,7 +91,7 @@ def _server_needs(engine: Engine) -> ServerNeeds:
     record = record_of(engine)
     packages = (f"tensorrt=={record.version}",)  # the Python API of the container's TensorRT
     index = "https://pypi.nvidia.com"
-    return ServerNeeds(record.container, "tensorrt", packages, index, record.capability)
+    return ServerNeeds(record.container, ("tensorrt", "structured"), packages, index, record.capability)
 
 
 SPEC = BackendSpec(

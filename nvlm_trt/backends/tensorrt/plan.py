@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,7 +53,7 @@ def build_plan(
             _check_plugins(network, graph, trt)
             configure = CreateConfig(
                 profiles=[_fill(PolygraphyProfile(), profile) for profile in profiles],
-                load_timing_cache=str(timing_cache) if timing_cache and timing_cache.exists() else None,
+                load_timing_cache=str(timing_cache) if timing_cache and _is_readable(timing_cache) else None,
                 profiling_verbosity=trt.ProfilingVerbosity.DETAILED,
                 strip_plan=options.strip_weights,
                 weight_streaming=options.weight_streaming,
@@ -99,8 +100,17 @@ def _explain(expected: StageMemory, errors: Sequence[str]) -> str:
     return f": {errors[0]}" if errors else "; run it with --debug for TensorRT's log"
 
 
+def _is_readable(path: Path) -> bool:
+    return os.path.isfile(path) and os.access(path, os.R_OK)
+
+
 def _save_timing_cache(config: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Keep the timings for the next build. A cache that cannot be written costs that build its timing, no more."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_bytes(config.get_timing_cache().serialize())
-    os.replace(temporary, path)
+    with contextlib.suppress(OSError):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(config.get_timing_cache().serialize())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)

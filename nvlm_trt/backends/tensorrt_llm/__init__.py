@@ -94,7 +94,7 @@ def _server_needs(engine: Engine) -> ServerNeeds:
     from nvlm_trt.backends.tensorrt_llm.engine_files import check_engine_files
 
     record = check_engine_files(engine)
-    return ServerNeeds(record.container, tp=record.tp, pp=record.pp, worker=f"{__name__}.worker")
+    return ServerNeeds(record.container, extras=(), tp=record.tp, pp=record.pp, worker=f"{__name__}.worker")
 
 
 def _describe(engine: Engine) -> Sequence[str]:

@@ -128,6 +128,6 @@ SPEC = BackendSpec(
     check_options=_check_options,
     check_limits=_check_limits,
     placement=_placement,
-    server_needs=lambda engine: ServerNeeds(extra=NAME, packages=("torch>=2.6",)),
+    server_needs=lambda engine: ServerNeeds(extras=(NAME, "structured"), packages=("torch>=2.6",)),
     describe=_describe,
 )

@@ -94,6 +94,15 @@ def test_build_records_what_it_was_built_for(
     assert [profile["input_ids"][-1] for profile in decoder] == [[1, 256], [3, 1]]
 
 
+def test_a_cache_that_cannot_be_written_costs_no_build(
+    tensorrt_process: ProcessPoolExecutor, checkpoint: Directory, tmp_path: Path
+) -> None:
+    (tmp_path / "cache").write_text("in the way")
+    events = tensorrt_process.submit(scenarios.build, checkpoint("nvlm-d-tiny"), tmp_path / "engine").result()
+    assert {event for event in events if event.startswith("timing")} == {"timing cache of 0 bytes"}
+    assert (tmp_path / "engine" / "decoder.plan").exists()
+
+
 @pytest.mark.parametrize(
     ("option", "flags", "kept"),
     [("strip_weights", "REFIT_IDENTICAL STRIP_PLAN", True), ("weight_streaming", "WEIGHT_STREAMING", False)],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -77,7 +78,10 @@ def test_only_the_same_file_is_kept(tmp_path: Path, layout: dict[str, TensorSpec
 @pytest.mark.parametrize(("dtype", "value"), [("F16", 65520.0), ("BF16", 3.4e38), ("F16", float("nan"))])
 def test_values_beyond_the_dtype(tmp_path: Path, dtype: str, value: float) -> None:
     with TensorFile(tmp_path / "file", {"norm": TensorSpec((2,), dtype)}, keep=False) as file:
-        with pytest.raises(EngineError, match=f"norm has values that are not finite in {dtype.lower()}"):
-            file.write("norm", 0, np.array([1, value], np.float32))
+        name, wider = {"F16": ("fp16", "bf16"), "BF16": ("bf16", "fp32")}[dtype]
+        message = rf"^norm has {re.escape(f'{value:g}')} at \[1\], and {name} ends at .*; choose {wider} with"
+        for first in (0, 1):
+            with pytest.raises(EngineError, match=message):
+                file.write("norm", first, np.array([1, value], np.float32)[first:])
         file.write("norm", 0, np.array([1, 65504], np.float32))
     assert torch.isfinite(load_file(tmp_path / "file")["norm"]).all()

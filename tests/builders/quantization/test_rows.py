@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from one_linear import NAME, calibration_of, linear_model
 
 from nvlm_trt.builders.graphs import streamed
 from nvlm_trt.builders.graphs.common import LinearWeight, WeightFormat
 from nvlm_trt.builders.model_file import save_model
-from nvlm_trt.builders.quantization.blocked_weights import BlockedWeights
+from nvlm_trt.builders.quantization import fp8, int8
+from nvlm_trt.builders.quantization.blocked_weights import BlockedWeights, quantize_signed
 from nvlm_trt.builders.quantization.fp8 import Fp8
 from nvlm_trt.builders.quantization.int8 import Int8
 from nvlm_trt.builders.quantization.rows import QuantisedWeight
@@ -67,9 +72,35 @@ def test_scales_do_not_need_the_values_first() -> None:
         def rows(self, start: int, stop: int) -> np.ndarray:
             return WEIGHT[start:stop]
 
-    quantised = QuantisedWeight(LinearWeight(f"{NAME}.weight", (Part(),)), lambda rows: (rows, rows.max(1)))
+    quantised = QuantisedWeight(LinearWeight(f"{NAME}.weight", (Part(),)), lambda rows, _: (rows, rows.max(1)))
     expected = WEIGHT.max(1)
     np.testing.assert_array_equal(np.concatenate(list(quantised.scales())), expected)
     list(quantised.values())
     for _ in range(2):
         np.testing.assert_array_equal(np.concatenate(list(quantised.scales())), expected)
+
+
+@pytest.mark.parametrize("dtype", [ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16])
+@pytest.mark.parametrize(
+    "quantise",
+    [
+        lambda rows, dtype: fp8._quantised(rows, dtype, np.full(len(rows), np.nan, np.float32)),
+        int8.quantize_rows,
+        lambda rows, dtype: quantize_signed(rows, 4, dtype),
+    ],
+    ids=["fp8", "int8", "int4 blocks"],
+)
+@given(exponent=st.integers(-140, 15), seed=st.integers(0, 9), zeros=st.integers(0, 64))
+def test_rows_of_any_magnitude_stay_finite(
+    quantise: Callable[..., tuple[np.ndarray, np.ndarray]], dtype: ir.DataType, exponent: int, seed: int, zeros: int
+) -> None:
+    """A row may be so small that its scale would be 0 in fp16, and 0 / 0 no number."""
+    rows = np.random.default_rng(seed).standard_normal((3, 64), dtype=np.float32) * np.float32(2.0**exponent)
+    rows[1, :zeros] = 0
+    with np.errstate(all="raise", under="ignore"):
+        values, scales = quantise(rows, dtype)
+    restored = values.astype(np.float32).reshape(scales.size, -1) * scales.reshape(-1, 1)
+    assert np.isfinite(restored).all()
+    assert (scales != 0).all()
+    # half a step of 4 bits, and what a scale of fp16's smallest numbers is off
+    assert np.abs(restored.reshape(rows.shape) - rows).max() <= 0.15 * np.abs(rows).max() + 2.0**-21
