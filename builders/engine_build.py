@@ -10,21 +10,27 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 from nvlm_trt.backends.spec import BackendSpec
 from nvlm_trt.backends.table import DEFAULT_BACKEND, find_backend
+from nvlm_trt.builders.build_identity import identity
 from nvlm_trt.builders.quantization.build_samples import document_samples, read_first_samples
 from nvlm_trt.builders.quantization.calibration import Calibration, is_calibration, read_calibration
+from nvlm_trt.builders.quantization.fixed_range import check_range, fixed_calibration
 from nvlm_trt.builders.quantization.formats import Recipe, WeightForm, quantised
 from nvlm_trt.builders.quantization.gate import NOT_MEASURED, AccuracyGate, GateOptions
+from nvlm_trt.builders.quantization.part_store import remove_calibration
 from nvlm_trt.builders.quantization.source_scales import source_calibration
+from nvlm_trt.builders.quantization.whole_model import whole_model_fits
 from nvlm_trt.builders.smoke_test import SmokeTest
 from nvlm_trt.builders.source import EngineSource
-from nvlm_trt.engine import CALIBRATION, Engine, Manifest, publish, save_manifest, tool_versions, write_manifest
+from nvlm_trt.builders.unfinished_build import Tell, UnfinishedBuild, tell_nobody, unfinished_build
+from nvlm_trt.engine import CALIBRATION, Engine, Manifest, save_manifest, tool_versions, write_manifest
 from nvlm_trt.errors import DeviceMemoryError, EngineError
 from nvlm_trt.evaluation.samples import Sample
 from nvlm_trt.model.precision import components_of, needs_calibration, quantised_components
+from nvlm_trt.planner.disk import check_disk, disk_of_build
 from nvlm_trt.planner.memory import plan_engine
 from nvlm_trt.progress import Progress, no_progress
 from nvlm_trt.staging import temporary_sibling
@@ -33,6 +39,8 @@ CALIBRATION_SAMPLES = 128  # drawn from the document tasks
 SMOOTHQUANT_ALPHA = 0.5
 
 Precisions = Mapping[str, str]  # component -> precision
+# What a calibration has in memory: one layer, on the CPU or on a GPU, or the whole model.
+CalibrateBy = Literal["layer", "layer-on-gpu", "model"]
 
 
 @dataclass(frozen=True)
@@ -41,10 +49,18 @@ class QuantizationOptions:
 
     calibration: Path | None = None  # JSONL of samples or a saved calibration.json; None: the document tasks
     calibration_samples: int | None = None  # None: all of a file, CALIBRATION_SAMPLES of the document tasks
+    calibrate_by: CalibrateBy | None = None  # None: the whole model if the memory of this machine holds it
+    activation_range: float | None = None  # for fp8, in place of a calibration: where all activations saturate
     smoothquant_alpha: float = SMOOTHQUANT_ALPHA  # 0: no migration
     gate: GateOptions | None = field(default_factory=GateOptions)  # None: the engine is published without a gate
 
     def __post_init__(self) -> None:
+        if self.calibrate_by not in (None, *get_args(CalibrateBy)):
+            raise EngineError(f"--calibrate-by {self.calibrate_by} is not one of {', '.join(get_args(CalibrateBy))}")
+        if self.activation_range is not None:
+            check_range(self.activation_range)
+            if self.calibration or self.calibration_samples or self.calibrate_by:
+                raise EngineError("--activation-range stands for a calibration; leave out the other options of one")
         if not 0 <= self.smoothquant_alpha <= 1:
             raise EngineError(
                 f"--smoothquant-alpha {self.smoothquant_alpha} is not from 0 (off) to 1; the default is "
@@ -61,6 +77,13 @@ class BuildJob:
     output: Path  # where the engine will be
     staging: Path  # directory of the engine until then; temporary engines are its siblings
     progress: Progress
+    unfinished: UnfinishedBuild | None = None  # holds `staging` and remembers what is finished
+
+    def unfinished_in(self, directory: Path) -> UnfinishedBuild | None:
+        """Return what remembers the files of a directory: None for those of a temporary engine."""
+        return self.unfinished if directory == self.staging else None
+
+    calibrate_by: CalibrateBy | None = None  # None: by the memory of this machine
 
 
 class BuildSteps(Protocol):
@@ -97,13 +120,18 @@ def build_engine(
     backend: str = DEFAULT_BACKEND,
     options: Mapping[str, Any] | None = None,
     lora: Path | None = None,
+    tell: Tell = tell_nobody,
 ) -> Engine:
-    """Publish the engine of a checkpoint as the directory `output`. A failed build leaves nothing there.
+    """Publish the engine of a checkpoint as the directory `output`. A failed build leaves nothing there; what it has
+    calibrated layer by layer stays in a hidden folder beside `output`, and the next build goes on from it.
+
+    A build that was stopped after it had written much leaves a folder beside `output`, with which the next build of the
+    same checkpoint, options and versions goes on. `tell` gets lines about it for the user.
 
     `overrides` replaces fields of `default_limits`; `precision` is text for the backend's PrecisionTable, None for the
     table's default; `options` are the options that only this backend has; `lora` is an adapter that is merged into the
     weights. Memory does not grow with the model, except
-    in the smoke test, the calibration and the gate, each of which loads an engine.
+    in the smoke test and the gate, each of which loads an engine, and in a calibration of the whole model.
     Raises CheckpointError and ConfigError for the checkpoint; EngineError for backend, precision, limits, an existing
     `output`, a full disk, a calibration that does not fit or an engine whose results are not finite; AccuracyError if
     the gate refuses the engine; RequestError and ImageError for samples."""
@@ -116,20 +144,42 @@ def build_engine(
         spec.probe()
     progress = progress or no_progress
     quantization = quantization or QuantizationOptions(gate=None)
-    with publish(output, overwrite) as staging:
+    with unfinished_build(Path(output), overwrite, tell) as unfinished:
+        staging = unfinished.staging
         source = EngineSource(checkpoint_dir, overrides or {}, lora)
         precisions = {name: chosen[name] for name in components_of(source.config)}
         smoke = SmokeTest(source.prompts, source.limits, source.config)
         spec.check_limits(source.config, source.limits, precisions)
-        steps = spec.build(BuildJob(source, all_options, Path(output).absolute(), staging, progress))
-        builder = _Builder(spec, source, steps, quantization, progress, precisions)
+        if quantization.activation_range is not None and "int8" in precisions.values():
+            raise EngineError("--activation-range is for fp8; int8 needs a calibration, so leave it out")
+        job = BuildJob(
+            source,
+            all_options,
+            Path(output).absolute(),
+            staging,
+            progress,
+            unfinished,
+            calibrate_by=quantization.calibrate_by,
+        )
+        steps = spec.build(job)
+        builder = _Builder(spec, source, steps, quantization, progress, precisions, unfinished)
         is_quantised = bool(quantised_components(precisions))
-        gate = None
+        gate = floating = None
         smoke_test = smoke_test and runs_here
         if quantization.gate and is_quantised and runs_here:
             unquantised = steps.unquantised(precisions)
-            floating = spec.precisions.parse(unquantised)
+            parsed = spec.precisions.parse(unquantised)
+            floating = {name: parsed[name] for name in precisions}
             gate = AccuracyGate(quantization.gate, builder.write_trial, staging, progress, unquantised, floating)
+        unfinished.open(identity(source, spec.name, all_options, precisions, quantization, steps.tools))
+        disk = disk_of_build(
+            source.design(spec, precisions),
+            calibrates=needs_calibration(precisions) and builder.calibrates,
+            tries_another=steps.trial is not None and (smoke_test or gate is not None),
+            unquantised=floating,
+        )
+        check_disk(unfinished.folder, disk, unfinished.nbytes)
+        unfinished.start()
         manifest = builder.write(precisions, staging)
         with builder.trial_engine(precisions, staging, wanted=smoke_test or gate is not None) as directory:
             if smoke_test:
@@ -141,6 +191,7 @@ def build_engine(
         source.check_unchanged()
         save_manifest(staging, manifest)
         engine = Engine.open(staging)  # opened before other builds can replace it
+    remove_calibration(Path(output).absolute())
     return replace(engine, path=Path(output))
 
 
@@ -154,6 +205,7 @@ class _Builder:
     quantization: QuantizationOptions
     progress: Progress
     precisions: Precisions  # of the engine that will be published
+    unfinished: UnfinishedBuild
 
     def write(self, chosen: Precisions, directory: Path) -> Manifest:
         """Write an engine into an empty directory."""
@@ -179,7 +231,28 @@ class _Builder:
         precisions = {name: chosen[name] for name in components_of(self.source.config)}
         recipe = self._recipe(precisions, directory)
         runtimes = self.spec.runtimes_of(precisions)
-        return write_engine(self.source, directory, recipe, self.spec.name, steps.tools, steps.write_stages, runtimes)
+        return write_engine(
+            self.source,
+            directory,
+            recipe,
+            self.spec.name,
+            steps.tools,
+            steps.write_stages,
+            runtimes,
+            self.progress,
+        )
+
+    @property
+    def calibrates(self) -> bool:
+        """Tell whether the build would write an engine to calibrate with: neither the user nor an interrupted build has
+        a calibration, and the whole model is calibrated at once."""
+        path, by = self.quantization.calibration, self.quantization.calibrate_by
+        has_one = path is not None and is_calibration(path)
+        if has_one or self.quantization.activation_range is not None:
+            return False
+        if self.unfinished.reached(self.unfinished.staging / CALIBRATION) is not None:
+            return False
+        return by == "model" or (by is None and whole_model_fits(self.source))
 
     def try_out(self, smoke: SmokeTest, directory: Path, precisions: Precisions) -> None:
         try:
@@ -192,7 +265,7 @@ class _Builder:
 
     def _recipe(self, precisions: Precisions, directory: Path) -> Recipe:
         calibration = self._calibration if needs_calibration(precisions) else None
-        if calibration:
+        if calibration and directory != self.unfinished.staging:
             calibration.save(directory / CALIBRATION)
         with self.source.open_checkpoint() as checkpoint:
             alpha = self.quantization.smoothquant_alpha
@@ -200,9 +273,21 @@ class _Builder:
 
     @functools.cached_property
     def _calibration(self) -> Calibration:
+        """Return the calibration of this build, which an interrupted build may have finished."""
+        finished = self.unfinished.staging / CALIBRATION
+        if self.unfinished.reached(finished) is not None and finished.is_file():
+            return read_calibration(finished)
+        calibration = self._new_calibration()
+        calibration.save(finished)
+        self.unfinished.note_whole(finished)
+        return calibration
+
+    def _new_calibration(self) -> Calibration:
         """Read the calibration, take it over from the checkpoint, or measure it.
 
         Raises EngineError for a saved calibration that does not fit; RequestError and ImageError for samples."""
+        if self.quantization.activation_range is not None:
+            return fixed_calibration(self.source.config, self.source.digest, self.quantization.activation_range)
         path, count = self.quantization.calibration, self.quantization.calibration_samples
         if path and is_calibration(path):
             calibration = read_calibration(path)
@@ -228,10 +313,12 @@ def write_engine(
     tools: Sequence[str],
     write_stages: Callable[[Path, Recipe], dict[str, Any] | None],
     runtimes: Mapping[str, str] | None = None,
+    progress: Progress = no_progress,
 ) -> Manifest:
     """Write config, tokenizer, stages and manifest into an empty directory. Memory does not grow with the model.
 
-    `runtimes`: those of single stages, for the manifest. Raises EngineError for a full disk."""
+    `runtimes`: those of single stages, for the manifest. `progress`: of hashing the files. Raises EngineError for
+    a full disk."""
     source.write_model_files(directory)
     record = write_stages(directory, recipe)
     manifest = Manifest(
@@ -246,5 +333,5 @@ def write_engine(
         calibration=recipe.calibration,
         backend_record=record,
     )
-    write_manifest(directory, manifest)
+    write_manifest(directory, manifest, progress)
     return manifest

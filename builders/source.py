@@ -30,7 +30,7 @@ class EngineSource:
         self.checkpoint_dir = Path(checkpoint_dir)
         self.lora = lora
         with Checkpoint.open(checkpoint_dir, lora) as checkpoint:
-            self._stamp = checkpoint.stamp
+            self.stamp = checkpoint.stamp
             self.config = checkpoint.config
             self.prompts = PromptEncoder(self.config, Tokenizer.from_directory(checkpoint_dir))
             self.limits = engine_limits(self.config, self.prompts.tag_length, overrides)
@@ -55,7 +55,7 @@ class EngineSource:
         self.open_checkpoint().close()
 
     def _check_stamp(self, checkpoint: Checkpoint) -> None:
-        for before, after in zip(self._stamp, checkpoint.stamp, strict=True):
+        for before, after in zip(self.stamp, checkpoint.stamp, strict=True):
             if before != after:
                 raise CheckpointError(
                     f"{self.checkpoint_dir / after[0]} was changed while the engine was built; start the build again "

@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from nvlm_trt.builders.journal import Journal
 from nvlm_trt.builders.tensorrt_llm.check import check_llm_checkpoint
-from nvlm_trt.builders.tensorrt_llm.journal import Journal
 from nvlm_trt.builders.tensorrt_llm.layout import CONFIG_FILE, checkpoint_config, rank_layout
 from nvlm_trt.builders.tensorrt_llm.mapping import Mapping
 from nvlm_trt.builders.tensorrt_llm.quantization import LlmQuantization, llm_quantization
@@ -19,7 +19,7 @@ from nvlm_trt.builders.tensorrt_llm.stage_writer import StageWriter
 from nvlm_trt.builders.tensorrt_llm.tensor_file import nbytes
 from nvlm_trt.checkpoint.reader import Checkpoint
 from nvlm_trt.model.config import NvlmConfig
-from nvlm_trt.progress import Progress
+from nvlm_trt.progress import Bytes, Progress
 from nvlm_trt.staging import storage_errors
 
 __all__ = ["LlmQuantization", "Mapping", "check_llm_checkpoint", "llm_quantization", "write_llm_checkpoint"]
@@ -59,7 +59,7 @@ def write_llm_checkpoint(
             "config": settings,
         }
         journal = Journal(directory, what)
-        total = sum(nbytes(spec) for layout in layouts for spec in layout.values())
+        total = Bytes(sum(nbytes(spec) for layout in layouts for spec in layout.values()))
         with RankFiles(directory, layouts, journal) as ranks:
             written = 0
 

@@ -30,7 +30,7 @@ from lab.common import parser, run
 from lab.rounds import Contender, Rounds
 from nvlm_trt.builders.quantization.calibration import Calibration, LinearInput
 from nvlm_trt.checkpoint.reader import Checkpoint
-from nvlm_trt.checkpoint.weight_files import WEIGHTS_FILE
+from nvlm_trt.checkpoint.weight_files import INDEX_FILE, WEIGHTS_FILE
 from nvlm_trt.engine import CALIBRATION
 from nvlm_trt.errors import EngineError
 from nvlm_trt.model.config import NvlmConfig
@@ -127,18 +127,34 @@ def checkpoint_bytes(config: NvlmConfig) -> int:
     return sum(BYTES["checkpoint"] * math.prod(s) for s in checkpoint_layout(config).values())
 
 
-def write_sparse_checkpoint(directory: Path, config: NvlmConfig) -> None:
-    """Writes config, tokenizer, and one safetensors file that has its full length but holes for data."""
+def write_sparse_checkpoint(directory: Path, config: NvlmConfig, shards: int = 1) -> None:
+    """Writes config, tokenizer, and safetensors files that have their full length but holes for data."""
     directory.mkdir()
     write_byte_tokenizer(directory, config.max_tiles)
     config = replace(config, image_token_id=Tokenizer.from_directory(directory).image_token_id)
     (directory / "config.json").write_text(json.dumps(config_to_hf(config), allow_nan=False), encoding="utf-8")
-    entries, end = {}, 0
+    parts: list[dict[str, tuple[int, ...]]] = [{} for _ in range(shards)]
+    total, done = checkpoint_bytes(config), 0
     for name, shape in checkpoint_layout(config).items():
+        parts[min(done * shards // total, shards - 1)][name] = shape
+        done += BYTES["checkpoint"] * math.prod(shape)
+    names = [WEIGHTS_FILE]
+    if shards > 1:
+        names = [f"model-{number:05}-of-{shards:05}.safetensors" for number in range(1, shards + 1)]
+        weight_map = {tensor: name for name, part in zip(names, parts, strict=True) for tensor in part}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / INDEX_FILE).write_text(json.dumps(index, allow_nan=False), encoding="utf-8")
+    for name, part in zip(names, parts, strict=True):
+        _write_sparse_file(directory / name, part)
+
+
+def _write_sparse_file(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    entries, end = {}, 0
+    for name, shape in shapes.items():
         begin, end = end, end + BYTES["checkpoint"] * math.prod(shape)
         entries[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
     header = json.dumps(entries, allow_nan=False).encode()
-    with (directory / WEIGHTS_FILE).open("wb") as file:
+    with path.open("wb") as file:
         file.write(struct.pack("<Q", len(header)) + header)
         file.truncate(8 + len(header) + end)
 

@@ -11,8 +11,9 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,13 +25,16 @@ from nvlm_trt.errors import EngineError
 from nvlm_trt.limits import EngineLimits
 from nvlm_trt.model.config import NvlmConfig
 from nvlm_trt.model.hf_config import read_config
+from nvlm_trt.progress import Bytes, Progress, no_progress
 from nvlm_trt.staging import is_replaceable, published_directory
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 CALIBRATION = "calibration.json"
+JOURNAL = "unfinished.journal"  # of a folder that is still being written (builders/journal.py)
 # Files up to this size are hashed whenever an engine is opened, larger files when the engine is served or verified.
 _QUICK_HASH_BYTES = 16 << 20
+_NOT_LISTED = (MANIFEST, JOURNAL)
 
 
 Record = TypeVar("Record", bound=BaseModel)  # a backend's, in the manifest
@@ -134,24 +138,35 @@ def publish(output: Path | str, overwrite: bool = False) -> Iterator[Path]:
 
     Without `overwrite`, an `output` that another build has published meanwhile is an error too."""
     output = Path(output).absolute()
-
-    def refuse() -> None:
-        if not os.path.lexists(output):
-            return
-        if not overwrite:
-            raise EngineError(f"{output} exists; choose another --output or pass --overwrite")
-        if not is_replaceable(output, MANIFEST):
-            raise EngineError(f"{output} is not an engine directory, so it is not overwritten; choose another --output")
-
-    with published_directory(output, refuse, overwrite) as staging:
+    with published_directory(output, partial(check_output, output, overwrite), overwrite) as staging:
         yield staging
 
 
-def write_manifest(directory: Path, manifest: Manifest) -> None:
+def check_output(output: Path, overwrite: bool) -> None:
+    """Raise EngineError if no engine may be published as `output`."""
+    if not os.path.lexists(output):
+        return
+    if not overwrite:
+        raise EngineError(f"{output} exists; choose another --output or pass --overwrite")
+    if not is_replaceable(output, MANIFEST):
+        raise EngineError(f"{output} is not an engine directory, so it is not overwritten; choose another --output")
+
+
+def write_manifest(directory: Path, manifest: Manifest, progress: Progress = no_progress) -> None:
     """Hash every file below `directory` into the manifest and write it."""
-    names = sorted(str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST)
+    names = sorted(
+        str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file() and p.name not in _NOT_LISTED
+    )
+    sizes = {name: (directory / name).stat().st_size for name in names}
+    done, total = 0, Bytes(sum(sizes.values()))
+
+    def report(count: int) -> None:
+        nonlocal done
+        done += count
+        progress("hashing", done, total)
+
     manifest.files = {
-        name: FileRecord(size=(directory / name).stat().st_size, sha256=_sha256(directory / name)) for name in names
+        name: FileRecord(size=size, sha256=_sha256(directory / name, report)) for name, size in sizes.items()
     }
     save_manifest(directory, manifest)
 
@@ -210,9 +225,11 @@ def _check_file(path: Path, record: FileRecord, full_check: bool) -> None:
         raise EngineError(f"engine file {path} does not match the sha256 in its manifest; {remedy}")
 
 
-def _sha256(path: Path) -> str:
+def _sha256(path: Path, report: Callable[[int], None] = lambda count: None) -> str:
+    """Hash a file. `report` is called with the number of bytes that were read."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 22):
             digest.update(block)
+            report(len(block))
     return digest.hexdigest()

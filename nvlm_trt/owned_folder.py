@@ -38,23 +38,36 @@ def make_owned_folder(path: Path) -> int:
 def take_folder(path: Path) -> int | None:
     """Make a folder, or take over one that its owner has left, and lock it as `make_owned_folder` does.
 
-    Return the descriptor, or None if the owner runs. Raises PermissionError for a folder of another user."""
-    while True:
-        path.mkdir(mode=0o700, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as stack:  # removed before it is locked
-            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-            stack.callback(os.close, descriptor)
-            if os.fstat(descriptor).st_uid != os.getuid():
-                raise PermissionError(errno.EACCES, "the folder belongs to another user", str(path))
+    Returns None if its owner runs, or if that cannot be told because the file system has no locks. Raises
+    PermissionError for a folder of another user."""
+    made = False
+    try:
+        while True:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return None
-            except OSError:  # a file system without locks
-                pass
-            if _is_at(descriptor, path):
-                stack.pop_all()
-                return descriptor
+                path.mkdir(mode=0o700)
+                made = True
+            except FileExistsError:
+                made = False
+            # its owner may remove it before it is opened, or locked
+            with contextlib.suppress(FileNotFoundError):
+                descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+                try:
+                    if os.fstat(descriptor).st_uid != os.getuid():
+                        raise PermissionError(errno.EACCES, "the folder belongs to another user", str(path))
+                    owned = _locked_now(descriptor, otherwise=made)
+                    if owned and _is_at(descriptor, path):
+                        return descriptor
+                except BaseException:
+                    os.close(descriptor)
+                    raise
+                os.close(descriptor)
+                if not owned:
+                    return None
+    except BaseException:
+        if made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
 
 
 def abandoned(folders: Iterable[Path]) -> Iterator[Path]:
@@ -67,6 +80,18 @@ def abandoned(folders: Iterable[Path]) -> Iterator[Path]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails if the owner runs
             if _is_at(descriptor, folder):  # else it is removed already, and its owner has made another of that name
                 yield folder
+
+
+def _locked_now(descriptor: int, otherwise: bool) -> bool:
+    """Lock an open folder unless somebody has. Return whether it is locked, `otherwise` on a file system without
+    locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return otherwise
+    return True
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

@@ -7,5 +7,9 @@ from collections.abc import Callable
 Progress = Callable[[str, float, float], None]
 
 
+class Bytes(int):
+    """A total that counts bytes: a bar shows them beside the time left."""
+
+
 def no_progress(description: str, done: float, total: float) -> None:
     """Show nothing."""

@@ -41,11 +41,11 @@ def storage_errors(path: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None):
             raise EngineError(f"disk full while writing {path}; free space there or choose another place") from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
-            raise _cannot_write(path, error) from error
+            raise cannot_write(path, error) from error
         raise
 
 
-def _cannot_write(path: Path, error: OSError) -> EngineError:
+def cannot_write(path: Path, error: OSError) -> EngineError:
     return EngineError(f"cannot write {path} ({error.strerror}); choose another place")
 
 
@@ -55,7 +55,7 @@ def temporary_sibling(target: Path) -> Iterator[Path]:
 
     Removes the folders first that killed processes have left for the same target. Raises EngineError for a place where
     no folder can be made."""
-    _remove_leftovers(target)
+    remove_leftovers(target)
     # named before `try`, so that `finally` can remove the folder after an interrupt at any time
     staging = target.parent / f".{_shortened(target)}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
     owner = -1
@@ -64,10 +64,10 @@ def temporary_sibling(target: Path) -> Iterator[Path]:
             target.parent.mkdir(parents=True, exist_ok=True)
             owner = make_owned_folder(staging)
         except (FileNotFoundError, FileExistsError) as error:  # the parent makes no folders (/proc), or is a file
-            raise _cannot_write(target, error) from error
+            raise cannot_write(target, error) from error
         yield staging
     finally:
-        _remove(staging)
+        remove(staging)
         if owner >= 0:
             os.close(owner)
 
@@ -77,7 +77,7 @@ def _shortened(target: Path) -> str:
     return target.name[:40]
 
 
-def _remove_leftovers(target: Path) -> None:
+def remove_leftovers(target: Path) -> None:
     """Remove the temporary siblings of `target`, and theirs, whose process was killed.
 
     One that holds the previous `target`, because the kill came between the two renames, gives it back first."""
@@ -186,7 +186,8 @@ def _exchange(one: Path, other: Path) -> bool:
     raise OSError(code, os.strerror(code), str(other))
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder."""
     if path.is_symlink() or path.is_file():
         path.unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, Tim
 from rich.progress import Progress as ProgressBars
 from rich.table import Table
 
-from nvlm_trt.progress import Progress
+from nvlm_trt.progress import Bytes, Progress
 
 if TYPE_CHECKING:
     from nvlm_trt.evaluation.accuracy import GroupScore, Summary, TaskScore
@@ -36,10 +36,10 @@ def note(message: str) -> None:
 def progress() -> Iterator[Progress]:
     """Yields a callback `(description, done, total)` that draws a bar per description, if stderr is a terminal.
 
-    A bar shows the time that has passed and the time left."""
+    A bar shows the time that has passed and the time left, and what is done of a total of Bytes."""
     columns = (
         *(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn()),
-        *(TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("left")),
+        *(TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("left{task.fields[nbytes]}")),
     )
     bars = ProgressBars(
         *columns, console=_stderr, disable=not _stderr.is_terminal, speed_estimate_period=_SPEED_SECONDS
@@ -48,9 +48,10 @@ def progress() -> Iterator[Progress]:
         tasks: dict[str, TaskID] = {}
 
         def report(description: str, done: float, total: float) -> None:
+            nbytes = f", {done / 1e9:.2f} of {total / 1e9:.2f} GB" if isinstance(total, Bytes) else ""
             if description not in tasks:
-                tasks[description] = bars.add_task(description, total=total)
-            bars.update(tasks[description], completed=done, total=total)
+                tasks[description] = bars.add_task(description, total=total, nbytes=nbytes)
+            bars.update(tasks[description], completed=done, total=total, nbytes=nbytes)
 
         yield report
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ import onnx_ir as ir
 from onnxscript import GraphBuilder
 
 from nvlm_trt.backends.base import FloatArray
-from nvlm_trt.builders.graphs.streamed import StoredTensor, StreamedTensor, blocks_of
+from nvlm_trt.builders.graphs.streamed import Blocks, StoredTensor, StreamedTensor, blocks_of
 from nvlm_trt.builders.narrow import narrowed, place_of
 
 Shape = Sequence[int | str]
@@ -37,6 +37,11 @@ INT8 = ir.DataType.INT8
 UINT8 = ir.DataType.UINT8
 INT32 = ir.DataType.INT32
 INT64 = ir.DataType.INT64
+
+HIDDEN, HIDDEN_OUT = (
+    "hidden",
+    "hidden_out",
+)  # what one part of a stage takes from the part before, and gives to the next
 
 
 class WeightSource(Protocol):
@@ -61,9 +66,9 @@ class LinearWeight:
     def rows_of_parts(self) -> list[tuple[str, int]]:
         return [(name, part.shape[0]) for name, part in zip(self.names, self.parts, strict=False)]
 
-    def blocks(self) -> Iterator[FloatArray]:
-        """Yield the rows in order, [n, inputs] at a time."""
-        return (rows.reshape(len(rows), -1) for rows in blocks_of(*self.parts))
+    def blocks(self, first: int = 0) -> Iterator[FloatArray]:
+        """Yield the rows from `first` on in order, [n, inputs] at a time."""
+        return (rows.reshape(len(rows), -1) for rows in blocks_of(*self.parts, first=first))
 
 
 @dataclass(frozen=True)
@@ -178,7 +183,7 @@ class StageGraph:
         self,
         name: str,
         shape: Sequence[int],
-        blocks: Callable[[], Iterable[npt.NDArray[Any]]],
+        blocks: Blocks,
         dtype: ir.DataType | None = None,
         transposed: bool = False,
         parts: Sequence[tuple[str, int]] = (),
@@ -201,7 +206,7 @@ class StageGraph:
     def weight(self, name: str) -> ir.Value:
         """Add a tensor of the checkpoint as an initializer."""
         tensor = self._weights.take(name)
-        return self.stored(name, tensor.shape, lambda: blocks_of(tensor))
+        return self.stored(name, tensor.shape, lambda first: blocks_of(tensor, first=first))
 
     def linear(self, x: ir.Value, name: str, parts: Sequence[str] = (), bias: bool = False) -> ir.Value:
         """Apply torch.nn.Linear: [..., inputs] -> [..., outputs]. `parts`: layers that share x, as one product."""
@@ -213,7 +218,8 @@ class StageGraph:
             return y
         biases = [self._weights.take(f"{part}.bias") for part in names]
         rows = [(f"{part}.bias", bias_.shape[0]) for part, bias_ in zip(names, biases, strict=True)]
-        return self.op.Add(y, self.stored(f"{name}.bias", weight.shape[:1], lambda: blocks_of(*biases), parts=rows))
+        added = self.stored(f"{name}.bias", weight.shape[:1], lambda first: blocks_of(*biases, first=first), parts=rows)
+        return self.op.Add(y, added)
 
     def embedding(self, name: str) -> Embedding:
         weight = LinearWeight(name, (self._weights.take(name),))

@@ -6,6 +6,8 @@ every tile follow the text embeddings of its tag. The graph holds these embeddin
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
 from nvlm_trt.backends.base import FloatArray
@@ -19,8 +21,10 @@ def cross_kv_graph(
     tag_embeddings: FloatArray | None,
     weight_format: WeightFormat | None = None,
     dtype: ir.DataType = FLOAT,
+    blocks: Sequence[int] | None = None,
 ) -> ir.Model:
-    """Build the graph. `tag_embeddings`: [max_tiles, tag_length, hidden] of <tile_1> .. for NVLM-H, None for NVLM-X."""
+    """Build the graph, or the part of it for some `blocks`. `tag_embeddings`: [max_tiles, tag_length, hidden] of
+    <tile_1> .. for NVLM-H, None for NVLM-X."""
     assert config.cross_attention is not None, "NVLM-D has no cross-attention"
     assert (tag_embeddings is not None) == (config.architecture == "H"), "only NVLM-H has tile tags in cross-attention"
     graph = StageGraph("cross_kv", weights, weight_format, dtype=dtype)
@@ -31,7 +35,7 @@ def cross_kv_graph(
         tiles = graph.op.Shape(x, start=0, end=1)
         x = graph.op.Concat(graph.op.Slice(tags, [0], tiles, [0]), x, axis=1)  # [n, tag_length + T, hidden]
     x = graph.op.Reshape(x, [-1, llm.hidden_size])  # [C, hidden]
-    for j in range(len(config.cross_layers)):
+    for j in range(len(config.cross_layers)) if blocks is None else blocks:
         name = f"language_model.cross_layers.{j}.attn"
         key = _heads(graph, config, graph.linear(x, f"{name}.k_proj"))
         value = _heads(graph, config, graph.linear(x, f"{name}.v_proj"))

@@ -16,12 +16,21 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from nvlm_trt.builders.graphs.common import FLOAT, INT64, Shape, StageGraph, WeightFormat, WeightSource
+from nvlm_trt.builders.graphs.common import (
+    FLOAT,
+    HIDDEN,
+    HIDDEN_OUT,
+    INT64,
+    Shape,
+    StageGraph,
+    WeightFormat,
+    WeightSource,
+)
 from nvlm_trt.builders.graphs.cross_attention import CrossAttention, CrossAttentionBlocks, GatedFunction
 from nvlm_trt.builders.graphs.self_attention import SelfAttention, StandardAttention
 from nvlm_trt.limits import EngineLimits
 from nvlm_trt.model.config import LlmConfig, NvlmConfig
-from nvlm_trt.model.layout import EMBEDDING
+from nvlm_trt.model.layout import EMBEDDING, LM_HEAD
 
 
 def decoder_graph(
@@ -56,22 +65,52 @@ def decoder_graph(
     embed = _embed if attention.value_dependent_shapes else _embed_by_position
     x = embed(graph, config, embedding.table, input_ids, image_tokens)  # [B, S, hidden]
     for i in range(llm.num_layers):
-        with graph.scope(f"layers.{i}"):
-            if cross is not None and i in config.cross_layers:
-                x = cross.block(x, config.cross_layers.index(i))
-            wanted = logit_index if several and skip_unused and i == llm.num_layers - 1 else None
-            x = _layer(graph, llm, x, i, limits.max_seq_len, self_attention, wanted)
+        wanted = logit_index if several and skip_unused and i == llm.num_layers - 1 else None
+        x = _layer(graph, config, x, i, limits.max_seq_len, self_attention, cross, wanted)
     if not (several and skip_unused):
         x = _tokens(graph, x, logit_index)
     if several:
         x = graph.op.Reshape(x, [-1, llm.hidden_size])  # [B * R, hidden]
-    x = graph.rms_norm(x, "language_model.model.norm", llm.norm_eps)
-    tied = llm.tie_word_embeddings
-    logits = graph.tied_linear(x, embedding) if tied else graph.linear(x, "language_model.lm_head")
+    x = _final_norm(graph, llm, x)
+    logits = graph.tied_linear(x, embedding) if llm.tie_word_embeddings else graph.linear(x, "language_model.lm_head")
     if dtype != FLOAT:
         logits = graph.op.Cast(logits, to=FLOAT)
     logits.dtype = FLOAT
     graph.output(logits, "logits", ["rows" if several else "batch", llm.vocab_size])
+    return graph.model()
+
+
+def decoder_layer_graph(
+    config: NvlmConfig,
+    weights: WeightSource,
+    limits: EngineLimits,
+    weight_format: WeightFormat,
+    i: int,
+    attention: type[SelfAttention],
+    cross_attention: type[CrossAttention] = GatedFunction,
+) -> ir.Model:
+    """Build layer i, with the gated block before it: hidden [B, S, hidden] -> hidden_out. The other inputs and outputs
+    are those of the whole graph."""
+    graph = StageGraph("decoder_layer", weights, weight_format, attention.opset)
+    shape: Shape = ["batch", "sequence", config.llm.hidden_size]
+    x = graph.input(HIDDEN, FLOAT, shape)
+    write_indices = graph.input("write_indices", INT64, ["batch"])
+    # a form of attention takes B and S from the tensor that it gets as input_ids
+    self_attention = attention(graph, config.llm, x, write_indices, limits.max_seq_len)
+    has_block = i in config.cross_layers
+    cross = CrossAttentionBlocks(graph, config, cross_attention, skip_when_unused=False) if has_block else None
+    x = _layer(graph, config, x, i, limits.max_seq_len, self_attention, cross)
+    graph.output(x, HIDDEN_OUT, shape)
+    return graph.model()
+
+
+def head_graph(config: NvlmConfig, weights: WeightSource, weight_format: WeightFormat) -> ir.Model:
+    """Build the part behind the layers: hidden [rows, hidden] -> nothing but what `weight_format` reports of lm_head's
+    input."""
+    graph = StageGraph("head", weights, weight_format)
+    x = graph.input(HIDDEN, FLOAT, ["rows", config.llm.hidden_size])
+    weight = EMBEDDING if config.llm.tie_word_embeddings else LM_HEAD
+    graph.linear(_final_norm(graph, config.llm, x), weight.removesuffix(".weight"))
     return graph.model()
 
 
@@ -98,6 +137,24 @@ def _embed_by_position(
 
 
 def _layer(
+    graph: StageGraph,
+    config: NvlmConfig,
+    x: ir.Value,
+    i: int,
+    max_seq_len: int,
+    attention: SelfAttention,
+    cross: CrossAttentionBlocks | None,
+    wanted: ir.Value | None = None,
+) -> ir.Value:
+    """Apply layer i to x [B, S, hidden], and before it the gated block, if the layer has one. Return all tokens, or the
+    tokens `wanted` [B, R] alone: [B, R, hidden]."""
+    with graph.scope(f"layers.{i}"):
+        if cross is not None and i in config.cross_layers:
+            x = cross.block(x, config.cross_layers.index(i))
+        return _self_attention_and_ffn(graph, config.llm, x, i, max_seq_len, attention, wanted)
+
+
+def _self_attention_and_ffn(
     graph: StageGraph,
     llm: LlmConfig,
     x: ir.Value,
@@ -128,3 +185,7 @@ def _layer(
 def _tokens(graph: StageGraph, x: ir.Value, wanted: ir.Value) -> ir.Value:
     """Return the tokens `wanted` [B, R] or [B] of x [B, S, width]: [B, R, width] or [B, width]."""
     return graph.op.GatherND(x, graph.op.Unsqueeze(wanted, [-1]), batch_dims=1)
+
+
+def _final_norm(graph: StageGraph, llm: LlmConfig, x: ir.Value) -> ir.Value:
+    return graph.rms_norm(x, "language_model.model.norm", llm.norm_eps)

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from nvlm_trt.backends.base import FloatArray
+from nvlm_trt.builders.file_writes import write_at
 from nvlm_trt.builders.narrow import narrowed, place_of
 
 Array = npt.NDArray[Any]
@@ -20,6 +21,7 @@ _BLOCK_ELEMENTS = 1 << 20  # 4 MB of float32: a block stays in the CPU's cache w
 # A strip is the part of a transposed tensor that is held in memory until the pieces of its rows are written: for the
 # shapes of 72B, a piece has 9 KB or more.
 _STRIP_BYTES = 256 << 20
+_PAGE_BYTES = 4096  # a strip of whole pages: the kernel reads none of them from the disk to change a part of it
 _INT4 = ir.DataType.INT4.numpy()  # in NumPy's arrays, a byte holds one
 
 
@@ -34,65 +36,93 @@ class StoredTensor(Protocol):
         ...
 
 
-def blocks_of(*tensors: StoredTensor) -> Iterator[FloatArray]:
-    """Yield the rows of tensors stacked by rows, [n, ...] at a time: a million elements, or a single row."""
+Blocks = Callable[[int], Iterable[Array]]  # returns the rows from the given row on in order, [n, ...] at a time
+
+
+def blocks_of(*tensors: StoredTensor, first: int = 0) -> Iterator[FloatArray]:
+    """Yield the rows from `first` on of tensors stacked by rows, [n, ...] at a time: a million elements, or a row.
+
+    Reads the same blocks for every `first`: a LoRA update is a product, whose bits depend on how many rows it has."""
     for tensor in tensors:
         count = tensor.shape[0]
         step = max(1, _BLOCK_ELEMENTS // math.prod(tensor.shape[1:]))
-        for start in range(0, count, step):
-            yield tensor.rows(start, min(start + step, count))
+        if first < count:
+            for start in range(first // step * step, count, step):
+                yield tensor.rows(start, min(start + step, count))[max(0, first - start) :]
+        first = max(0, first - count)
 
 
 class StreamedTensor(ir.LazyTensor):
-    """Makes a tensor from blocks whenever the tensor is read. `tofile` writes one block after the other."""
+    """Makes a tensor from blocks whenever the tensor is read. `write` and `tofile` hold one block at a time."""
 
     def __init__(
         self,
         name: str,
         dtype: ir.DataType,
         shape: Sequence[int],
-        blocks: Callable[[], Iterable[Array]],
+        blocks: Blocks,
         transposed: bool = False,
         parts: Sequence[tuple[str, int]] = (),
     ) -> None:
-        """`blocks` returns the rows in order, [n, ...] at a time, and is called anew for every use. Rows are converted
-        to `dtype`. `transposed`: this tensor is the transpose of the matrix whose rows `blocks` returns.
-        `parts`: names and numbers of rows of the tensors that are stacked in these rows, if they are several.
+        """`blocks` is called anew for every use. Rows are converted to `dtype`. `transposed`: this tensor is the
+        transpose of the matrix whose rows `blocks` returns. `parts`: names and numbers of rows of the tensors that are
+        stacked in these rows, if they are several.
         A matrix of 4-bit numbers, of which a byte holds two, has an even number of columns."""
         assert dtype.bitwidth >= 8 or shape[-1] % 2 == 0, "a row of 4-bit numbers ends within a byte"
         super().__init__(self._whole, dtype, ir.Shape(shape), name=name)
         self._blocks, self._transposed, self._parts = blocks, transposed, parts
 
     def tofile(self, file: BinaryIO) -> None:
-        """Write the bytes of `tobytes` to a file that can seek, from its current position on.
+        """Write the bytes of `tobytes` to a file of the system, from its current position on. Raises what `write`
+        raises."""
+        file.flush()
+        begin = file.tell()
+        for _ in self.write(file.fileno(), begin):
+            pass
+        file.seek(begin + self.nbytes)
+
+    @property
+    def rows(self) -> int:
+        """Count the rows of the matrix that `blocks` returns."""
+        return int(self.shape.numpy()[-1 if self._transposed else 0])
+
+    def write(self, descriptor: int, offset: int, first: int = 0) -> Iterator[int]:
+        """Write the bytes of `tobytes` to an open file from byte `offset` on. Yield after each part how many rows of
+        the matrix are written. `first`: rows that are written already, a number that an earlier call has yielded.
 
         Raises OSError for a full disk, EngineError for values beyond a 16-bit type, and the errors of reading the
         blocks."""
         if self._transposed:
-            self._write_strips(file)
-        else:
-            for block in self._converted():
-                file.write(_bytes(block))
+            yield from self._write_strips(descriptor, offset, first)
+            return
+        row = self.nbytes // self.rows  # bytes
+        for block in self._converted(first):
+            write_at(descriptor, _bytes(block), offset + first * row)
+            first += len(block)
+            yield first
 
-    def _write_strips(self, file: BinaryIO) -> None:
+    def _write_strips(self, descriptor: int, offset: int, first: int) -> Iterator[int]:
         """Write strip by strip. A strip is some columns of the tensor: one piece of every row in the file."""
         rows, columns = self.shape.numpy()
         bits = self.dtype.bitwidth
-        width = max(1, _STRIP_BYTES // (rows * self.dtype.numpy().itemsize))
-        if bits < 8:
-            width += width % 2  # pieces of whole bytes
-        begin, first = file.tell(), 0
-        for strip in self._strips(rows, min(columns, width)):
+        for strip in self._strips(rows, min(columns, self._strip_width(rows)), first):
             pieces = [strip] if strip.shape[1] == columns else strip
             for i, piece in enumerate(pieces):
-                file.seek(begin + (i * columns + first) * bits // 8)
-                file.write(_bytes(piece))
+                write_at(descriptor, _bytes(piece), offset + (i * columns + first) * bits // 8)
             first += strip.shape[1]
+            yield first
 
-    def _strips(self, rows: int, width: int) -> Iterator[Array]:
-        """Yield the columns in order, [rows, width] at a time, all in the same memory."""
+    def _strip_width(self, rows: int) -> int:
+        width = max(1, _STRIP_BYTES // (rows * self.dtype.numpy().itemsize))
+        page = _PAGE_BYTES * 8 // self.dtype.bitwidth  # columns
+        if width >= page:
+            return width - width % page
+        return width + width % 2 if self.dtype.bitwidth < 8 else width  # pieces of whole bytes
+
+    def _strips(self, rows: int, width: int, first: int) -> Iterator[Array]:
+        """Yield the columns from `first` on in order, [rows, width] at a time, all in the same memory."""
         strip, filled = np.empty((rows, width), self.dtype.numpy()), 0
-        for block in self._converted():
+        for block in self._converted(first):
             while len(block):
                 part, block = np.split(block, [width - filled])
                 strip[:, filled : filled + len(part)] = part.T
@@ -104,13 +134,12 @@ class StreamedTensor(ir.LazyTensor):
             yield strip[:, :filled]
 
     def _whole(self) -> ir.Tensor:
-        values = np.concatenate(list(self._converted()))
+        values = np.concatenate(list(self._converted(0)))
         values = np.ascontiguousarray(values.T if self._transposed else values)
         return ir.Tensor(values, dtype=self.dtype, name=self.name)
 
-    def _converted(self) -> Iterator[Array]:
-        first = 0
-        for block in self._blocks():
+    def _converted(self, first: int) -> Iterator[Array]:
+        for block in self._blocks(first):
             yield narrowed(block, self.dtype.numpy(), functools.partial(self._locate, first, block.shape))
             first += len(block)
 

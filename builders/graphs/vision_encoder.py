@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from nvlm_trt.builders.graphs.common import FLOAT, StageGraph, WeightFormat, WeightSource
+from nvlm_trt.builders.graphs.common import FLOAT, HIDDEN, HIDDEN_OUT, Shape, StageGraph, WeightFormat, WeightSource
 from nvlm_trt.builders.graphs.vision_attention import VisionAttention, standard_vision_attention
 from nvlm_trt.model.config import NvlmConfig, VisionConfig
 
@@ -23,16 +23,53 @@ def vision_encoder_graph(
 ) -> ir.Model:
     """Build the graph with self-attention in the form `attention`. `dtype`: for weights, pixels, image tokens."""
     graph = StageGraph("vision_encoder", weights, weight_format, dtype=dtype)
-    vision = config.vision
-    edge = vision.image_size
-    x = _embed(graph, vision, graph.input("pixel_values", dtype, ["tiles", 3, edge, edge]))
-    for i in range(vision.num_layers):
-        with graph.scope(f"layers.{i}"):
-            x = _layer(graph, vision, x, f"vision_model.encoder.layers.{i}", attention)
-    x = graph.op.Slice(x, [1], [vision.grid**2 + 1], [1])  # without the class token: [tiles, grid ** 2, width]
-    x = _pixel_shuffle(graph, config, x)
-    graph.output(_project(graph, config, x), "image_tokens", ["tiles", config.tokens_per_tile, config.llm.hidden_size])
+    x = _embed(graph, config.vision, _pixel_values(graph, config.vision))
+    for i in range(config.vision.num_layers):
+        x = _layer(graph, config.vision, x, i, attention)
+    _output_image_tokens(graph, config, x)
     return graph.model()
+
+
+# The graph in parts: what one gives is what the next one takes, hidden [tiles, grid ** 2 + 1, width].
+
+
+def patches_graph(config: NvlmConfig, weights: WeightSource, weight_format: WeightFormat) -> ir.Model:
+    """Build the part before the layers: pixel_values [tiles, 3, E, E] -> hidden_out."""
+    graph = StageGraph("patches", weights, weight_format)
+    x = _embed(graph, config.vision, _pixel_values(graph, config.vision))
+    graph.output(x, HIDDEN_OUT, _hidden_shape(config.vision))
+    return graph.model()
+
+
+def vision_layer_graph(
+    config: NvlmConfig, weights: WeightSource, weight_format: WeightFormat, i: int, attention: VisionAttention
+) -> ir.Model:
+    """Build layer i: hidden -> hidden_out."""
+    graph = StageGraph("vision_layer", weights, weight_format)
+    x = graph.input(HIDDEN, FLOAT, _hidden_shape(config.vision))
+    graph.output(_layer(graph, config.vision, x, i, attention), HIDDEN_OUT, _hidden_shape(config.vision))
+    return graph.model()
+
+
+def projector_graph(config: NvlmConfig, weights: WeightSource, weight_format: WeightFormat) -> ir.Model:
+    """Build the part behind the layers: hidden -> image_tokens [tiles, T, hidden size of the LLM]."""
+    graph = StageGraph("projector", weights, weight_format)
+    _output_image_tokens(graph, config, graph.input(HIDDEN, FLOAT, _hidden_shape(config.vision)))
+    return graph.model()
+
+
+def _pixel_values(graph: StageGraph, vision: VisionConfig) -> ir.Value:
+    return graph.input("pixel_values", graph.dtype, ["tiles", 3, vision.image_size, vision.image_size])
+
+
+def _hidden_shape(vision: VisionConfig) -> Shape:
+    return ["tiles", vision.grid**2 + 1, vision.hidden_size]
+
+
+def _output_image_tokens(graph: StageGraph, config: NvlmConfig, x: ir.Value) -> None:
+    x = graph.op.Slice(x, [1], [config.vision.grid**2 + 1], [1])  # without the class token: [tiles, grid ** 2, width]
+    x = _project(graph, config, _pixel_shuffle(graph, config, x))
+    graph.output(x, "image_tokens", ["tiles", config.tokens_per_tile, config.llm.hidden_size])
 
 
 def _embed(graph: StageGraph, vision: VisionConfig, pixels: ir.Value) -> ir.Value:
@@ -49,12 +86,14 @@ def _embed(graph: StageGraph, vision: VisionConfig, pixels: ir.Value) -> ir.Valu
     return op.Add(x, graph.weight(f"{name}.position_embedding"))  # [tiles, grid ** 2 + 1, width]
 
 
-def _layer(graph: StageGraph, vision: VisionConfig, x: ir.Value, name: str, attention: VisionAttention) -> ir.Value:
+def _layer(graph: StageGraph, vision: VisionConfig, x: ir.Value, i: int, attention: VisionAttention) -> ir.Value:
     op = graph.op
-    y = _self_attention(graph, vision, _norm(graph, vision, x, f"{name}.norm1"), f"{name}.attn", attention)
-    x = op.Add(x, op.Mul(y, graph.weight(f"{name}.ls1")))
-    y = op.Gelu(graph.linear(_norm(graph, vision, x, f"{name}.norm2"), f"{name}.mlp.fc1", bias=True))
-    return op.Add(x, op.Mul(graph.linear(y, f"{name}.mlp.fc2", bias=True), graph.weight(f"{name}.ls2")))
+    name = f"vision_model.encoder.layers.{i}"
+    with graph.scope(f"layers.{i}"):
+        y = _self_attention(graph, vision, _norm(graph, vision, x, f"{name}.norm1"), f"{name}.attn", attention)
+        x = op.Add(x, op.Mul(y, graph.weight(f"{name}.ls1")))
+        y = op.Gelu(graph.linear(_norm(graph, vision, x, f"{name}.norm2"), f"{name}.mlp.fc1", bias=True))
+        return op.Add(x, op.Mul(graph.linear(y, f"{name}.mlp.fc2", bias=True), graph.weight(f"{name}.ls2")))
 
 
 def _self_attention(

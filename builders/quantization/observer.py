@@ -24,6 +24,14 @@ class Observer(Unquantised):
         return super().tied_matmul(graph, x, embedding)
 
 
+class LastObserver(Observer):
+    """Observes the last layer of a model, whose product nobody needs: the weight is neither stored nor multiplied."""
+
+    def matmul(self, graph: StageGraph, x: ir.Value, weight: LinearWeight) -> ir.Value:
+        _observe(graph, x, weight)
+        return x
+
+
 def _observe(graph: StageGraph, x: ir.Value, weight: LinearWeight) -> None:
     op = graph.op
     name = weight.name.removesuffix(".weight")

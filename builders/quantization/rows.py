@@ -20,7 +20,7 @@ class QuantisedWeight:
     """Makes the blocks of two stored tensors, a weight's values and its scales, and reads the weight once for both.
 
     A graph saves its tensors in the order in which they were stored. `values` keeps the scales for the next call of
-    `scales`. Without a call of `values` before, `scales` reads the weight again."""
+    `scales`. Without a call of `values` for all rows before, `scales` reads the weight again."""
 
     def __init__(self, weight: LinearWeight, quantise: Quantise) -> None:
         """`quantise` turns rows [n, inputs], and the slice of the weight that they are, into values [n, ...] and scales
@@ -28,20 +28,21 @@ class QuantisedWeight:
         self._weight, self._quantise = weight, quantise
         self._scales: list[FloatArray] | None = None
 
-    def values(self) -> Iterator[npt.NDArray[Any]]:
+    def values(self, first: int = 0) -> Iterator[npt.NDArray[Any]]:
+        """Yield the values of the rows from `first` on."""
         scales = []
-        for values, of_rows in self._quantised():
+        for values, of_rows in self._quantised(first):
             scales.append(of_rows)
             yield values
-        self._scales = scales
+        self._scales = scales if first == 0 else None
 
-    def scales(self) -> Iterable[FloatArray]:
+    def scales(self, first: int = 0) -> Iterable[FloatArray]:
+        """Return the scales of the rows from `first` on."""
         scales, self._scales = self._scales, None
-        return scales or (of_rows for _, of_rows in self._quantised())
+        return scales if scales and first == 0 else (of_rows for _, of_rows in self._quantised(first))
 
-    def _quantised(self) -> Iterator[tuple[npt.NDArray[Any], FloatArray]]:
-        first = 0
-        for rows in self._weight.blocks():
+    def _quantised(self, first: int) -> Iterator[tuple[npt.NDArray[Any], FloatArray]]:
+        for rows in self._weight.blocks(first):
             yield self._quantise(rows, slice(first, first + len(rows)))
             first += len(rows)
 

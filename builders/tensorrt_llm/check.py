@@ -13,7 +13,6 @@ import numpy as np
 
 from nvlm_trt import strict_json
 from nvlm_trt.bounded_file import CONFIG_BYTES, read_bounded
-from nvlm_trt.builders.tensorrt_llm.journal import JOURNAL
 from nvlm_trt.builders.tensorrt_llm.layout import (
     CONFIG_DTYPES,
     CONFIG_FILE,
@@ -25,6 +24,7 @@ from nvlm_trt.builders.tensorrt_llm.layout import (
 from nvlm_trt.builders.tensorrt_llm.mapping import Mapping
 from nvlm_trt.builders.tensorrt_llm.quantization import ALGORITHMS, LlmQuantization
 from nvlm_trt.checkpoint.safetensors_file import SafetensorsFile
+from nvlm_trt.engine import JOURNAL
 from nvlm_trt.errors import CheckpointError, EngineError
 from nvlm_trt.model.config import NvlmConfig
 

@@ -17,7 +17,7 @@ from nvlm_trt.builders.tensorrt_llm.tensor_file import TensorFile, nbytes
 from nvlm_trt.checkpoint.reader import Checkpoint
 from nvlm_trt.model.config import NvlmConfig
 from nvlm_trt.model.layout import EMBEDDING, projector_layout, vision_layout
-from nvlm_trt.progress import Progress
+from nvlm_trt.progress import Bytes, Progress
 from nvlm_trt.prompt.encoder import PromptEncoder
 from nvlm_trt.prompt.tokenizer import Tokenizer
 from nvlm_trt.staging import storage_errors
@@ -34,7 +34,7 @@ def write_vision_encoder(
     CheckpointError for the checkpoint."""
     shapes = {**vision_layout(config), **projector_layout(config)}
     layout = {name: TensorSpec(shape, DTYPES[dtype]) for name, shape in shapes.items()}
-    total, written = sum(map(nbytes, layout.values())), 0
+    total, written = Bytes(sum(map(nbytes, layout.values()))), 0
     with Checkpoint.open(checkpoint, lora) as source, storage_errors(path), _published(path, layout) as file:
         for name in layout:
             first = 0

@@ -6,10 +6,11 @@ import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from nvlm_trt.builders.tensorrt_llm.journal import JOURNAL, Journal
+from nvlm_trt.builders.journal import Journal
 from nvlm_trt.builders.tensorrt_llm.layout import CONFIG_FILE, Layout, rank_file
 from nvlm_trt.builders.tensorrt_llm.tensor_file import TensorFile
 from nvlm_trt.closing import ClosedOnExit
+from nvlm_trt.engine import JOURNAL
 
 _SYNC_BYTES = 256 << 20  # written again at most, after an interruption
 

@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from nvlm_trt.builders.file_writes import write_at
 from nvlm_trt.builders.narrow import narrowed, place_of
 from nvlm_trt.builders.tensorrt_llm.layout import ITEM_BYTES, Layout, TensorSpec
 from nvlm_trt.closing import ClosedOnExit
@@ -47,7 +48,7 @@ class TensorFile(ClosedOnExit):
         self._file = os.open(path, os.O_RDWR | (0 if keep else os.O_CREAT | os.O_TRUNC), 0o644)
         if not keep:
             try:
-                self._write(header, 0)
+                write_at(self._file, header, 0)
                 os.ftruncate(self._file, size)
             except BaseException:
                 self.close()
@@ -61,7 +62,8 @@ class TensorFile(ClosedOnExit):
         assert 0 <= first <= first + values.size <= math.prod(spec.shape), f"elements of {name} are in the file"
         stored = narrowed(values, NUMPY_DTYPES[spec.dtype], lambda n: (name, place_of(first + n, spec.shape)))
         stored = np.ascontiguousarray(stored)
-        self._write(stored.view(np.uint8).data, self._first + self._begins[name] + first * ITEM_BYTES[spec.dtype])
+        offset = self._first + self._begins[name] + first * ITEM_BYTES[spec.dtype]
+        write_at(self._file, stored.view(np.uint8).data, offset)
         return stored.nbytes
 
     def sync(self) -> None:
@@ -70,11 +72,6 @@ class TensorFile(ClosedOnExit):
 
     def close(self) -> None:
         os.close(self._file)
-
-    def _write(self, data: bytes | memoryview, offset: int) -> None:
-        view, done = memoryview(data).cast("B"), 0
-        while done < len(view):
-            done += os.pwrite(self._file, view[done:], offset + done)
 
 
 def _header(layout: Layout) -> tuple[bytes, dict[str, int]]:

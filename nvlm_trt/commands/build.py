@@ -56,6 +56,20 @@ def build(
             min=1, max=_MOST_SAMPLES, help="Most samples to calibrate on [all of a file, 128 of the document tasks]."
         ),
     ] = None,
+    calibrate_by: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[layer|layer-on-gpu|model]",
+            help="Load one layer at a time for the calibration, or the whole model in fp32 "
+            "[model if the memory holds it].",
+        ),
+    ] = None,
+    activation_range: Annotated[
+        float | None,
+        typer.Option(
+            help="For fp8, in place of a calibration: the magnitude at which all activations saturate; 448 is scale 1."
+        ),
+    ] = None,
     smoothquant_alpha: Annotated[
         float | None, typer.Option(help="For int8: how far outliers move into the weights, 0 (off) to 1 [0.5].")
     ] = None,
@@ -112,6 +126,7 @@ def build(
     """Build an engine from a checkpoint, generate a few tokens with it, and publish it.
 
     A quantised engine (--precision) is published only if it answers as well as the unquantised one.
+    A build that was stopped goes on where it stopped when the same command runs again.
 
     Example: nvlm-trt build --checkpoint checkpoints/nvlm-h --output engines/nvlm-h --precision int8
     """
@@ -144,6 +159,8 @@ def build(
     calibrating = {
         "calibration": calibration,
         "calibration_samples": calibration_samples,
+        "calibrate_by": calibrate_by,
+        "activation_range": activation_range,
         "smoothquant_alpha": smoothquant_alpha,
     }
     if no_gate and _given(judging):
@@ -173,6 +190,7 @@ def build(
                 backend=backend,
                 options=_given(options),
                 lora=lora,
+                tell=terminal.note,
             )
     except AccuracyError as error:
         for cost in error.costs:
@@ -244,6 +262,8 @@ def _option(options: dict[str, Any]) -> str:
 def _note_calibration(samples: dict[str, Any]) -> None:
     if "source" in samples:
         terminal.note(f"calibration: {samples['source']}")
+    if "activation_range" in samples:
+        terminal.note(f"calibration: none; all activations saturate at {samples['activation_range']:g}")
     if "of" in samples:  # a calibration.json of an earlier version does not say it
         stopped = "; more moved no scale" if samples["count"] < samples["of"] else ""
         terminal.note(f"calibration: {_used(samples)}{stopped}")

@@ -204,7 +204,7 @@ def test_reports_progress_of_every_component(checkpoint: Directory, tmp_path: Pa
         reported[description] = (done, total)
 
     build_engine(checkpoint("nvlm-x-tiny"), tmp_path / "engine", progress=progress)
-    assert list(reported) == ["vision_encoder", "cross_kv", "decoder", "smoke test"]
+    assert list(reported) == ["vision_encoder", "cross_kv", "decoder", "hashing", "smoke test"]
     assert all(done == total for done, total in reported.values())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import tracemalloc
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from stages import ArrayTensor
 
 from nvlm_trt.builders.graphs import streamed
-from nvlm_trt.builders.graphs.streamed import StreamedTensor, blocks_of
+from nvlm_trt.builders.graphs.streamed import Blocks, StoredTensor, StreamedTensor, blocks_of
 from nvlm_trt.errors import EngineError
 
 DTYPES = {
@@ -26,6 +27,10 @@ DTYPES = {
     ml_dtypes.bfloat16: ir.DataType.BFLOAT16,
     ml_dtypes.float8_e4m3fn: ir.DataType.FLOAT8E4M3FN,
 }
+
+
+def reading(*tensors: StoredTensor) -> Blocks:
+    return lambda first: blocks_of(*tensors, first=first)
 
 
 @given(
@@ -49,7 +54,7 @@ def test_writes_what_numpy_would(
     values = np.random.default_rng(0).normal(0, 9, (sum(rows), columns)).astype(np.float32)
     parts = [ArrayTensor(part) for part in np.split(values, np.cumsum(rows)[:-1])]
     expected: np.ndarray = values.astype(dtype).T if transposed else values.astype(dtype)
-    tensor = StreamedTensor("t", DTYPES[dtype], expected.shape, lambda: blocks_of(*parts), transposed)
+    tensor = StreamedTensor("t", DTYPES[dtype], expected.shape, reading(*parts), transposed)
     path = tmp_path_factory.mktemp("written") / "data"
     with pytest.MonkeyPatch.context() as patch, path.open("wb") as file:
         patch.setattr(streamed, "_BLOCK_ELEMENTS", block)
@@ -59,6 +64,59 @@ def test_writes_what_numpy_would(
     assert path.read_bytes() == b"before" + expected.tobytes()
     assert tensor.tobytes() == expected.tobytes()
     np.testing.assert_array_equal(tensor.numpy(), expected)
+
+
+@given(
+    rows=st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    pairs=st.integers(1, 4),
+    dtype=st.sampled_from([ir.DataType.FLOAT, ir.DataType.BFLOAT16, ir.DataType.INT4]),
+    transposed=st.booleans(),
+    block=st.integers(1, 30),
+    strip=st.integers(1, 60),
+    stop=st.integers(0, 30),
+)
+def test_goes_on_from_any_part(
+    tmp_path_factory: pytest.TempPathFactory,
+    rows: list[int],
+    pairs: int,
+    dtype: ir.DataType,
+    transposed: bool,
+    block: int,
+    strip: int,
+    stop: int,
+) -> None:
+    """Stopped after any part, the rest is written by a call of its own, which reads whole blocks only."""
+    height = sum(rows) + sum(rows) % 2  # 4-bit numbers are stored in pairs
+    values = np.random.default_rng(0).integers(-8, 8, (height, 2 * pairs)).astype(np.float32)
+    edges = np.cumsum(rows)[:-1]
+    whole_blocks = [BlocksOnly(part, block) for part in np.split(values, edges)]
+    shape = values.shape[::-1] if transposed else values.shape
+    tensor = StreamedTensor("t", dtype, shape, reading(*whole_blocks), transposed)
+    path = tmp_path_factory.mktemp("written") / "data"
+    with pytest.MonkeyPatch.context() as patch, path.open("wb") as file:
+        patch.setattr(streamed, "_BLOCK_ELEMENTS", block)
+        patch.setattr(streamed, "_STRIP_BYTES", strip)
+        parts = tensor.write(file.fileno(), 3)
+        reached = [0, *itertools.islice(parts, stop)][-1]
+        parts.close()
+        rest = list(tensor.write(file.fileno(), 3, reached))
+        assert rest == sorted(set(rest))
+        assert [reached, *rest][-1] == height
+        expected = tensor.tobytes()
+    assert path.read_bytes() == bytes(3) + expected
+
+
+class BlocksOnly(ArrayTensor):
+    """A tensor that is read in the blocks that `blocks_of` reads from the first row on, and in no others."""
+
+    def __init__(self, values: np.ndarray, block: int) -> None:
+        super().__init__(values)
+        self._step = max(1, block // values.shape[1])
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        assert start % self._step == 0
+        assert stop == min(start + self._step, self.shape[0])
+        return super().rows(start, stop)
 
 
 @given(
@@ -74,7 +132,7 @@ def test_a_byte_holds_two_4_bit_numbers(
     """The order is that of the stored tensor: a transposed one is packed after the transposition."""
     values = np.random.default_rng(0).integers(-8, 8, (rows, 2 * pairs)).astype(np.float32)
     stored = ArrayTensor(values.T if transposed else values)
-    tensor = StreamedTensor("t", ir.DataType.INT4, values.shape, lambda: blocks_of(stored), transposed)
+    tensor = StreamedTensor("t", ir.DataType.INT4, values.shape, reading(stored), transposed)
     path = tmp_path_factory.mktemp("written") / "data"
     with pytest.MonkeyPatch.context() as patch, path.open("wb") as file:
         patch.setattr(streamed, "_BLOCK_ELEMENTS", block)
@@ -107,7 +165,7 @@ def test_holds_a_block_and_reads_once(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(streamed, "_STRIP_BYTES", 1 << 20)
     matrix = Counted(1 << 14, 1 << 10)
     shape = matrix.shape[::-1] if transposed else matrix.shape
-    tensor = StreamedTensor("t", ir.DataType.FLOAT, shape, lambda: blocks_of(matrix), transposed)
+    tensor = StreamedTensor("t", ir.DataType.FLOAT, shape, reading(matrix), transposed)
     with (tmp_path / "data").open("wb") as file:
         tracemalloc.start()
         tensor.tofile(file)
@@ -123,7 +181,7 @@ def test_holds_a_block_and_reads_once(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_full_disk_is_an_error(monkeypatch: pytest.MonkeyPatch, transposed: bool, strip: int) -> None:
     monkeypatch.setattr(streamed, "_STRIP_BYTES", strip)
     matrix = Counted(256, 256)
-    tensor = StreamedTensor("t", ir.DataType.FLOAT, matrix.shape, lambda: blocks_of(matrix), transposed)
+    tensor = StreamedTensor("t", ir.DataType.FLOAT, matrix.shape, reading(matrix), transposed)
     with Path("/dev/full").open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
         tensor.tofile(file)
 
@@ -141,7 +199,7 @@ def test_blocks_are_of_a_million_elements_or_of_a_row() -> None:
 def test_a_value_beyond_a_narrow_type_is_an_error(tmp_path: Path, dtype: type, value: float, transposed: bool) -> None:
     values = np.ones((3, 4), np.float32)
     values[2, 3] = value
-    tensor = StreamedTensor("w", DTYPES[dtype], (3, 4), lambda: blocks_of(ArrayTensor(values)), transposed)
+    tensor = StreamedTensor("w", DTYPES[dtype], (3, 4), reading(ArrayTensor(values)), transposed)
     message = (
         rf"^w has {re.escape(f'{np.float32(value):g}')} at \[2, 3\], and .* ends at .*; choose .* with --precision$"
     )
@@ -161,7 +219,7 @@ def test_the_place_is_that_in_the_tensor_of_the_checkpoint(parts: list[int], blo
     names = [(f"part{i}", rows) for i, rows in enumerate(parts)]
     stacked = [ArrayTensor(array) for array in arrays]
     tensor = StreamedTensor(
-        "stack", ir.DataType.FLOAT16, (3, sum(parts)), lambda: blocks_of(*stacked), transposed=True, parts=names
+        "stack", ir.DataType.FLOAT16, (3, sum(parts)), reading(*stacked), transposed=True, parts=names
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(streamed, "_BLOCK_ELEMENTS", block)

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from nvlm_trt import terminal
+from nvlm_trt.progress import Bytes
 
 
 def test_a_bar_shows_the_time_left_from_slow_steps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,6 +23,19 @@ def test_a_bar_shows_the_time_left_from_slow_steps(monkeypatch: pytest.MonkeyPat
     assert isinstance(console.file, io.StringIO)
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())
     assert re.search(r"calibrating .* 10% 0:11:00 1:30:00 left", shown), shown
+
+
+def test_a_bar_of_bytes_shows_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = 0.0
+    console = Console(file=io.StringIO(), force_terminal=True, width=120, get_time=lambda: seconds)
+    monkeypatch.setattr(terminal, "_stderr", console)
+    with terminal.progress() as report:
+        for done in range(3):
+            report("decoder", done * 10**10, Bytes(29 * 10**10))
+            seconds += 60
+    assert isinstance(console.file, io.StringIO)
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())
+    assert re.search(r"decoder .* left, 20.00 of 290.00 GB", shown), shown
 
 
 def test_nothing_is_drawn_if_stderr_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nvlm_trt.backends.onnxruntime import NAME
+from nvlm_trt.backends.onnxruntime.layer_parts import OnnxRuntimeParts
 from nvlm_trt.backends.onnxruntime.observing import observe
 from nvlm_trt.builders.engine_build import BuildJob, BuildSteps, write_engine
 from nvlm_trt.builders.graphs.cross_kv import cross_kv_graph
@@ -16,11 +17,17 @@ from nvlm_trt.builders.graphs.self_attention import GroupQueryAttention
 from nvlm_trt.builders.graphs.vision_attention import multi_head_vision_attention
 from nvlm_trt.builders.graphs.vision_encoder import vision_encoder_graph
 from nvlm_trt.builders.model_file import save_model
+from nvlm_trt.builders.quantization.by_layer import PartRuntime, calibrate_by_layer
 from nvlm_trt.builders.quantization.calibration import Calibration
 from nvlm_trt.builders.quantization.formats import OBSERVING, Recipe, WeightForm
+from nvlm_trt.builders.quantization.part_store import calibration_folder
 from nvlm_trt.builders.quantization.smoothquant import MigratedWeights
+from nvlm_trt.builders.quantization.whole_model import whole_model_fits
 from nvlm_trt.builders.source import EngineSource
+from nvlm_trt.builders.unfinished_build import UnfinishedBuild
+from nvlm_trt.errors import EngineError
 from nvlm_trt.evaluation.samples import Sample
+from nvlm_trt.extras import require
 from nvlm_trt.progress import Progress
 from nvlm_trt.staging import temporary_sibling
 
@@ -41,15 +48,23 @@ class OnnxRuntimeSteps:
         return "fp32" if "fp32" in (precisions["vision_encoder"], precisions["projector"]) else "bf16"
 
     def write_stages(self, directory: Path, recipe: Recipe) -> dict[str, Any] | None:
-        write_graphs(self._job.source, self._job.progress, directory, recipe)
+        write_graphs(self._job.source, self._job.progress, directory, recipe, self._job.unfinished_in(directory))
         return None
 
     def calibrate(self, samples: Sequence[Sample]) -> Calibration:
         return calibrate(self._job, samples)
 
 
-def write_graphs(source: EngineSource, progress: Progress, directory: Path, recipe: Recipe) -> None:
-    """Write one ONNX file per stage. Together they hold every tensor of the checkpoint."""
+def write_graphs(
+    source: EngineSource,
+    progress: Progress,
+    directory: Path,
+    recipe: Recipe,
+    unfinished: UnfinishedBuild | None = None,
+) -> None:
+    """Write one ONNX file per stage. Together they hold every tensor of the checkpoint.
+
+    `unfinished`: what remembers how far an interrupted build has come with the same files."""
     config, linear = source.config, recipe.weight_format
     with source.open_checkpoint() as checkpoint:
         weights = MigratedWeights(checkpoint, recipe.factors)
@@ -66,14 +81,32 @@ def write_graphs(source: EngineSource, progress: Progress, directory: Path, reci
         )
         checkpoint.finish()
         for stage, model in graphs.items():
-            save_model(model, directory / f"{stage}.onnx", progress)
+            save_model(model, directory / f"{stage}.onnx", progress, unfinished)
 
 
 def calibrate(job: BuildJob, samples: Sequence[Sample]) -> Calibration:
-    """Measure a calibration with a temporary observing engine, written beside the engine that is built.
+    """Measure a calibration: layer by layer, or with a temporary observing engine, written beside the engine that is
+    built. On the CPU, both give the same.
 
     All backends calibrate here: the scales belong to the checkpoint, not to the engine."""
+    folder = calibration_folder(job.output)
+    # what a killed build has measured is used even if there is more memory now
+    by = job.calibrate_by or ("model" if whole_model_fits(job.source) and not folder.exists() else "layer")
+    if by != "model":
+        runtime = _parts_on_gpu(job.source) if by == "layer-on-gpu" else OnnxRuntimeParts(job.source)
+        return calibrate_by_layer(job.source, samples, folder, runtime, job.progress)
     with temporary_sibling(job.staging) as directory:
         write_stages = partial(write_graphs, job.source, job.progress)
-        write_engine(job.source, directory, OBSERVING, NAME, _TOOLS, write_stages)
+        write_engine(job.source, directory, OBSERVING, NAME, _TOOLS, write_stages, progress=job.progress)
         return observe(directory, samples, job.progress)
+
+
+def _parts_on_gpu(source: EngineSource) -> PartRuntime:
+    require("reference", "a calibration on a GPU")
+    import torch
+
+    from nvlm_trt.builders.quantization.torch_parts import TorchParts
+
+    if not torch.cuda.is_available():
+        raise EngineError("PyTorch sees no GPU; install a PyTorch with CUDA, or choose --calibrate-by layer")
+    return TorchParts(source, "cuda")

@@ -111,11 +111,13 @@ class OnnxRuntimeLayers:
     def _steps(
         self, session: InferenceSession, piece: Piece, sequence: ForcedSequence, x: FloatArray | None
     ) -> Iterator[FloatArray]:
-        """Run the steps of one sequence in turn; x [S, hidden] -> [tokens of a step, hidden], or logits [1, vocab]."""
+        """Run the steps of one sequence in turn; x [S, hidden] -> [tokens of a step, hidden], of the last layer [1,
+        hidden], or logits [1, vocab]."""
         llm = self._engine.config.llm
         caches = self._caches(piece, sequence)
         several = any(len(value.shape) == 2 for value in session.get_inputs() if value.name == "logit_index")
-        for step in sequence.steps:
+        is_last, selects = piece.returns == _LOGITS, "logit_index" in piece.inputs
+        for number, step in enumerate(sequence.steps):
             tokens, is_prompt = step.stop - step.start, step.start == 0
             last = np.array([tokens - 1])
             given: dict[str, npt.NDArray[Any]] = {
@@ -127,10 +129,12 @@ class OnnxRuntimeLayers:
                 "image_tokens": sequence.image_tokens[: None if is_prompt else 0],
             }
             if piece.takes is not None and x is not None:
-                given[piece.takes] = x[None, step]
+                # the last layer, or in earlier engines the part behind it, selects the last token of a step
+                is_selected = is_last and not selects
+                given[piece.takes] = x[None, number : number + 1] if is_selected else x[None, step]
             inputs = {name: np.ascontiguousarray(given[name]) for name in piece.inputs}
-            is_last = piece.returns == _LOGITS
-            result = np.empty((1, llm.vocab_size) if is_last else (1, tokens, llm.hidden_size), np.float32)
+            rows = 1 if selects else tokens
+            result = np.empty((1, llm.vocab_size) if is_last else (1, rows, llm.hidden_size), np.float32)
             written = {name.replace("past_", "present_"): cache for name, cache in caches.items() if "past_" in name}
             binding = session.io_binding()
             for name, array in inputs.items():

@@ -16,6 +16,7 @@ from nvlm_trt.builders.model_file import save_model
 from nvlm_trt.builders.quantization.formats import Recipe
 from nvlm_trt.builders.quantization.smoothquant import MigratedWeights
 from nvlm_trt.builders.source import EngineSource
+from nvlm_trt.builders.unfinished_build import UnfinishedBuild
 from nvlm_trt.progress import Progress
 
 DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
@@ -28,8 +29,11 @@ def write_graphs(
     directory: Path,
     progress: Progress,
     cross_attention: type[CrossAttention] = GatedFunction,
+    unfinished: UnfinishedBuild | None = None,
 ) -> dict[str, Path]:
     """Write one ONNX file per stage in TensorRT's form, weights beside it. Return stage -> file.
+
+    `unfinished`: what remembers how far an interrupted build has come with the same files.
 
     Together the files hold every tensor of the checkpoint. `dtype_name`, a key of DTYPES, is the type of everything
     that is not quantised."""
@@ -44,5 +48,5 @@ def write_graphs(
         )
         checkpoint.finish()
         for stage, model in graphs.items():
-            save_model(model, directory / f"{stage}.onnx", progress)
+            save_model(model, directory / f"{stage}.onnx", progress, unfinished)
     return {stage: directory / f"{stage}.onnx" for stage in graphs}

@@ -13,6 +13,7 @@ from nvlm_trt.backends.plans import PREFILL_CHUNK
 from nvlm_trt.backends.plans.graphs import write_graphs
 from nvlm_trt.backends.plans.profiles import profiles_of
 from nvlm_trt.backends.plans.record import aliases
+from nvlm_trt.backends.plans.unfinished_plans import UnfinishedPlans
 from nvlm_trt.backends.tensorrt import SPEC
 from nvlm_trt.backends.tensorrt.options import PlanOptions
 from nvlm_trt.backends.tensorrt.plan import build_plan
@@ -30,7 +31,6 @@ from nvlm_trt.planner.memory import plan_engine
 from nvlm_trt.plugins.gated_cross_attention.blocks import HEAD_DIMS
 from nvlm_trt.plugins.gated_cross_attention.onnx_function import NAME, PLUGIN_ATTRIBUTES
 from nvlm_trt.plugins.gated_cross_attention.tensorrt_plugin import register_plugin
-from nvlm_trt.staging import temporary_sibling
 
 PLUGIN = f"{PLUGIN_ATTRIBUTES['plugin_namespace']}::{NAME}"
 
@@ -68,16 +68,21 @@ class TensorRtSteps:
     def _write_plans(self, recipe: Recipe, dtype: str, directory: Path, cross_attention: type[CrossAttention]) -> None:
         source, progress = self._job.source, self._job.progress
         expected = plan_engine(source.design(SPEC, recipe.precisions)).stages
-        with temporary_sibling(directory) as work:
+        plans = UnfinishedPlans(self._job, directory)
+        missing = [stage for stage in self._profiles if not plans.has(stage)]
+        with plans.graphs_folder() as work:
             # loading a stripped plan refits it from its graph, so the graph stays beside the plan
             beside = directory if self._options.strip_weights else work
-            graphs = write_graphs(source, recipe, dtype, beside, progress, cross_attention)
+            graphs = {}
+            if missing or self._options.strip_weights:
+                graphs = write_graphs(source, recipe, dtype, beside, progress, cross_attention, plans.build)
             cache = timing_cache_path(self._target)
-            for done, (stage, graph) in enumerate(graphs.items()):
-                progress(f"building {stage}", done, len(graphs))
-                plan = directory / f"{stage}.plan"
-                build_plan(graph, plan, self._profiles[stage], self._options, cache, expected[stage])
-            progress("building", len(graphs), len(graphs))
+            for done, stage in enumerate(missing):
+                progress(f"building {stage}", done, len(missing))
+                profiles, plan = self._profiles[stage], plans.plan(stage)
+                build_plan(graphs[stage], plan, profiles, self._options, cache, expected[stage])
+                plans.finish(stage)
+            progress("building", len(missing), len(missing))
 
     def _record(self, dtype: str, plugin: str | None) -> TensorRtRecord:
         return TensorRtRecord(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping as Entries
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +25,8 @@ from nvlm_trt.builders.tensorrt_llm.quantization import LlmQuantization, llm_qua
 from nvlm_trt.builders.tensorrt_llm_checkpoint import check_llm_checkpoint, write_llm_checkpoint
 from nvlm_trt.evaluation.samples import Sample
 from nvlm_trt.model.precision import floating_type
+
+_WHOLE = "whole"
 
 
 class TensorRtLlmSteps:
@@ -52,29 +53,36 @@ class TensorRtLlmSteps:
         """Write TensorRT-LLM's checkpoint, the vision encoder and the tags; then build the LLM's engine, unless the
         options say to stop before.
 
-        Until the checkpoint is whole, its folder stands beside the engine's place, whatever happens: the next build of
-        the same engine goes on with it."""
+        An interrupted build of the same engine has left the parts that it had finished, and a checkpoint with a journal
+        of its own."""
         job, config = self._job, self._job.source.config
         if not self._options.checkpoint_only:
             check_this_gpu(config, recipe.precisions)
-        source, lora = job.source.checkpoint_dir, job.source.lora
+        source, lora, unfinished = job.source.checkpoint_dir, job.source.lora, job.unfinished_in(directory)
         quantization = llm_quantization(config, self._mapping, recipe)
         record = self._record(floating_type(recipe.precisions), quantization)
-        unfinished = unfinished_checkpoint(job.output)
-        write_llm_checkpoint(
-            source,
-            config,
-            unfinished,
-            quantization,
-            self._mapping,
-            record.max_encoder_len,
-            job.progress,
-            dtype=record.dtype,
-            lora=lora,
-        )
-        check_llm_checkpoint(unfinished, config)
-        os.rename(unfinished, directory / CHECKPOINT_FOLDER)
-        write_vision_encoder(source, config, directory / VISION_FILE, record.dtype, job.progress, lora)
+        folder, vision = directory / CHECKPOINT_FOLDER, directory / VISION_FILE
+        if unfinished is None or unfinished.reached(folder) != _WHOLE or not folder.is_dir():
+            if unfinished is not None:
+                unfinished.note(folder, "begun")
+            write_llm_checkpoint(
+                source,
+                config,
+                folder,
+                quantization,
+                self._mapping,
+                record.max_encoder_len,
+                job.progress,
+                dtype=record.dtype,
+                lora=lora,
+            )
+            check_llm_checkpoint(folder, config)
+            if unfinished is not None:
+                unfinished.note(folder, _WHOLE)
+        if unfinished is None or unfinished.reached(vision) != _WHOLE:
+            write_vision_encoder(source, config, vision, record.dtype, job.progress, lora)
+            if unfinished is not None:
+                unfinished.note(vision, _WHOLE)
         if config.architecture == "H":
             write_tag_embeddings(source, config, directory / TAG_FILE, record.dtype, lora)
         if not self._options.checkpoint_only:
@@ -97,8 +105,3 @@ class TensorRtLlmSteps:
             max_encoder_len=limits.max_image_tokens if config.cross_layers else 0,
             max_num_tokens=max(CHUNK, limits.max_slots),
         )
-
-
-def unfinished_checkpoint(output: Path) -> Path:
-    """Return the folder in which the checkpoint of the engine `output` is written."""
-    return output.parent / f".{output.name}.tensorrt-llm-checkpoint"

@@ -14,6 +14,7 @@ from nvlm_trt.backends.plans import PREFILL_CHUNK
 from nvlm_trt.backends.plans.graphs import write_graphs
 from nvlm_trt.backends.plans.profiles import profiles_of
 from nvlm_trt.backends.plans.record import aliases
+from nvlm_trt.backends.plans.unfinished_plans import UnfinishedPlans
 from nvlm_trt.backends.tensorrt_rtx import SPEC
 from nvlm_trt.backends.tensorrt_rtx.on_cpu import widen_file
 from nvlm_trt.backends.tensorrt_rtx.options import RtxOptions
@@ -27,7 +28,6 @@ from nvlm_trt.builders.quantization.formats import Recipe, WeightForm
 from nvlm_trt.evaluation.samples import Sample
 from nvlm_trt.model.precision import floating_type
 from nvlm_trt.planner.memory import plan_engine
-from nvlm_trt.staging import temporary_sibling
 
 ON_CPU = "the CPU: the plans' graphs in ONNX Runtime, float32 between operators"
 
@@ -60,18 +60,28 @@ class RtxSteps:
         """Write a plan per stage. The graphs, with all weights, are on disk beside the engine for that time."""
         source, progress, dtype = self._job.source, self._job.progress, floating_type(recipe.precisions)
         expected = plan_engine(source.design(SPEC, recipe.precisions))
-        fused: dict[str, bool] = {}
-        with temporary_sibling(directory) as work:
-            graphs = write_graphs(source, recipe, dtype, work, progress, MaskedAttention)
-            for done, (stage, graph) in enumerate(graphs.items()):
-                progress(f"building {stage}", done, len(graphs))
-                plan = directory / f"{stage}.plan"
+        plans = UnfinishedPlans(self._job, directory)
+        missing = [stage for stage in self._profiles if not plans.has(stage)]
+        fused = {stage: plans.remembered(stage) for stage in self._profiles if stage not in missing}
+        with plans.graphs_folder() as work:
+            graphs = {}
+            if missing:
+                graphs = write_graphs(source, recipe, dtype, work, progress, MaskedAttention, plans.build)
+            for done, stage in enumerate(missing):
+                progress(f"building {stage}", done, len(missing))
                 fuse = dtype != "fp32"  # float32 has no fused kernel
-                attention = build_plan(graph, plan, self._profiles[stage], self._options, fuse, expected.host_building)
-                if attention is not None:
-                    fused[stage] = attention
-            progress("building", len(graphs), len(graphs))
-        return self._record(dtype, fused).model_dump()
+                fused[stage] = build_plan(
+                    graphs[stage],
+                    plans.plan(stage),
+                    self._profiles[stage],
+                    self._options,
+                    fuse,
+                    expected.host_building,
+                )
+                plans.finish(stage, fused[stage])
+            progress("building", len(missing), len(missing))
+        has_attention = {stage: fused[stage] for stage in sorted(fused) if fused[stage] is not None}
+        return self._record(dtype, has_attention).model_dump()
 
     def _record(self, dtype: str, fused: dict[str, bool]) -> RtxRecord:
         return RtxRecord(

@@ -14,9 +14,10 @@ import pytest
 from command_line import Run, assert_one_line_error
 
 from nvlm_trt.api import ChatRequest, Message, SamplingParams
-from nvlm_trt.backends.tensorrt_llm.build import unfinished_checkpoint
 from nvlm_trt.backends.tensorrt_llm.record import record_of
+from nvlm_trt.builders import unfinished_build
 from nvlm_trt.builders.engine_build import build_engine
+from nvlm_trt.builders.tensorrt_llm import rank_files
 from nvlm_trt.builders.tensorrt_llm_checkpoint import check_llm_checkpoint
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import EngineError
@@ -121,7 +122,7 @@ def test_a_gpu_that_would_run_it_wrongly_is_refused(
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a Blackwell GPU")
     with pytest.raises(EngineError, match=r"masks no cross-attention on a Blackwell GPU \(compute capability 12.0\)"):
         build_engine(oracle("nvlm-x-tiny"), tmp_path / "engine", LIMITS, backend="tensorrt-llm")
-    assert not unfinished_checkpoint(tmp_path / "engine").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["bin"]
 
 
 def test_the_program_ends_with_an_interrupt(
@@ -142,23 +143,33 @@ def test_the_program_ends_with_an_interrupt(
     assert not (tmp_path / "engine").exists()
 
 
-def test_a_build_goes_on_where_it_stopped(oracle: Directory, tmp_path: Path) -> None:
+@pytest.mark.parametrize("description", ["writing the ranks", "writing the vision encoder", "hashing"])
+def test_a_build_goes_on_where_it_stopped(
+    oracle: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, description: str
+) -> None:
+    monkeypatch.setattr(unfinished_build, "_WORTH_KEEPING", 0)
+    monkeypatch.setattr(rank_files, "_SYNC_BYTES", 1)
     checkpoint, output = oracle("nvlm-d-tiny"), tmp_path / "engine"
     options = {"checkpoint_only": True, "tp": 2}
 
     class StoppedError(Exception):
         pass
 
-    def stop(description: str, done: float, total: float) -> None:
-        if description == "writing the ranks" and done > total / 2:
+    def stop(stage: str, done: float, total: float) -> None:
+        if stage == description and done > total / 2:
             raise StoppedError
+
+    def watch(stage: str, done: float, total: float) -> None:
+        first.setdefault(stage, done / total)
 
     with pytest.raises(StoppedError):
         build_engine(checkpoint, output, LIMITS, progress=stop, backend="tensorrt-llm", options=options)
-    assert unfinished_checkpoint(output).is_dir()
     assert not output.exists()
-    build_engine(checkpoint, output, LIMITS, backend="tensorrt-llm", options=options)
-    assert not unfinished_checkpoint(output).exists()
+    first: dict[str, float] = {}
+    build_engine(checkpoint, output, LIMITS, progress=watch, backend="tensorrt-llm", options=options)
+    assert list(tmp_path.iterdir()) == [output]
+    stages = ["writing the ranks", "writing the vision encoder", "hashing"]
+    assert list(first) == stages[stages.index(description) :]
     straight = build_engine(checkpoint, tmp_path / "other", LIMITS, backend="tensorrt-llm", options=options)
     assert straight.manifest.files == Engine.open(output).manifest.files
 

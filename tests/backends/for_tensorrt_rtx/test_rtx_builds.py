@@ -21,9 +21,11 @@ from nvlm_trt.backends.tensorrt_rtx.options import RtxOptions
 from nvlm_trt.backends.tensorrt_rtx.plan import build_plan
 from nvlm_trt.backends.tensorrt_rtx.record import record_of
 from nvlm_trt.backends.tensorrt_rtx.target import TARGETS
+from nvlm_trt.builders import unfinished_build
 from nvlm_trt.builders.engine_build import QuantizationOptions, build_engine
 from nvlm_trt.builders.quantization.formats import WeightForm, quantised
 from nvlm_trt.builders.source import EngineSource
+from nvlm_trt.builders.unfinished_build import unfinished_folder
 from nvlm_trt.checkpoint.reader import Checkpoint
 from nvlm_trt.engine import Engine
 from nvlm_trt.progress import no_progress
@@ -146,3 +148,31 @@ def test_a_plan_says_for_which_gpu_it_is(tmp_path: Path, target: str) -> None:
     assert build_plan(product(tmp_path), tmp_path / "plan", [profile], options, fuse=True, expected=0) is None
     assert header(tmp_path / "plan").startswith(b"vtrt")
     assert header(tmp_path / "plan")[32] == MASKS[target]
+
+
+def test_goes_on_with_the_plans_that_an_interrupted_build_has_finished(
+    checkpoint: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unfinished_build, "_WORTH_KEEPING", 0)
+    output, folder = tmp_path / "engine", unfinished_folder(tmp_path / "engine")
+    options = {"precision": "bf16", "backend": "tensorrt-rtx", "smoke_test": False}
+
+    def stop(stage: str, done: float, total: float) -> None:
+        if stage == "building decoder":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(checkpoint("nvlm-d-tiny"), output, LIMITS, progress=stop, **options)
+    assert (folder / "graphs" / "decoder.onnx.data").exists()
+    plan = (folder / "engine" / "vision_encoder.plan").read_bytes()
+    shares: dict[str, list[float]] = {}
+
+    def watch(stage: str, done: float, total: float) -> None:
+        shares.setdefault(stage, []).append(done / total)
+
+    engine = build_engine(checkpoint("nvlm-d-tiny"), output, LIMITS, progress=watch, **options)
+    assert (output / "vision_encoder.plan").read_bytes() == plan
+    assert "building vision_encoder" not in shares
+    assert record_of(engine).fused == {"decoder": True, "vision_encoder": True}
+    assert set(engine.manifest.files) >= {"vision_encoder.plan", "decoder.plan"}
+    assert list(tmp_path.iterdir()) == [output]

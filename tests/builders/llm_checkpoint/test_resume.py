@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 from split_models import MAX_ENCODER_LEN, SplitModel
 
+from nvlm_trt.builders.journal import Journal
 from nvlm_trt.builders.tensorrt_llm import rank_files
-from nvlm_trt.builders.tensorrt_llm.journal import JOURNAL, Journal
 from nvlm_trt.builders.tensorrt_llm.mapping import Mapping
 from nvlm_trt.builders.tensorrt_llm.tensor_file import TensorFile
 from nvlm_trt.builders.tensorrt_llm_checkpoint import LlmQuantization, check_llm_checkpoint, write_llm_checkpoint
+from nvlm_trt.engine import JOURNAL
 from nvlm_trt.errors import EngineError
 
 Models = Callable[[str], SplitModel]
@@ -73,6 +74,11 @@ def written_names(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
+def finished(directory: Path) -> list[str]:
+    """Return what the journal of a directory names, without the checksums."""
+    return [line.rpartition(" ")[0] for line in (directory / JOURNAL).read_text().splitlines()[1:]]
+
+
 def again(done: list[str], written: list[str]) -> set[str]:
     """Return the tensors that were written although the journal called them finished."""
     finished = set()
@@ -94,7 +100,7 @@ def test_goes_on(tmp_path: Path, split_model: Models, monkeypatch: pytest.Monkey
     with pytest.raises(EngineError, match="is not finished"):
         check_llm_checkpoint(directory, model.config)
     assert not (directory / "config.json").exists()
-    _, *done = (directory / JOURNAL).read_text().splitlines()
+    done = finished(directory)
     assert bool(done) == (fraction > 0)
     with (directory / JOURNAL).open("a") as journal:
         journal.write("stage 1 lm_head.weight")  # killed before the end of the line
@@ -134,7 +140,7 @@ def test_a_killed_writer_goes_on(tmp_path: Path, split_model: Models, monkeypatc
     arguments = [str(model.checkpoint), str(directory), str(MAX_ENCODER_LEN)]
     killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], check=False, cwd=Path(__file__).parents[3])
     assert killed.returncode == -signal.SIGKILL
-    done = (directory / JOURNAL).read_text().splitlines()[1:]
+    done = finished(directory)
     assert done
     names = written_names(monkeypatch)
     write(model, directory, LlmQuantization())

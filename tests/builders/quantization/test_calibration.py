@@ -155,14 +155,10 @@ def one_slot_engine(tmp_path_factory: pytest.TempPathFactory, checkpoint: Direct
     return write_observing(tmp_path_factory.mktemp("one slot"), checkpoint("nvlm-h-tiny"), {"max_slots": 1})
 
 
-def test_a_calibration_does_not_depend_on_order_or_batches(
-    one_slot_engine: Path, checkpoint: Directory, tmp_path: Path
-) -> None:
+def test_a_calibration_does_not_depend_on_order(one_slot_engine: Path) -> None:
     chosen = document_samples("train", 26, no_progress)
-    alone = observe_samples(one_slot_engine, chosen, no_progress)
-    eight_slots = write_observing(tmp_path, checkpoint("nvlm-h-tiny"), {"max_slots": 8})
-    together = observe_samples(eight_slots, chosen[::-1], no_progress)
-    assert together.linears == alone.linears
+    forwards = observe_samples(one_slot_engine, chosen, no_progress)
+    assert observe_samples(one_slot_engine, chosen[::-1], no_progress).linears == forwards.linears
 
 
 def test_ends_when_the_scales_are_still(one_slot_engine: Path, samples: Path) -> None:
@@ -175,9 +171,9 @@ def test_ends_when_the_scales_are_still(one_slot_engine: Path, samples: Path) ->
     assert few.linears.keys() == observe_samples(one_slot_engine, same[:1], no_progress).linears.keys()
 
 
-def test_samples_that_go_on_to_move_the_scales_are_all_asked(one_slot_engine: Path, samples: Path) -> None:
+def test_samples_that_go_on_to_move_the_scales_are_all_read(one_slot_engine: Path, samples: Path) -> None:
     text, image = read_samples(samples)[2], read_samples(samples)[0]
-    # one task per sample, so that they are asked in this order
+    # one task per sample, so that they are read in this order
     same = [dataclasses.replace(text, name=str(i), task=str(i)) for i in range(4 * BLOCK)]
     same[2 * BLOCK] = dataclasses.replace(image, name=str(2 * BLOCK), task=str(2 * BLOCK))
     calibration = observe_samples(one_slot_engine, same, no_progress)
