@@ -1,7 +1,4 @@
-"""Builds an engine from a checkpoint: calibrates, writes, runs the smoke test, measures the accuracy, publishes.
-
-A backend implements the steps in which backends differ (`BuildSteps`).
-"""
+"""Builds an engine from a checkpoint: calibrates, writes, runs the smoke test, measures the accuracy, publishes."""
 
 from __future__ import annotations
 
@@ -10,15 +7,16 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, get_args
 
 from nvlm_trt.backends.spec import BackendSpec
 from nvlm_trt.backends.table import DEFAULT_BACKEND, find_backend
 from nvlm_trt.builders.build_identity import identity
+from nvlm_trt.builders.build_steps import BuildJob, BuildSteps, CalibrateBy, Precisions
 from nvlm_trt.builders.quantization.build_samples import document_samples, read_first_samples
 from nvlm_trt.builders.quantization.calibration import Calibration, is_calibration, read_calibration
 from nvlm_trt.builders.quantization.fixed_range import check_range, fixed_calibration
-from nvlm_trt.builders.quantization.formats import Recipe, WeightForm, quantised
+from nvlm_trt.builders.quantization.formats import Recipe, quantised
 from nvlm_trt.builders.quantization.gate import NOT_MEASURED, AccuracyGate, GateOptions
 from nvlm_trt.builders.quantization.part_store import remove_calibration
 from nvlm_trt.builders.quantization.source_scales import source_calibration
@@ -28,7 +26,6 @@ from nvlm_trt.builders.source import EngineSource
 from nvlm_trt.builders.unfinished_build import Tell, UnfinishedBuild, tell_nobody, unfinished_build
 from nvlm_trt.engine import CALIBRATION, Engine, Manifest, save_manifest, tool_versions, write_manifest
 from nvlm_trt.errors import DeviceMemoryError, EngineError
-from nvlm_trt.evaluation.samples import Sample
 from nvlm_trt.model.precision import components_of, needs_calibration, quantised_components
 from nvlm_trt.planner.disk import check_disk, disk_of_build
 from nvlm_trt.planner.memory import plan_engine
@@ -37,10 +34,6 @@ from nvlm_trt.staging import temporary_sibling
 
 CALIBRATION_SAMPLES = 128  # drawn from the document tasks
 SMOOTHQUANT_ALPHA = 0.5
-
-Precisions = Mapping[str, str]  # component -> precision
-# What a calibration has in memory: one layer, on the CPU or on a GPU, or the whole model.
-CalibrateBy = Literal["layer", "layer-on-gpu", "model"]
 
 
 @dataclass(frozen=True)
@@ -66,46 +59,6 @@ class QuantizationOptions:
                 f"--smoothquant-alpha {self.smoothquant_alpha} is not from 0 (off) to 1; the default is "
                 f"{SMOOTHQUANT_ALPHA}"
             )
-
-
-@dataclass(frozen=True)
-class BuildJob:
-    """Holds what a backend needs to know about a build."""
-
-    source: EngineSource
-    options: Mapping[str, Any]  # options that only this backend has
-    output: Path  # where the engine will be
-    staging: Path  # directory of the engine until then; temporary engines are its siblings
-    progress: Progress
-    unfinished: UnfinishedBuild | None = None  # holds `staging` and remembers what is finished
-
-    def unfinished_in(self, directory: Path) -> UnfinishedBuild | None:
-        """Return what remembers the files of a directory: None for those of a temporary engine."""
-        return self.unfinished if directory == self.staging else None
-
-    calibrate_by: CalibrateBy | None = None  # None: by the memory of this machine
-
-
-class BuildSteps(Protocol):
-    """Lists the steps of a build that each backend implements."""
-
-    tools: Sequence[str]  # packages whose versions the manifest lists
-    weight_form: WeightForm
-    # writes the engines that are tried and judged where this machine cannot run the engine itself; None: it can
-    trial: BuildSteps | None
-
-    def unquantised(self, precisions: Precisions) -> str:
-        """Name the precision, of the backend's table, of the unquantised engine that a quantised one is compared
-        with."""
-        ...
-
-    def write_stages(self, directory: Path, recipe: Recipe) -> dict[str, Any] | None:
-        """Write the files of all stages. Return the backend's record in the manifest."""
-        ...
-
-    def calibrate(self, samples: Sequence[Sample]) -> Calibration:
-        """Measure the inputs of the checkpoint's linear layers."""
-        ...
 
 
 def build_engine(

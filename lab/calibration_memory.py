@@ -41,7 +41,7 @@ CALIBRATE = """
 import sys
 from pathlib import Path
 from nvlm_trt.backends.onnxruntime.build import calibrate
-from nvlm_trt.builders.engine_build import BuildJob
+from nvlm_trt.builders.build_steps import BuildJob
 from nvlm_trt.builders.quantization.build_samples import document_samples
 from nvlm_trt.builders.source import EngineSource
 from nvlm_trt.progress import no_progress

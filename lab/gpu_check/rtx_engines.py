@@ -155,7 +155,8 @@ def _expected(checkpoint: Path, built: Path, folder: Path) -> dict[str, Any]:
     """Run the graphs of an engine in ONNX Runtime, float32 between operators."""
     from nvlm_trt.backends.opening import open_backend
     from nvlm_trt.backends.tensorrt_rtx import SPEC
-    from nvlm_trt.builders.engine_build import BuildJob, write_engine
+    from nvlm_trt.builders.build_steps import BuildJob
+    from nvlm_trt.builders.engine_build import write_engine
     from nvlm_trt.builders.quantization.calibration import read_calibration
     from nvlm_trt.builders.quantization.formats import quantised
     from nvlm_trt.builders.source import EngineSource

@@ -13,7 +13,7 @@ from nvlm_trt.progress import Progress
 if TYPE_CHECKING:
     from nvlm_trt.backends.base import StepBackend
     from nvlm_trt.backends.layers import EngineLayers
-    from nvlm_trt.builders.engine_build import BuildJob, BuildSteps
+    from nvlm_trt.builders.build_steps import BuildJob, BuildSteps
     from nvlm_trt.engine import Engine
     from nvlm_trt.layer_loop import LayerLoop
     from nvlm_trt.limits import EngineLimits

@@ -21,7 +21,8 @@ from nvlm_trt.backends.base import BackendArray, FloatArray, ImageFeatures, IntA
 from nvlm_trt.backends.opening import open_backend
 from nvlm_trt.backends.spec import BackendSpec, MemoryModel, OpenOptions, TritonPlacement
 from nvlm_trt.backends.table import added_backend, backend_names, find_backend
-from nvlm_trt.builders.engine_build import BuildJob, BuildSteps, build_engine
+from nvlm_trt.builders.build_steps import BuildJob, BuildSteps
+from nvlm_trt.builders.engine_build import build_engine
 from nvlm_trt.builders.quantization.calibration import Calibration
 from nvlm_trt.builders.quantization.formats import Recipe, WeightForm
 from nvlm_trt.engine import Engine, save_manifest

@@ -10,7 +10,8 @@ from typing import Any
 from nvlm_trt.backends.onnxruntime import NAME
 from nvlm_trt.backends.onnxruntime.layer_parts import OnnxRuntimeParts
 from nvlm_trt.backends.onnxruntime.observing import observe
-from nvlm_trt.builders.engine_build import BuildJob, BuildSteps, write_engine
+from nvlm_trt.builders.build_steps import BuildJob, BuildSteps
+from nvlm_trt.builders.engine_build import write_engine
 from nvlm_trt.builders.graphs.cross_kv import cross_kv_graph
 from nvlm_trt.builders.graphs.decoder import decoder_graph
 from nvlm_trt.builders.graphs.self_attention import GroupQueryAttention

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nvlm_trt.builders.engine_build import BuildJob
+from nvlm_trt.builders.build_steps import BuildJob
 from nvlm_trt.staging import temporary_sibling
 
 

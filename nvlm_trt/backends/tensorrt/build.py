@@ -19,7 +19,7 @@ from nvlm_trt.backends.tensorrt.options import PlanOptions
 from nvlm_trt.backends.tensorrt.plan import build_plan
 from nvlm_trt.backends.tensorrt.record import TensorRtRecord
 from nvlm_trt.backends.tensorrt.target import Target, find_target
-from nvlm_trt.builders.engine_build import BuildJob, BuildSteps
+from nvlm_trt.builders.build_steps import BuildJob, BuildSteps
 from nvlm_trt.builders.graphs.cross_attention import CrossAttention, GatedFunction, MaskedAttention
 from nvlm_trt.builders.quantization.calibration import Calibration
 from nvlm_trt.builders.quantization.formats import Recipe, WeightForm

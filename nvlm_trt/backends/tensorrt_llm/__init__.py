@@ -12,7 +12,7 @@ from nvlm_trt.progress import Progress
 
 if TYPE_CHECKING:
     from nvlm_trt.backends.base import StepBackend
-    from nvlm_trt.builders.engine_build import BuildJob, BuildSteps
+    from nvlm_trt.builders.build_steps import BuildJob, BuildSteps
     from nvlm_trt.engine import Engine
     from nvlm_trt.prompt.tokenizer import Tokenizer
     from nvlm_trt.runtime.text_generator import GeneratorOptions, TextGenerator

@@ -16,7 +16,7 @@ from nvlm_trt.backends.tensorrt_llm.options import LlmOptions
 from nvlm_trt.backends.tensorrt_llm.record import TrtLlmRecord
 from nvlm_trt.backends.tensorrt_llm.trtllm_build import build_llm, check_this_gpu
 from nvlm_trt.backends.tensorrt_llm.vision import VISION_FILE
-from nvlm_trt.builders.engine_build import BuildJob, BuildSteps
+from nvlm_trt.builders.build_steps import BuildJob, BuildSteps
 from nvlm_trt.builders.quantization.calibration import Calibration
 from nvlm_trt.builders.quantization.formats import Recipe, WeightForm
 from nvlm_trt.builders.tensorrt_llm.components import write_tag_embeddings, write_vision_encoder

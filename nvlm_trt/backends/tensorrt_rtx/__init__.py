@@ -18,7 +18,7 @@ from nvlm_trt.model.precision import PrecisionTable
 
 if TYPE_CHECKING:
     from nvlm_trt.backends.base import StepBackend
-    from nvlm_trt.builders.engine_build import BuildJob, BuildSteps
+    from nvlm_trt.builders.build_steps import BuildJob, BuildSteps
     from nvlm_trt.engine import Engine
     from nvlm_trt.limits import EngineLimits
     from nvlm_trt.model.config import NvlmConfig

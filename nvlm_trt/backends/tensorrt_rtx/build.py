@@ -21,7 +21,7 @@ from nvlm_trt.backends.tensorrt_rtx.options import RtxOptions
 from nvlm_trt.backends.tensorrt_rtx.plan import build_plan
 from nvlm_trt.backends.tensorrt_rtx.record import RtxRecord
 from nvlm_trt.backends.tensorrt_rtx.target import find_gpu, import_rtx
-from nvlm_trt.builders.engine_build import BuildJob, BuildSteps
+from nvlm_trt.builders.build_steps import BuildJob, BuildSteps
 from nvlm_trt.builders.graphs.cross_attention import MaskedAttention
 from nvlm_trt.builders.quantization.calibration import Calibration
 from nvlm_trt.builders.quantization.formats import Recipe, WeightForm

@@ -16,7 +16,8 @@ from real_signatures import Double, constructor
 
 from nvlm_trt.backends import tensorrt_rtx as room
 from nvlm_trt.backends.tensorrt_rtx import build, runtime
-from nvlm_trt.builders.engine_build import BuildJob, build_engine, write_engine
+from nvlm_trt.builders.build_steps import BuildJob
+from nvlm_trt.builders.engine_build import build_engine, write_engine
 from nvlm_trt.builders.quantization.formats import quantised
 from nvlm_trt.builders.source import EngineSource
 from nvlm_trt.checkpoint.reader import Checkpoint
