@@ -95,14 +95,16 @@ def with_layers(config: NvlmConfig, layers: int) -> NvlmConfig:
 
 def build_sparse_engine(checkpoint: Path, output: Path, precision: str) -> None:
     """Builds an engine of a checkpoint of zeros, and gives the disk back what each tensor of zeros takes."""
-    ends: dict[Path, int] = {}
+    folder = output.parent / f".{output.name}.unfinished" / "engine"
+    ends: dict[str, int] = {}
 
-    def dig(description: str, done: float, total: float) -> None:
-        for file in output.parent.glob(f".{output.name}.tmp-*/*.data"):
-            begin, end = ends.get(file, 0), file.stat().st_size
-            if end > begin:
-                subprocess.run(["fallocate", "-d", "-o", str(begin), "-l", str(end - begin), file], check=True)
-            ends[file] = end
+    def dig(stage: str, done: float, total: float) -> None:
+        """The rows of a transposed tensor are written in several places: the whole file is searched at its end."""
+        file = folder / f"{stage}.onnx.data"
+        begin, end = 0 if done == total else ends.get(stage, 0), int(done)
+        if end > begin and file.exists():
+            subprocess.run(["fallocate", "-d", "-o", str(begin), "-l", str(end - begin), file], check=True)
+        ends[stage] = end
 
     build_engine(checkpoint, output, precision=precision, smoke_test=False, progress=dig)
 

@@ -54,9 +54,11 @@ def edit_config(directory: Path, **keys: object) -> None:
 
 
 def enlarge_tokenizer(directory: Path) -> None:
-    """Add a token behind the last row of the embedding table."""
+    """Add tokens up to one behind the last row of the embedding table."""
     tokenizer = json.loads((directory / "tokenizer.json").read_text())
-    tokenizer["model"]["vocab"]["beyond"] = 512
+    last = tokenizer["added_tokens"][-1]
+    more = [{**last, "id": number, "content": f"<more{number}>"} for number in range(last["id"] + 1, 513)]
+    tokenizer["added_tokens"] += more
     (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
 
 

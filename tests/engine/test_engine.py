@@ -169,12 +169,21 @@ def test_disk_full_is_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_build_on_a_full_disk_leaves_nothing(tmp_path: Path, checkpoint) -> None:
-    """On a real file system that is too small for the engine."""
+@pytest.mark.parametrize(
+    ("is_checked", "message"),
+    [(True, "has too little space: the build needs [0-9]+ bytes, [0-9]+ are free"), (False, "disk full while writing")],
+    ids=["before it writes", "while it writes"],
+)
+def test_a_build_on_a_full_disk_leaves_nothing(
+    tmp_path: Path, checkpoint, monkeypatch: pytest.MonkeyPatch, is_checked: bool, message: str
+) -> None:
+    """On a real file system that is too small for the engine, or that others fill after the build has looked."""
+    if not is_checked:
+        monkeypatch.setattr("nvlm_trt.builders.engine_build.check_disk", lambda *_: None)
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", tmp_path], capture_output=True).returncode:
         pytest.skip("mounting a small file system needs root")
     try:
-        with pytest.raises(EngineError, match="disk full while writing"):
+        with pytest.raises(EngineError, match=message):
             build_engine(checkpoint("nvlm-h-tiny"), tmp_path / "engine")
         assert list(tmp_path.iterdir()) == []
     finally:

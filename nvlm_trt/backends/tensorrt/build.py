@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nvlm_trt.backends.base import stages_of
 from nvlm_trt.backends.onnxruntime.build import calibrate
 from nvlm_trt.backends.plans import PREFILL_CHUNK
 from nvlm_trt.backends.plans.graphs import write_graphs
@@ -69,7 +70,7 @@ class TensorRtSteps:
         source, progress = self._job.source, self._job.progress
         expected = plan_engine(source.design(SPEC, recipe.precisions)).stages
         plans = UnfinishedPlans(self._job, directory)
-        missing = [stage for stage in self._profiles if not plans.has(stage)]
+        missing = [stage for stage in stages_of(source.config) if not plans.has(stage)]
         with plans.graphs_folder() as work:
             # loading a stripped plan refits it from its graph, so the graph stays beside the plan
             beside = directory if self._options.strip_weights else work

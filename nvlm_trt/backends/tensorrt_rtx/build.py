@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nvlm_trt.backends.base import stages_of
 from nvlm_trt.backends.onnxruntime.build import calibrate
 from nvlm_trt.backends.plans import PREFILL_CHUNK
 from nvlm_trt.backends.plans.graphs import write_graphs
@@ -61,7 +62,7 @@ class RtxSteps:
         source, progress, dtype = self._job.source, self._job.progress, floating_type(recipe.precisions)
         expected = plan_engine(source.design(SPEC, recipe.precisions))
         plans = UnfinishedPlans(self._job, directory)
-        missing = [stage for stage in self._profiles if not plans.has(stage)]
+        missing = [stage for stage in stages_of(source.config) if not plans.has(stage)]
         fused = {stage: plans.remembered(stage) for stage in self._profiles if stage not in missing}
         with plans.graphs_folder() as work:
             graphs = {}

@@ -102,5 +102,5 @@ def test_rows_of_any_magnitude_stay_finite(
     restored = values.astype(np.float32).reshape(scales.size, -1) * scales.reshape(-1, 1)
     assert np.isfinite(restored).all()
     assert (scales != 0).all()
-    # half a step of 4 bits, and what a scale of fp16's smallest numbers is off
-    assert np.abs(restored.reshape(rows.shape) - rows).max() <= 0.15 * np.abs(rows).max() + 2.0**-21
+    # half a step of 4 bits, and 127 times what a scale of fp16's smallest numbers is off
+    assert np.abs(restored.reshape(rows.shape) - rows).max() <= 0.15 * np.abs(rows).max() + 2.0**-18
