@@ -19,7 +19,8 @@ Array = npt.NDArray[Any]
 Layer = Callable[[list[Array]], list[Array]]
 
 _DONE = "done"  # beside the arrays: how many layers have run
-_UNREADABLE = (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error)
+# RuntimeError: the flags of a damaged zip file ask for a password, or for what zipfile does not implement
+_UNREADABLE = (OSError, EOFError, KeyError, OverflowError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error)
 
 
 class LayerLoop:
