@@ -7,7 +7,6 @@ in the order in which they are read again.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -23,7 +22,7 @@ from nvlm_trt.builders.quantization.observations import Observations
 from nvlm_trt.closing import ClosedOnExit
 from nvlm_trt.engine import CALIBRATION
 from nvlm_trt.errors import EngineError
-from nvlm_trt.owned_folder import abandoned
+from nvlm_trt.owned_folder import abandoned, take_folder
 from nvlm_trt.staging import storage_errors
 
 _WHAT = "what.json"  # what is calibrated: the folder of another checkpoint or other samples is of no use
@@ -50,8 +49,12 @@ class PartStore(ClosedOnExit):
         uses or that cannot be written."""
         self._folder = folder
         with storage_errors(folder):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            if not folder.parent.exists():
+                folder.parent.mkdir(parents=True, exist_ok=True)
+            owner = take_folder(folder)
+            if owner is None:
+                raise EngineError(f"{folder} is used by another build; wait for it or choose another --output")
+            self._lock = owner
             try:
                 self._claim(json.dumps(what, sort_keys=True, allow_nan=False))
             except BaseException:
@@ -59,12 +62,6 @@ class PartStore(ClosedOnExit):
                 raise
 
     def _claim(self, what: str) -> None:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise EngineError(
-                f"{self._folder} is used by another build; wait for it or choose another --output"
-            ) from None
         path = self._folder / _WHAT
         if not path.exists() or path.read_text(encoding="utf-8") != what:
             for entry in self._folder.iterdir():

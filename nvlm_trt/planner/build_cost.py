@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from nvlm_trt.model.precision import needs_calibration, quantised_components
 from nvlm_trt.planner.design import EngineDesign
+from nvlm_trt.planner.disk import disk_of_build
 from nvlm_trt.planner.memory import EnginePlan, plan_engine
 
 _OBSERVED = 4  # bytes of a parameter in the observing engine, in float32
@@ -39,20 +40,19 @@ def build_cost(design: EngineDesign, plan: EnginePlan) -> BuildCost:
     """Compute the cost of building `design`, of which `plan` is the plan."""
     memory = design.backend.memory
     engine = _files(plan)
-    sizes, beside = [engine], [engine if memory.graphs_first else 0]
-    if quantised_components(design.precisions):
-        unquantised = _files(plan_engine(design.unquantised))
-        sizes.append(unquantised)
-        beside.append(unquantised * (2 if memory.graphs_first else 1))
-    written = sum(size * (2 if memory.graphs_first else 1) for size in sizes)
-    engines, temporary = len(sizes), max(beside)
-    if needs_calibration(design.precisions):
-        observing = _OBSERVED * sum(plan.parameters.values())
-        engines, written, temporary = engines + 1, written + observing, max(temporary, observing - engine)
+    sizes = [engine]
+    is_quantised, calibrates = bool(quantised_components(design.precisions)), needs_calibration(design.precisions)
+    if is_quantised:
+        sizes.append(_files(plan_engine(design.unquantised)))
+    engines, written = len(sizes), sum(size * (2 if memory.graphs_first else 1) for size in sizes)
+    if calibrates:
+        engines, written = engines + 1, written + _OBSERVED * sum(plan.parameters.values())
+    unquantised = design.unquantised.precisions if is_quantised else None
+    disk = disk_of_build(design, calibrates=calibrates, unquantised=unquantised)
     on_host = memory.device == "host"
     return BuildCost(
         engine=engine,
-        temporary=temporary,
+        temporary=disk - engine,
         host_memory=plan.peak_building if on_host else plan.host_building,
         device_memory=0 if on_host else plan.peak_building,
         moved=(1 + engines) * plan.checkpoint + 2 * written,
