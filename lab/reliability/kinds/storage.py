@@ -109,18 +109,35 @@ def _short_files(place: Place) -> None:
     _answers_or_refuses(place.start(preexec_fn=limited(resource.RLIMIT_FSIZE, 256 << 10)))
 
 
-@kind(KINDS, "a build onto a full disk", "status 2, one line, nothing is left")
+@kind(KINDS, "a build onto a disk that is too small", "status 2, one line, nothing is left")
+def _build_small(place: Place) -> None:
+    status, last, left = _build_on(place, "2m")
+    require(status == 2 and "has too little space" in last, f"status {status}: {last}")
+    require(not left, f"left behind: {left}")
+
+
+@kind(KINDS, "a build whose disk fills up", "status 2, one line, nothing is left")
 def _build_full(place: Place) -> None:
+    # once the build has found that the space suffices, and has begun to write
+    filling = "(until ls .*.unfinished/engine/*.data; do sleep 0.01; done; cat /dev/zero >filler) >/dev/null 2>&1 &"
+    status, last, left = _build_on(place, "40m", filling)
+    require(status == 2 and last.startswith("error: disk full"), f"status {status}: {last}")
+    require(left == ["filler"], f"left behind: {left}")
+
+
+def _build_on(place: Place, size: str, filling: str = ":;") -> tuple[int, str, list[str]]:
+    """Builds on a file system of its own, in which the shell commands `filling` run before.
+
+    Returns the exit status, the last line of stderr, and the names that are left."""
     target, listing = place.folder / "small", place.folder / "listing"
     target.mkdir()
+    small = shlex.quote(str(target))
     inner = (
-        f'mount -t tmpfs -o size=2m none {shlex.quote(str(target))}; status=0; "$@" || status=$?; '
-        f"ls -A {shlex.quote(str(target))} >{shlex.quote(str(listing))}; exit $status"
+        f'mount -t tmpfs -o size={size} none {small}; here=$PWD; cd {small}; {filling} cd "$here"; '
+        f'status=0; "$@" || status=$?; ls -A {small} >{shlex.quote(str(listing))}; exit $status'
     )
-    wrapper = [*namespace()[:-3], "-c", inner, "sh"]
-    status, last = end_of(place.build(target / "engine", wrapper=wrapper))
-    require(status == 2 and last.startswith("error: disk full"), f"status {status}: {last}")
-    require(listing.read_text() == "", f"left behind: {listing.read_text()}")
+    status, last = end_of(place.build(target / "engine", wrapper=[*namespace()[:-3], "-c", inner, "sh"]))
+    return status, last, listing.read_text().split()
 
 
 @kind(KINDS, "a build whose files may not exceed 1 MiB", "status 2, one line, nothing is left")
