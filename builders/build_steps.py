@@ -29,12 +29,11 @@ class BuildJob:
     staging: Path  # directory of the engine until then; temporary engines are its siblings
     progress: Progress
     unfinished: UnfinishedBuild | None = None  # holds `staging` and remembers what is finished
+    calibrate_by: CalibrateBy | None = None  # None: by the memory of this machine
 
     def unfinished_in(self, directory: Path) -> UnfinishedBuild | None:
         """Return what remembers the files of a directory: None for those of a temporary engine."""
         return self.unfinished if directory == self.staging else None
-
-    calibrate_by: CalibrateBy | None = None  # None: by the memory of this machine
 
 
 class BuildSteps(Protocol):

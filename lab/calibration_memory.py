@@ -49,7 +49,7 @@ from nvlm_trt.progress import no_progress
 open("/proc/self/oom_score_adj", "w").write("1000")
 checkpoint, work, way, count, saved = sys.argv[1:]
 source, output = EngineSource(checkpoint, {}), Path(work) / "engine"
-job = BuildJob(source, {}, output, output, no_progress, way)
+job = BuildJob(source, {}, output, output, no_progress, calibrate_by=way)
 calibrate(job, document_samples("train", int(count), no_progress)).save(Path(saved))
 """
 

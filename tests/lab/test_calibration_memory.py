@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lab.calibration_memory import WAYS, compare, model
+from lab.calibration_memory import WAYS, compare, high_water_mb, model
+from nvlm_trt.checkpoint.random_checkpoint import init_checkpoint
 from nvlm_trt.errors import EngineError
 
 
@@ -29,3 +30,13 @@ def test_calibrations_of_a_model_are_compared(tmp_path: Path) -> None:
     files[1].write_text("a")
     compare(tmp_path, 2)
     assert not list(tmp_path.iterdir())
+
+
+def test_each_way_is_what_it_says(tmp_path: Path) -> None:
+    init_checkpoint(tmp_path / "d", "nvlm-d-tiny", seed=0)
+    for way in WAYS:
+        work = tmp_path / way
+        assert high_water_mb([tmp_path / "d", work, way, 1, tmp_path / f"{way}.json"]) > 0
+        # only a calibration by layer has a folder of its own
+        assert (work / ".engine.calibration").exists() == (way == "layer")
+    assert (tmp_path / "layer.json").read_bytes() == (tmp_path / "model.json").read_bytes()
