@@ -20,6 +20,7 @@ from nvlm_trt.builders.journal import Journal
 from nvlm_trt.engine import JOURNAL, check_output
 from nvlm_trt.errors import DeviceMemoryError, EngineError, NvlmError
 from nvlm_trt.owned_folder import take_folder
+from nvlm_trt.termination import signal_behind
 
 # What is written within seconds is not worth a folder that somebody has to know of.
 _WORTH_KEEPING = 1 << 30  # bytes
@@ -131,7 +132,7 @@ def unfinished_build(output: Path, overwrite: bool, tell: Tell = tell_nobody) ->
                 yield build
                 build.publish(output, overwrite)
             except BaseException as error:
-                if build.may_go_on(error):
+                if build.may_go_on(signal_behind(error) or error):
                     if build.started:
                         tell(
                             f"kept {_size(build.nbytes)} of the unfinished engine in {folder}; the same command goes "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import os
+import signal
 import sys
 from typing import Annotated, Any
 
@@ -27,7 +28,7 @@ from nvlm_trt.commands.tinydocs import tinydocs
 from nvlm_trt.commands.verify import verify
 from nvlm_trt.errors import NvlmError
 from nvlm_trt.standard_streams import OutputError
-from nvlm_trt.termination import tidy_on_termination
+from nvlm_trt.termination import signal_behind, tidy_on_termination
 
 _SIGPIPE_STATUS = 141  # as of a program that SIGPIPE ends
 # typer uses click or its own copy of click
@@ -102,22 +103,30 @@ def _run() -> int:
         return 1
     except OutputError:
         raise
-    except NvlmError as error:
-        if _debugging():
-            raise
-        _print_error(str(error))
-        return 2
-    except MemoryError as error:
-        if _debugging():
-            raise
-        _print_error(f"out of memory ({error}); `nvlm-trt plan` shows what an engine needs, smaller limits need less")
-        return 2
     except Exception as error:
         if _debugging():
             raise
-        detail = " ".join(str(error).split()) or "no message"
-        _print_error(f"internal: {type(error).__name__}: {detail}; `nvlm-trt --debug ...` shows the traceback")
-        return 1
+        signalled = signal_behind(error)
+        return _report(error) if signalled is None else _status_of(signalled)
+
+
+def _report(error: Exception) -> int:
+    """Print an error in one line. Return the exit status."""
+    if isinstance(error, NvlmError):
+        _print_error(str(error))
+        return 2
+    if isinstance(error, MemoryError):
+        _print_error(f"out of memory ({error}); `nvlm-trt plan` shows what an engine needs, smaller limits need less")
+        return 2
+    detail = " ".join(str(error).split()) or "no message"
+    _print_error(f"internal: {type(error).__name__}: {detail}; `nvlm-trt --debug ...` shows the traceback")
+    return 1
+
+
+def _status_of(signalled: KeyboardInterrupt | SystemExit) -> int:
+    """Return the exit status of a command that a signal has ended."""
+    code = signalled.code if isinstance(signalled, SystemExit) else 128 + signal.SIGINT
+    return code if isinstance(code, int) else 1
 
 
 def _show_usage_error(error: Any) -> None:

@@ -1,4 +1,4 @@
-"""Lets a command that is told to end clean up first."""
+"""Lets a command that is told to end clean up first, and knows an error that is a signal in disguise."""
 
 from __future__ import annotations
 
@@ -31,6 +31,27 @@ def tidy_on_termination() -> Iterator[None]:
         for number in handled:
             if signal.getsignal(number) is _end:
                 signal.signal(number, signal.SIG_DFL)
+
+
+def signal_behind(error: BaseException) -> KeyboardInterrupt | SystemExit | None:
+    """Return what a signal raised while a module was imported, if `error` comes from that.
+
+    A library in C++ makes an ImportError of whatever is raised during its import (pybind11: "initialization failed"),
+    and errors of ours are made from ImportErrors."""
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        found = waiting.pop()
+        if found is None or id(found) in seen:
+            continue
+        seen.add(id(found))
+        behind = [found.__cause__, found.__context__]
+        if isinstance(found, ImportError):
+            for other in behind:
+                if isinstance(other, (KeyboardInterrupt, SystemExit)):
+                    return other
+        waiting += behind
+    return None
 
 
 def _end(number: int, frame: FrameType | None) -> None:

@@ -71,10 +71,24 @@ def stopped(
     return told
 
 
+def interrupted_import() -> EngineError:
+    """Makes the error of a library whose import was interrupted, as OpenVINO's is reported."""
+    import_error, error = ImportError("initialization failed"), EngineError("OpenVINO cannot be imported")
+    import_error.__cause__, error.__context__ = KeyboardInterrupt(), import_error
+    return error
+
+
 @pytest.mark.parametrize(
     "error",
-    [KeyboardInterrupt(), SystemExit(143), OSError(errno.ENOSPC, "full"), MemoryError(), DeviceMemoryError("GPU")],
-    ids=["Ctrl-C", "SIGTERM", "disk full", "memory", "GPU memory"],
+    [
+        KeyboardInterrupt(),
+        SystemExit(143),
+        interrupted_import(),
+        OSError(errno.ENOSPC, "full"),
+        MemoryError(),
+        DeviceMemoryError("GPU"),
+    ],
+    ids=["Ctrl-C", "SIGTERM", "Ctrl-C while a library is imported", "disk full", "memory", "GPU memory"],
 )
 def test_what_is_written_is_kept_if_the_build_may_succeed_later(
     checkpoint: Directory, whole: dict[str, bytes], tmp_path: Path, error: BaseException
