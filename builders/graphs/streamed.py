@@ -12,7 +12,6 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from nvlm_trt.backends.base import FloatArray
-from nvlm_trt.builders.ahead import ahead
 from nvlm_trt.builders.file_writes import write_at
 from nvlm_trt.builders.narrow import narrowed, place_of
 
@@ -97,7 +96,7 @@ class StreamedTensor(ir.LazyTensor):
             yield from self._write_strips(descriptor, offset, first)
             return
         row = self.nbytes // self.rows  # bytes
-        for block in ahead(self._converted(first)):
+        for block in self._converted(first):
             write_at(descriptor, _bytes(block), offset + first * row)
             first += len(block)
             yield first
@@ -123,7 +122,7 @@ class StreamedTensor(ir.LazyTensor):
     def _strips(self, rows: int, width: int, first: int) -> Iterator[Array]:
         """Yield the columns from `first` on in order, [rows, width] at a time, all in the same memory."""
         strip, filled = np.empty((rows, width), self.dtype.numpy()), 0
-        for block in ahead(self._converted(first)):
+        for block in self._converted(first):
             while len(block):
                 part, block = np.split(block, [width - filled])
                 strip[:, filled : filled + len(part)] = part.T
