@@ -38,10 +38,8 @@ UINT8 = ir.DataType.UINT8
 INT32 = ir.DataType.INT32
 INT64 = ir.DataType.INT64
 
-HIDDEN, HIDDEN_OUT = (
-    "hidden",
-    "hidden_out",
-)  # what one part of a stage takes from the part before, and gives to the next
+# what one part of a stage takes from the part before, and gives to the next
+HIDDEN, HIDDEN_OUT = "hidden", "hidden_out"
 
 
 class WeightSource(Protocol):
