@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from nvlm_trt.builders.quantization.calibration import Calibration
+from nvlm_trt.builders.quantization.calibration_memory import CalibrateBy, calibrates_by
 from nvlm_trt.builders.quantization.formats import Recipe, WeightForm
 from nvlm_trt.builders.source import EngineSource
 from nvlm_trt.builders.unfinished_build import UnfinishedBuild
@@ -15,8 +17,6 @@ from nvlm_trt.evaluation.samples import Sample
 from nvlm_trt.progress import Progress
 
 Precisions = Mapping[str, str]  # component -> precision
-# What a calibration has in memory: one layer, on the CPU or on a GPU, or the whole model.
-CalibrateBy = Literal["layer", "layer-on-gpu", "model"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,12 @@ class BuildJob:
     staging: Path  # directory of the engine until then; temporary engines are its siblings
     progress: Progress
     unfinished: UnfinishedBuild | None = None  # holds `staging` and remembers what is finished
-    calibrate_by: CalibrateBy | None = None  # None: by the memory of this machine
+    calibrate_by: CalibrateBy | None = None  # as the user asks; None: by the memory of this machine
+
+    @functools.cached_property
+    def calibrates_by(self) -> CalibrateBy:
+        """Decide once per build what a calibration has in memory."""
+        return self.calibrate_by or calibrates_by(self.source, self.output)
 
     def unfinished_in(self, directory: Path) -> UnfinishedBuild | None:
         """Return what remembers the files of a directory: None for those of a temporary engine."""

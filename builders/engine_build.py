@@ -12,22 +12,25 @@ from typing import Any, get_args
 from nvlm_trt.backends.spec import BackendSpec
 from nvlm_trt.backends.table import DEFAULT_BACKEND, find_backend
 from nvlm_trt.builders.build_identity import identity
-from nvlm_trt.builders.build_steps import BuildJob, BuildSteps, CalibrateBy, Precisions
+from nvlm_trt.builders.build_steps import BuildJob, BuildSteps, Precisions
 from nvlm_trt.builders.quantization.build_samples import document_samples, read_first_samples
 from nvlm_trt.builders.quantization.calibration import Calibration, is_calibration, read_calibration
+from nvlm_trt.builders.quantization.calibration_memory import CalibrateBy
 from nvlm_trt.builders.quantization.fixed_range import check_range, fixed_calibration
 from nvlm_trt.builders.quantization.formats import Recipe, quantised
 from nvlm_trt.builders.quantization.gate import NOT_MEASURED, AccuracyGate, GateOptions
 from nvlm_trt.builders.quantization.part_store import remove_calibration
 from nvlm_trt.builders.quantization.source_scales import source_calibration
-from nvlm_trt.builders.quantization.whole_model import whole_model_fits
 from nvlm_trt.builders.smoke_test import SmokeTest
 from nvlm_trt.builders.source import EngineSource
 from nvlm_trt.builders.unfinished_build import Tell, UnfinishedBuild, tell_nobody, unfinished_build
 from nvlm_trt.engine import CALIBRATION, Engine, Manifest, save_manifest, tool_versions, write_manifest
 from nvlm_trt.errors import DeviceMemoryError, EngineError
+from nvlm_trt.machine import available_memory
 from nvlm_trt.model.precision import components_of, needs_calibration, quantised_components
+from nvlm_trt.planner.design import EngineDesign
 from nvlm_trt.planner.disk import check_disk, disk_of_build
+from nvlm_trt.planner.gate_memory import check_gate_memory
 from nvlm_trt.planner.memory import plan_engine
 from nvlm_trt.progress import Progress, no_progress
 from nvlm_trt.staging import temporary_sibling
@@ -84,7 +87,7 @@ def build_engine(
     `overrides` replaces fields of `default_limits`; `precision` is text for the backend's PrecisionTable, None for the
     table's default; `options` are the options that only this backend has; `lora` is an adapter that is merged into the
     weights. Memory does not grow with the model, except
-    in the smoke test and the gate, each of which loads an engine, and in a calibration of the whole model.
+    in the gate, which loads an engine, and where the whole model fits: in its calibration and in the smoke test.
     Raises CheckpointError and ConfigError for the checkpoint; EngineError for backend, precision, limits, an existing
     `output`, a full disk, a calibration that does not fit or an engine whose results are not finite; AccuracyError if
     the gate refuses the engine; RequestError and ImageError for samples."""
@@ -117,28 +120,21 @@ def build_engine(
         steps = spec.build(job)
         builder = _Builder(spec, source, steps, quantization, progress, precisions, unfinished)
         is_quantised = bool(quantised_components(precisions))
-        gate = floating = None
         smoke_test = smoke_test and runs_here
-        if quantization.gate and is_quantised and runs_here:
-            unquantised = steps.unquantised(precisions)
-            parsed = spec.precisions.parse(unquantised)
-            floating = {name: parsed[name] for name in precisions}
-            gate = AccuracyGate(quantization.gate, builder.write_trial, staging, progress, unquantised, floating)
+        gate = builder.accuracy_gate(quantization.gate) if quantization.gate and is_quantised and runs_here else None
         unfinished.open(identity(source, spec.name, all_options, precisions, quantization, steps.tools))
         disk = disk_of_build(
-            source.design(spec, precisions),
-            calibrates=needs_calibration(precisions) and builder.calibrates,
+            builder.design,
+            calibrates=builder.must_calibrate and job.calibrates_by == "model",
             tries_another=steps.trial is not None and (smoke_test or gate is not None),
-            unquantised=floating,
+            unquantised=gate.floating if gate else None,
         )
         check_disk(unfinished.folder, disk, unfinished.nbytes)
         unfinished.start()
         manifest = builder.write(precisions, staging)
         with builder.trial_engine(precisions, staging, wanted=smoke_test or gate is not None) as directory:
             if smoke_test:
-                progress("smoke test", 0, 1)
-                builder.try_out(smoke, directory, precisions)
-                progress("smoke test", 1, 1)
+                builder.try_out(smoke, directory)
             if is_quantised:
                 manifest.accuracy_gate = gate.check(directory, precisions) if gate else NOT_MEASURED
         source.check_unchanged()
@@ -196,22 +192,34 @@ class _Builder:
         )
 
     @property
-    def calibrates(self) -> bool:
-        """Tell whether the build would write an engine to calibrate with: neither the user nor an interrupted build has
-        a calibration, and the whole model is calibrated at once."""
-        path, by = self.quantization.calibration, self.quantization.calibrate_by
+    def must_calibrate(self) -> bool:
+        """Tell whether the build needs a calibration that neither the user nor an interrupted build has."""
+        path = self.quantization.calibration
         has_one = path is not None and is_calibration(path)
-        if has_one or self.quantization.activation_range is not None:
+        if not needs_calibration(self.precisions) or has_one or self.quantization.activation_range is not None:
             return False
-        if self.unfinished.reached(self.unfinished.staging / CALIBRATION) is not None:
-            return False
-        return by == "model" or (by is None and whole_model_fits(self.source))
+        return self.unfinished.reached(self.unfinished.staging / CALIBRATION) is None
 
-    def try_out(self, smoke: SmokeTest, directory: Path, precisions: Precisions) -> None:
+    @property
+    def design(self) -> EngineDesign:
+        return self.source.design(self.spec, self.precisions)
+
+    def accuracy_gate(self, options: GateOptions) -> AccuracyGate:
+        """Prepare the gate of this build. Raises EngineError if this machine does not hold its engines, RequestError
+        and ImageError for faulty samples."""
+        unquantised = self.steps.unquantised(self.precisions)
+        tried = replace(self.design, backend=find_backend(DEFAULT_BACKEND)) if self.steps.trial else self.design
+        check_gate_memory(tried, unquantised, available_memory())
+        parsed = self.spec.precisions.parse(unquantised)
+        floating = {name: parsed[name] for name in self.precisions}
+        staging = self.unfinished.staging
+        return AccuracyGate(options, self.write_trial, staging, self.progress, unquantised, floating)
+
+    def try_out(self, smoke: SmokeTest, directory: Path) -> None:
         try:
-            smoke.run(Engine.open(directory))
+            smoke.run(Engine.open(directory), self.progress)
         except DeviceMemoryError as error:
-            planned = plan_engine(self.source.design(self.spec, precisions))
+            planned = plan_engine(self.design)
             raise EngineError(
                 f"{error}. The whole engine was expected to take {planned.peak_building / 1e9:.2f} GB on the GPU"
             ) from error

@@ -1,4 +1,7 @@
-"""Tests every engine before it is published: generates tokens from a line of text and from an image."""
+"""Tests every engine before it is published: generates tokens from a line of text and from an image.
+
+An engine on the CPU that the free memory does not hold runs the same prompts a layer at a time.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,24 @@ import numpy as np
 
 from nvlm_trt.api import Delta, Message, SamplingParams
 from nvlm_trt.backends.base import FloatArray, StepBackend
+from nvlm_trt.backends.layers import ForcedSequence
 from nvlm_trt.backends.opening import backend_of, open_backend
 from nvlm_trt.engine import Engine
 from nvlm_trt.errors import EngineError
+from nvlm_trt.evaluation.engine_stages import EngineStages, fits
+from nvlm_trt.layer_loop import LayerLoop
 from nvlm_trt.limits import EngineLimits
+from nvlm_trt.machine import available_memory
 from nvlm_trt.model.config import NvlmConfig
+from nvlm_trt.progress import Progress, no_progress
 from nvlm_trt.prompt.encoder import EncodedPrompt, PromptEncoder
+from nvlm_trt.prompt.image_tokens import split_tiles
 from nvlm_trt.prompt.tokenizer import Tokenizer
 from nvlm_trt.runtime.opening import open_generator
 from nvlm_trt.runtime.request import Request
 from nvlm_trt.runtime.text_generator import GeneratorOptions, TextGenerator
 
+_NAME = "smoke test"
 _TOKENS = 4
 
 
@@ -28,6 +38,7 @@ class SmokeTest:
 
     def __init__(self, prompts: PromptEncoder, limits: EngineLimits, config: NvlmConfig) -> None:
         """Encode the prompts. Raises EngineError if `limits` leave no room for an image of one tile."""
+        self._tag_length = prompts.tag_length
         self._prompts = [_encode(prompts, 0)]
         for tiles in (3, 1) if limits.max_tiles > 1 else (1,):
             prompt = _encode(prompts, tiles)
@@ -41,10 +52,21 @@ class SmokeTest:
             f"would have {limits.max_seq_len} and {limits.max_image_tokens}; choose larger limits"
         )
 
-    def run(self, engine: Engine) -> None:
-        """Run both prompts. Raises EngineError if a stage returns numbers that are not finite."""
+    def run(self, engine: Engine, progress: Progress = no_progress, memory: float | None = None) -> None:
+        """Run both prompts. `memory`: bytes that the engine may take, None: what is free; an engine on the CPU that
+        needs more runs a layer at a time. Raises EngineError if a stage returns numbers that are not finite."""
+        progress(_NAME, 0, 1)
         edge = engine.config.vision.image_size
         noise = np.random.default_rng(0).standard_normal((self._tiles, 3, edge, edge), dtype=np.float32)
+        if backend_of(engine).open_generator is not None or fits(
+            engine, available_memory() if memory is None else memory, self._tag_length
+        ):
+            self._run_whole(engine, noise)
+        else:
+            self._run_by_layers(engine, noise, progress)
+        progress(_NAME, 1, 1)
+
+    def _run_whole(self, engine: Engine, noise: FloatArray) -> None:
         inputs = list(zip(self._prompts, (noise[:0], noise), strict=True))
         if backend_of(engine).open_generator is not None:
             generator = open_generator(engine, Tokenizer.from_directory(engine.path), GeneratorOptions())
@@ -56,9 +78,37 @@ class SmokeTest:
             for prompt, pixel_values in inputs:
                 _generate(backend, prompt, pixel_values, _remedy(engine))
 
+    def _run_by_layers(self, engine: Engine, noise: FloatArray, progress: Progress) -> None:
+        """Run both prompts, each followed by one token that was not generated: a layer runs all tokens before the next
+        layer is loaded."""
+        loop = LayerLoop(progress=lambda stage, done, total: progress(stage.replace("engine", _NAME), done, total))
+        stages, remedy = EngineStages(engine, loop, by_layers=True), _remedy(engine)
+        image_tokens = stages.encode(noise)  # [tiles, T, hidden]
+        _check_finite("image tokens", image_tokens, remedy)
+        in_llm, crossed = split_tiles(engine.config.architecture, self._tiles)
+        cross_kv = None
+        if len(image_tokens[crossed]):
+            cross_kv = stages.cross_kv(image_tokens)  # [cross layers, 2, kv_heads, C, head_dim]
+            _check_finite("cross-attention keys and values", cross_kv, remedy)
+        text, image = self._prompts
+        embeddings = np.ascontiguousarray(image_tokens[in_llm].reshape(-1, image_tokens.shape[-1]))
+        for logits in stages.logits([_forced(text, embeddings[:0], None), _forced(image, embeddings, cross_kv)]):
+            _check_finite("logits", logits, remedy)
+
 
 def _encode(prompts: PromptEncoder, tiles: int) -> EncodedPrompt:
     return prompts.encode([Message("user", "Hello")], [tiles] if tiles else [])
+
+
+def _forced(prompt: EncodedPrompt, image_tokens: FloatArray, cross_kv: FloatArray | None) -> ForcedSequence:
+    """Let the last token of the prompt follow the prompt; image_tokens [M, hidden]."""
+    return ForcedSequence(
+        np.append(prompt.input_ids, prompt.input_ids[-1]),
+        np.append(prompt.cross_ranges, np.array([prompt.decode_range], np.int32), axis=0),
+        len(prompt.input_ids),
+        image_tokens,
+        cross_kv,
+    )
 
 
 def _answer(generator: TextGenerator, prompt: EncodedPrompt, pixel_values: FloatArray) -> None:
@@ -71,7 +121,7 @@ def _answer(generator: TextGenerator, prompt: EncodedPrompt, pixel_values: Float
     while True:
         result = results.get()
         if isinstance(result, Exception):
-            raise EngineError(f"smoke test: {result}") from result
+            raise EngineError(f"{_NAME}: {result}") from result
         if result.finish_reason:
             return
 
@@ -99,7 +149,7 @@ def _generate(backend: StepBackend, prompt: EncodedPrompt, pixel_values: FloatAr
 
 def _check_finite(what: str, values: FloatArray, remedy: str) -> None:
     if not np.isfinite(values).all():
-        raise EngineError(f"smoke test: {what} are not finite; {remedy}")
+        raise EngineError(f"{_NAME}: {what} are not finite; {remedy}")
 
 
 def _remedy(engine: Engine) -> str:

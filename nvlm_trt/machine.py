@@ -6,15 +6,12 @@ import functools
 import os
 from pathlib import Path
 
+from nvlm_trt.cgroup import cpu_limit, memory_limit
+
 
 def available_cores() -> int:
     """Count the cores that this process may use, by its CPU affinity and the CPU quota of its container."""
-    cores = len(os.sched_getaffinity(0))
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(cores, round(int(quota) / int(period))))
-    except (OSError, ValueError):  # no cgroup v2, or no quota ("max")
-        return cores
+    return max(1, round(min(len(os.sched_getaffinity(0)), cpu_limit())))
 
 
 @functools.cache
@@ -32,9 +29,4 @@ def available_memory() -> int:
     limit of its container."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     (available,) = (int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
-    try:
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        counts = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
-        return min(available, max(0, limit - int(counts["anon"])))
-    except (OSError, ValueError, KeyError):  # no cgroup v2, or no limit ("max")
-        return available
+    return int(min(available, memory_limit()))

@@ -92,7 +92,8 @@ class AccuracyGate:
         self._looks = looks(rounds)
         self._max_drop = options.max_drop
         self._write = write
-        self._unquantised, self._floating = unquantised, floating
+        self.floating = floating
+        self._unquantised = unquantised
         self._beside = beside
         self._progress = progress
 
@@ -100,7 +101,7 @@ class AccuracyGate:
         """Measure both engines and return the record for the manifest. Raises AccuracyError for too large a loss."""
         with temporary_sibling(self._beside) as tokens_dir:
             with temporary_sibling(self._beside) as reference_dir:
-                self._write(self._floating, reference_dir)
+                self._write(self.floating, reference_dir)
                 images = EncodedImages(reference_dir, tokens_dir)
                 reference = self._examination(self._unquantised, reference_dir, images)
                 quantised = self._examination("quantised", engine_dir, self._shared(images, precisions))
@@ -118,7 +119,7 @@ class AccuracyGate:
             f"accuracy gate: {100 * quantised.score:.2f} points against {100 * reference.score:.2f} in "
             f"{self._unquantised}, a loss of {drop:.2f} where {self._max_drop:g} is allowed, on {asked} samples; "
             f"{worst.component} costs most ({worst.drop:.2f} in {worst.precision}): build with --precision ...,"
-            f"{worst.component}={self._floating[worst.component]}, or raise --max-accuracy-drop",
+            f"{worst.component}={self.floating[worst.component]}, or raise --max-accuracy-drop",
             costs,
         )
 
@@ -161,7 +162,7 @@ class AccuracyGate:
         components = quantised_components(precisions)
         costs = []
         for component in components:
-            alone = {**self._floating, component: precisions[component]}
+            alone = {**self.floating, component: precisions[component]}
             # `check` has already measured an engine whose only quantised component is this one
             answers = quantised if len(components) == 1 else self._measured(component, alone, images, asked)
             costs.append(ComponentCost(component, precisions[component], answers.score, _points(reference, answers)))
@@ -182,7 +183,7 @@ class AccuracyGate:
 
     def _shared(self, images: EncodedImages | None, precisions: Mapping[str, str]) -> EncodedImages | None:
         """Return `images` if an engine of these precisions has the vision encoder of the unquantised engine."""
-        same = (precisions[component] == self._floating[component] for component in ("vision_encoder", "projector"))
+        same = (precisions[component] == self.floating[component] for component in ("vision_encoder", "projector"))
         return images if all(same) else None
 
 

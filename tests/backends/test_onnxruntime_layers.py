@@ -97,16 +97,18 @@ def test_a_piece_has_the_weights_of_one_layer(exact_engine: Directory, name: str
     engine = Engine.open(exact_engine(name))
     config = engine.config
     path = engine.path / f"{stage}.onnx"
-    pieces = cut(path, result, ["batch", "tokens", "width"])
+    pieces = cut(path, result, ["batch", "tokens", "width"], ["batch", "tokens", "wider"])
     names = [{tensor.name for tensor in piece.model.graph.initializer} for piece in pieces]
     whole = onnx.load(path, load_external_data=False).graph.initializer
     assert set().union(*names) == {tensor.name for tensor in whole}
     layers = config.vision.num_layers if stage == "vision_encoder" else config.llm.num_layers + len(config.cross_layers)
-    assert len(pieces) == layers + 2  # embeddings before them, projector or lm_head behind them
+    behind = 2 if stage == "vision_encoder" and config.projector_width else 1  # layers of the projector, or lm_head
+    assert len(pieces) == 1 + layers + behind  # embeddings before them
     for of_piece in names:
         of_layers = {n.split(".layers.")[1].split(".")[0] for n in of_piece if ".layers." in n}
         of_blocks = {n.split(".cross_layers.")[1].split(".")[0] for n in of_piece if ".cross_layers." in n}
         assert len(of_layers) + len(of_blocks) <= 1
+        assert len({"mlp1.1.weight", "mlp1.3.weight"} & of_piece) <= 1
 
 
 def test_a_graph_without_names_of_layers_is_refused(exact_engine: Directory, tmp_path: Path) -> None:

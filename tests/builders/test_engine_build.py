@@ -15,6 +15,7 @@ import onnx
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from nvlm_trt.builders import smoke_test
 from nvlm_trt.builders.engine_build import build_engine
 from nvlm_trt.builders.graphs import streamed
 from nvlm_trt.builders.graphs.common import Unquantised, WeightFormat
@@ -37,6 +38,7 @@ from nvlm_trt.model.presets import PRESETS
 from nvlm_trt.planner.limits import default_limits
 
 Directory = Callable[[str], Path]
+WAYS = {"whole": 1 << 40, "by layer": 0}  # how a smoke test runs: bytes of free memory
 
 
 @pytest.mark.parametrize("name", ["nvlm-d-tiny", "nvlm-x-tiny", "nvlm-h-tiny"])
@@ -140,9 +142,12 @@ def test_failure_while_writing_leaves_nothing(checkpoint: Directory, tmp_path: P
         ("language_model.model.layers.3.mlp.down_proj.weight", "logits"),
     ],
 )
+@pytest.mark.parametrize("way", WAYS)
 def test_smoke_test_refuses_weights_that_are_not_finite(
-    checkpoint: Directory, tmp_path: Path, victim: str, what: str
+    checkpoint: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, victim: str, what: str, way: str
 ) -> None:
+    monkeypatch.setattr(smoke_test, "available_memory", lambda: WAYS[way])
+
     def poisoned(name: str, values: np.ndarray) -> np.ndarray:
         return values / np.abs(values).max() * 3e38 if name == victim else values  # finite, unlike their sums
 
@@ -150,6 +155,36 @@ def test_smoke_test_refuses_weights_that_are_not_finite(
     with pytest.raises(EngineError, match=f"{what} are not finite"):
         build_engine(source, tmp_path / "engine")
     assert not (tmp_path / "engine").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "way"),
+    [
+        *((f"nvlm-{architecture}-tiny", "bf16", "by layer") for architecture in "dxh"),
+        *(("nvlm-h-tiny", precision, "by layer") for precision in ("fp32", "int8-weight-only")),
+        ("nvlm-h-tiny", "bf16", "whole"),
+    ],
+)
+def test_smoke_test_runs_an_engine_a_layer_at_a_time_if_the_memory_does_not_hold_it(
+    checkpoint: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, precision: str, way: str
+) -> None:
+    monkeypatch.setattr(smoke_test, "available_memory", lambda: WAYS[way])
+    layers: dict[str, float] = {}
+
+    def progress(stage: str, done: float, total: float) -> None:
+        if stage.startswith("smoke test"):
+            assert done <= total
+            layers[stage] = done
+
+    opened = build_engine(checkpoint(name), tmp_path / "engine", progress=progress, precision=precision)
+    config = opened.config
+    expected = {"smoke test": 1.0}
+    if way == "by layer":
+        expected |= {"smoke test: vision encoder": config.vision.num_layers + 2 + (name != "nvlm-x-tiny")}
+        expected |= {"smoke test: decoder": config.llm.num_layers + len(config.cross_layers) + 2}
+        expected |= {"smoke test: keys and values": 1.0} if name != "nvlm-d-tiny" else {}
+    assert layers == expected
+    assert [path.name for path in tmp_path.iterdir()] == ["engine"]
 
 
 def test_smoke_test_never_generates_the_image_token(checkpoint: Directory, tmp_path: Path) -> None:

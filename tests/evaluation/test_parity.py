@@ -155,7 +155,7 @@ def test_a_comparison_that_is_stopped_goes_on_where_it_was(engine, checkpoint, t
     assert report == expected
     assert runs == len(finished) + 1
     # the reference: 1 + 4 + 1 of the vision encoder, 3 of keys and values, 1 + 6 + 3 + 1 of the decoder
-    engine_layers = 4 if memory == WHOLE else 6 + 1 + 11
+    engine_layers = 4 if memory == WHOLE else 7 + 1 + 11
     assert len(finished) == 6 + 3 + 11 + engine_layers
     assert list(tmp_path.iterdir()) == [copy]
 

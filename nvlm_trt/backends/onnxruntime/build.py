@@ -23,7 +23,6 @@ from nvlm_trt.builders.quantization.calibration import Calibration
 from nvlm_trt.builders.quantization.formats import OBSERVING, Recipe, WeightForm
 from nvlm_trt.builders.quantization.part_store import calibration_folder
 from nvlm_trt.builders.quantization.smoothquant import MigratedWeights
-from nvlm_trt.builders.quantization.whole_model import whole_model_fits
 from nvlm_trt.builders.source import EngineSource
 from nvlm_trt.builders.unfinished_build import UnfinishedBuild
 from nvlm_trt.errors import EngineError
@@ -90,12 +89,9 @@ def calibrate(job: BuildJob, samples: Sequence[Sample]) -> Calibration:
     built. On the CPU, both give the same.
 
     All backends calibrate here: the scales belong to the checkpoint, not to the engine."""
-    folder = calibration_folder(job.output)
-    # what a killed build has measured is used even if there is more memory now
-    by = job.calibrate_by or ("model" if whole_model_fits(job.source) and not folder.exists() else "layer")
-    if by != "model":
-        runtime = _parts_on_gpu(job.source) if by == "layer-on-gpu" else OnnxRuntimeParts(job.source)
-        return calibrate_by_layer(job.source, samples, folder, runtime, job.progress)
+    if job.calibrates_by != "model":
+        runtime = _parts_on_gpu(job.source) if job.calibrates_by == "layer-on-gpu" else OnnxRuntimeParts(job.source)
+        return calibrate_by_layer(job.source, samples, calibration_folder(job.output), runtime, job.progress)
     with temporary_sibling(job.staging) as directory:
         write_stages = partial(write_graphs, job.source, job.progress)
         write_engine(job.source, directory, OBSERVING, NAME, _TOOLS, write_stages, progress=job.progress)

@@ -1,9 +1,10 @@
-"""Cuts the graph of a stage into pieces, one per layer. The weights stay in the stage's data file."""
+"""Cuts the graph of a stage into pieces, one per layer, and a projector of two layers in two. The weights stay in the
+stage's data file."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -21,15 +22,17 @@ _COPIED_BYTES = 16 << 20  # at a time
 # (StageGraph.scope). The last node of each returns the residual stream.
 _LAYER = re.compile(r"(layers\.\d+)(/cross_layers\.\d+)?/")
 
+Shape = Sequence[int | str]
+
 
 @dataclass(frozen=True)
 class Piece:
-    """Part of a graph. Takes the residual stream from the piece before it, with inputs of the stage; returns the
-    residual stream, or the outputs of the stage."""
+    """Part of a graph. Takes what the piece before it returns, with inputs of the stage; returns what flows to the next
+    piece, the residual stream as a rule, or the outputs of the stage."""
 
     model: ModelProto
-    takes: str | None  # name of the residual stream among the inputs; None: the first piece
-    returns: str  # name of the residual stream among the outputs, or of the stage's result
+    takes: str | None  # among the inputs; None: the first piece
+    returns: str  # among the outputs
     weight_bytes: int  # in the stage's data file
 
     @property
@@ -50,10 +53,12 @@ class Piece:
         file.write_bytes(model.SerializeToString())
 
 
-def cut(path: Path, result: str, residual: Sequence[int | str]) -> list[Piece]:
-    """Cut the graph of a stage before its first layer, and behind each layer and cross-attention block.
+def cut(path: Path, result: str, residual: Shape, projected: Shape = ()) -> list[Piece]:
+    """Cut the graph of a stage before its first layer, behind each layer and cross-attention block, and behind the
+    activation of a projector.
 
-    `result`: the output of the stage that is no cache; `residual`: shape of what flows between the pieces.
+    `result`: the output of the stage that is no cache; `residual`: shape of the residual stream; `projected`: of what
+    the activation of a projector returns.
 
     Raises EngineError for a file that cannot be read, or whose layers share more than the residual stream."""
     try:
@@ -64,9 +69,10 @@ def cut(path: Path, result: str, residual: Sequence[int | str]) -> list[Piece]:
     ends = _ends(model.graph)
     if not ends:
         raise EngineError(f"{path} does not name its layers; rebuild the engine with `nvlm-trt build`")
-    return [
-        _piece(path, model, start, end, residual) for start, end in zip([None, *ends], [*ends, result], strict=True)
-    ]
+    inner = _activations(model.graph)
+    shapes = {**dict.fromkeys(ends, residual), **dict.fromkeys(inner, projected)}
+    cuts = [*ends, *inner]
+    return [_piece(path, model, start, end, shapes) for start, end in zip([None, *cuts], [*cuts, result], strict=True)]
 
 
 def _ends(graph: GraphProto) -> list[str]:
@@ -81,7 +87,13 @@ def _ends(graph: GraphProto) -> list[str]:
     return [graph.node[index].output[0] for index in sorted({first - 1, *last.values()})]
 
 
-def _piece(path: Path, model: ModelProto, start: str | None, end: str, residual: Sequence[int | str]) -> Piece:
+def _activations(graph: GraphProto) -> list[str]:
+    """Return the names of what the activations behind the last layer return."""
+    last = max(index for index, node in enumerate(graph.node) if _LAYER.match(node.name))
+    return [node.output[0] for node in graph.node[last:] if node.op_type == "Gelu" and not _LAYER.match(node.name)]
+
+
+def _piece(path: Path, model: ModelProto, start: str | None, end: str, shapes: Mapping[str, Shape]) -> Piece:
     graph = model.graph
     nodes = _needed(graph, start, end)
     if start is not None:
@@ -99,10 +111,10 @@ def _piece(path: Path, model: ModelProto, start: str | None, end: str, residual:
     kept.initializer.extend(tensor for tensor in graph.initializer if tensor.name in reads)
     kept.input.extend(value for value in graph.input if value.name in reads)
     if start is not None:
-        kept.input.append(_residual(start, residual))
+        kept.input.append(_value(start, shapes[start]))
     kept.output.extend(value for value in graph.output if value.name in writes)
     if all(value.name != end for value in kept.output):
-        kept.output.append(_residual(end, residual))
+        kept.output.append(_value(end, shapes[end]))
     return Piece(piece, start, end, sum(_stored_bytes(tensor) for tensor in kept.initializer))
 
 
@@ -131,7 +143,7 @@ def _reads(node: NodeProto) -> Iterator[str]:
                 yield from _reads(inner)
 
 
-def _residual(name: str, shape: Sequence[int | str]) -> ValueInfoProto:
+def _value(name: str, shape: Shape) -> ValueInfoProto:
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
 
 

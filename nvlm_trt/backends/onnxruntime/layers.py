@@ -36,7 +36,7 @@ from nvlm_trt.plugins.gated_cross_attention import cache_length
 from nvlm_trt.staging import storage_errors, temporary_sibling
 
 # ONNX Runtime copies the weights that it repacks. Those of larger pieces stay as they are in the file, which is mapped.
-_REPACKED_BYTES = 2 << 30
+_REPACKED_BYTES = 1 << 30
 _LOGITS = "logits"
 
 Run = Callable[[FloatArray], FloatArray]
@@ -53,8 +53,13 @@ class OnnxRuntimeLayers:
 
     def encode(self, pixel_values: FloatArray) -> FloatArray:
         """Encode pixel_values [tiles, 3, E, E] into image tokens [tiles, T, hidden]."""
-        vision = self._engine.config.vision
-        pieces = self._cut(STAGE, "image_tokens", ["tiles", vision.grid**2 + 1, vision.hidden_size])
+        config, vision = self._engine.config, self._engine.config.vision
+        pieces = cut(
+            self._engine.path / f"{STAGE}.onnx",
+            "image_tokens",
+            residual=["tiles", vision.grid**2 + 1, vision.hidden_size],
+            projected=["tiles", config.tokens_per_tile, config.projector_width or config.llm.hidden_size],
+        )
         opened = self._in_openvino if vision_runtime(self._engine).uses_openvino else self._in_onnxruntime
         layers: list[Layer] = [partial(self._encode_piece, opened, piece) for piece in pieces]
         return self._loop.run("engine: vision encoder", [np.ascontiguousarray(pixel_values, np.float32)], layers)[0]
@@ -95,7 +100,8 @@ class OnnxRuntimeLayers:
         last token."""
         for sequence in sequences:
             self._engine.limits.check_sequence(len(sequence.input_ids))
-        pieces = self._cut("decoder", _LOGITS, ["batch", "sequence", self._engine.config.llm.hidden_size])
+        width = self._engine.config.llm.hidden_size
+        pieces = cut(self._engine.path / "decoder.onnx", _LOGITS, residual=["batch", "sequence", width])
         layers: list[Layer] = [partial(self._decode_piece, piece, sequences) for piece in pieces]
         return self._loop.run("engine: decoder", [], layers)
 
@@ -162,9 +168,6 @@ class OnnxRuntimeLayers:
         return caches
 
     # --- sessions ----------------------------------------------------------------------------------------------------
-
-    def _cut(self, stage: str, result: str, residual: Sequence[int | str]) -> list[Piece]:
-        return cut(self._engine.path / f"{stage}.onnx", result, residual)
 
     def _open(self, stage: str, piece: Piece) -> InferenceSession:
         options = session_options(self._threads)

@@ -34,10 +34,8 @@ def complete(engine: Engine, output: Path, overwrite: bool, progress: Progress) 
         built = build_llm(staging, engine.config, engine.limits, record, progress)
         manifest = engine.manifest.model_copy(deep=True, update={"backend_record": built.model_dump()})
         write_manifest(staging, manifest)
-        progress("smoke test", 0, 1)
         prompts = PromptEncoder(engine.config, Tokenizer.from_directory(engine.path))
-        SmokeTest(prompts, engine.limits, engine.config).run(Engine.open(staging))
-        progress("smoke test", 1, 1)
+        SmokeTest(prompts, engine.limits, engine.config).run(Engine.open(staging), progress)
     return Engine.open(output)
 
 

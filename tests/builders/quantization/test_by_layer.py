@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,8 +23,9 @@ from nvlm_trt.backends.onnxruntime import build as onnxruntime_build
 from nvlm_trt.backends.onnxruntime.build import write_graphs
 from nvlm_trt.backends.onnxruntime.layer_parts import OnnxRuntimeParts
 from nvlm_trt.backends.onnxruntime.observing import observe
+from nvlm_trt.builders import engine_build
 from nvlm_trt.builders.engine_build import QuantizationOptions, build_engine, write_engine
-from nvlm_trt.builders.quantization import whole_model
+from nvlm_trt.builders.quantization import calibration_memory
 from nvlm_trt.builders.quantization.by_layer import LlmPart, Part, VisionPart, calibrate_by_layer, parts_of
 from nvlm_trt.builders.quantization.calibration import Calibration
 from nvlm_trt.builders.quantization.formats import OBSERVING
@@ -312,7 +314,7 @@ def test_by_default_a_model_that_does_not_fit_is_calibrated_by_layer(
     checkpoint: Directory, samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, way: str
 ) -> None:
     used = []
-    monkeypatch.setattr(whole_model, "available_memory", lambda: free)
+    monkeypatch.setattr(calibration_memory, "available_memory", lambda: free)
     for name, function in (("layer", "calibrate_by_layer"), ("model", "observe")):
         original = getattr(onnxruntime_build, function)
         note = lambda *arguments, name=name, original=original: used.append(name) or original(*arguments)  # noqa: E731
@@ -320,6 +322,31 @@ def test_by_default_a_model_that_does_not_fit_is_calibrated_by_layer(
     options = QuantizationOptions(samples, gate=None)
     build_engine(checkpoint("nvlm-d-tiny"), tmp_path / "engine", precision="fp8", quantization=options)
     assert used == [way]
+
+
+def test_a_killed_calibration_is_finished_even_if_the_memory_now_holds_the_model(
+    checkpoint: Directory, samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The check of disk space knows it, too: no engine to calibrate with is going to be written."""
+    planned = []
+
+    def disk_of_build(*arguments: Any, calibrates: bool, **others: Any) -> int:
+        planned.append(calibrates)
+        return 0
+
+    def build() -> None:
+        build_engine(checkpoint("nvlm-d-tiny"), tmp_path / "engine", precision="fp8", quantization=options)
+
+    options = QuantizationOptions(samples, gate=None)
+    monkeypatch.setattr(calibration_memory, "available_memory", lambda: 1 << 40)
+    monkeypatch.setattr(engine_build, "disk_of_build", disk_of_build)
+    calibration_folder(tmp_path / "engine").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(onnxruntime_build, "observe", None)
+        build()
+    shutil.rmtree(tmp_path / "engine")
+    build()
+    assert planned == [False, True]
 
 
 def test_an_unknown_way_is_refused() -> None:

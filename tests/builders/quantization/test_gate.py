@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from nvlm_trt.backends.onnxruntime.backend import OnnxRuntimeBackend
+from nvlm_trt.builders import engine_build
 from nvlm_trt.builders.engine_build import QuantizationOptions, build_engine
 from nvlm_trt.builders.quantization.build_samples import document_samples
 from nvlm_trt.builders.quantization.calibration import read_calibration
@@ -282,3 +284,15 @@ def test_a_drop_that_cannot_be(drop: float) -> None:
 def test_an_alpha_that_cannot_be(alpha: float) -> None:
     with pytest.raises(EngineError, match="--smoothquant-alpha"):
         QuantizationOptions(smoothquant_alpha=alpha)
+
+
+def test_a_gate_whose_engines_do_not_fit_ends_a_build_before_it_begins(
+    checkpoint: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_build, "available_memory", lambda: 20_000_000)
+    options = QuantizationOptions(gate=GateOptions(count=13))
+    build = partial(build_engine, checkpoint(NAME), tmp_path / "engine", precision="int8-weight-only")
+    with pytest.raises(EngineError, match=r"an engine in bf16, which needs 0\.\d GB of memory, .*--no-gate"):
+        build(quantization=options)
+    assert list(tmp_path.iterdir()) == []
+    build(quantization=QuantizationOptions(gate=None))
