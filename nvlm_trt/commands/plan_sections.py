@@ -159,6 +159,7 @@ class BuildSection:
             "disk, at most": cost.disk,
             "of it the engine": cost.engine,
             "host memory": cost.host_memory,
+            "the least, without a gate": cost.least_host_memory if cost.least_host_memory < cost.host_memory else 0,
             "GPU memory, in all": cost.device_memory,
             "read and written": cost.moved,
         }

@@ -15,6 +15,8 @@ from nvlm_trt.planner.disk import disk_of_build
 from nvlm_trt.planner.memory import EnginePlan, plan_engine
 
 _OBSERVED = 4  # bytes of a parameter in the observing engine, in float32
+# Of a build whose smoke test runs a layer at a time, with layers of 72B's widths: `python -m lab.build_in_little_memory`
+_BY_LAYERS = 2_000_000_000
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class BuildCost:
     engine: int  # of the engine's files
     temporary: int  # on disk beside the finished files, at most
     host_memory: int
+    least_host_memory: int  # without a gate: the smoke test runs a layer at a time where the engine does not fit
     device_memory: int  # 0: the engine runs on the host
     moved: int  # read and written
 
@@ -50,10 +53,12 @@ def build_cost(design: EngineDesign, plan: EnginePlan) -> BuildCost:
     unquantised = design.unquantised.precisions if is_quantised else None
     disk = disk_of_build(design, calibrates=calibrates, unquantised=unquantised)
     on_host = memory.device == "host"
+    host_memory = plan.peak_building if on_host else plan.host_building
     return BuildCost(
         engine=engine,
         temporary=disk - engine,
-        host_memory=plan.peak_building if on_host else plan.host_building,
+        host_memory=host_memory,
+        least_host_memory=min(host_memory, _BY_LAYERS) if on_host else host_memory,
         device_memory=0 if on_host else plan.peak_building,
         moved=(1 + engines) * plan.checkpoint + 2 * written,
     )

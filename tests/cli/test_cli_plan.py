@@ -53,6 +53,18 @@ def test_plans_an_engine_as_its_checkpoint(run_cli: Run, engine: Directory, chec
     assert "build" not in of_engine
 
 
+@pytest.mark.parametrize(
+    ("preset", "backend", "is_shown"),
+    [("nvlm-d-72b", "onnxruntime", True), ("nvlm-d-72b", "tensorrt-rtx", False), ("nvlm-d-tiny", "onnxruntime", False)],
+)
+def test_the_least_memory_of_a_build(run_cli: Run, preset: str, backend: str, is_shown: bool) -> None:
+    """An engine on the CPU that does not fit is built all the same, by a smoke test of a layer at a time."""
+    command = ("plan", "--preset", preset, "--backend", backend)
+    assert ("the least, without a gate" in run_cli(*command)[1]) == is_shown
+    build = json.loads(run_cli(*command, "--json")[1])["build"]
+    assert build["least_host_memory"] == (2_000_000_000 if is_shown else build["host_memory"])
+
+
 def test_table_and_times(run_cli: Run) -> None:
     command = ("plan", "--preset", "nvlm-d-72b", "--backend", "tensorrt", "--bandwidth", 4800, "--tflops", 989)
     status, out, err = run_cli(*command)
