@@ -52,15 +52,12 @@ class SmokeTest:
             f"would have {limits.max_seq_len} and {limits.max_image_tokens}; choose larger limits"
         )
 
-    def run(self, engine: Engine, progress: Progress = no_progress, memory: float | None = None) -> None:
-        """Run both prompts. `memory`: bytes that the engine may take, None: what is free; an engine on the CPU that
-        needs more runs a layer at a time. Raises EngineError if a stage returns numbers that are not finite."""
+    def run(self, engine: Engine, progress: Progress = no_progress) -> None:
+        """Run both prompts. Raises EngineError if a stage returns numbers that are not finite."""
         progress(_NAME, 0, 1)
         edge = engine.config.vision.image_size
         noise = np.random.default_rng(0).standard_normal((self._tiles, 3, edge, edge), dtype=np.float32)
-        if backend_of(engine).open_generator is not None or fits(
-            engine, available_memory() if memory is None else memory, self._tag_length
-        ):
+        if backend_of(engine).open_generator is not None or fits(engine, available_memory(), self._tag_length):
             self._run_whole(engine, noise)
         else:
             self._run_by_layers(engine, noise, progress)
