@@ -15,7 +15,7 @@ from nvlm_trt.planner.disk import disk_of_build
 from nvlm_trt.planner.memory import EnginePlan, plan_engine
 
 _OBSERVED = 4  # bytes of a parameter in the observing engine, in float32
-# Of a build whose smoke test runs a layer at a time, with layers of 72B's widths: `python -m lab.build_in_little_memory`
+# Of a build whose smoke test runs a layer at a time, at the widths of 72B: `python -m lab.build_in_little_memory`
 _BY_LAYERS = 2_000_000_000
 
 
