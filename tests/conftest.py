@@ -36,8 +36,10 @@ ONE_WORKER = ("integration",)
 def pytest_configure(config: pytest.Config) -> None:
     """Lets tests interrupt commands, and gives each worker its share of the cores: the threads of two workers would
     wait for each other."""
-    # a shell starts background jobs with SIGINT ignored, and the commands that tests start would inherit that
+    # a shell starts background jobs with SIGINT ignored, nohup starts any with SIGHUP ignored, and the commands that
+    # tests start would inherit that
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     worker, workers = os.environ.get("PYTEST_XDIST_WORKER"), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     cores = sorted(os.sched_getaffinity(0))
     if worker and len(cores) >= workers:
