@@ -13,7 +13,7 @@ def check_gate_memory(design: EngineDesign, unquantised: str, free: int) -> None
     needed = plan_engine(design).peak_building
     if design.backend.memory.device == "host" and needed > free:
         raise EngineError(
-            f"the accuracy gate compares with an engine in {unquantised}, which needs {needed / 1e9:.1f} GB of memory, "
-            f"and {free / 1e9:.1f} GB are free; leave the gate out with --no-gate and compare with `nvlm-trt eval` on "
+            f"the accuracy gate compares with an engine in {unquantised}, which needs {needed / 1e9:.2f} GB of memory, "
+            f"and {free / 1e9:.2f} GB are free; leave the gate out with --no-gate and compare with `nvlm-trt eval` on "
             "a larger machine"
         )

@@ -292,7 +292,7 @@ def test_a_gate_whose_engines_do_not_fit_ends_a_build_before_it_begins(
     monkeypatch.setattr(engine_build, "available_memory", lambda: 20_000_000)
     options = QuantizationOptions(gate=GateOptions(count=13))
     build = partial(build_engine, checkpoint(NAME), tmp_path / "engine", precision="int8-weight-only")
-    with pytest.raises(EngineError, match=r"an engine in bf16, which needs 0\.\d GB of memory, .*--no-gate"):
+    with pytest.raises(EngineError, match=r"an engine in bf16, which needs 0\.\d\d GB of memory, .*--no-gate"):
         build(quantization=options)
     assert list(tmp_path.iterdir()) == []
     build(quantization=QuantizationOptions(gate=None))
