@@ -57,22 +57,23 @@ class SmokeTest:
         progress(_NAME, 0, 1)
         edge = engine.config.vision.image_size
         noise = np.random.default_rng(0).standard_normal((self._tiles, 3, edge, edge), dtype=np.float32)
-        if backend_of(engine).open_generator is not None or fits(engine, available_memory(), self._tag_length):
-            self._run_whole(engine, noise)
+        if backend_of(engine).open_generator is not None:
+            self._run_generator(engine, noise)
+        elif fits(engine, available_memory(), self._tag_length):
+            self._run_steps(engine, noise)
         else:
             self._run_by_layers(engine, noise, progress)
         progress(_NAME, 1, 1)
 
-    def _run_whole(self, engine: Engine, noise: FloatArray) -> None:
-        inputs = list(zip(self._prompts, (noise[:0], noise), strict=True))
-        if backend_of(engine).open_generator is not None:
-            generator = open_generator(engine, Tokenizer.from_directory(engine.path), GeneratorOptions())
-            with contextlib.closing(generator):
-                for prompt, pixel_values in inputs:
-                    _answer(generator, prompt, pixel_values)
-            return
+    def _run_generator(self, engine: Engine, noise: FloatArray) -> None:
+        generator = open_generator(engine, Tokenizer.from_directory(engine.path), GeneratorOptions())
+        with contextlib.closing(generator):
+            for prompt, pixel_values in zip(self._prompts, (noise[:0], noise), strict=True):
+                _answer(generator, prompt, pixel_values)
+
+    def _run_steps(self, engine: Engine, noise: FloatArray) -> None:
         with open_backend(engine) as backend:
-            for prompt, pixel_values in inputs:
+            for prompt, pixel_values in zip(self._prompts, (noise[:0], noise), strict=True):
                 _generate(backend, prompt, pixel_values, _remedy(engine))
 
     def _run_by_layers(self, engine: Engine, noise: FloatArray, progress: Progress) -> None:
@@ -89,23 +90,17 @@ class SmokeTest:
             _check_finite("cross-attention keys and values", cross_kv, remedy)
         text, image = self._prompts
         embeddings = np.ascontiguousarray(image_tokens[in_llm].reshape(-1, image_tokens.shape[-1]))
-        for logits in stages.logits([_forced(text, embeddings[:0], None), _forced(image, embeddings, cross_kv)]):
+        # any token may follow: the last of the prompt is no image placeholder
+        sequences = [
+            ForcedSequence.of(text, [int(text.input_ids[-1])], embeddings[:0]),
+            ForcedSequence.of(image, [int(image.input_ids[-1])], embeddings, cross_kv),
+        ]
+        for logits in stages.logits(sequences):
             _check_finite("logits", logits, remedy)
 
 
 def _encode(prompts: PromptEncoder, tiles: int) -> EncodedPrompt:
     return prompts.encode([Message("user", "Hello")], [tiles] if tiles else [])
-
-
-def _forced(prompt: EncodedPrompt, image_tokens: FloatArray, cross_kv: FloatArray | None) -> ForcedSequence:
-    """Let the last token of the prompt follow the prompt; image_tokens [M, hidden]."""
-    return ForcedSequence(
-        np.append(prompt.input_ids, prompt.input_ids[-1]),
-        np.append(prompt.cross_ranges, np.array([prompt.decode_range], np.int32), axis=0),
-        len(prompt.input_ids),
-        image_tokens,
-        cross_kv,
-    )
 
 
 def _answer(generator: TextGenerator, prompt: EncodedPrompt, pixel_values: FloatArray) -> None:

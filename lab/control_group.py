@@ -11,11 +11,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lab.code_state import ROOT
-from nvlm_trt.cgroup import groups
+from nvlm_trt.cgroup import MEMORY_LIMITS, groups, held_memory
 from nvlm_trt.errors import EngineError
 
-_LIMITS = ("memory.limit_in_bytes", "memory.max")  # of versions 1 and 2
-_USED = ("total_rss", "anon")
 _LOOK_S = 0.02
 _ENTER = "import os, sys; open(sys.argv[1], 'w').write(str(os.getpid())); os.execv(sys.argv[2], sys.argv[2:])"
 
@@ -27,7 +25,7 @@ def control_group(limit: int) -> Iterator[Path]:
         group = parent / f"nvlm-trt-{os.getpid()}"
         with contextlib.suppress(OSError):
             group.mkdir()
-            files = [group / name for name in _LIMITS if (group / name).exists()]
+            files = [group / name for name in MEMORY_LIMITS if (group / name).exists()]
             for file in files:
                 file.write_text(str(limit))
             if files:
@@ -56,7 +54,7 @@ class _Watch(threading.Thread):
     def __init__(self, group: Path) -> None:
         super().__init__()
         self.most = 0
-        self._file = group / "memory.stat"
+        self._group = group
         self._ended = threading.Event()
 
     def __enter__(self) -> _Watch:
@@ -69,5 +67,4 @@ class _Watch(threading.Thread):
 
     def run(self) -> None:
         while not self._ended.wait(_LOOK_S):
-            counts = dict(line.split() for line in self._file.read_text().splitlines())
-            self.most = max(self.most, *(int(counts.get(name, 0)) for name in _USED))
+            self.most = max(self.most, held_memory(self._group))

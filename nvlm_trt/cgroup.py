@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+MEMORY_LIMITS = ("memory.max", "memory.limit_in_bytes")  # of versions 2 and 1
 _ROOT = Path("/sys/fs/cgroup")
 _OWN = Path("/proc/self/cgroup")
 
@@ -20,6 +21,12 @@ def memory_limit() -> float:
 
     Pages of files count as free: the kernel drops them when the group reaches its limit."""
     return min((_free_memory(group) for group in groups("memory")), default=math.inf)
+
+
+def held_memory(group: Path) -> int:
+    """Return the bytes that a group has in memory and that belong to no file."""
+    counts = dict(line.split() for line in _text(group / "memory.stat").splitlines())
+    return int(counts.get("anon", counts.get("total_rss", 0)))  # of versions 2 and 1
 
 
 def groups(controller: str) -> Iterator[Path]:
@@ -43,11 +50,8 @@ def _cores(group: Path) -> float:
 
 
 def _free_memory(group: Path) -> float:
-    limit = min(_number(_text(group / name)) for name in ("memory.max", "memory.limit_in_bytes"))
-    if limit == math.inf:
-        return limit
-    counts = dict(line.split() for line in _text(group / "memory.stat").splitlines())
-    return max(0, limit - float(counts.get("anon", counts.get("total_rss", 0))))
+    limit = min(_number(_text(group / name)) for name in MEMORY_LIMITS)
+    return limit if limit == math.inf else max(0, limit - held_memory(group))
 
 
 def _number(text: str) -> float:

@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
 from nvlm_trt.backends.base import FloatArray, IntArray, RangeArray
+from nvlm_trt.prompt.encoder import EncodedPrompt
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,24 @@ class ForcedSequence:
     prompt_tokens: int  # P; the image placeholders are among them
     image_tokens: FloatArray  # [M, hidden], one for each image placeholder
     cross_kv: FloatArray | None = None  # [cross layers, 2 (key, value), kv_heads, C, head_dim]
+
+    @classmethod
+    def of(
+        cls,
+        prompt: EncodedPrompt,
+        answer: Sequence[int],
+        image_tokens: FloatArray,
+        cross_kv: FloatArray | None = None,
+    ) -> ForcedSequence:
+        """Let `answer` follow a prompt; image_tokens [M, hidden], cross_kv as above."""
+        ranges = np.array([prompt.decode_range] * len(answer), np.int32).reshape(-1, 2)
+        return cls(
+            np.concatenate([prompt.input_ids, np.array(answer, np.int64)]),
+            np.concatenate([prompt.cross_ranges, ranges]),
+            len(prompt.input_ids),
+            image_tokens,
+            cross_kv,
+        )
 
     @property
     def steps(self) -> list[slice]:

@@ -59,21 +59,15 @@ class Probe:
     def sequence(self, image_tokens: FloatArray, cross_kv: FloatArray | None, answer: Sequence[int]) -> ForcedSequence:
         """Return the prompt with the image, of image_tokens [tiles, T, hidden], and its answer."""
         prompt = self._prompts.encode([Message("user", QUESTION)], [len(image_tokens)])
-        ranges = np.array([prompt.decode_range] * len(answer), np.int32).reshape(-1, 2)
         in_llm, _ = split_tiles(self.config.architecture, len(image_tokens))
-        return ForcedSequence(
-            np.concatenate([prompt.input_ids, np.array(answer, np.int64)]),
-            np.concatenate([prompt.cross_ranges, ranges]),
-            len(prompt.input_ids),
-            np.ascontiguousarray(image_tokens[in_llm].reshape(-1, image_tokens.shape[-1])),
-            cross_kv,
-        )
+        embeddings = np.ascontiguousarray(image_tokens[in_llm].reshape(-1, image_tokens.shape[-1]))
+        return ForcedSequence.of(prompt, answer, embeddings, cross_kv)
 
     def text(self) -> ForcedSequence:
         """Return the prompt without the image."""
         prompt = self._prompts.encode([Message("user", QUESTION)])
         nothing = np.empty((0, self.config.llm.hidden_size), np.float32)
-        return ForcedSequence(prompt.input_ids, prompt.cross_ranges, len(prompt.input_ids), nothing)
+        return ForcedSequence.of(prompt, [], nothing)
 
 
 def read_image(path: Path) -> bytes:
